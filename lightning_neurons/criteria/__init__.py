@@ -1,0 +1,111 @@
+"""Pure functions: tensors in, one score per neuron out. No state, no model, no Lightning.
+
+Start with ``contract.py``. ``CRITERIA`` lists every rule by name.
+"""
+
+from collections.abc import Iterable
+
+from lightning_neurons.criteria import activity, deadness, magnitude, sensitivity
+from lightning_neurons.criteria.agreement import Agreement, agreement
+from lightning_neurons.criteria.contract import Criterion, LayerTraits, Statistic, Summary
+from lightning_neurons.criteria.ranking import effective_number, normalize, order, select, share_of_top
+from lightning_neurons.criteria.view import LayerView
+from lightning_neurons.errors import ArgumentError, UnknownNameError
+
+CRITERIA: dict[str, Criterion] = {
+    criterion.name: criterion
+    for criterion in (
+        activity.MEAN,
+        activity.RMS,
+        activity.MAX,
+        activity.ACTIVE_SHARE,
+        activity.VARIANCE,
+        activity.DORMANT_SCORE,
+        deadness.near_zero(),
+        deadness.APOZ,
+        deadness.dormant(),
+        deadness.constant(),
+        deadness.SATURATED,
+        sensitivity.GRADIENT,
+        sensitivity.TAYLOR,
+        sensitivity.TAYLOR_FO,
+        sensitivity.FISHER,
+        sensitivity.SECOND_ORDER,
+        sensitivity.SECOND_ORDER_GGN,
+        magnitude.WEIGHT_L1,
+        magnitude.WEIGHT_L2,
+        magnitude.OUTGOING_L1,
+        magnitude.OUTGOING_L2,
+        magnitude.NORM_SCALE,
+    )
+}
+"""Every criterion of the package, by name."""
+
+ACTIVATION_CRITERIA: tuple[str, ...] = (
+    "mean",
+    "rms",
+    "max",
+    "active_share",
+    "variance",
+    "dormant_score",
+    "near_zero",
+    "apoz",
+    "dormant",
+    "constant",
+    "saturated",
+)
+"""What one forward can tell: the default of the statistics callback."""
+
+GRADIENT_CRITERIA: tuple[str, ...] = ("gradient", "taylor", "taylor_fo", "fisher", "second_order")
+"""What one backward to the activations adds: with the above, the default of the sensitivity callback."""
+
+
+def resolve(criteria: Iterable[str | Criterion], *, name: str = "criteria") -> tuple[Criterion, ...]:
+    """Criteria by name or as they are, each once.
+
+    Raises:
+        ArgumentError: If nothing is given, a name is unknown (the nearest are named), something is neither a name nor a
+            criterion, or two criteria or statistics share a name without being the same.
+
+    Example:
+        >>> [criterion.name for criterion in resolve(["rms", sensitivity.TAYLOR, "rms"])]
+        ['rms', 'taylor']
+    """
+    if isinstance(criteria, str):
+        raise ArgumentError.of(name, criteria, f"a list, such as [{criteria!r}]")
+    found: dict[str, Criterion] = {}
+    for entry in criteria:
+        if isinstance(entry, str) and entry not in CRITERIA:
+            raise UnknownNameError.among(name, entry, CRITERIA)
+        if not isinstance(entry, str | Criterion):
+            raise ArgumentError.of(name, entry, "names of criteria or Criterion objects")
+        criterion = CRITERIA[entry] if isinstance(entry, str) else entry
+        if found.setdefault(criterion.name, criterion) is not criterion:
+            raise ArgumentError.of(name, criterion.name, "criteria of different names")
+    if not found:
+        raise ArgumentError.of(name, list(found), "at least one criterion")
+    statistics: dict[str, Statistic] = {}
+    for statistic in (s for c in found.values() for s in c.statistics):
+        if statistics.setdefault(statistic.name, statistic) != statistic:
+            raise ArgumentError.of(name, statistic.name, "statistics of different names")
+    return tuple(found.values())
+
+
+__all__ = [
+    "ACTIVATION_CRITERIA",
+    "CRITERIA",
+    "GRADIENT_CRITERIA",
+    "Agreement",
+    "Criterion",
+    "LayerTraits",
+    "LayerView",
+    "Statistic",
+    "Summary",
+    "agreement",
+    "effective_number",
+    "normalize",
+    "order",
+    "resolve",
+    "select",
+    "share_of_top",
+]

@@ -1,0 +1,45 @@
+"""How strongly and how often a neuron fires. Higher is more active, which is not the same as more important.
+
+Means are over samples *and* positions. ``E`` below is that mean.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lightning_neurons.criteria.contract import Criterion, Statistic, Summary
+
+TOTAL = Statistic("total", lambda view: view.total)
+SQUARES = Statistic("squares", lambda view: view.squares)
+MAGNITUDE = Statistic("magnitude", lambda view: view.magnitude)
+POSITIVE = Statistic("positive", lambda view: view.positive)
+MAXIMUM = Statistic("maximum", lambda view: view.maximum, reduce="max")
+LARGEST_MAGNITUDE = Statistic("largest_magnitude", lambda view: view.largest_magnitude, reduce="max")
+
+
+def variance(summary: Summary) -> Float[Tensor, " neuron"]:
+    """``E[a^2] - E[a]^2``, from float64 sums over samples of float32 sums over space.
+
+    Below about 1e-6 of ``E[a^2]`` the result is rounding noise; it is never negative.
+    """
+    mean = summary.per_value(TOTAL)
+    return (summary.per_value(SQUARES) - mean.square()).clamp_min(0)
+
+
+def dormant_score(summary: Summary) -> Float[Tensor, " neuron"]:
+    """``E|a|`` over its mean over the layer's neurons; 1 on average, all zeros for a silent layer.
+
+    Source: Sokar et al. 2023, "The Dormant Neuron Phenomenon in Deep Reinforcement Learning", equation 1
+    (arXiv:2302.12902).
+    """
+    magnitude = summary.per_value(MAGNITUDE)
+    average = magnitude.nanmean()
+    return magnitude / average if average > 0 else torch.zeros_like(magnitude)
+
+
+MEAN = Criterion("mean", (TOTAL,), lambda summary: summary.per_value(TOTAL))
+RMS = Criterion("rms", (SQUARES,), lambda summary: summary.per_value(SQUARES).sqrt())
+MAX = Criterion("max", (MAXIMUM,), lambda summary: summary.total(MAXIMUM))
+ACTIVE_SHARE = Criterion("active_share", (POSITIVE,), lambda summary: summary.per_value(POSITIVE))
+VARIANCE = Criterion("variance", (TOTAL, SQUARES), variance)
+DORMANT_SCORE = Criterion("dormant_score", (MAGNITUDE,), dormant_score)

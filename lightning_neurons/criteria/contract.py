@@ -1,0 +1,137 @@
+"""The contract: what a criterion is, what it is given, what it owes.
+
+A **statistic** reduces one batch: ``observe`` gives one number per sample and neuron. What it gives is added over the
+calls of the layer within the batch, passed through ``per_sample``, and added (or maximised) over samples. Sums merge
+over batches, accumulation and processes, so nothing else has to know how.
+
+A **criterion** names the statistics that it needs and turns their sums into one score per neuron. It is a value, not a
+class to inherit from; a criterion of your own works everywhere without registration:
+
+    >>> import torch
+    >>> cubes = Statistic("cubes", lambda view: (view.activation ** 3).sum(-1))
+    >>> skew = Criterion("third_moment", (cubes,), lambda summary: summary.per_value(cubes))
+
+In the package, a new criterion is one definition, one line in ``criteria/__init__.py`` and one naive twin in
+``tests/reference.py``.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lightning_neurons.criteria.view import LayerView
+
+Need = Literal["activation", "gradient", "sampled_gradient"]
+NEEDS: tuple[Need, ...] = ("activation", "gradient", "sampled_gradient")
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """One number per sample and neuron, summed (or maximised) over the stream.
+
+    Attributes:
+        name: Unique among the statistics that are measured together.
+        observe: A view of one batch to ``(batch, neuron)``; additive over space and over the calls of a layer.
+        needs: ``"activation"`` (a forward), ``"gradient"`` (of the loss) or ``"sampled_gradient"`` (of the loss on
+            labels drawn from the model's own prediction).
+        per_sample: Applied to each sample's number after space and calls have been added; None leaves it as it is.
+        reduce: How numbers of several samples merge.
+    """
+
+    name: str
+    observe: Callable[[LayerView], Tensor]
+    needs: Need = "activation"
+    per_sample: Callable[[Tensor], Tensor] | None = None
+    reduce: Literal["sum", "max"] = "sum"
+
+
+@dataclass(frozen=True)
+class LayerTraits:
+    """What a criterion may know of a layer besides its values.
+
+    Attributes:
+        name: The layer's path.
+        activation: Name of the activation function behind the layer, or None.
+        rectified: Whether that function makes every value zero or positive with zeros where it is silent.
+        bounds: Lower and upper bound of a saturating function, or None.
+        incoming: The layer's weights, neuron axis first, or None if it has none.
+        outgoing: The weights that read each neuron, or None where the readers are not layers.
+        norm_scale: The scale of the normalisation layer directly behind, or None.
+    """
+
+    name: str
+    activation: str | None = None
+    rectified: bool = False
+    bounds: tuple[float, float] | None = None
+    incoming: Float[Tensor, "neuron weight"] | None = None
+    outgoing: Float[Tensor, "neuron weight"] | None = None
+    norm_scale: Float[Tensor, " neuron"] | None = None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The stream's sums for one layer: what a criterion's ``score`` is given.
+
+    Attributes:
+        traits: What is known of the layer.
+        totals: By name of the statistic, float64 sums (or maxima) over all samples.
+        samples: By need, how many samples were finite and have been counted.
+        values: How many single values (samples x positions) lie behind the activation statistics.
+        near_zero: Maps a threshold in activation units to the share of values with ``|a|`` at most that.
+    """
+
+    traits: LayerTraits
+    totals: Mapping[str, Float[Tensor, " neuron"]]
+    samples: Mapping[Need, Int[Tensor, " neuron"]] = field(default_factory=dict)
+    values: Int[Tensor, " neuron"] | None = None
+    near_zero: Callable[[float], Float[Tensor, " neuron"]] | None = None
+
+    def total(self, statistic: Statistic) -> Float[Tensor, " neuron"]:
+        """The sum (or maximum) itself."""
+        return self.totals[statistic.name]
+
+    def per_sample(self, statistic: Statistic) -> Float[Tensor, " neuron"]:
+        """The mean over samples; NaN where no finite sample was seen."""
+        return self.total(statistic) / self.samples[statistic.needs]
+
+    def per_value(self, statistic: Statistic) -> Float[Tensor, " neuron"]:
+        """The mean over samples and positions; NaN where no finite value was seen."""
+        assert self.values is not None, "values are counted wherever activations are"
+        return self.total(statistic) / self.values
+
+
+def accept_every_layer(traits: LayerTraits) -> str | None:
+    """The refusal of a criterion that has none."""
+    return None
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A named rule from sums to one number per neuron.
+
+    Attributes:
+        name: The key in results.
+        statistics: What has to be summed over the stream; empty for rules that read weights only.
+        score: From sums to scores. Pure.
+        kind: ``"importance"``: higher is more important. ``"deadness"``: in [0, 1], 1 is dead.
+        refuse: Why a layer cannot be judged by this rule and what to use instead, or None.
+        histogram: Whether the rule reads ``Summary.near_zero``.
+        in_loss_units: Whether scores of different layers are comparable as they are, so that normalising them layer by
+            layer before a global ranking would destroy information.
+    """
+
+    name: str
+    statistics: tuple[Statistic, ...]
+    score: Callable[[Summary], Tensor]
+    kind: Literal["importance", "deadness"] = "importance"
+    refuse: Callable[[LayerTraits], str | None] = accept_every_layer
+    histogram: bool = False
+    in_loss_units: bool = False
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """The kinds of pass over the data that this rule takes."""
+        return frozenset(s.needs for s in self.statistics)

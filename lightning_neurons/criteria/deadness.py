@@ -1,0 +1,183 @@
+"""What "dead" means: five measures in [0, 1] where 1 is dead, and how sure "never" is.
+
+================ ============================================================== ========================
+name             1 means                                                        defined for
+================ ============================================================== ========================
+``near_zero``    no value of ``|a|`` exceeds the threshold                      every layer
+``apoz``         every value is exactly zero                                    rectified layers
+``dormant``      dormant score at most tau (0 or 1)                             every layer
+``constant``     the value never changes (0 or 1)                               every layer
+``saturated``    every value lies at a bound of the function                    sigmoid- and tanh-like
+================ ============================================================== ========================
+"""
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lightning_neurons.criteria.activity import (
+    LARGEST_MAGNITUDE,
+    MAGNITUDE,
+    POSITIVE,
+    SQUARES,
+    TOTAL,
+    dormant_score,
+    variance,
+)
+from lightning_neurons.criteria.contract import Criterion, LayerTraits, Statistic, Summary
+from lightning_neurons.criteria.view import LayerView
+from lightning_neurons.errors import ArgumentError
+
+SATURATION_MARGIN = 0.05
+"""Distance from a bound, in activation units: |tanh| > 0.95, sigmoid < 0.05 or > 0.95 (Glorot and Bengio 2010)."""
+
+CONSTANT_TOLERANCE = 1e-3
+"""Standard deviation over root mean square below which a neuron counts as constant. float32 sums resolve about 5e-4."""
+
+
+def check_threshold(value: float, name: str = "threshold") -> float:
+    """Return ``value`` if it is a finite number of at least zero.
+
+    Raises:
+        ArgumentError: Otherwise.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+        raise ArgumentError.of(name, value, "a finite number of at least 0")
+    return float(value)
+
+
+def near_zero(threshold: float = 0.01, *, relative: bool = True) -> Criterion:
+    """The share of values with ``|a|`` at most ``threshold``; 1 exactly if no value at all exceeds it.
+
+    The share is read off a histogram of at most 16 positions per sample with bins 2 % wide; whether a neuron *ever*
+    exceeds the threshold is decided on all positions.
+
+    Args:
+        threshold: In units of the layer's root mean square if ``relative``, else in activation units.
+        relative: An absolute threshold means something else in each layer; a relative one does not.
+
+    Raises:
+        ArgumentError: If ``threshold`` is negative or not finite.
+    """
+    check_threshold(threshold)
+
+    def share(summary: Summary) -> Float[Tensor, " neuron"]:
+        assert summary.near_zero is not None and summary.values is not None
+        limit = threshold * layer_rms(summary) if relative else threshold
+        return exact_at_the_end(
+            summary.near_zero(limit), summary.total(LARGEST_MAGNITUDE), limit, summary.values
+        )
+
+    return Criterion("near_zero", (SQUARES, LARGEST_MAGNITUDE), share, "deadness", histogram=True)
+
+
+def layer_rms(summary: Summary) -> float:
+    """Root mean square over all finite values of the layer; 0 for a layer that saw none."""
+    assert summary.values is not None
+    seen = int(summary.values.sum())
+    return math.sqrt(float(summary.total(SQUARES).sum()) / seen) if seen else 0.0
+
+
+def exact_at_the_end(
+    share: Float[Tensor, " neuron"],
+    largest: Float[Tensor, " neuron"],
+    limit: float,
+    values: Int[Tensor, " neuron"],
+) -> Float[Tensor, " neuron"]:
+    """Make 1 mean *never*: a sampled share may miss the one position where a neuron fires."""
+    seldom = torch.minimum(share, 1 - 1 / values.clamp_min(2).double())
+    dead = torch.where(largest <= limit, torch.ones_like(share), seldom)
+    return torch.where(values > 0, dead, torch.full_like(share, math.nan))
+
+
+def refuse_unless_rectified(traits: LayerTraits) -> str | None:
+    """APoZ counts exact zeros, which only rectifiers make."""
+    if traits.rectified:
+        return None
+    function = f"{traits.activation} makes" if traits.activation else "no activation function makes"
+    return f"APoZ counts exact zeros and {function} none in {traits.name!r}; use 'near_zero' or 'constant'"
+
+
+APOZ = Criterion(
+    "apoz",
+    (POSITIVE,),
+    lambda summary: 1 - summary.per_value(POSITIVE),
+    "deadness",
+    refuse_unless_rectified,
+)
+"""Average percentage of zeros, Hu et al. 2016 (arXiv:1607.03250), as a share."""
+
+
+def dormant(tau: float = 0.025) -> Criterion:
+    """1 for tau-dormant neurons: dormant score at most ``tau`` (inclusive), else 0.
+
+    Source: Sokar et al. 2023, definition 3.1 (arXiv:2302.12902). All neurons of a silent layer are dormant.
+
+    Raises:
+        ArgumentError: If ``tau`` is negative or not finite.
+    """
+    check_threshold(tau, "tau")
+
+    def is_dormant(summary: Summary) -> Float[Tensor, " neuron"]:
+        score = dormant_score(summary)
+        return torch.where(score.isnan(), score, (score <= tau).double())
+
+    return Criterion("dormant", (MAGNITUDE,), is_dormant, "deadness")
+
+
+def constant(tolerance: float = CONSTANT_TOLERANCE) -> Criterion:
+    """1 for neurons whose standard deviation is at most ``tolerance`` of their root mean square, else 0.
+
+    The deadness of smooth activation functions: a constant neuron can be folded into its readers' biases. Source:
+    variance-based pruning, Berisha et al. 2025 (arXiv:2507.12988); *post*-activation variance.
+
+    Raises:
+        ArgumentError: If ``tolerance`` is negative or not finite.
+    """
+    check_threshold(tolerance, "tolerance")
+
+    def is_constant(summary: Summary) -> Float[Tensor, " neuron"]:
+        spread = variance(summary)
+        still = spread <= tolerance**2 * summary.per_value(SQUARES)
+        return torch.where(spread.isnan(), spread, still.double())
+
+    return Criterion("constant", (TOTAL, SQUARES), is_constant, "deadness")
+
+
+def near_bound(view: LayerView) -> Float[Tensor, "batch neuron"]:
+    """Counts values within 0.05 of either bound of the activation function."""
+    assert view.bounds is not None, "other layers are refused"
+    low, high = view.bounds
+    a = view.activation
+    return ((a < low + SATURATION_MARGIN) | (a > high - SATURATION_MARGIN)).to(a.dtype).sum(-1)
+
+
+NEAR_BOUND = Statistic("near_bound", near_bound)
+
+
+def refuse_unless_bounded(traits: LayerTraits) -> str | None:
+    """Only functions with two bounds can saturate."""
+    if traits.bounds is not None:
+        return None
+    return f"{traits.name!r} does not end in a sigmoid- or tanh-like function; use 'near_zero' or 'constant'"
+
+
+SATURATED = Criterion(
+    "saturated",
+    (NEAR_BOUND,),
+    lambda summary: summary.per_value(NEAR_BOUND),
+    "deadness",
+    refuse_unless_bounded,
+)
+
+
+def never_fired_bound(samples: Int[Tensor, " neuron"]) -> Float[Tensor, " neuron"]:
+    """95 % upper bound on the firing rate of a neuron that fired in none of ``samples`` samples: the rule of three.
+
+    Example:
+        >>> never_fired_bound(torch.tensor([300]))
+        tensor([0.0100], dtype=torch.float64)
+    """
+    return (3.0 / samples.double()).clamp_max(1.0)

@@ -1,0 +1,96 @@
+"""One layer's values in one batch, and their reductions over space.
+
+Shape words, used in the whole package: ``batch`` (samples), ``neuron`` (output channels or features), ``space``
+(positions: pixels, tokens; one for a linear layer on vectors). Reductions over space give ``(batch, neuron)`` and are
+computed once, however many statistics read them. Sums run in at least float32.
+"""
+
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """Half precision sums overflow and stall; everything else is kept as it is."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+
+
+class LayerView:
+    """What a statistic may look at: the activation of one layer in one batch and, if asked for, its gradient.
+
+    Args:
+        activation: Values after the normalisation, activation function and dropout that follow the layer.
+        gradient: The derivative of the summed loss with respect to ``activation``.
+        rectified: Whether the activation function makes every value zero or positive, as ReLU does.
+        bounds: Lower and upper bound of a saturating activation function, or None.
+
+    Example:
+        >>> view = LayerView(torch.tensor([[[1.0, 0.0], [-2.0, 4.0]]]))
+        >>> view.total.tolist(), view.positive.tolist()
+        ([[1.0, 2.0]], [[1.0, 1.0]])
+    """
+
+    def __init__(
+        self,
+        activation: Float[Tensor, "batch neuron space"],
+        gradient: Float[Tensor, "batch neuron space"] | None = None,
+        *,
+        rectified: bool = False,
+        bounds: tuple[float, float] | None = None,
+    ) -> None:
+        self.activation = at_least_float32(activation)
+        self._gradient = None if gradient is None else at_least_float32(gradient)
+        self.rectified = rectified
+        self.bounds = bounds
+
+    @property
+    def gradient(self) -> Float[Tensor, "batch neuron space"]:
+        """The derivative of the summed loss with respect to the activation."""
+        if self._gradient is None:
+            raise LookupError("this view carries no gradient: name 'gradient' in the statistic's `needs`")
+        return self._gradient
+
+    @cached_property
+    def total(self) -> Float[Tensor, "batch neuron"]:
+        """Sum over space."""
+        return self.activation.sum(-1)
+
+    @cached_property
+    def squares(self) -> Float[Tensor, "batch neuron"]:
+        """Sum of squares over space."""
+        # A vectorised norm, squared again, costs half of multiply-and-sum on a CPU.
+        return torch.linalg.vector_norm(self.activation, dim=-1).square()
+
+    @cached_property
+    def magnitude(self) -> Float[Tensor, "batch neuron"]:
+        """Sum of absolute values over space."""
+        return self.total if self.rectified else self.activation.abs().sum(-1)
+
+    @cached_property
+    def positive(self) -> Float[Tensor, "batch neuron"]:
+        """How many values are greater than zero."""
+        signs = self.activation.sign()
+        # A boolean sum takes three times as long as this one.
+        return (signs if self.rectified else signs.relu_()).sum(-1)
+
+    @cached_property
+    def maximum(self) -> Float[Tensor, "batch neuron"]:
+        """Largest value."""
+        return self.activation.amax(-1)
+
+    @cached_property
+    def largest_magnitude(self) -> Float[Tensor, "batch neuron"]:
+        """Largest absolute value."""
+        return self.maximum if self.rectified else torch.maximum(self.maximum, -self.activation.amin(-1))
+
+    @cached_property
+    def gate_gradient(self) -> Float[Tensor, "batch neuron"]:
+        """Sum over space of activation times gradient: the loss's derivative by a factor on the neuron."""
+        return torch.linalg.vecdot(self.activation, self.gradient)
+
+    @cached_property
+    def gradient_squares(self) -> Float[Tensor, "batch neuron"]:
+        """Sum over space of squared gradients."""
+        return torch.linalg.vector_norm(self.gradient, dim=-1).square()

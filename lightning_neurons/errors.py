@@ -1,0 +1,88 @@
+"""What can go wrong, and how it is said: every message names the argument, what came, and what would work.
+
+::
+
+    ValueError
+    └── ArgumentError            an argument that no model could make right
+        └── UnknownNameError     a name that matches nothing; suggests the nearest ones
+    RuntimeError
+    └── MeasurementError         the model or its data cannot be measured as asked
+
+Misuse of a Lightning callback is reported as Lightning's own ``MisconfigurationException``.
+"""
+
+import difflib
+from collections.abc import Collection, Iterable
+from typing import Self
+
+
+class ArgumentError(ValueError):
+    """An argument has a value that is not allowed."""
+
+    @classmethod
+    def of(cls, name: str, got: object, allowed: str) -> Self:
+        """The one form of these messages: ``name`` is the argument, ``allowed`` what would work."""
+        return cls(f"{name}={got!r} is not allowed: expected {allowed}.")
+
+
+class UnknownNameError(ArgumentError):
+    """A name or pattern that matches nothing."""
+
+    @classmethod
+    def among(cls, name: str, got: str, known: Iterable[str]) -> Self:
+        """Name what is known, the nearest first."""
+        known = list(known)
+        near = nearest(got, known)
+        hint = f" Did you mean {', '.join(map(repr, near))}?" if near else ""
+        listed = ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")
+        return cls(f"{name}: nothing matches {got!r}.{hint} Known: {listed or '(none)'}.")
+
+
+class MeasurementError(RuntimeError):
+    """The model or its data cannot be measured in the way that was asked for."""
+
+
+def nearest(got: str, known: Collection[str], count: int = 3) -> list[str]:
+    """The ``count`` names most like ``got``; a pattern's wildcards are left out of the comparison.
+
+    Example:
+        >>> nearest("net.cov1", ["net.conv1", "net.conv2", "head"], count=1)
+        ['net.conv1']
+    """
+    return difflib.get_close_matches(got.replace("*", ""), list(known), n=count, cutoff=0.4)
+
+
+def check_share(name: str, value: float, *, zero: bool = True) -> float:
+    """Return ``value`` if it lies in [0, 1] (in (0, 1] unless ``zero``).
+
+    Raises:
+        ArgumentError: Otherwise.
+    """
+    low_enough = isinstance(value, int | float) and not isinstance(value, bool) and value <= 1
+    if not (low_enough and (value >= 0 if zero else value > 0)):
+        raise ArgumentError.of(name, value, f"a share in {'[0, 1]' if zero else '(0, 1]'}, such as 0.1 for 10 %")
+    return float(value)
+
+
+def check_count(name: str, value: int, *, least: int = 1) -> int:
+    """Return ``value`` if it is a whole number of at least ``least``.
+
+    Raises:
+        ArgumentError: Otherwise.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ArgumentError.of(name, value, f"a whole number of at least {least}")
+    return value
+
+
+def check_choice(name: str, value: str, allowed: Collection[str]) -> str:
+    """Return ``value`` if it is among ``allowed``.
+
+    Raises:
+        ArgumentError: Otherwise, naming the nearest choice.
+    """
+    if value not in allowed:
+        near = nearest(str(value), allowed, count=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ArgumentError.of(name, value, f"one of {', '.join(map(repr, allowed))}{hint}")
+    return value

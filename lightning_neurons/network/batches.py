@@ -1,0 +1,108 @@
+"""Looking into a batch of any form: how many samples, their targets, a part of them, their inputs."""
+
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from lightning_neurons.errors import MeasurementError
+
+TARGET_KEYS = ("target", "targets", "label", "labels", "y")
+
+
+def parts(batch: Any) -> list[Any]:
+    """The values directly inside a tuple, list, mapping or dataclass; nothing inside anything else."""
+    if isinstance(batch, Mapping):
+        return list(batch.values())
+    if is_dataclass(batch) and not isinstance(batch, type):
+        return [getattr(batch, f.name) for f in fields(batch)]
+    return list(batch) if isinstance(batch, list | tuple) else []
+
+
+def tensors_of(batch: Any) -> list[Tensor]:
+    """All tensors of a nested batch, in order."""
+    if isinstance(batch, Tensor):
+        return [batch]
+    return [t for part in parts(batch) for t in tensors_of(part)]
+
+
+def batch_size_of(batch: Any) -> int:
+    """Length of the first axis of the first tensor.
+
+    Raises:
+        MeasurementError: If the batch has no tensor with an axis.
+
+    Example:
+        >>> batch_size_of({"image": torch.zeros(4, 3), "name": ["a", "b", "c", "d"]})
+        4
+    """
+    size = next((len(t) for t in tensors_of(batch) if t.ndim), None)
+    if size is None:
+        raise MeasurementError(f"batch of type {type(batch).__name__}: found no tensor that tells how many samples it has")
+    return size
+
+
+def targets_of(batch: Any) -> Int[Tensor, " batch"] | None:
+    """Class labels, if the batch shows them: the last of a pair, or under a name such as ``"label"``; else None.
+
+    Example:
+        >>> targets_of((torch.zeros(2, 3), torch.tensor([1, 0]))).tolist()
+        [1, 0]
+    """
+    if isinstance(batch, Mapping):
+        found = next((batch[k] for k in TARGET_KEYS if k in batch), None)
+    elif is_dataclass(batch) and not isinstance(batch, type):
+        found = next((getattr(batch, k) for k in TARGET_KEYS if hasattr(batch, k)), None)
+    elif isinstance(batch, list | tuple):
+        found = next((getattr(batch, k) for k in TARGET_KEYS if hasattr(batch, k)), batch[1] if len(batch) == 2 else None)
+    else:
+        return None
+    return found if _is_labels(found, batch) else None
+
+
+def _is_labels(found: Any, batch: Any) -> bool:
+    whole = isinstance(found, Tensor) and found.ndim == 1 and not (found.is_floating_point() or found.is_complex())
+    return whole and found.dtype != torch.bool and len(found) == batch_size_of(batch)
+
+
+def rows_of(batch: Any, index: Tensor, size: int) -> Any:
+    """The samples ``index`` of a batch of ``size``: of every tensor or list with one entry per sample.
+
+    Example:
+        >>> rows_of({"x": torch.arange(3), "name": ["a", "b", "c"], "step": 7}, torch.tensor([2, 0]), 3)
+        {'x': tensor([2, 0]), 'name': ['c', 'a'], 'step': 7}
+    """
+    if isinstance(batch, Tensor):
+        return batch[index.to(batch.device)] if batch.ndim and len(batch) == size else batch
+    if isinstance(batch, Mapping):
+        values = {key: rows_of(value, index, size) for key, value in batch.items()}
+        return values if type(batch) is dict else type(batch)(values)  # type: ignore[call-arg]
+    if is_dataclass(batch) and not isinstance(batch, type):
+        return replace(batch, **{f.name: rows_of(getattr(batch, f.name), index, size) for f in fields(batch) if f.init})
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(rows_of(value, index, size) for value in batch))
+    if isinstance(batch, list | tuple):
+        per_sample = len(batch) == size and not any(isinstance(v, Tensor) and len(v) == size for v in batch if _long(v))
+        chosen = (batch[i] for i in index.tolist()) if per_sample else (rows_of(v, index, size) for v in batch)
+        return type(batch)(chosen)
+    return batch
+
+
+def _long(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0
+
+
+def inputs_of(batch: Any) -> Any:
+    """What the model is called with: the batch without its targets, where they can be told apart.
+
+    Example:
+        >>> inputs_of((torch.zeros(2, 3), torch.tensor([1, 0]))).shape
+        torch.Size([2, 3])
+    """
+    if isinstance(batch, Mapping):
+        return {key: value for key, value in batch.items() if key not in TARGET_KEYS}
+    pair = isinstance(batch, list | tuple) and len(batch) == 2 and isinstance(batch[0], Tensor)
+    return batch[0] if pair else batch

@@ -1,0 +1,154 @@
+"""What is known of one layer, and the choice of layers by name and type."""
+
+import fnmatch
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from lightning_neurons.errors import ArgumentError, UnknownNameError
+from lightning_neurons.network.families import BOUNDS, LAYER_FAMILIES, RECTIFIERS, Kind, family_of
+
+Pattern = str | type[nn.Module]
+
+
+@dataclass(frozen=True)
+class Link:
+    """One step between a layer and its readers.
+
+    Attributes:
+        kind: ``"norm"``, ``"activation"`` or ``"dropout"``.
+        function: The function that ran, such as ``"relu"`` or ``"batch_norm"``.
+        module: Path of the module that called it, or None for a functional call.
+    """
+
+    kind: Kind
+    function: str
+    module: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.function} ({self.module})" if self.module else self.function
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A module that makes neurons, and where they get their final value.
+
+    Attributes:
+        name: Path in the model.
+        type: Name of the module's class.
+        neurons: How many it has.
+        axis: Where they lie in its output: 1 for channels, -1 for features.
+        chain: What follows the layer before anybody reads it; the activation point is behind the last link.
+        chains: The same for each call in one forward; ``chain`` is the first.
+        readers: Paths of the layers that read the activation, each with how many of its inputs belong to one neuron;
+            None where something else reads it too, such as a residual sum.
+        note: What a user should know: why the layer was not seen, for example.
+    """
+
+    name: str
+    type: str
+    neurons: int
+    axis: int
+    chains: tuple[tuple[Link, ...], ...] = ()
+    readers: tuple[tuple[str, int], ...] | None = None
+    note: str = ""
+
+    @property
+    def calls(self) -> int:
+        """How often the layer ran in one forward; 0 if it did not."""
+        return len(self.chains)
+
+    @property
+    def chain(self) -> tuple[Link, ...]:
+        """The links behind the layer's first call."""
+        return self.chains[0] if self.chains else ()
+
+    @property
+    def activation(self) -> str | None:
+        """The activation function behind the layer, or None."""
+        return next((link.function for link in self.chain if link.kind == "activation"), None)
+
+    @property
+    def rectified(self) -> bool:
+        """Whether every call's values end in a rectifier."""
+        return self._everywhere(RECTIFIERS)
+
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """The bounds of a saturating activation function that every call ends in, or None."""
+        return BOUNDS[self.activation] if self.activation and self._everywhere(BOUNDS) else None
+
+    def _everywhere(self, functions: Iterable[str]) -> bool:
+        ends = [[link.function for link in chain if link.kind == "activation"] for chain in self.chains]
+        return bool(ends) and all(names and names[0] in functions for names in ends)
+
+    @property
+    def activation_point(self) -> str:
+        """The way to the activation point in words, such as ``"conv1 > batch_norm (bn1) > relu"``."""
+        return " > ".join([self.name, *map(str, self.chain)])
+
+
+def public_name(path: str) -> str:
+    """A module's path without what ``torch.compile`` puts into it."""
+    return ".".join(part for part in path.split(".") if part != "_orig_mod")
+
+
+def candidates(model: nn.Module, patterns: Sequence[Pattern] | None = None) -> dict[str, nn.Module]:
+    """The modules that make neurons, by path, in the order of the model; all of them or those that match.
+
+    Args:
+        model: Where to look.
+        patterns: Paths with wildcards (``"net.layer1.*"``), names of classes (``"Conv2d"``) or module types.
+
+    Raises:
+        ArgumentError: If ``patterns`` is not a list of patterns, or is empty, or a layer is still lazy.
+        UnknownNameError: If a pattern matches no layer; names the nearest.
+
+    Example:
+        >>> list(candidates(nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Linear(2, 1)), ["Linear"]))
+        ['2']
+    """
+    found: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
+        # Part of a layer, such as the linear map in a registered layer of one's own, is not a layer again.
+        inside = any(path.startswith(outer + ".") for outer in found)
+        if family_of(module) is not None and not inside:
+            found[path] = module
+    named = {public_name(path): module for path, module in found.items()}
+    if patterns is not None:
+        if isinstance(patterns, str | type) or not patterns:
+            raise ArgumentError.of("layers", patterns, "None for all layers, or a list of patterns or module types")
+        chosen = {name for pattern in patterns for name in _matching(pattern, named)}
+        named = {name: module for name, module in named.items() if name in chosen}
+    return named
+
+
+def require_materialized(layers: dict[str, nn.Module]) -> None:
+    """Refuse layers whose width is not known yet.
+
+    Raises:
+        ArgumentError: If a layer is lazy.
+    """
+    for name, module in layers.items():
+        if any(is_lazy(p) for p in module.parameters()):
+            raise ArgumentError.of(
+                "model", f"{name}: {type(module).__name__}", "materialised layers; run one batch through the model first"
+            )
+
+
+def _matching(pattern: Pattern, layers: dict[str, nn.Module]) -> list[str]:
+    if isinstance(pattern, type):
+        names = [n for n, m in layers.items() if isinstance(m, pattern)]
+        if not names:
+            raise UnknownNameError.among("layers", pattern.__name__, sorted({type(m).__name__ for m in layers.values()}))
+        return names
+    if not isinstance(pattern, str):
+        raise ArgumentError.of("layers", pattern, "patterns of layer names, or module types")
+    types = {t.__name__ for t in LAYER_FAMILIES} | {type(m).__name__ for m in layers.values()}
+    names = [n for n in layers if fnmatch.fnmatchcase(n, pattern)]
+    names += [n for n, m in layers.items() if pattern in types and type(m).__name__ == pattern]
+    if not names:
+        raise UnknownNameError.among("layers", pattern, layers)
+    return names

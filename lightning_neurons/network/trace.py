@@ -1,0 +1,221 @@
+"""Where each layer's neurons get their final value: follow the identity of tensors through one forward.
+
+Static tracing fails on too many real models, and module hooks alone miss functional, shared and in-place activations.
+A ``TorchFunctionMode`` sees every call. A chain runs from a layer through normalisation, activation function and
+dropout as long as each value has exactly one reader: a residual sum, ``x * sigmoid(x)``, a concatenation or a branch
+ends it. An in-place call makes a new value although the tensor stays the same object.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
+from lightning_neurons.network.families import LINKS, ORDER, PASSING, family_of
+from lightning_neurons.network.layer import Layer, Link
+from lightning_neurons.network.writes import share_memory, target_of_write
+
+
+@dataclass(eq=False)
+class _Value:
+    """What a layer made, or a link of its chain."""
+
+    tensor: Tensor
+    link: Link | None = None
+    reads: int = 0
+    next: "_Value | None" = None
+    readers: dict[str, int] = field(default_factory=dict)
+    foreign: bool = False  # read by something that is neither a link, nor a layer, nor on the way to one
+
+    @property
+    def stage(self) -> int:
+        return ORDER.index(self.link.kind) if self.link else -1
+
+
+class Trace(TorchFunctionMode):
+    """Records, while it is active, how the values of ``layers`` are passed on.
+
+    Values are kept (and copied before they are overwritten) until ``close``, so that the final ones can be handed out
+    afterwards: the first batch is observed although the chains were not known when it ran.
+
+    Args:
+        model: Whose modules give the links their names.
+        layers: The layers to follow, by public name.
+    """
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self._model, self._layers = model, layers
+        self._now: dict[int, tuple[_Value, int]] = {}  # id of a tensor -> whose value it carries, inputs per neuron
+        self._calls: dict[str, list[_Value]] = {}
+        self._alive: list[Tensor] = []  # ids stay unique while the tensors live
+        self._modules: list[str] = []  # the modules that are running, innermost last
+        self._inside: list[str] = []  # the layers that are running
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> Self:
+        names = {id(module): name for name, module in self._layers.items()}
+        for path, module in self._model.named_modules():
+            self._handles.append(module.register_forward_pre_hook(self._starts(path, names.get(id(module)))))
+            self._handles.append(
+                module.register_forward_hook(self._ends(path, names.get(id(module))), always_call=True)
+            )
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        super().__exit__(*exception)
+        for handle in self._handles:
+            handle.remove()
+
+    def _starts(self, path: str, layer: str | None) -> Callable[..., None]:
+        def start(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            self._modules.append(path)
+            if layer is not None:
+                for tensor in _tensors(inputs):
+                    if id(tensor) in self._now:
+                        value, spread = self._now[id(tensor)]
+                        value.readers[layer] = spread
+                self._inside.append(layer)
+
+        return start
+
+    def _ends(self, path: str, layer: str | None) -> Callable[..., None]:
+        def end(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            if path in self._modules:
+                del self._modules[self._modules.index(path) :]
+            if layer is not None:
+                if layer in self._inside:
+                    self._inside.remove(layer)
+                if isinstance(output, Tensor):
+                    value = _Value(output)
+                    self._calls.setdefault(layer, []).append(value)
+                    self._carry(output, value)
+
+        return end
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        read = {id(t): self._now[id(t)] for t in _tensors((args, kwargs)) if id(t) in self._now}
+        if func not in LINKS:
+            self._copy_before(target_of_write(func, args, kwargs))
+        out = func(*args, **kwargs)
+        if func is torch.Tensor.detach or not any(True for _ in _tensors(out)):
+            return out  # .shape and the like read nothing
+        for value, _ in read.values():
+            value.reads += 1
+        self._pass_on(func, args[0] if args else kwargs.get("input"), out, read)
+        return out
+
+    def _pass_on(self, func: Callable[..., Any], source: Any, out: Any, read: dict[int, tuple[_Value, int]]) -> None:
+        value, spread = read.get(id(source), (None, 0))
+        if isinstance(out, Tensor):
+            self._now.pop(id(out), None)
+        kind = LINKS.get(func)
+        if value is not None and isinstance(out, Tensor) and len(read) == 1:
+            carried = _spread(source, out, spread) if func in PASSING else 0
+            if kind is not None and ORDER.index(kind) > value.stage and value.tensor is source:
+                link = Link(kind, func.__name__, self._modules[-1] if self._called_by_module(kind) else None)
+                value.next = _Value(out, link)
+                self._carry(out, value.next)
+                return
+            if carried:
+                self._carry(out, value, carried)
+                return
+        for value, _ in read.values():
+            value.foreign |= not self._inside
+
+    def _called_by_module(self, kind: str) -> bool:
+        """A module without children that is no layer called the function; else the forward of a bigger one did."""
+        if not self._modules or not self._modules[-1]:
+            return False
+        module = self._model.get_submodule(self._modules[-1])
+        return family_of(module) is None and not any(True for _ in module.children())
+
+    def _carry(self, tensor: Tensor, value: _Value, spread: int = 1) -> None:
+        self._now[id(tensor)] = (value, spread)
+        self._alive.append(tensor)
+
+    def _copy_before(self, target: Tensor | None) -> None:
+        if target is None:
+            return
+        for value in self._values():
+            if share_memory(value.tensor, target):
+                value.tensor = value.tensor.clone()
+
+    def _values(self) -> Iterator[_Value]:
+        for calls in self._calls.values():
+            for value in calls:
+                step: _Value | None = value
+                while step is not None:
+                    yield step
+                    step = step.next
+
+    def found(self) -> dict[str, Layer]:
+        """What has been learnt, by layer; layers that did not run have no calls and a note that says so."""
+        return {name: self._layer(name, module) for name, module in self._layers.items()}
+
+    def _layer(self, name: str, module: nn.Module) -> Layer:
+        family = family_of(module)
+        assert family is not None, "candidates have families"
+        ends = [_final(value) for value in self._calls.get(name, [])]
+        whole = bool(ends) and all(last.readers and not last.foreign and last.next is None for _, last in ends)
+        readers = tuple({r: s for _, last in ends for r, s in last.readers.items()}.items())
+        return Layer(
+            name=name,
+            type=type(module).__name__,
+            neurons=family.neurons(module),
+            axis=family.axis,
+            chains=tuple(chain for chain, _ in ends),
+            readers=readers if whole else None,
+            note="" if ends else "did not run as a module (unused, or its weights are used by a function)",
+        )
+
+    def activations(self) -> Iterator[tuple[str, Tensor]]:
+        """The final value of every call of every layer."""
+        for name, calls in self._calls.items():
+            for value in calls:
+                yield name, _final(value)[1].tensor
+
+    def close(self) -> None:
+        """Let go of the tensors."""
+        self._now.clear()
+        self._calls.clear()
+        self._alive.clear()
+
+
+def _final(value: _Value) -> tuple[tuple[Link, ...], _Value]:
+    chain = []
+    while value.next is not None and value.reads == 1:
+        value = value.next
+        assert value.link is not None, "only the layer itself has no link"
+        chain.append(value.link)
+    return tuple(chain), value
+
+
+def _spread(source: Tensor, out: Tensor, spread: int) -> int:
+    """How many entries of axis 1 belong to one neuron behind a pooling or layout function; 0 if it cannot be said."""
+    if source.ndim < 2 or out.ndim < 2 or source.shape[0] != out.shape[0]:
+        return 0
+    if out.shape[1] == source.shape[1]:
+        return spread
+    space = source[0, 0].numel()
+    flat = out.ndim == 2 and out.shape[1] == source.shape[1] * space
+    return spread * space if flat else 0
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, list | tuple):
+        for branch in tree:
+            yield from _tensors(branch)
+    elif isinstance(tree, dict):
+        for branch in tree.values():
+            yield from _tensors(branch)

@@ -1,0 +1,161 @@
+"""Delivers activations, and their gradients, while a model runs. Opened and closed as a context; nothing stays behind.
+
+The chains are known (``trace.py``), so the last link is recognised as it happens: nothing is stored that is not needed,
+and a statistic is taken before anybody can overwrite the value.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
+from lightning_neurons.network.families import LINKS
+from lightning_neurons.network.layer import Layer, Link
+from lightning_neurons.network.writes import share_memory, target_of_write
+
+Deliver = Callable[[str, Tensor], None]
+DeliverGradient = Callable[[str, Tensor, Tensor], None]
+
+
+class _Follow(TorchFunctionMode):
+    """Follows each watched layer's output through its chain and hands the last value to ``_arrive``."""
+
+    def __init__(self, layers: Mapping[str, Layer], modules: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self._layers, self._modules = layers, modules
+        self._waiting: dict[int, tuple[str, tuple[Link, ...], Tensor]] = {}
+        self._calls: dict[str, int] = {}
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> Self:
+        self._calls.clear()
+        for name, module in self._modules.items():
+            if self._layers[name].calls:
+                self._handles.append(module.register_forward_hook(self._layer_hook(name)))
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        super().__exit__(*exception)
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._waiting.clear()
+
+    def _layer_hook(self, name: str) -> Callable[..., Any]:
+        chains = self._layers[name].chains
+
+        def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
+            if not isinstance(output, Tensor):
+                return None
+            call = self._calls.get(name, 0)
+            self._calls[name] = call + 1
+            return self._follow(name, chains[min(call, len(chains) - 1)], output)
+
+        return hook
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        self._before(func, args, kwargs)
+        if not self._waiting or func not in LINKS:
+            return func(*args, **kwargs)
+        found = self._waiting.pop(id(args[0] if args else kwargs.get("input")), None)
+        out = func(*args, **kwargs)
+        if found is None or found[1][0].function != func.__name__:
+            return out
+        return self._follow(found[0], found[1][1:], out)
+
+    def _follow(self, name: str, links: tuple[Link, ...], value: Tensor) -> Tensor:
+        if not links:
+            return self._arrive(name, value)
+        self._waiting[id(value)] = name, links, value  # kept alive, so that its id stays its own
+        return value
+
+    def _before(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """What has to happen before a call that may overwrite a value."""
+
+    def _arrive(self, name: str, value: Tensor) -> Tensor:
+        """Take the value at the activation point; return what the model goes on with."""
+        raise NotImplementedError
+
+
+class WatchActivations(_Follow):
+    """While active, hands ``(layer, activation)`` to ``deliver`` at each activation point.
+
+    Args:
+        layers: What ``trace.py`` found.
+        modules: Their modules.
+        deliver: Called in the middle of the model's forward; must not change the value.
+    """
+
+    def __init__(self, layers: Mapping[str, Layer], modules: Mapping[str, nn.Module], deliver: Deliver) -> None:
+        super().__init__(layers, modules)
+        self._deliver = deliver
+
+    def _arrive(self, name: str, value: Tensor) -> Tensor:
+        self._deliver(name, value.detach())
+        return value
+
+
+class WatchGradients(_Follow):
+    """While active, makes the forward differentiable with respect to the activations alone.
+
+    Freeze the parameters first: a backward then costs a forward instead of two, and stores nothing for them.
+    ``backward`` hands ``(layer, activation, gradient)`` to ``deliver``, the last layer first, and lets go of each
+    activation as soon as its gradient has been delivered. An activation is copied only if a call is about to overwrite
+    it. ``deliver_activation``, if given, is told every activation in the forward already.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, Layer],
+        modules: Mapping[str, nn.Module],
+        deliver: DeliverGradient,
+        deliver_activation: Deliver | None = None,
+    ) -> None:
+        super().__init__(layers, modules)
+        self._deliver, self._deliver_activation = deliver, deliver_activation
+        self._held: dict[int, Tensor] = {}
+        self._seeds: list[Tensor] = []
+        self._hooks: list[RemovableHandle] = []
+
+    def _before(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        target = target_of_write(func, args, kwargs) if self._held else None
+        if target is None:
+            return
+        for key, activation in self._held.items():
+            if share_memory(activation, target):
+                self._held[key] = activation.clone()
+
+    def _arrive(self, name: str, value: Tensor) -> Tensor:
+        if self._deliver_activation is not None:
+            self._deliver_activation(name, value.detach())
+        if not torch.is_grad_enabled() or not value.is_floating_point():
+            return value  # the model switched gradients off here itself
+        if not value.requires_grad:
+            seed = value.detach().requires_grad_()
+            self._seeds.append(seed)
+            value = seed.clone()  # a leaf could not be written in place later on
+        key = len(self._hooks)
+        self._held[key] = value.detach()
+
+        def hook(gradient: Tensor) -> None:
+            self._deliver(name, self._held.pop(key), gradient)
+
+        self._hooks.append(value.register_hook(hook))
+        return value
+
+    def backward(self, loss: Tensor) -> None:
+        """Run the backward. ``loss`` is a scalar, summed over the batch; no ``.grad`` but the seeds' is touched."""
+        try:
+            torch.autograd.backward(loss, inputs=self._seeds)
+        finally:
+            for hook in self._hooks:
+                hook.remove()
+            self._held.clear()
+            self._seeds.clear()

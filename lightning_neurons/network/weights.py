@@ -1,0 +1,68 @@
+"""What criteria may know of a layer: its weights, neuron axis first, and those that read it."""
+
+import torch
+from torch import Tensor, nn
+
+from lightning_neurons.criteria.contract import LayerTraits
+from lightning_neurons.network.layer import Layer, public_name
+
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def traits_of(layer: Layer, model: nn.Module) -> LayerTraits:
+    """Everything that criteria may know of ``layer`` in ``model``."""
+    modules = {public_name(path): module for path, module in model.named_modules()}
+    readers = [outgoing_weight(modules[name], spread) for name, spread in layer.readers or ()]
+    outgoing = None
+    if readers and all(r is not None and len(r) == layer.neurons for r in readers):
+        outgoing = torch.cat([r for r in readers if r is not None], 1)
+    return LayerTraits(
+        name=layer.name,
+        activation=layer.activation,
+        rectified=layer.rectified,
+        bounds=layer.bounds,
+        incoming=incoming_weight(modules[layer.name], layer.neurons),
+        outgoing=outgoing,
+        norm_scale=_norm_scale(layer, modules),
+    )
+
+
+def incoming_weight(module: nn.Module, neurons: int) -> Tensor | None:
+    """The weights that make each neuron, ``(neuron, weight)``; None if the module has no such tensor."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim < 2:
+        return None
+    weight = weight.detach()
+    if isinstance(module, _TRANSPOSED):
+        weight = weight.reshape(module.groups, -1, neurons // module.groups, weight[0, 0].numel())
+        return weight.transpose(1, 2).reshape(neurons, -1)
+    return weight.flatten(1) if len(weight) == neurons else None
+
+
+def outgoing_weight(module: nn.Module, spread: int = 1) -> Tensor | None:
+    """The weights by which a module reads each of its inputs, ``(input, weight)``.
+
+    Args:
+        module: A convolution, transposed convolution or linear layer.
+        spread: How many neighbouring inputs belong to one neuron (a flattened picture before a linear layer).
+    """
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or not isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+        return None
+    weight = weight.detach()
+    if isinstance(module, nn.Linear):
+        return weight.t().reshape(weight.shape[1] // spread, -1)
+    if isinstance(module, _TRANSPOSED):
+        return weight.flatten(1)
+    # (groups, outputs, inputs, taps) of each group: an input is read by the outputs of its own group only.
+    grouped = weight.reshape(module.groups, -1, *weight.shape[1:]).flatten(3)
+    return grouped.transpose(1, 2).reshape(module.in_channels, -1)
+
+
+def _norm_scale(layer: Layer, modules: dict[str, nn.Module]) -> Tensor | None:
+    for link in layer.chain:
+        if link.kind == "norm" and link.module:
+            scale = getattr(modules.get(public_name(link.module)), "weight", None)
+            if isinstance(scale, Tensor) and scale.shape == (layer.neurons,):
+                return scale.detach()
+    return None

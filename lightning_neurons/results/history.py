@@ -1,0 +1,103 @@
+"""What changed from one measurement to the next: who died, who revived, who stays dead, how stable the ranking is."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_neurons.criteria import agreement
+from lightning_neurons.results.neuron_report import NeuronReport
+
+
+@dataclass(frozen=True, eq=False)
+class HistoryEntry:
+    """One measurement, compared with the one before.
+
+    Attributes:
+        epoch: Epoch of the measurement, or None outside training.
+        step: Optimizer steps, or None outside training.
+        widths: Number of neurons by layer.
+        dead: Dead neurons by layer.
+        died: Dead now, alive before; empty for the first measurement.
+        revived: Alive now, dead before.
+        stability: Spearman correlation of the main criterion's scores with those of the measurement before, by layer;
+            NaN for the first and where a layer's width has changed.
+    """
+
+    epoch: int | None
+    step: int | None
+    widths: Mapping[str, int]
+    dead: Mapping[str, list[int]]
+    died: Mapping[str, list[int]]
+    revived: Mapping[str, list[int]]
+    stability: Mapping[str, float]
+
+    @property
+    def mean_stability(self) -> float:
+        """Mean over layers that have a stability; NaN if none has."""
+        known = [s for s in self.stability.values() if not math.isnan(s)]
+        return sum(known) / len(known) if known else math.nan
+
+
+@dataclass
+class NeuronHistory:
+    """The measurements so far, oldest first. Goes into a checkpoint as plain values and tensors."""
+
+    entries: list[HistoryEntry] = field(default_factory=list)
+    _scores: dict[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def add(self, report: NeuronReport) -> HistoryEntry:
+        """Compare a report with the one before and keep the comparison."""
+        dead = {name: report.dead(name).nonzero().flatten().tolist() for name in report.deadness}
+        widths = {name: len(c.samples) for name, c in report.counts.items()}
+        before = self.entries[-1] if self.entries else None
+        same = [n for n in dead if before and before.widths.get(n) == widths[n]]
+        scores = {n: s.clone() for n, s in report.scores[report.main_criterion].items()} if report.scores else {}
+        entry = HistoryEntry(
+            epoch=report.epoch,
+            step=report.step,
+            widths=widths,
+            dead=dead,
+            died={n: sorted({*dead[n]} - {*before.dead[n]}) for n in same if before},
+            revived={n: sorted({*before.dead[n]} - {*dead[n]}) for n in same if before},
+            stability={n: self._stability(n, s) for n, s in scores.items()},
+        )
+        self.entries.append(entry)
+        self._scores = scores
+        return entry
+
+    def persistently_dead(self, measurements: int | None = None) -> dict[str, list[int]]:
+        """Neurons that were dead in each of the last ``measurements`` (all if None), by layer.
+
+        A layer whose width changed in between has none.
+        """
+        last = self.entries if measurements is None else self.entries[-measurements:]
+        if not last or (measurements is not None and len(last) < measurements):
+            return {}
+        return {
+            name: sorted(set.intersection(*({*e.dead[name]} for e in last)))
+            for name in last[-1].dead
+            if all(name in e.dead and e.widths[name] == last[-1].widths[name] for e in last)
+        }
+
+    def _stability(self, name: str, scores: Tensor) -> float:
+        before = self._scores.get(name)
+        return math.nan if before is None or len(before) != len(scores) else agreement(before, scores).spearman
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values and tensors, which ``torch.load(weights_only=True)`` accepts."""
+        return {
+            "entries": [{n: dict(v) if isinstance(v, Mapping) else v for n, v in vars(e).items()} for e in self.entries],
+            "scores": dict(self._scores),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where ``state_dict`` left off."""
+        self.entries = [HistoryEntry(**entry) for entry in state["entries"]]
+        self._scores = {name: torch.as_tensor(scores) for name, scores in state["scores"].items()}

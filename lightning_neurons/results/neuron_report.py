@@ -1,0 +1,244 @@
+"""What a measurement found: one frozen value that says all, with the questions people ask of it as methods."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from lightning_neurons.criteria import CRITERIA
+from lightning_neurons.criteria.deadness import check_threshold, exact_at_the_end, never_fired_bound
+from lightning_neurons.criteria.ranking import Normalization, normalize, order, select
+from lightning_neurons.errors import ArgumentError, UnknownNameError, check_choice
+from lightning_neurons.metrics.histogram import share_at_most
+from lightning_neurons.network.layer import Layer
+from lightning_neurons.results import report_json
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Scope = Literal["layer", "global"]
+
+
+class RankedNeuron(NamedTuple):
+    """One place in a ranking."""
+
+    layer: str
+    neuron: int
+    score: float
+
+
+@dataclass(frozen=True, eq=False)
+class LayerCounts:
+    """What the numbers of one layer rest on.
+
+    Attributes:
+        samples: Samples that were finite and have been counted, by neuron.
+        gradient_samples: The same in the sensitivity pass.
+        values: Single values (samples x positions), by neuron.
+        nonfinite: Samples that were NaN or infinite (or too large to square) and were left out, by neuron.
+        rms: Root mean square of the whole layer's values, or None if it was not measured.
+        largest: Largest magnitude by neuron, or None if it was not measured.
+        histogram: Counts of magnitudes by neuron, in the bins of ``metrics/histogram.py``; empty if not measured.
+    """
+
+    samples: Int[Tensor, " neuron"]
+    gradient_samples: Int[Tensor, " neuron"]
+    values: Int[Tensor, " neuron"]
+    nonfinite: Int[Tensor, " neuron"]
+    rms: float | None
+    largest: Float[Tensor, " neuron"] | None
+    histogram: Int[Tensor, "neuron_or_none bin"]
+
+
+@dataclass(frozen=True, eq=False)
+class NeuronReport:
+    """Scores, deadness and counts of every neuron. All tensors lie on the CPU.
+
+    Attributes:
+        layers: The layers, also those that did not run.
+        scores: By criterion and layer, ``(neuron,)``; higher is more important (or more active).
+        deadness_by: By measure and layer, ``(neuron,)`` in [0, 1]; 1 is dead.
+        per_class: By criterion and layer, ``(class, neuron)``; NaN where a class had no samples. Empty if not asked for.
+        class_counts: Samples by class.
+        counts: By layer, what the numbers rest on.
+        refused: By criterion and layer, why a layer could not be judged and what to use instead.
+        settings: How it was measured; plain values.
+        notes: What a reader should know, such as which samples were used.
+        epoch: Epoch of the measurement, or None outside training.
+        step: Optimizer steps so far, or None outside training.
+    """
+
+    layers: tuple[Layer, ...]
+    scores: Mapping[str, Mapping[str, Tensor]]
+    deadness_by: Mapping[str, Mapping[str, Tensor]]
+    per_class: Mapping[str, Mapping[str, Tensor]]
+    class_counts: tuple[int, ...]
+    counts: Mapping[str, LayerCounts]
+    refused: Mapping[str, Mapping[str, str]]
+    settings: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+    epoch: int | None = None
+    step: int | None = None
+
+    @property
+    def main_criterion(self) -> str:
+        """The criterion behind rankings that name none: the first that needs gradients, else the first there is."""
+        by_gradient = (n for n in self.scores if n in CRITERIA and "gradient" in CRITERIA[n].needs)
+        named: str | None = self.settings.get("main_criterion")
+        found = named or next(by_gradient, next(iter(self.scores), None))
+        if found is None:
+            raise ArgumentError.of("criterion", None, "a report with at least one importance criterion")
+        return found
+
+    @property
+    def deadness(self) -> Mapping[str, Tensor]:
+        """By layer, the share of values that are silent, by the report's main measure; 1 = never fires."""
+        measure = "near_zero" if "near_zero" in self.deadness_by else next(iter(self.deadness_by), None)
+        return {} if measure is None else self.deadness_by[measure]
+
+    def dead(self, layer: str) -> Bool[Tensor, " neuron"]:
+        """Which neurons of a layer never fired."""
+        return self._layer(self.deadness, layer) == 1
+
+    def dormant(self, layer: str) -> Bool[Tensor, " neuron"]:
+        """Which neurons of a layer are tau-dormant; all False where it was not measured."""
+        measured = self.deadness_by.get("dormant", {}).get(layer)
+        return measured == 1 if measured is not None else torch.zeros_like(self.dead(layer))
+
+    def never_fired_bound(self, layer: str) -> Float[Tensor, " neuron"]:
+        """95 % upper bound on the share of samples in which a neuron fires that never did: 3 / samples."""
+        return never_fired_bound(self._layer(self.counts, layer).samples)
+
+    def deadness_at(self, threshold: float, *, relative: bool = True) -> dict[str, Tensor]:
+        """Deadness at any threshold, read off the histograms after the run.
+
+        Args:
+            threshold: In units of each layer's root mean square if ``relative``, else in activation units.
+            relative: See ``threshold``.
+
+        Returns:
+            By layer, the share of values with a magnitude of at most the threshold (within 1 % of it); exactly 1 if no
+            value exceeds it.
+
+        Raises:
+            ArgumentError: If the threshold is out of range, or ``near_zero`` was not measured.
+        """
+        check_threshold(threshold)
+        if "near_zero" not in self.deadness_by:
+            raise ArgumentError.of("threshold", threshold, "a report whose criteria include 'near_zero'")
+        found = {}
+        for name, c in self.counts.items():
+            assert c.rms is not None and c.largest is not None, "near_zero needs both"
+            limit = threshold * c.rms if relative else threshold
+            found[name] = exact_at_the_end(share_at_most(c.histogram, limit), c.largest, limit, c.values)
+        return found
+
+    def importance(self, criterion: str | None = None, normalize_by: Normalization | None = None) -> dict[str, Tensor]:
+        """Scores by layer, higher more important, normalised; deadness measures count as 1 - deadness.
+
+        Args:
+            criterion: Any measured criterion; the main one if None.
+            normalize_by: As in the report's settings if None.
+
+        Raises:
+            UnknownNameError: If the criterion was not measured.
+        """
+        name = self.main_criterion if criterion is None else criterion
+        if name not in self.scores and name not in self.deadness_by:
+            raise UnknownNameError.among("criterion", str(name), [*self.scores, *self.deadness_by])
+        by_layer = self.scores.get(name) or {n: 1 - d for n, d in self.deadness_by[name].items()}
+        in_loss_units = name in CRITERIA and CRITERIA[name].in_loss_units
+        how = self.settings.get("normalize", "none") if normalize_by is None else normalize_by
+        return normalize(by_layer, how, in_loss_units=in_loss_units)
+
+    def ranking(
+        self, criterion: str | None = None, *, layer: str | None = None, normalize: Normalization | None = None
+    ) -> list[RankedNeuron]:
+        """Neurons from the most to the least important; ties keep the model's order.
+
+        Args:
+            criterion: Any measured criterion; the main one if None.
+            layer: Rank within this layer; None ranks all neurons together.
+            normalize: How layers are made comparable; as in the report's settings if None.
+
+        Raises:
+            UnknownNameError: If the criterion or the layer was not measured.
+        """
+        scores = self.importance(criterion, normalize)
+        if layer is not None:
+            scores = {layer: self._layer(scores, layer)}
+        owners = [(name, i) for name, s in scores.items() for i in range(len(s))]
+        everything = torch.cat(list(scores.values())) if scores else torch.zeros(0)
+        return [RankedNeuron(*owners[i], float(everything[i])) for i in order(everything).tolist()]
+
+    def select(
+        self,
+        criterion: str | None = None,
+        *,
+        scope: Scope = "layer",
+        normalize: Normalization | None = None,
+        share: float | None = None,
+        count: int | None = None,
+        threshold: float | None = None,
+        cumulative: float | None = None,
+    ) -> dict[str, list[int]]:
+        """The important neurons by layer, by exactly one of ``share``, ``count``, ``threshold``, ``cumulative``.
+
+        Args:
+            criterion: Any measured criterion; the main one if None.
+            scope: Whether the rule holds within each layer or over all layers together.
+            normalize: How layers are made comparable; as in the report's settings if None.
+            share: The top share, in [0, 1].
+            count: The top ``count``.
+            threshold: Scores of at least this.
+            cumulative: The smallest top set that holds this share of the importance.
+
+        Raises:
+            ArgumentError: If not exactly one rule is given, or one is out of range.
+            UnknownNameError: If the criterion was not measured.
+        """
+        check_choice("scope", scope, ("layer", "global"))
+        scores = self.importance(criterion, normalize)
+        groups = [{name: s} for name, s in scores.items()] if scope == "layer" else [scores]
+        found: dict[str, list[int]] = {}
+        for group in groups:
+            everything = torch.cat(list(group.values())) if group else torch.zeros(0)
+            chosen = select(everything, share=share, count=count, threshold=threshold, cumulative=cumulative)
+            parts = chosen.split([len(s) for s in group.values()])
+            found |= {n: part.nonzero().flatten().tolist() for n, part in zip(group, parts, strict=True)}
+        return found
+
+    def to_frame(self) -> "pd.DataFrame":
+        """One row per neuron: layer, neuron, every score and deadness measure. Needs pandas.
+
+        Raises:
+            ModuleNotFoundError: If pandas is not installed.
+        """
+        try:
+            import pandas as pd
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError("NeuronReport.to_frame needs pandas: pip install pandas") from error
+        return pd.DataFrame(report_json.rows(self))
+
+    def save(self, path: str | Path) -> None:
+        """Write everything as JSON, whole or not at all; ``neurons`` in it has one readable entry per neuron."""
+        report_json.save(self, Path(path))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what ``save`` wrote.
+
+        Raises:
+            ArgumentError: If the file is no such report, or of a newer version.
+        """
+        return cls(**report_json.load(Path(path), LayerCounts))
+
+    @staticmethod
+    def _layer(by_layer: Mapping[str, Any], layer: str) -> Any:
+        if layer not in by_layer:
+            raise UnknownNameError.among("layer", layer, by_layer)
+        return by_layer[layer]

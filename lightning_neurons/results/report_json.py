@@ -1,0 +1,172 @@
+"""A report as JSON and back, bit by bit: floats are written in full, NaN as null, histograms packed."""
+
+import base64
+import json
+import math
+import os
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_neurons.errors import ArgumentError
+from lightning_neurons.network.layer import Layer, Link
+
+FORMAT, VERSION = "lightning_neurons report", 1
+
+
+class Report(Protocol):
+    """What is written; see ``NeuronReport``."""
+
+    layers: Any
+    scores: Any
+    deadness_by: Any
+    per_class: Any
+    class_counts: Any
+    counts: Any
+    refused: Any
+    settings: Any
+    notes: Any
+    epoch: Any
+    step: Any
+
+
+def rows(report: Any) -> list[dict[str, Any]]:
+    """One flat record per neuron, in the order of the model; measures that a layer refuses are NaN."""
+    measures = {**report.scores, **report.deadness_by}
+    by_layer = {
+        name: {m: values[name].tolist() for m, values in measures.items() if name in values} for name in report.counts
+    }
+    return [
+        {"layer": name, "neuron": i, **{m: values[m][i] if m in values else math.nan for m in measures}}
+        for name, values in by_layer.items()
+        for i in range(len(report.counts[name].samples))
+    ]
+
+
+def neurons(report: Any) -> list[dict[str, Any]]:
+    """One readable entry per neuron: deadness, importance, and all that lies behind them."""
+    deadness, importance = report.deadness, report.importance() if report.scores else {}
+    return [
+        {
+            "layer": row["layer"],
+            "neuron": row["neuron"],
+            "deadness": _item(deadness, row),
+            "importance": _item(importance, row),
+        }
+        for row in rows(report)
+    ]
+
+
+def save(report: Any, path: Path) -> None:
+    """Write to a file beside ``path`` first, so that a reader never finds half a report."""
+    document = {
+        "format": FORMAT,
+        "version": VERSION,
+        "epoch": report.epoch,
+        "step": report.step,
+        "settings": dict(report.settings),
+        "notes": list(report.notes),
+        "neurons": neurons(report),
+        "layers": [_layer(layer) for layer in report.layers],
+        "scores": _nested(report.scores),
+        "deadness": _nested(report.deadness_by),
+        "per_class": _nested(report.per_class),
+        "class_counts": list(report.class_counts),
+        "refused": {name: dict(reasons) for name, reasons in report.refused.items()},
+        "counts": {name: _counts(counts) for name, counts in report.counts.items()},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        unfinished.write_text(json.dumps(_plain(document), allow_nan=False))
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def load(path: Path, counts_type: Callable[..., Any]) -> dict[str, Any]:
+    """The fields of a report.
+
+    Raises:
+        ArgumentError: If the file is no report, or of a newer version.
+    """
+    try:
+        document = json.loads(path.read_text())
+    except ValueError as error:
+        raise ArgumentError.of("path", str(path), "a JSON file that NeuronReport.save wrote") from error
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise ArgumentError.of("path", str(path), "a JSON file that NeuronReport.save wrote")
+    if document["version"] > VERSION:
+        raise ArgumentError.of("path", f"{path} of version {document['version']}", f"version {VERSION} or older")
+    return {
+        "layers": tuple(_read_layer(entry) for entry in document["layers"]),
+        "scores": _read_nested(document["scores"]),
+        "deadness_by": _read_nested(document["deadness"]),
+        "per_class": _read_nested(document["per_class"]),
+        "class_counts": tuple(document["class_counts"]),
+        "counts": {name: counts_type(**_read_counts(entry)) for name, entry in document["counts"].items()},
+        "refused": document["refused"],
+        "settings": document["settings"],
+        "notes": tuple(document["notes"]),
+        "epoch": document["epoch"],
+        "step": document["step"],
+    }
+
+
+def _item(by_layer: Mapping[str, Tensor], row: Mapping[str, Any]) -> float | None:
+    return float(by_layer[row["layer"]][row["neuron"]]) if row["layer"] in by_layer else None
+
+
+def _plain(value: Any) -> Any:
+    """JSON knows no NaN and no infinity."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None if math.isnan(value) else repr(value)
+    if isinstance(value, dict):
+        return {key: _plain(v) for key, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _floats(values: Any) -> Tensor:
+    def number(value: Any) -> Any:
+        return [number(v) for v in value] if isinstance(value, list) else float("nan" if value is None else value)
+
+    return torch.tensor(number(values), dtype=torch.float64)
+
+
+def _nested(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
+    return {name: {layer: t.tolist() for layer, t in by_layer.items()} for name, by_layer in tensors.items()}
+
+
+def _read_nested(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Tensor]]:
+    return {name: {layer: _floats(v) for layer, v in by_layer.items()} for name, by_layer in entries.items()}
+
+
+def _layer(layer: Layer) -> dict[str, Any]:
+    chains = [[[link.kind, link.function, link.module] for link in chain] for chain in layer.chains]
+    readers = None if layer.readers is None else [list(reader) for reader in layer.readers]
+    return {**vars(layer), "chains": chains, "readers": readers}
+
+
+def _read_layer(entry: dict[str, Any]) -> Layer:
+    chains = tuple(tuple(Link(*link) for link in chain) for chain in entry["chains"])
+    readers = None if entry["readers"] is None else tuple((name, spread) for name, spread in entry["readers"])
+    return Layer(**{**entry, "chains": chains, "readers": readers})
+
+
+def _counts(counts: Any) -> dict[str, Any]:
+    entry = {name: v.tolist() if isinstance(v, Tensor) else v for name, v in vars(counts).items()}
+    packed = zlib.compress(counts.histogram.numpy().astype("<i8").tobytes(), 6)
+    return {**entry, "histogram": {"shape": list(counts.histogram.shape), "zlib": base64.b64encode(packed).decode()}}
+
+
+def _read_counts(entry: dict[str, Any]) -> dict[str, Any]:
+    whole = {n: torch.tensor(entry[n], dtype=torch.int64) for n in ("samples", "gradient_samples", "values", "nonfinite")}
+    packed = zlib.decompress(base64.b64decode(entry["histogram"]["zlib"]))
+    histogram = torch.from_numpy(np.frombuffer(packed, "<i8").astype(np.int64).reshape(entry["histogram"]["shape"]))
+    largest = None if entry["largest"] is None else _floats(entry["largest"])
+    return {**whole, "rms": entry["rms"], "largest": largest, "histogram": histogram}

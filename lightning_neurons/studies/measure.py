@@ -1,0 +1,157 @@
+"""A report without a Trainer."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_neurons.criteria import ACTIVATION_CRITERIA, GRADIENT_CRITERIA, Criterion
+from lightning_neurons.criteria.ranking import Normalization
+from lightning_neurons.errors import ArgumentError, MeasurementError
+from lightning_neurons.network.batches import batch_size_of, inputs_of, targets_of
+from lightning_neurons.network.isolate import isolated
+from lightning_neurons.network.layer import Pattern
+from lightning_neurons.network.neurons import call
+from lightning_neurons.results.neuron_report import NeuronReport
+from lightning_neurons.studies.measurement import Measurement
+from lightning_neurons.studies.passes import LossReduction, Passes, fgsm, sampled_label_loss, summed
+from lightning_neurons.studies.settings import MeasurementSettings
+
+LossFunction = Callable[[Any, Any], Tensor]
+"""From the model and a batch to a scalar, or one loss per sample."""
+
+
+def measure(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    loss_fn: LossFunction | None = None,
+    loss_reduction: LossReduction = "mean",
+    criteria: Sequence[str | Criterion] | None = None,
+    layers: Sequence[Pattern] | None = None,
+    per_class: bool | Callable[[Any], Tensor] = False,
+    threshold: float = 0.01,
+    relative_threshold: bool = True,
+    normalize: Normalization = "none",
+    inputs: Literal["clean", "fgsm"] = "clean",
+    eps: float = 0.0,
+) -> NeuronReport:
+    """Measure which neurons of a model are dead and which matter, in evaluation mode, leaving no trace in it.
+
+    One forward per batch; with a loss also one backward to the activations (another forward and backward each for
+    ``second_order_ggn`` and for ``inputs="fgsm"``).
+
+    Args:
+        model: Any module. Batches must lie on its device.
+        batches: An iterable of batches of any form; read once.
+        loss_fn: Called with the model and a batch; what it returns is differentiated. ``predicted_logit`` and
+            ``logit(index)`` of this package ask about the output instead. None measures activations and weights only.
+        loss_reduction: What ``loss_fn`` returns: the ``"mean"`` over the batch, the ``"sum"``, or ``"none"``: one loss
+            per sample (which is recognised in any case).
+        criteria: Names or ``Criterion`` objects; None for all that apply.
+        layers: None for all, or patterns of paths, names of classes or module types.
+        per_class: Keep classes apart: True finds the targets in the batch, a function gives them.
+        threshold: What counts as silent, in units of the layer's root mean square.
+        relative_threshold: False takes ``threshold`` in activation units.
+        normalize: How layers are made comparable in global rankings.
+        inputs: ``"fgsm"`` measures on inputs shifted against the model.
+        eps: Size of that shift, in units of the inputs.
+
+    Returns:
+        The report; layers are named by their path in ``model``.
+
+    Raises:
+        ArgumentError: If an argument is out of range, or a criterion needs a ``loss_fn`` that is not there.
+        MeasurementError: If there are no batches, or the loss cannot be differentiated.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> data = [(torch.randn(8, 4), torch.randint(0, 2, (8,))) for _ in range(2)]
+        >>> loss = lambda model, batch: nn.functional.cross_entropy(model(batch[0]), batch[1])
+        >>> report = measure(net, data, loss_fn=loss, criteria=["gradient", "taylor"])
+        >>> round(report.scores["gradient"]["0"].sum().item(), 6)
+        1.0
+    """
+    defaults = ACTIVATION_CRITERIA + (GRADIENT_CRITERIA if loss_fn is not None else ())
+    settings = MeasurementSettings.checked(
+        criteria=defaults if criteria is None else criteria, layers=layers, per_class=per_class, threshold=threshold,
+        relative_threshold=relative_threshold, normalize=normalize, inputs=inputs, eps=eps,
+        loss_reduction=loss_reduction,
+    )  # fmt: skip
+    wanted = sorted(c.name for c in settings.criteria if c.needs - {"activation"})
+    if wanted and loss_fn is None:
+        raise ArgumentError.of("loss_fn", None, f"a function (model, batch) -> loss, which {', '.join(wanted)} need")
+    device = next((p.device for p in model.parameters()), None)
+    measurement = Measurement(
+        model, settings.criteria, layers=settings.layers, per_class=settings.by_class, device=device
+    )
+    passes, seen = Passes(model, [measurement]), 0
+    with isolated(model):
+        model.eval()
+        for index, batch in enumerate(batches):
+            seen += batch_size_of(batch)
+            _one_batch(passes, measurement, settings, loss_fn, batch, index)
+    if not seen:
+        raise MeasurementError(f"batches={type(batches).__name__}: it gave no batch (has a generator been used up?)")
+    return measurement.report(settings=settings.plain(), notes=[f"measured on {seen} samples"])
+
+
+def _one_batch(
+    passes: Passes,
+    measurement: Measurement,
+    settings: MeasurementSettings,
+    loss_fn: LossFunction | None,
+    batch: Any,
+    index: int,
+) -> None:
+    model, size = passes.model, batch_size_of(batch)
+    measurement.start_batch(size, settings.targets(batch) if settings.by_class else targets_of(batch))
+
+    def loss_of(given: Any) -> Tensor:
+        assert loss_fn is not None, "checked before the first batch"
+        return summed(loss_fn(model, given), settings.loss_reduction, size)
+
+    if settings.inputs == "fgsm" and loss_fn is not None:
+        batch = fgsm(loss_of, batch, settings.eps)
+    if "gradient" in measurement.needs:
+        passes.differentiate(loss_of, batch, observe=True)
+    else:
+        with torch.no_grad(), passes.observe():
+            call(model, inputs_of(batch))
+    if "sampled_gradient" in measurement.needs:
+        passes.differentiate(lambda given: sampled_loss(model, given, index), batch, "sampled_gradient")
+    measurement.finish_batch()
+
+
+def sampled_loss(model: Any, batch: Any, seed: int) -> Tensor:
+    """The loss on labels drawn from the model's own prediction; the same labels for the same ``seed``."""
+    logits = call(model, inputs_of(batch))
+    generator = torch.Generator(logits.device if isinstance(logits, Tensor) else "cpu").manual_seed(seed)
+    return sampled_label_loss(logits, generator)
+
+
+def predicted_logit(model: Any, batch: Any) -> Tensor:
+    """A ``loss_fn``: each sample's largest output. What do the predictions rest on?"""
+    return _logits(model, batch).amax(1)
+
+
+def logit(index: int) -> LossFunction:
+    """A ``loss_fn``: one output, by index. What does this class rest on?"""
+
+    def chosen(model: Any, batch: Any) -> Tensor:
+        logits = _logits(model, batch)
+        if not -logits.shape[1] <= index < logits.shape[1]:
+            raise ArgumentError.of("index", index, f"one of the model's {logits.shape[1]} outputs")
+        return logits[:, index]
+
+    return chosen
+
+
+def _logits(model: Any, batch: Any) -> Tensor:
+    logits = call(model, inputs_of(batch))
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise MeasurementError(f"the model returned {got}: expected logits of shape (batch, class)")
+    return logits

@@ -1,0 +1,134 @@
+"""One measurement: which layers, which criteria, the sums so far, and the report in the end."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_neurons.criteria import Criterion, LayerView
+from lightning_neurons.criteria.contract import NEEDS, Need
+from lightning_neurons.criteria.deadness import layer_rms
+from lightning_neurons.criteria.activity import LARGEST_MAGNITUDE
+from lightning_neurons.metrics.histogram import BINS
+from lightning_neurons.metrics.streaming import StreamingCriteria
+from lightning_neurons.network.families import family_of
+from lightning_neurons.network.layer import Layer, Pattern, candidates, require_materialized
+from lightning_neurons.network.samples import samples_first
+from lightning_neurons.network.weights import traits_of
+from lightning_neurons.results.neuron_report import LayerCounts, NeuronReport
+
+class Measurement:
+    """Collects what one report needs; a receiver of ``Passes``.
+
+    Args:
+        model: The model that is measured.
+        criteria: What to measure.
+        layers: None for all, or patterns.
+        per_class: Whether to keep classes apart.
+        device: Where the sums live.
+
+    Raises:
+        ArgumentError: If a pattern matches no layer, or a layer is still lazy.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criteria: Sequence[Criterion],
+        *,
+        layers: Sequence[Pattern] | None = None,
+        per_class: bool = False,
+        device: torch.device | None = None,
+    ) -> None:
+        self.model, self.criteria, self.per_class = model, tuple(criteria), per_class
+        self.modules = candidates(model, layers)
+        require_materialized(self.modules)
+        self.layers: dict[str, Layer] = {}
+        self._families = {name: family for name, m in self.modules.items() if (family := family_of(m))}
+        widths = {name: self._families[name].neurons(m) for name, m in self.modules.items()}
+        with torch.inference_mode(False):  # inference tensors could not be added to later on
+            self.metric = StreamingCriteria(widths, criteria, per_class=per_class, sync_on_compute=False)
+            # float64 does not exist on Apple's GPUs.
+            self.metric.to("cpu" if device is None or device.type == "mps" else device)
+        self._batch_size: int | None = None
+        self._targets: Tensor | None = None
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """The kinds of pass that the criteria take."""
+        return frozenset(need for c in self.criteria for need in c.needs)
+
+    def start_batch(self, batch_size: int | None, targets: Tensor | None) -> None:
+        """Say how many samples are coming and, if known, what they are."""
+        self._batch_size, self._targets = batch_size, targets
+
+    def finish_batch(self) -> None:
+        """Add what waited for the batch's end."""
+        self.metric.finish_batch(self._targets if self.per_class else None)
+
+    def learn(self, layers: Mapping[str, Layer]) -> None:
+        """Take note of the layers' activation points."""
+        for name, layer in layers.items():
+            if layer.calls and (name not in self.layers or not self.layers[name].calls):
+                self.metric.describe(traits_of(layer, self.model), calls=layer.calls)
+            self.layers.setdefault(name, layer)
+
+    def receive(self, layer: str, activation: Tensor, gradient: Tensor | None, need: Need) -> None:
+        """Add one call of one layer."""
+        axis, known = self._families[layer].axis, self.layers[layer]
+        view = LayerView(
+            samples_first(activation, axis, self._batch_size),
+            None if gradient is None else samples_first(gradient, axis, self._batch_size),
+            rectified=known.rectified,
+            bounds=known.bounds,
+        )
+        self.metric.update(layer, view, need, self._targets if self.per_class else None)
+
+    def report(
+        self, *, settings: Mapping[str, Any], notes: Sequence[str] = (), epoch: int | None = None, step: int | None = None
+    ) -> NeuronReport:
+        """Turn the sums into results, on the CPU."""
+        self.metric.cpu()
+        computed = self.metric.compute()
+        ran = [name for name in self.modules if name in self.metric.traits]
+        kinds = {c.name: c.kind for c in self.criteria}
+        classes = range(len(self.metric.totals)) if self.per_class else range(0)
+        return NeuronReport(
+            layers=tuple(self.layers[n] for n in self.modules if n in self.layers),
+            scores={name: by_layer for name, by_layer in computed.items() if kinds[name] == "importance"},
+            deadness_by={name: by_layer for name, by_layer in computed.items() if kinds[name] == "deadness"},
+            per_class={
+                c.name: {n: torch.stack([c.score(self.metric.summary(n, k)) for k in classes]) for n in computed[c.name]}
+                for c in self.criteria
+                if len(classes) and c.statistics
+            },
+            counts={name: self._counts(name) for name in ran},
+            class_counts=tuple(self._class_count(k) for k in classes),
+            refused={name: dict(reasons) for name, reasons in self.metric.refused.items() if reasons},
+            settings=dict(settings),
+            notes=tuple(notes),
+            epoch=epoch,
+            step=step,
+        )
+
+    def _counts(self, name: str) -> LayerCounts:
+        summary, place = self.metric.summary(name), self.metric.places[name]
+        has_histogram = self.metric.histogram.shape[1] > 0
+        empty = torch.zeros(0, BINS, dtype=torch.int64)
+        assert summary.values is not None
+        largest = summary.totals.get(LARGEST_MAGNITUDE.name)
+        return LayerCounts(
+            samples=summary.samples["activation"],
+            gradient_samples=summary.samples["gradient"],
+            values=summary.values,
+            nonfinite=self.metric.nonfinite[:, place].sum(0),
+            rms=layer_rms(summary) if "squares" in summary.totals else None,
+            largest=largest,
+            histogram=self.metric.histogram[:, place].sum(0) if has_histogram else empty,
+        )
+
+    def _class_count(self, klass: int) -> int:
+        """The samples of a class: the most that any neuron saw (others may have been infinite there)."""
+        seen = self.metric.samples[klass, : len(NEEDS)]
+        return int(seen.max()) if seen.numel() else 0

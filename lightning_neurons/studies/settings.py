@@ -1,0 +1,111 @@
+"""The arguments that every way of measuring shares, checked once."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Self, get_args
+
+import torch
+from torch import Tensor
+
+from lightning_neurons.criteria import Criterion, resolve
+from lightning_neurons.criteria.deadness import check_threshold, near_zero
+from lightning_neurons.criteria.ranking import Normalization
+from lightning_neurons.errors import ArgumentError, MeasurementError, check_choice
+from lightning_neurons.network.batches import TARGET_KEYS, targets_of
+from lightning_neurons.network.layer import Pattern
+from lightning_neurons.studies.passes import LOSS_REDUCTIONS, LossReduction
+
+Inputs = Literal["clean", "fgsm"]
+
+
+@dataclass(frozen=True)
+class MeasurementSettings:
+    """What ``measure`` and the callbacks are told. Build with ``checked``."""
+
+    criteria: tuple[Criterion, ...]
+    layers: tuple[Pattern, ...] | None
+    per_class: bool | Callable[[Any], Tensor]
+    threshold: float
+    relative_threshold: bool
+    normalize: Normalization
+    inputs: Inputs
+    eps: float
+    loss_reduction: LossReduction
+
+    @classmethod
+    def checked(
+        cls,
+        *,
+        criteria: Sequence[str | Criterion],
+        layers: Sequence[Pattern] | None,
+        per_class: bool | Callable[[Any], Tensor],
+        threshold: float,
+        relative_threshold: bool,
+        normalize: Normalization,
+        inputs: Inputs,
+        eps: float,
+        loss_reduction: LossReduction,
+    ) -> Self:
+        """Check every argument that can be checked without a model.
+
+        Raises:
+            ArgumentError: Naming the argument, what came and what is allowed.
+        """
+        check_choice("inputs", inputs, get_args(Inputs))
+        check_threshold(eps, "eps")
+        if (inputs == "fgsm") != (eps > 0):
+            raise ArgumentError.of("eps", eps, 'a positive number with inputs="fgsm", and 0 with inputs="clean"')
+        if not (isinstance(per_class, bool) or callable(per_class)):
+            raise ArgumentError.of("per_class", per_class, "True, False or a function from a batch to its targets")
+        if layers is not None and (isinstance(layers, str | type) or not len(layers)):
+            raise ArgumentError.of("layers", layers, 'None for all layers, or a list such as ["net.conv*"]')
+        asked = near_zero(check_threshold(threshold), relative=relative_threshold)
+        return cls(
+            criteria=tuple(asked if c.name == asked.name else c for c in resolve(criteria)),
+            layers=None if layers is None else tuple(layers),
+            per_class=per_class,
+            threshold=float(threshold),
+            relative_threshold=bool(relative_threshold),
+            normalize=check_choice("normalize", normalize, get_args(Normalization)),  # type: ignore[arg-type]
+            inputs=inputs,
+            eps=float(eps),
+            loss_reduction=check_choice("loss_reduction", loss_reduction, LOSS_REDUCTIONS),  # type: ignore[arg-type]
+        )
+
+    @property
+    def by_class(self) -> bool:
+        """Whether classes are kept apart."""
+        return self.per_class is not False
+
+    def targets(self, batch: Any) -> Tensor:
+        """The class of each sample.
+
+        Raises:
+            MeasurementError: If the batch does not show them, or they are no class numbers.
+        """
+        found = self.per_class(batch) if callable(self.per_class) else targets_of(batch)
+        if found is None:
+            raise MeasurementError(
+                f"per_class=True: found no targets in a batch of type {type(batch).__name__}; expected a pair (inputs, "
+                f"targets) or one of the keys {', '.join(TARGET_KEYS)} with one whole number per sample, or pass a "
+                "function per_class=lambda batch: ..."
+            )
+        if not isinstance(found, Tensor) or found.ndim != 1 or found.is_floating_point() or (found < 0).any():
+            got = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+            raise MeasurementError(f"per_class: targets must be one whole number of at least 0 per sample, got {got}")
+        return found.to(torch.int64)
+
+    def plain(self) -> dict[str, Any]:
+        """The settings as plain values, for reports and checkpoints."""
+        names = [p if isinstance(p, str) else p.__name__ for p in self.layers or ()]
+        return {
+            "criteria": [c.name for c in self.criteria],
+            "layers": names or None,
+            "per_class": self.by_class,
+            "threshold": self.threshold,
+            "relative_threshold": self.relative_threshold,
+            "normalize": self.normalize,
+            "inputs": self.inputs,
+            "eps": self.eps,
+            "loss_reduction": self.loss_reduction,
+        }
