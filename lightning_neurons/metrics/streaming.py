@@ -7,10 +7,12 @@ A leading axis separates classes (one class if classes are not asked for).
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -23,6 +25,30 @@ PER_CLASS_LIMIT = 2 * 2**30
 """Bytes that the sums of a measurement per class may take."""
 
 _BY_CLASS = ("totals", "maxima", "samples", "values", "histogram")
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What to observe of a layer, sums first, and in which rows of the states it goes."""
+
+    statistics: tuple[Statistic, ...]
+    sums: tuple[int, ...]
+    maxima: tuple[int, ...]
+
+    def index(self, device: torch.device) -> Tensor:
+        return _row_index(self.sums, device)
+
+
+@lru_cache(maxsize=256)
+def _row_index(rows: tuple[int, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(rows, device=device)
+
+
+def _finite(rows: Float[Tensor, "statistic batch neuron"]) -> Bool[Tensor, "batch neuron"] | None:
+    """Where all statistics are finite; None for everywhere. To look would synchronise a GPU, so there it is never None."""
+    finite = rows.sum(0).isfinite()
+    return None if finite.device.type == "cpu" and bool(finite.all()) else finite
 
 
 class StreamingCriteria(Metric):
@@ -65,7 +91,7 @@ class StreamingCriteria(Metric):
         named = {s.name: s for c in self.criteria for s in c.statistics}
         self._sums = [s for s in named.values() if s.reduce == "sum"]
         self._maxima = [s for s in named.values() if s.reduce == "max"]
-        self._plan: dict[tuple[str, Need], list[Statistic]] = {}
+        self._plans: dict[tuple[str, Need], _Plan] = {}
         self._several_calls: set[str] = set()
         self._pending: dict[tuple[str, Need], tuple[list[Tensor], int]] = {}
         neurons, classes = ends[-1], 0 if per_class else 1
@@ -99,95 +125,95 @@ class StreamingCriteria(Metric):
                 self.refused[criterion.name][layer] = reason
         wanted = {s.name for c in accepted for s in c.statistics}
         for need in NEEDS:
-            self._plan[layer, need] = [
-                s for s in [*self._sums, *self._maxima] if s.name in wanted and s.needs == need
-            ]
+            sums, maxima = ([s for s in of if s.name in wanted and s.needs == need] for of in (self._sums, self._maxima))
+            self._plans[layer, need] = _Plan(
+                (*sums, *maxima), tuple(map(self._sums.index, sums)), tuple(map(self._maxima.index, maxima))
+            )
         (self._several_calls.add if calls > 1 else self._several_calls.discard)(layer)
 
     def update(
         self, layer: str, view: LayerView, need: Need = "activation", targets: Int[Tensor, " batch"] | None = None
     ) -> None:
-        """Add one call of one layer. Nothing is synchronised with the device unless classes are kept apart."""
-        statistics = self._plan[layer, need]
+        """Add one call of one layer. Nothing is synchronised with a GPU unless classes are kept apart."""
+        plan = self._plans[layer, need]
         wants_histogram = need == "activation" and self.histogram.shape[1] > 0
-        if not statistics and not wants_histogram:
+        if not plan.statistics and not wants_histogram:
             return
-        rows = [s.observe(view) for s in statistics] or [view.total]
-        if layer in self._several_calls and self._hold(layer, need, rows, view):
-            finite = torch.stack([r.isfinite() for r in rows]).all(0)
+        rows = [s.observe(view) for s in plan.statistics] or [view.total]
+        positions = view.activation.shape[-1]
+        index = self._class_index(layer, targets, len(rows[0]))
+        if layer in self._several_calls and self._hold(layer, need, rows, positions):
+            finite = _finite(torch.stack(rows))
         else:
-            finite = self._add(layer, need, rows, view.activation.shape[-1], targets)
+            finite = self._add(layer, need, rows, positions, index)
         if wants_histogram:
-            self._count(layer, view, finite, targets)
+            self._count(layer, view.activation, finite, index)
 
     def finish_batch(self, targets: Int[Tensor, " batch"] | None = None) -> None:
         """Add the layers that ran several times in this batch."""
         pending, self._pending = self._pending, {}
         for (layer, need), (rows, positions) in pending.items():
-            self._add(layer, need, rows, positions, targets)
+            self._add(layer, need, rows, positions, self._class_index(layer, targets, len(rows[0])))
 
-    def _hold(self, layer: str, need: Need, rows: list[Tensor], view: LayerView) -> bool:
+    def _hold(self, layer: str, need: Need, rows: list[Tensor], positions: int) -> bool:
         """Join this call to the sample's earlier ones; False where it has other samples than they."""
-        held, positions = self._pending.get((layer, need), (rows, 0))
+        held, before = self._pending.get((layer, need), (rows, 0))
         if held[0].shape != rows[0].shape:
             return False
         if held is not rows:
-            statistics = self._plan[layer, need]
+            statistics = self._plans[layer, need].statistics
             reducers = [torch.maximum if s.reduce == "max" else torch.add for s in statistics] or [torch.add]
             held = [reduce(old, new) for reduce, old, new in zip(reducers, held, rows, strict=True)]
-        self._pending[layer, need] = held, positions + view.activation.shape[-1]
+        self._pending[layer, need] = held, before + positions
         return True
 
     def _add(
-        self, layer: str, need: Need, rows: list[Tensor], positions: int, targets: Tensor | None
-    ) -> Bool[Tensor, "batch neuron"]:
-        statistics, place = self._plan[layer, need], self.places[layer]
-        done = [r if s.per_sample is None else s.per_sample(r) for s, r in zip(statistics, rows, strict=False)] or rows
-        stack = torch.stack(done).to(self.totals.device)
-        finite = stack.isfinite().all(0)
-        index = self._class_index(layer, targets, len(finite))
-        at, sums = NEEDS.index(need), [i for i, s in enumerate(statistics) if s.reduce == "sum"]
-        if sums:
-            slots = [self._sums.index(statistics[i]) for i in sums]
-            clean = torch.where(finite, stack[: len(sums)], 0)
-            self._scatter(self.totals[:, slots[0] : slots[-1] + 1, place], clean, [s - slots[0] for s in slots], index)
-        for i in range(len(sums), len(statistics)):
-            slot = self._maxima.index(statistics[i])
-            clean = torch.where(finite, stack[i], -torch.inf).double()
+        self, layer: str, need: Need, rows: list[Tensor], positions: int, index: Tensor | None
+    ) -> Bool[Tensor, "batch neuron"] | None:
+        plan, place, at = self._plans[layer, need], self.places[layer], NEEDS.index(need)
+        transformed = [r if s.per_sample is None else s.per_sample(r) for s, r in zip(plan.statistics, rows, strict=False)]
+        stack = torch.stack(transformed or rows).to(self.totals.device)
+        finite = _finite(stack)
+        clean = stack if finite is None else torch.where(finite, stack, 0)
+        for number, (slot, row) in enumerate(zip(plan.sums, clean, strict=False)):
+            if index is not None:
+                self.totals[:, slot, place].index_add_(0, index, row.double())
+            elif number == 0:
+                # The sums of one layer lie side by side, unless criteria refuse the layer.
+                summed = clean[: len(plan.sums)].sum(1, dtype=torch.float64)
+                self.totals[0, :, place].index_add_(0, plan.index(clean.device), summed)
+        for slot, row in zip(plan.maxima, stack[len(plan.sums) :], strict=False):
+            highest = row if finite is None else torch.where(finite, row, -torch.inf)
             here = self.maxima[:, slot, place]
             if index is None:
-                torch.maximum(here[0], clean.amax(0), out=here[0])
+                torch.maximum(here[0], highest.amax(0).double(), out=here[0])
             else:
-                here.scatter_reduce_(0, index[:, None].expand_as(clean), clean, "amax")
-        seen = finite.long()
-        self._scatter(self.samples[:, at : at + 1, place], seen[None], [0], index)
-        self.nonfinite[at, place] += (1 - seen).sum(0)
-        if need == "activation":
-            self._scatter(self.values[:, None, place], seen[None] * positions, [0], index)
+                here.scatter_reduce_(0, index[:, None].expand_as(highest), highest.double(), "amax")
+        seen = stack.new_ones(stack.shape[1:], dtype=torch.int64) if finite is None else finite.long()
+        if finite is not None:
+            self.nonfinite[at, place] += (1 - seen).sum(0)
+        counts = [(self.samples[:, at, place], 1)] + [(self.values[:, place], positions)] * (need == "activation")
+        for state, each in counts:
+            if index is None:
+                state[0] += len(stack[0]) * each if finite is None else seen.sum(0) * each
+            else:
+                state.index_add_(0, index, seen * each)
         return finite
 
-    @staticmethod
-    def _scatter(state: Tensor, rows: Tensor, slots: list[int], index: Tensor | None) -> None:
-        """Add ``(statistic, batch, neuron)`` rows to ``(class, statistic, neuron)`` sums, in place."""
-        if index is None:
-            state[0].index_add_(0, torch.tensor(slots, device=state.device), rows.sum(1, dtype=state.dtype))
-            return
-        for slot, row in zip(slots, rows, strict=True):
-            state[:, slot].index_add_(0, index, row.to(state.dtype))
-
-    def _count(self, layer: str, view: LayerView, finite: Tensor, targets: Tensor | None) -> None:
-        values, place = view.activation, self.places[layer]
-        chosen = histogram.positions(values.shape[-1])
+    def _count(self, layer: str, values: Tensor, finite: Tensor | None, index: Tensor | None) -> None:
+        place, chosen = self.places[layer], histogram.positions(values.shape[-1])
         if len(chosen) < values.shape[-1]:
-            values = values[:, :, list(chosen)]
+            values = values.index_select(-1, chosen.to(values.device))
         bins = histogram.bin_index(values).to(self.histogram.device)
         neurons = torch.arange(place.start, place.stop, device=bins.device)
-        index = self._class_index(layer, targets, len(values))
         if index is not None:
             neurons = neurons + index[:, None] * self.histogram.shape[1]
-        flat = bins.add_((neurons * histogram.BINS).unsqueeze(-1)).flatten()
-        weights = finite.long().unsqueeze(-1).expand_as(bins).reshape(-1)
-        self.histogram.view(-1).index_add_(0, flat, weights)
+        # int32 is enough for the bins of most models, and twice as fast as int64.
+        first = (neurons * histogram.BINS).unsqueeze(-1)
+        flat = bins.add_(first.int()) if self.histogram.numel() < 2**31 else bins + first
+        one = flat.new_ones(1, dtype=torch.int64)
+        weights = one.expand(flat.numel()) if finite is None else finite.long().unsqueeze(-1).expand_as(flat).flatten()
+        self.histogram.view(-1).index_add_(0, flat.flatten(), weights)
 
     def _class_index(self, layer: str, targets: Tensor | None, rows: int) -> Tensor | None:
         if not self.per_class:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lightning_neurons.criteria import ACTIVATION_CRITERIA, GRADIENT_CRITERIA, Criterion
 from lightning_neurons.criteria.ranking import Normalization
 from lightning_neurons.errors import ArgumentError, MeasurementError
-from lightning_neurons.network.batches import batch_size_of, inputs_of, targets_of
+from lightning_neurons.network.batches import batch_size_of, inputs_of
 from lightning_neurons.network.isolate import isolated
 from lightning_neurons.network.layer import Pattern
 from lightning_neurons.network.neurons import call
@@ -106,23 +106,30 @@ def _one_batch(
     batch: Any,
     index: int,
 ) -> None:
-    model, size = passes.model, batch_size_of(batch)
-    measurement.start_batch(size, settings.targets(batch) if settings.by_class else targets_of(batch))
+    model = passes.model
 
     def loss_of(given: Any) -> Tensor:
         assert loss_fn is not None, "checked before the first batch"
-        return summed(loss_fn(model, given), settings.loss_reduction, size)
+        return summed(loss_fn(model, given), settings.loss_reduction, batch_size_of(given))
 
-    if settings.inputs == "fgsm" and loss_fn is not None:
-        batch = fgsm(loss_of, batch, settings.eps)
-    if "gradient" in measurement.needs:
-        passes.differentiate(loss_of, batch, observe=True)
-    else:
-        with torch.no_grad(), passes.observe():
-            call(model, inputs_of(batch))
-    if "sampled_gradient" in measurement.needs:
-        passes.differentiate(lambda given: sampled_loss(model, given, index), batch, "sampled_gradient")
-    measurement.finish_batch()
+    def forward(given: Any) -> Any:
+        return call(model, inputs_of(given))
+
+    if passes.layers is None:
+        passes.find(forward if loss_fn is None else loss_of, batch)
+    for number, part in enumerate(passes.parts(batch) if loss_fn is not None else [batch]):
+        measurement.start_batch(batch_size_of(part), settings.targets(part) if settings.by_class else None)
+        if settings.inputs == "fgsm" and loss_fn is not None:
+            part = fgsm(loss_of, part, settings.eps)
+        if "gradient" in measurement.needs:
+            passes.differentiate(loss_of, part, observe="activation" in measurement.needs)
+        else:
+            with torch.no_grad(), passes.observe():
+                forward(part)
+        if "sampled_gradient" in measurement.needs:
+            seed = index * 1_000_003 + number
+            passes.differentiate(lambda given, s=seed: sampled_loss(model, given, s), part, "sampled_gradient")
+        measurement.finish_batch()
 
 
 def sampled_loss(model: Any, batch: Any, seed: int) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_neurons.criteria.contract import Need
 from lightning_neurons.errors import MeasurementError
-from lightning_neurons.network.batches import tensors_of
+from lightning_neurons.network.batches import batch_size_of, rows_of, tensors_of
 from lightning_neurons.network.isolate import differentiable, eager, frozen
 from lightning_neurons.network.layer import Layer
 from lightning_neurons.network.trace import Trace
@@ -18,6 +18,10 @@ from lightning_neurons.network.watch import WatchActivations, WatchGradients
 
 LossReduction = Literal["mean", "sum", "none"]
 LOSS_REDUCTIONS: tuple[str, ...] = get_args(LossReduction)
+
+_CACHED_BYTES = 2 * 2**20
+_SMALLEST_PART = 8
+_FEW = 2
 
 
 class Receiver(Protocol):
@@ -46,6 +50,7 @@ class Passes:
         self.model = model
         self.receivers = list(receivers)
         self.layers: dict[str, Layer] | None = None
+        self._bytes_per_sample = 0
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -63,7 +68,7 @@ class Passes:
         try:
             with eager(), trace:
                 yield
-            self._learn(trace.found())
+            self._learn(trace)
             for name, value in trace.activations():
                 self._activation(name, value.detach())
         finally:
@@ -86,7 +91,7 @@ class Passes:
         with differentiable(), frozen(self.model):
             batch = normal_tensors(batch)
             if self.layers is None:
-                self._find(loss_of, batch)
+                self.find(loss_of, batch)
             assert self.layers is not None, "just found"
             watch = WatchGradients(
                 self.layers,
@@ -103,17 +108,43 @@ class Passes:
                 )
             watch.backward(loss)
 
-    def _find(self, loss_of: Callable[[Any], Tensor], batch: Any) -> None:
+    def parts(self, batch: Any) -> Iterator[Any]:
+        """The batch in parts whose activations stay in a CPU's cache; whole on other devices.
+
+        Backward passes of large batches are bound by memory: parts take three quarters of the time and a fraction of
+        the memory, and because losses are sums over samples, the result is the same.
+        """
+        size = batch_size_of(batch)
+        part = max(_SMALLEST_PART, _CACHED_BYTES // max(self._bytes_per_sample, 1))
+        on_cpu = all(t.device.type == "cpu" for t in tensors_of(batch))
+        if not on_cpu or part >= size or any(t.ndim and len(t) != size for t in tensors_of(batch)):
+            yield batch
+            return
+        for rows in torch.arange(size).chunk(-(-size // part)):
+            yield rows_of(batch, rows, size)
+
+    def find(self, forward: Callable[[Any], Any], batch: Any) -> None:
+        """Learn the activation points from a forward of a few samples (of all, if the model does not run on a few)."""
+        size = batch_size_of(batch)
+        few = rows_of(batch, torch.arange(min(_FEW, size)), size)
+        try:
+            self._trace(forward, few)
+        except Exception:  # whatever a model raises on fewer samples than it expects
+            self._trace(forward, batch)
+
+    def _trace(self, forward: Callable[[Any], Any], batch: Any) -> None:
         trace = Trace(self.model, self.modules)
         try:
-            with torch.no_grad(), trace:
-                loss_of(batch)
-            self._learn(trace.found())
+            with torch.no_grad(), eager(), trace:
+                forward(batch)
+            self._learn(trace)
         finally:
             trace.close()
 
-    def _learn(self, layers: dict[str, Layer]) -> None:
-        self.layers = layers
+    def _learn(self, trace: Trace) -> None:
+        self.layers = layers = trace.found()
+        sizes = (v.numel() * v.element_size() // len(v) for _, v in trace.activations() if v.ndim and len(v))
+        self._bytes_per_sample = max(sizes, default=0)
         for receiver in self.receivers:
             receiver.learn({name: layers[name] for name in receiver.modules})
 
