@@ -64,11 +64,10 @@ def near_zero(threshold: float = 0.01, *, relative: bool = True) -> Criterion:
     check_threshold(threshold)
 
     def share(summary: Summary) -> Float[Tensor, " neuron"]:
-        assert summary.near_zero is not None and summary.values is not None
+        assert summary.near_zero is not None
+        assert summary.values is not None
         limit = threshold * layer_rms(summary) if relative else threshold
-        return exact_at_the_end(
-            summary.near_zero(limit), summary.total(LARGEST_MAGNITUDE), limit, summary.values
-        )
+        return exact_at_the_end(summary.near_zero(limit), summary.total(LARGEST_MAGNITUDE), limit, summary.values)
 
     return Criterion("near_zero", (SQUARES, LARGEST_MAGNITUDE), share, "deadness", histogram=True)
 

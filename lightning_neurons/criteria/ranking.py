@@ -101,9 +101,7 @@ def select(
     return chosen
 
 
-def _how_many(
-    scores: Tensor, share: float | None, count: int | None, cumulative: float | None
-) -> int:
+def _how_many(scores: Tensor, share: float | None, count: int | None, cumulative: float | None) -> int:
     if count is not None:
         return min(check_count("count", count, least=0), scores.numel())
     if share is not None:

@@ -55,9 +55,7 @@ GRADIENT = Criterion("gradient", (GRADIENT_SQUARES,), gradient)
 TAYLOR = Criterion("taylor", (GATE_MAGNITUDE,), lambda summary: summary.per_sample(GATE_MAGNITUDE))
 """``E|u|``: Molchanov et al. 2017 (arXiv:1611.06440), equation 8, without their constant 1 / positions."""
 
-TAYLOR_FO = Criterion(
-    "taylor_fo", (GATE,), lambda summary: summary.per_sample(GATE).square(), in_loss_units=True
-)
+TAYLOR_FO = Criterion("taylor_fo", (GATE,), lambda summary: summary.per_sample(GATE).square(), in_loss_units=True)
 """``E[u]^2``: Molchanov et al. 2019 (CVPR), on gates, over the whole data set instead of each minibatch."""
 
 FISHER = Criterion(
@@ -66,6 +64,4 @@ FISHER = Criterion(
 """``E[u^2] / 2``: Theis et al. 2018 (arXiv:1801.05787)."""
 
 SECOND_ORDER = Criterion("second_order", (GATE, GATE_SQUARES), second_order, in_loss_units=True)
-SECOND_ORDER_GGN = Criterion(
-    "second_order_ggn", (GATE, SAMPLED_GATE_SQUARES), second_order_ggn, in_loss_units=True
-)
+SECOND_ORDER_GGN = Criterion("second_order_ggn", (GATE, SAMPLED_GATE_SQUARES), second_order_ggn, in_loss_units=True)

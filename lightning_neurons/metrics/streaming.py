@@ -102,7 +102,7 @@ class StreamingCriteria(Metric):
             "maxima", torch.full((classes, len(self._maxima), neurons), -torch.inf, dtype=torch.float64), "max"
         )
         self.add_state("samples", start, "sum")
-        self.add_state("values", start[:, 0], "sum")
+        self.add_state("values", start[:, 0].clone(), "sum")
         self.add_state("nonfinite", torch.zeros(len(NEEDS), neurons, dtype=torch.int64), "sum")
         self.add_state("histogram", torch.zeros(classes, wide, histogram.BINS, dtype=torch.int64), "sum")
 
@@ -125,7 +125,9 @@ class StreamingCriteria(Metric):
                 self.refused[criterion.name][layer] = reason
         wanted = {s.name for c in accepted for s in c.statistics}
         for need in NEEDS:
-            sums, maxima = ([s for s in of if s.name in wanted and s.needs == need] for of in (self._sums, self._maxima))
+            sums, maxima = (
+                [s for s in of if s.name in wanted and s.needs == need] for of in (self._sums, self._maxima)
+            )
             self._plans[layer, need] = _Plan(
                 (*sums, *maxima), tuple(map(self._sums.index, sums)), tuple(map(self._maxima.index, maxima))
             )
@@ -171,7 +173,9 @@ class StreamingCriteria(Metric):
         self, layer: str, need: Need, rows: list[Tensor], positions: int, index: Tensor | None
     ) -> Bool[Tensor, "batch neuron"] | None:
         plan, place, at = self._plans[layer, need], self.places[layer], NEEDS.index(need)
-        transformed = [r if s.per_sample is None else s.per_sample(r) for s, r in zip(plan.statistics, rows, strict=False)]
+        transformed = [
+            r if s.per_sample is None else s.per_sample(r) for s, r in zip(plan.statistics, rows, strict=False)
+        ]
         stack = torch.stack(transformed or rows).to(self.totals.device)
         finite = _finite(stack)
         clean = stack if finite is None else torch.where(finite, stack, 0)

@@ -1,6 +1,6 @@
 """Looking into a batch of any form: how many samples, their targets, a part of them, their inputs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -41,7 +41,9 @@ def batch_size_of(batch: Any) -> int:
     """
     size = next((len(t) for t in tensors_of(batch) if t.ndim), None)
     if size is None:
-        raise MeasurementError(f"batch of type {type(batch).__name__}: found no tensor that tells how many samples it has")
+        raise MeasurementError(
+            f"batch of type {type(batch).__name__}: found no tensor that tells how many samples it has"
+        )
     return size
 
 
@@ -57,7 +59,9 @@ def targets_of(batch: Any) -> Int[Tensor, " batch"] | None:
     elif is_dataclass(batch) and not isinstance(batch, type):
         found = next((getattr(batch, k) for k in TARGET_KEYS if hasattr(batch, k)), None)
     elif isinstance(batch, list | tuple):
-        found = next((getattr(batch, k) for k in TARGET_KEYS if hasattr(batch, k)), batch[1] if len(batch) == 2 else None)
+        found = next(
+            (getattr(batch, k) for k in TARGET_KEYS if hasattr(batch, k)), batch[1] if len(batch) == 2 else None
+        )
     else:
         return None
     return found if _is_labels(found, batch) else None
@@ -85,14 +89,16 @@ def rows_of(batch: Any, index: Tensor, size: int) -> Any:
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(rows_of(value, index, size) for value in batch))
     if isinstance(batch, list | tuple):
-        per_sample = len(batch) == size and not any(isinstance(v, Tensor) and len(v) == size for v in batch if _long(v))
-        chosen = (batch[i] for i in index.tolist()) if per_sample else (rows_of(v, index, size) for v in batch)
+        whole = _per_sample(batch, size)
+        chosen = (batch[i] for i in index.tolist()) if whole else (rows_of(v, index, size) for v in batch)
         return type(batch)(chosen)
     return batch
 
 
-def _long(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 0
+def _per_sample(entries: Sequence[Any], size: int) -> bool:
+    """Whether a list has one entry per sample, rather than one tensor for each of several quantities."""
+    columns = any(isinstance(v, Tensor) and v.ndim and len(v) == size for v in entries)
+    return len(entries) == size and not columns
 
 
 def inputs_of(batch: Any) -> Any:
@@ -106,3 +112,42 @@ def inputs_of(batch: Any) -> Any:
         return {key: value for key, value in batch.items() if key not in TARGET_KEYS}
     pair = isinstance(batch, list | tuple) and len(batch) == 2 and isinstance(batch[0], Tensor)
     return batch[0] if pair else batch
+
+
+def form_of(batch: Any) -> tuple[Any, ...]:
+    """What two batches must share to be joined: the shape of a sample and type of each tensor."""
+    return tuple((t.shape[1:], t.dtype, t.device) for t in tensors_of(batch))
+
+
+def join(batches: Sequence[Any], sizes: Sequence[int]) -> Any:
+    """One batch of the samples of several of the same form; what is not per sample is the first one's.
+
+    Args:
+        batches: Batches for which ``form_of`` is the same.
+        sizes: How many samples each has.
+
+    Example:
+        >>> join([{"x": torch.zeros(1, 2), "name": ["a"]}, {"x": torch.ones(2, 2), "name": ["b", "c"]}], [1, 2])
+        {'x': tensor([[0., 0.],
+                [1., 1.],
+                [1., 1.]]), 'name': ['a', 'b', 'c']}
+    """
+    first = batches[0]
+    if len(batches) == 1:
+        return first
+    if isinstance(first, Tensor):
+        per_sample = all(b.ndim and len(b) == n for b, n in zip(batches, sizes, strict=True))
+        return torch.cat(list(batches)) if per_sample else first
+    if isinstance(first, Mapping):
+        values = {key: join([b[key] for b in batches], sizes) for key in first}
+        return values if type(first) is dict else type(first)(values)  # type: ignore[call-arg]
+    if is_dataclass(first) and not isinstance(first, type):
+        inner = {f.name: join([getattr(b, f.name) for b in batches], sizes) for f in fields(first) if f.init}
+        return replace(first, **inner)
+    if isinstance(first, tuple) and hasattr(first, "_fields"):
+        return type(first)(*(join(column, sizes) for column in zip(*batches, strict=True)))
+    if isinstance(first, list | tuple):
+        if all(_per_sample(b, n) for b, n in zip(batches, sizes, strict=True)):
+            return type(first)(entry for b in batches for entry in b)
+        return type(first)(join(column, sizes) for column in zip(*batches, strict=True))
+    return first

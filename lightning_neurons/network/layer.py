@@ -134,7 +134,9 @@ def require_materialized(layers: dict[str, nn.Module]) -> None:
     for name, module in layers.items():
         if any(is_lazy(p) for p in module.parameters()):
             raise ArgumentError.of(
-                "model", f"{name}: {type(module).__name__}", "materialised layers; run one batch through the model first"
+                "model",
+                f"{name}: {type(module).__name__}",
+                "materialised layers; run one batch through the model first",
             )
 
 
@@ -142,7 +144,9 @@ def _matching(pattern: Pattern, layers: dict[str, nn.Module]) -> list[str]:
     if isinstance(pattern, type):
         names = [n for n, m in layers.items() if isinstance(m, pattern)]
         if not names:
-            raise UnknownNameError.among("layers", pattern.__name__, sorted({type(m).__name__ for m in layers.values()}))
+            raise UnknownNameError.among(
+                "layers", pattern.__name__, sorted({type(m).__name__ for m in layers.values()})
+            )
         return names
     if not isinstance(pattern, str):
         raise ArgumentError.of("layers", pattern, "patterns of layer names, or module types")

@@ -11,9 +11,7 @@ from lightning_neurons.network.layer import Layer, Pattern, candidates, require_
 from lightning_neurons.network.trace import Trace
 
 
-def find_neurons(
-    model: nn.Module, example_inputs: Any, *, layers: Sequence[Pattern] | None = None
-) -> list[Layer]:
+def find_neurons(model: nn.Module, example_inputs: Any, *, layers: Sequence[Pattern] | None = None) -> list[Layer]:
     """Find the layers of a model and the point where each one's neurons get their final value.
 
     Runs one forward in evaluation mode, without gradients, and leaves no trace in the model. The projections inside

@@ -19,7 +19,21 @@ def _writes_by_name(function: Callable[..., Any]) -> bool:
 
 _IN_PLACE_OPERATORS = {
     f"__i{operator}__"
-    for operator in "add sub mul truediv floordiv mod pow and or xor lshift rshift matmul".split()
+    for operator in [
+        "add",
+        "sub",
+        "mul",
+        "truediv",
+        "floordiv",
+        "mod",
+        "pow",
+        "and",
+        "or",
+        "xor",
+        "lshift",
+        "rshift",
+        "matmul",
+    ]
 }
 
 
@@ -30,8 +44,10 @@ def target_of_write(function: Callable[..., Any], args: Sequence[Any], kwargs: M
     """
     if kwargs and isinstance(kwargs.get("out"), Tensor):
         return kwargs["out"]  # type: ignore[no-any-return]
-    writes = _writes_by_name(function) or (kwargs and kwargs.get("inplace")) or (
-        function in LINKS and any(a is True for a in args[1:])
+    writes = (
+        _writes_by_name(function)
+        or (kwargs and kwargs.get("inplace"))
+        or (function in LINKS and any(a is True for a in args[1:]))
     )
     target = args[0] if args else kwargs.get("input")
     return target if writes and isinstance(target, Tensor) else None

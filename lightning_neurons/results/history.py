@@ -53,24 +53,27 @@ class NeuronHistory:
         return len(self.entries)
 
     def add(self, report: NeuronReport) -> HistoryEntry:
-        """Compare a report with the one before and keep the comparison."""
+        """Compare a report with the one before and keep it."""
+        entry = self.compare(report)
+        self.entries.append(entry)
+        self._scores = {name: scores.clone() for name, scores in _main_scores(report).items()}
+        return entry
+
+    def compare(self, report: NeuronReport) -> HistoryEntry:
+        """Compare a report with the last one of the history."""
         dead = {name: report.dead(name).nonzero().flatten().tolist() for name in report.deadness}
         widths = {name: len(c.samples) for name, c in report.counts.items()}
         before = self.entries[-1] if self.entries else None
-        same = [n for n in dead if before and before.widths.get(n) == widths[n]]
-        scores = {n: s.clone() for n, s in report.scores[report.main_criterion].items()} if report.scores else {}
-        entry = HistoryEntry(
+        same = [n for n in dead if before and before.widths.get(n) == widths[n] and n in before.dead]
+        return HistoryEntry(
             epoch=report.epoch,
             step=report.step,
             widths=widths,
             dead=dead,
             died={n: sorted({*dead[n]} - {*before.dead[n]}) for n in same if before},
             revived={n: sorted({*before.dead[n]} - {*dead[n]}) for n in same if before},
-            stability={n: self._stability(n, s) for n, s in scores.items()},
+            stability={n: self._stability(n, s) for n, s in _main_scores(report).items()},
         )
-        self.entries.append(entry)
-        self._scores = scores
-        return entry
 
     def persistently_dead(self, measurements: int | None = None) -> dict[str, list[int]]:
         """Neurons that were dead in each of the last ``measurements`` (all if None), by layer.
@@ -93,7 +96,9 @@ class NeuronHistory:
     def state_dict(self) -> dict[str, Any]:
         """Plain values and tensors, which ``torch.load(weights_only=True)`` accepts."""
         return {
-            "entries": [{n: dict(v) if isinstance(v, Mapping) else v for n, v in vars(e).items()} for e in self.entries],
+            "entries": [
+                {n: dict(v) if isinstance(v, Mapping) else v for n, v in vars(e).items()} for e in self.entries
+            ],
             "scores": dict(self._scores),
         }
 
@@ -101,3 +106,7 @@ class NeuronHistory:
         """Continue where ``state_dict`` left off."""
         self.entries = [HistoryEntry(**entry) for entry in state["entries"]]
         self._scores = {name: torch.as_tensor(scores) for name, scores in state["scores"].items()}
+
+
+def _main_scores(report: NeuronReport) -> Mapping[str, Tensor]:
+    return report.scores[report.main_criterion] if report.scores else {}

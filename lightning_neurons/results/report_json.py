@@ -165,7 +165,9 @@ def _counts(counts: Any) -> dict[str, Any]:
 
 
 def _read_counts(entry: dict[str, Any]) -> dict[str, Any]:
-    whole = {n: torch.tensor(entry[n], dtype=torch.int64) for n in ("samples", "gradient_samples", "values", "nonfinite")}
+    whole = {
+        n: torch.tensor(entry[n], dtype=torch.int64) for n in ("samples", "gradient_samples", "values", "nonfinite")
+    }
     packed = zlib.decompress(base64.b64decode(entry["histogram"]["zlib"]))
     histogram = torch.from_numpy(np.frombuffer(packed, "<i8").astype(np.int64).reshape(entry["histogram"]["shape"]))
     largest = None if entry["largest"] is None else _floats(entry["largest"])

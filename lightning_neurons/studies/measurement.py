@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_neurons.criteria import Criterion, LayerView
+from lightning_neurons.criteria.activity import LARGEST_MAGNITUDE
 from lightning_neurons.criteria.contract import NEEDS, Need
 from lightning_neurons.criteria.deadness import layer_rms
-from lightning_neurons.criteria.activity import LARGEST_MAGNITUDE
 from lightning_neurons.metrics.histogram import BINS
 from lightning_neurons.metrics.streaming import StreamingCriteria
 from lightning_neurons.network.families import family_of
@@ -17,6 +17,7 @@ from lightning_neurons.network.layer import Layer, Pattern, candidates, require_
 from lightning_neurons.network.samples import samples_first
 from lightning_neurons.network.weights import traits_of
 from lightning_neurons.results.neuron_report import LayerCounts, NeuronReport
+
 
 class Measurement:
     """Collects what one report needs; a receiver of ``Passes``.
@@ -72,7 +73,8 @@ class Measurement:
         for name, layer in layers.items():
             if layer.calls and (name not in self.layers or not self.layers[name].calls):
                 self.metric.describe(traits_of(layer, self.model), calls=layer.calls)
-            self.layers.setdefault(name, layer)
+            if layer.calls or name not in self.layers:
+                self.layers[name] = layer
 
     def receive(self, layer: str, activation: Tensor, gradient: Tensor | None, need: Need) -> None:
         """Add one call of one layer."""
@@ -85,8 +87,24 @@ class Measurement:
         )
         self.metric.update(layer, view, need, self._targets if self.per_class else None)
 
+    def merge_processes(self, processes: int) -> None:
+        """Give every process the sums of all; one that saw nothing learns the layers from the others."""
+        if processes == 1:
+            return
+        everywhere: list[dict[str, Layer]] = [{} for _ in range(processes)]
+        torch.distributed.all_gather_object(everywhere, self.layers)
+        for layers in everywhere:
+            self.learn(layers)
+        self.metric.finish_batch()
+        self.metric.sync()
+
     def report(
-        self, *, settings: Mapping[str, Any], notes: Sequence[str] = (), epoch: int | None = None, step: int | None = None
+        self,
+        *,
+        settings: Mapping[str, Any],
+        notes: Sequence[str] = (),
+        epoch: int | None = None,
+        step: int | None = None,
     ) -> NeuronReport:
         """Turn the sums into results, on the CPU."""
         self.metric.cpu()
@@ -99,7 +117,9 @@ class Measurement:
             scores={name: by_layer for name, by_layer in computed.items() if kinds[name] == "importance"},
             deadness_by={name: by_layer for name, by_layer in computed.items() if kinds[name] == "deadness"},
             per_class={
-                c.name: {n: torch.stack([c.score(self.metric.summary(n, k)) for k in classes]) for n in computed[c.name]}
+                c.name: {
+                    n: torch.stack([c.score(self.metric.summary(n, k)) for k in classes]) for n in computed[c.name]
+                }
                 for c in self.criteria
                 if len(classes) and c.statistics
             },

@@ -52,19 +52,14 @@ class Passes:
         self.layers: dict[str, Layer] | None = None
         self._bytes_per_sample = 0
 
-    @property
-    def modules(self) -> dict[str, nn.Module]:
-        """The layers that anybody wants."""
-        return {name: module for r in self.receivers for name, module in r.modules.items()}
-
     @contextmanager
     def observe(self) -> Iterator[None]:
         """Watch whatever forward runs inside."""
         if self.layers is not None:
-            with eager(), WatchActivations(self.layers, self.modules, self._activation):
+            with eager(), WatchActivations(self.layers, _modules(self.receivers), self._activation):
                 yield
             return
-        trace = Trace(self.model, self.modules)
+        trace = Trace(self.model, _modules(self.receivers))
         try:
             with eager(), trace:
                 yield
@@ -75,7 +70,13 @@ class Passes:
             trace.close()
 
     def differentiate(
-        self, loss_of: Callable[[Any], Tensor], batch: Any, need: Need = "gradient", *, observe: bool = False
+        self,
+        loss_of: Callable[[Any], Tensor],
+        batch: Any,
+        need: Need = "gradient",
+        *,
+        observe: bool = False,
+        receivers: Sequence[Receiver] | None = None,
     ) -> None:
         """Run a forward and the backward to the activations. Isolate the model around it.
 
@@ -84,6 +85,7 @@ class Passes:
             batch: The batch.
             need: What the gradients are of.
             observe: Whether receivers are told the activations of this forward as well.
+            receivers: Who listens; everybody if None.
 
         Raises:
             MeasurementError: If the loss does not depend on any watched layer in a differentiable way.
@@ -93,11 +95,12 @@ class Passes:
             if self.layers is None:
                 self.find(loss_of, batch)
             assert self.layers is not None, "just found"
+            listening = self.receivers if receivers is None else receivers
             watch = WatchGradients(
                 self.layers,
-                self.modules,
-                lambda name, activation, gradient: self._tell(name, activation, gradient, need),
-                self._activation if observe else None,
+                _modules(listening),
+                lambda name, activation, gradient: _tell(listening, name, activation, gradient, need),
+                (lambda name, activation: _tell(listening, name, activation, None, "activation")) if observe else None,
             )
             with watch:
                 loss = loss_of(batch)
@@ -133,7 +136,7 @@ class Passes:
             self._trace(forward, batch)
 
     def _trace(self, forward: Callable[[Any], Any], batch: Any) -> None:
-        trace = Trace(self.model, self.modules)
+        trace = Trace(self.model, _modules(self.receivers))
         try:
             with torch.no_grad(), eager(), trace:
                 forward(batch)
@@ -149,12 +152,18 @@ class Passes:
             receiver.learn({name: layers[name] for name in receiver.modules})
 
     def _activation(self, name: str, activation: Tensor) -> None:
-        self._tell(name, activation, None, "activation")
+        _tell(self.receivers, name, activation, None, "activation")
 
-    def _tell(self, name: str, activation: Tensor, gradient: Tensor | None, need: Need) -> None:
-        for receiver in self.receivers:
-            if name in receiver.modules:
-                receiver.receive(name, activation, gradient, need)
+
+def _modules(receivers: Sequence[Receiver]) -> dict[str, nn.Module]:
+    """The layers that anybody wants."""
+    return {name: module for r in receivers for name, module in r.modules.items()}
+
+
+def _tell(receivers: Sequence[Receiver], name: str, activation: Tensor, gradient: Tensor | None, need: Need) -> None:
+    for receiver in receivers:
+        if name in receiver.modules:
+            receiver.receive(name, activation, gradient, need)
 
 
 def normal_tensors(batch: Any) -> Any:

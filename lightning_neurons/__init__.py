@@ -1,0 +1,33 @@
+"""See which neurons of a network are dead and which matter, while PyTorch Lightning trains it."""
+
+from lightning_neurons.callbacks import ActivationStatisticsCallback, NeuronSensitivityCallback
+from lightning_neurons.criteria import CRITERIA, Criterion, LayerView, Statistic, Summary, agreement
+from lightning_neurons.errors import ArgumentError, MeasurementError, UnknownNameError
+from lightning_neurons.network.families import register_layer
+from lightning_neurons.network.layer import Layer
+from lightning_neurons.network.neurons import find_neurons
+from lightning_neurons.results.neuron_report import NeuronReport
+from lightning_neurons.studies.measure import logit, measure, predicted_logit
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CRITERIA",
+    "ActivationStatisticsCallback",
+    "ArgumentError",
+    "Criterion",
+    "Layer",
+    "LayerView",
+    "MeasurementError",
+    "NeuronReport",
+    "NeuronSensitivityCallback",
+    "Statistic",
+    "Summary",
+    "UnknownNameError",
+    "agreement",
+    "find_neurons",
+    "logit",
+    "measure",
+    "predicted_logit",
+    "register_layer",
+]

@@ -1,0 +1,63 @@
+"""How active and how dead every neuron is, at no extra forward."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from lightning_neurons.callbacks.arguments import lightning_errors
+from lightning_neurons.callbacks.observer import NeuronObserver
+from lightning_neurons.criteria import ACTIVATION_CRITERIA, Criterion
+from lightning_neurons.criteria.ranking import Normalization
+from lightning_neurons.errors import ArgumentError
+from lightning_neurons.network.layer import Pattern
+from lightning_neurons.studies.settings import MeasurementSettings
+
+
+class ActivationStatisticsCallback(NeuronObserver):
+    """Measures activity and deadness of every neuron while validation (or testing) runs anyway.
+
+    Rides on the module's own forward; only where a part of the module is compiled, each batch is run once more,
+    uncompiled. Of several dataloaders, the first is measured.
+
+    Args:
+        criteria: Names or ``Criterion`` objects that need activations or weights only.
+        layers: None for all, or patterns of paths (``"net.layer1.*"``), names of classes or module types.
+        every_n_epochs: How often to measure during ``fit``.
+        per_class: Keep classes apart: True finds the targets in the batch, a function gives them.
+        threshold: What counts as silent, in units of the layer's root mean square.
+        relative_threshold: False takes ``threshold`` in activation units.
+        normalize: How layers are made comparable in global rankings: ``"none"``, ``"sum"`` or ``"l2"``.
+
+    Raises:
+        MisconfigurationException: If an argument is out of range (also a ``ValueError``).
+
+    Example:
+        >>> from lightning_neurons import ActivationStatisticsCallback
+        >>> callback = ActivationStatisticsCallback(layers=["net.*"], threshold=0.05)
+        >>> # trainer = Trainer(callbacks=[callback]); trainer.fit(module); callback.report.deadness["net.conv1"]
+    """
+
+    def __init__(
+        self,
+        *,
+        criteria: Sequence[str | Criterion] | None = None,
+        layers: Sequence[Pattern] | None = None,
+        every_n_epochs: int = 1,
+        per_class: bool | Callable[[Any], Tensor] = False,
+        threshold: float = 0.01,
+        relative_threshold: bool = True,
+        normalize: Normalization = "none",
+    ) -> None:
+        with lightning_errors():
+            settings = MeasurementSettings.checked(
+                criteria=ACTIVATION_CRITERIA if criteria is None else criteria, layers=layers, per_class=per_class,
+                threshold=threshold, relative_threshold=relative_threshold, normalize=normalize, inputs="clean",
+                eps=0.0, loss_reduction="mean",
+            )  # fmt: skip
+            gradients = [c.name for c in settings.criteria if c.needs - {"activation"}]
+            if gradients:
+                raise ArgumentError.of(
+                    "criteria", gradients, "criteria without gradients here; use NeuronSensitivityCallback"
+                )
+            super().__init__(settings, every_n_epochs)

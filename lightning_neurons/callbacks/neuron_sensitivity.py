@@ -1,0 +1,84 @@
+"""Which neurons are dead and which matter."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
+
+from torch import Tensor
+
+from lightning_neurons.callbacks.arguments import lightning_errors
+from lightning_neurons.callbacks.observer import NeuronObserver
+from lightning_neurons.criteria import ACTIVATION_CRITERIA, GRADIENT_CRITERIA, Criterion
+from lightning_neurons.criteria.ranking import Normalization
+from lightning_neurons.errors import ArgumentError, check_choice, check_count
+from lightning_neurons.network.layer import Pattern
+from lightning_neurons.studies.measure import LossFunction
+from lightning_neurons.studies.passes import LossReduction
+from lightning_neurons.studies.settings import Inputs, MeasurementSettings
+
+Source = Literal["val", "train"]
+
+
+class NeuronSensitivityCallback(NeuronObserver):
+    """Measures activity, deadness and the loss's sensitivity to every neuron. No argument is needed.
+
+    Activity and deadness ride on the module's own validation forward. For sensitivity, a bounded sample of the
+    validation data is run again with gradients with respect to activations, in isolation: what ``validation_step``
+    logs, appends, draws or counts meanwhile is undone. Works in ``fit``, ``validate`` and ``test``.
+
+    Args:
+        loss_fn: Called with the module and a batch; what it returns is differentiated. None takes what
+            ``validation_step`` (``test_step``) returns or logs as a loss.
+        loss_reduction: What that is: the ``"mean"`` over the batch, the ``"sum"``, or ``"none"``: one loss per sample.
+            It must be made of the samples' own losses: batches are run in parts.
+        max_samples: The most samples that are run with gradients, spread over the data and over the classes.
+        every_n_epochs: How often to measure during ``fit``.
+        layers: None for all, or patterns of paths (``"net.layer1.*"``), names of classes or module types.
+        criteria: Names or ``Criterion`` objects.
+        per_class: Keep classes apart: True finds the targets in the batch, a function gives them.
+        normalize: How layers are made comparable in global rankings: ``"none"``, ``"sum"`` or ``"l2"``.
+        threshold: What counts as silent, in units of the layer's root mean square.
+        relative_threshold: False takes ``threshold`` in activation units.
+        source: ``"train"`` measures training batches during ``fit``, in evaluation mode, with the weights of the step
+            that used them; everything then comes from the sample.
+        inputs: ``"fgsm"`` measures sensitivity on inputs shifted against the module.
+        eps: Size of that shift, in units of the inputs.
+
+    Raises:
+        MisconfigurationException: If an argument is out of range (also a ``ValueError``).
+
+    Example:
+        >>> from lightning_neurons import NeuronSensitivityCallback
+        >>> callback = NeuronSensitivityCallback()
+        >>> # trainer = Trainer(callbacks=[callback]); trainer.fit(module)
+        >>> # callback.report.scores["gradient"]["net.conv1"], callback.report.ranking("fisher")[:10]
+    """
+
+    def __init__(
+        self,
+        *,
+        loss_fn: LossFunction | None = None,
+        loss_reduction: LossReduction = "mean",
+        max_samples: int = 512,
+        every_n_epochs: int = 1,
+        layers: Sequence[Pattern] | None = None,
+        criteria: Sequence[str | Criterion] | None = None,
+        per_class: bool | Callable[[Any], Tensor] = False,
+        normalize: Normalization = "none",
+        threshold: float = 0.01,
+        relative_threshold: bool = True,
+        source: Source = "val",
+        inputs: Inputs = "clean",
+        eps: float = 0.0,
+    ) -> None:
+        with lightning_errors():
+            settings = MeasurementSettings.checked(
+                criteria=ACTIVATION_CRITERIA + GRADIENT_CRITERIA if criteria is None else criteria, layers=layers,
+                per_class=per_class, threshold=threshold, relative_threshold=relative_threshold, normalize=normalize,
+                inputs=inputs, eps=eps, loss_reduction=loss_reduction,
+            )  # fmt: skip
+            self.max_samples = check_count("max_samples", max_samples)
+            self.source = check_choice("source", source, get_args(Source))
+            if loss_fn is not None and not callable(loss_fn):
+                raise ArgumentError.of("loss_fn", loss_fn, "a function (module, batch) -> loss")
+            self.loss_fn = loss_fn
+            super().__init__(settings, every_n_epochs)

@@ -1,0 +1,278 @@
+"""The life of a callback that observes: when it measures, whom it asks, what it does with the report.
+
+It decides *when*; all arithmetic lies below. It works in ``fit``, ``validate`` and ``test``, with the Trainers of
+``lightning`` and of ``pytorch_lightning``, and it never changes what it observes: neither weights, optimizer, random
+state nor logged values.
+"""
+
+import math
+from collections.abc import Sized
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch
+import pytorch_lightning
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_neurons.callbacks.replay import StepReplay
+from lightning_neurons.callbacks.session import Member, Session
+from lightning_neurons.errors import ArgumentError, check_count
+from lightning_neurons.network.layer import candidates
+from lightning_neurons.report.console import print_report
+from lightning_neurons.report.loggers import write_loggers
+from lightning_neurons.results.history import NeuronHistory
+from lightning_neurons.results.neuron_report import NeuronReport
+from lightning_neurons.studies.measure import LossFunction
+from lightning_neurons.studies.measurement import Measurement
+from lightning_neurons.studies.sample import StratifiedSample
+from lightning_neurons.studies.settings import MeasurementSettings
+
+_SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAFSDPStrategy")
+
+
+class NeuronObserver(lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: ignore[misc]
+    """Common base of the observing callbacks; add one of those to a Trainer.
+
+    Attributes:
+        report: The latest measurement, or None before the first.
+        history: All measurements of this run compared with one another; continues after a resume.
+    """
+
+    source: str = "val"
+    loss_fn: LossFunction | None = None
+    max_samples: int = 0
+
+    def __init__(self, settings: MeasurementSettings, every_n_epochs: int) -> None:
+        super().__init__()
+        self.settings = settings
+        self.every_n_epochs = check_count("every_n_epochs", every_n_epochs)
+        self.report: NeuronReport | None = None
+        self.history = NeuronHistory()
+        self._member: Member | None = None
+        self._active: str | None = None  # the source of the session that this callback is part of now
+        self._warned: set[str] = set()
+
+    @property
+    def state_key(self) -> str:
+        """Tells callbacks of different settings apart in a checkpoint."""
+        return self._generate_state_key(**self.settings.plain(), source=self.source)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The history, as plain values and tensors."""
+        return {"version": 1, "history": self.history.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue the history of a checkpoint."""
+        self.history.load_state_dict(state_dict["history"])
+
+    # -- before anything runs ---------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuse what cannot work, before any time has been spent."""
+        strategy = {base.__name__ for base in type(trainer.strategy).__mro__}
+        sharded = sorted(strategy & set(_SHARDED))
+        if sharded:
+            raise MisconfigurationException(
+                f"{type(self).__name__} cannot see whole layers under {sharded[0]}, which splits them over processes; "
+                'use strategy="ddp" or "auto", or measure() on the gathered model.'
+            )
+        if not is_overridden("configure_model", pl_module):
+            self._check_layers(pl_module)
+        if stage == "fit" and self.source == "val" and not trainer.enable_validation:
+            self._warn(
+                "the Trainer runs no validation (no validation_step, no validation data, or limit_val_batches=0), so "
+                'nothing will be measured. NeuronSensitivityCallback(source="train") measures on training batches.'
+            )
+        if stage == "fit" and self.source == "train" and self.loss_fn is None:
+            if not is_overridden("validation_step", pl_module):
+                raise MisconfigurationException(
+                    f'{type(self).__name__}(source="train") needs a loss: {type(pl_module).__name__} has no '
+                    "validation_step; pass loss_fn=lambda module, batch: ... that returns the loss. (training_step is "
+                    "never run twice: it may step an optimizer.)"
+                )
+
+    def _check_layers(self, pl_module: Any) -> None:
+        try:
+            found = candidates(pl_module, self.settings.layers)
+        except ArgumentError as error:
+            raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
+        if not found:
+            raise MisconfigurationException(
+                f"{type(self).__name__}: {type(pl_module).__name__} has no convolutional or linear layer; make your own "
+                "layer types known by lightning_neurons.register_layer"
+            )
+
+    # -- the stretches of data --------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Begin to measure on validation data, if it is due. The sanity check is a trial: errors come before training."""
+        if self.source == "val" and self._due(trainer):
+            self._begin(trainer, pl_module, "validation_step", trainer.val_dataloaders, trainer.num_val_batches[0])
+
+    def on_test_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Begin to measure on test data."""
+        self._begin(trainer, pl_module, "test_step", trainer.test_dataloaders, trainer.num_test_batches[0])
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Begin to measure on training data, if it is due."""
+        if self.source == "train" and self._due(trainer):
+            self._begin(trainer, pl_module, "validation_step", trainer.train_dataloader, trainer.num_training_batches)
+
+    def on_validation_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Watch the module's own forward on this batch (of the first dataloader)."""
+        session = self._session(trainer)
+        if session is not None and session.source == "val" and dataloader_idx == 0:
+            session.open(batch)
+
+    def on_validation_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Stop watching; run the picked samples again with gradients."""
+        session = self._session(trainer)
+        if session is not None and session.source == "val" and dataloader_idx == 0:
+            session.close(batch_idx)
+            self._raise_failure(trainer)
+
+    on_test_batch_start = on_validation_batch_start
+    on_test_batch_end = on_validation_batch_end
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Run the picked samples in evaluation mode, with the weights that the step has left."""
+        session = self._session(trainer)
+        if session is not None and session.source == "train":
+            session.open(batch)
+            session.close(batch_idx)
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Make the report."""
+        if self._active == "val":
+            self._finish(trainer)
+
+    on_test_epoch_end = on_validation_epoch_end
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Make the report of training data."""
+        if self._active == "train":
+            self._finish(trainer)
+
+    # -- the end ----------------------------------------------------------------------------------------------------
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Show the latest report."""
+        self._show(trainer)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Show the report of ``trainer.validate``."""
+        if trainer.state.fn == "validate":
+            self._show(trainer)
+
+    def on_test_end(self, trainer: Any, pl_module: Any) -> None:
+        """Show the report of ``trainer.test``."""
+        self._show(trainer)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Leave nothing behind, in the middle of a batch as well."""
+        self._drop(trainer)
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Leave nothing behind."""
+        self._drop(trainer)
+
+    # -- how --------------------------------------------------------------------------------------------------------
+
+    def _due(self, trainer: Any) -> bool:
+        if trainer.state.fn != "fit" or trainer.sanity_checking or self.every_n_epochs == 1:
+            return True
+        last = self.history.entries[-1].epoch if len(self.history) else None
+        period = (trainer.current_epoch + 1) // self.every_n_epochs
+        return bool(period > (0 if last is None else (last + 1) // self.every_n_epochs))
+
+    def _begin(self, trainer: Any, pl_module: Any, step: str, loaders: Any, batches: float) -> None:
+        self._check_layers(pl_module)
+        settings = self.settings
+        measurement = Measurement(
+            pl_module, settings.criteria, layers=settings.layers, per_class=settings.by_class, device=pl_module.device
+        )
+        member = Member(measurement, settings)
+        differentiates = bool(measurement.needs - {"activation"})
+        source = "train" if trainer.training else "val"
+        if differentiates or source == "train":
+            total = stream_length(loaders, batches)
+            member.replay = StepReplay(trainer, pl_module, step, self.loss_fn)
+            member.sample = StratifiedSample(math.ceil(self.max_samples / trainer.world_size), total)
+        self._member, self._active = member, source
+        Session.join(trainer, pl_module, source, member)
+
+    def _session(self, trainer: Any) -> Session | None:
+        return None if self._active is None else Session.of(trainer, self._active)
+
+    def _finish(self, trainer: Any) -> None:
+        member, session = self._member, self._session(trainer)
+        assert member is not None and session is not None, "an active callback has both"
+        session.finish()
+        self._raise_failure(trainer)
+        # Every process has to know of a failure in any: the rest of them would wait for its sums forever.
+        whole = trainer.strategy.reduce_boolean_decision(member.failure is None, all=True)
+        if not whole:
+            self._warn(f"epoch {trainer.current_epoch} was not measured: {member.failure or 'another process failed'}")
+        elif not trainer.sanity_checking:
+            self._report(trainer, member)
+        self._active = self._member = None
+        session.leave(member)
+
+    def _report(self, trainer: Any, member: Member) -> None:
+        member.measurement.merge_processes(trainer.world_size)
+        fitting = trainer.state.fn == "fit"
+        notes = [] if member.sample is None else [member.sample.describe()]
+        if trainer.world_size > 1 and notes:
+            notes = [f"on each of {trainer.world_size} processes: {notes[0]}"]
+        self.report = member.measurement.report(
+            settings={**self.settings.plain(), "source": self.source, "max_samples": self.max_samples},
+            notes=notes,
+            epoch=trainer.current_epoch if fitting else None,
+            step=trainer.global_step if fitting else None,
+        )
+        if not any(c.samples.any() for c in self.report.counts.values()):
+            self._warn("no sample was measured: the data was empty, or no layer ran")
+        entry = self.history.add(self.report) if fitting else self.history.compare(self.report)
+        directory = trainer.log_dir  # asks all processes
+        if trainer.is_global_zero and not trainer.fast_dev_run and trainer.loggers:
+            write_loggers(trainer.loggers, self.report, entry, trainer.global_step)
+            if directory is not None:
+                self.report.save(Path(directory) / "neurons.json")
+
+    def _raise_failure(self, trainer: Any) -> None:
+        """Before training has begun, or without training, nothing is lost by stopping at once."""
+        failure = self._member.failure if self._member else None
+        if failure is not None and (trainer.sanity_checking or trainer.state.fn != "fit"):
+            raise MisconfigurationException(f"{type(self).__name__}: {failure}") from failure
+
+    def _show(self, trainer: Any) -> None:
+        if self.report is None:
+            self._warn("nothing has been measured")
+        elif trainer.is_global_zero:
+            print_report(self.report, self.history)
+
+    def _drop(self, trainer: Any) -> None:
+        if self._active is not None:
+            Session.end(trainer, self._active)
+        self._active = self._member = None
+
+    def _warn(self, message: str) -> None:
+        """Say it once."""
+        if message not in self._warned:
+            self._warned.add(message)
+            rank_zero_warn(f"{type(self).__name__}: {message}")
+
+
+def stream_length(loaders: Any, batches: float) -> int | None:
+    """How many samples a process will see, or None if nobody knows."""
+    loader = loaders[0] if isinstance(loaders, list | tuple) and loaders else loaders
+    size, sampler = getattr(loader, "batch_size", None), getattr(loader, "sampler", None)
+    if batches == math.inf or size is None or not isinstance(sampler, Sized):
+        return None
+    return min(int(batches) * size, len(sampler))

@@ -1,0 +1,229 @@
+"""One watched forward and one replay per batch, however many callbacks of this package a Trainer has.
+
+The first callback that reaches a hook does the work; the others find it done. A measurement that fails never takes the
+training with it: it is dropped, and its callback says why.
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from lightning_neurons.callbacks.replay import StepReplay, is_compiled
+from lightning_neurons.criteria.contract import Need
+from lightning_neurons.network.batches import batch_size_of, targets_of
+from lightning_neurons.network.layer import Layer
+from lightning_neurons.studies.measure import sampled_loss
+from lightning_neurons.studies.measurement import Measurement
+from lightning_neurons.studies.passes import Passes, fgsm, summed
+from lightning_neurons.studies.sample import StratifiedSample
+from lightning_neurons.studies.settings import MeasurementSettings
+
+_SESSIONS: "WeakKeyDictionary[Any, dict[str, Session]]" = WeakKeyDictionary()
+
+
+@dataclass(eq=False)
+class Member:
+    """One callback's part in a session.
+
+    Attributes:
+        measurement: Where the numbers go.
+        settings: How it is measured.
+        replay: How to get the loss; None if no criterion needs gradients.
+        sample: Which samples are differentiated; None if no criterion needs gradients.
+        failure: Why the measurement was dropped, or None.
+    """
+
+    measurement: Measurement
+    settings: MeasurementSettings
+    replay: StepReplay | None = None
+    sample: StratifiedSample | None = None
+    failure: Exception | None = None
+    modules: dict[str, Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.modules = self.measurement.modules
+
+    def learn(self, layers: dict[str, Layer]) -> None:
+        """Receiver of ``Passes``."""
+        self.attempt(lambda: self.measurement.learn(layers))
+
+    def receive(self, layer: str, activation: Tensor, gradient: Tensor | None, need: Need) -> None:
+        """Receiver of ``Passes``."""
+        if self.failure is None:
+            self.attempt(lambda: self.measurement.receive(layer, activation, gradient, need))
+
+    def start_batch(self, batch: Any) -> None:
+        """Announce a batch to the measurement."""
+        targets = self.settings.targets(batch) if self.settings.by_class else None
+        self.measurement.start_batch(batch_size_of(batch), targets)
+
+    def attempt(self, action: Callable[[], None]) -> None:
+        """Do it; if that fails, give up this measurement and nothing else."""
+        try:
+            action()
+        except Exception as error:  # noqa: BLE001 (an observer must not stop what it observes)
+            self.failure = error
+
+    def pick(self, batch: Any, batch_idx: int) -> list[Any]:
+        """What of a batch, and of those before, is to be differentiated now."""
+        assert self.replay is not None and self.sample is not None, "members without a replay are in no group"
+        self.replay.batch_idx = batch_idx
+        return self.sample.add(batch, targets_of(batch))
+
+    def rest(self) -> list[Any]:
+        """What has been picked and not differentiated yet."""
+        return [] if self.sample is None else self.sample.rest()
+
+    @property
+    def replay_key(self) -> tuple[Any, ...] | None:
+        """Members with the same key share one replay."""
+        if self.replay is None or self.sample is None:
+            return None
+        s = self.settings
+        return self.replay.loss_fn, s.loss_reduction, s.inputs, s.eps, self.sample.max_samples
+
+
+class Session:
+    """The shared passes over one stretch of data: a validation epoch, or the batches of a training epoch.
+
+    Args:
+        trainer: The Trainer.
+        pl_module: The module that it runs.
+        source: ``"val"`` watches the module's own forward; ``"train"`` runs batches once more in evaluation mode.
+    """
+
+    def __init__(self, trainer: Any, pl_module: Any, source: str) -> None:
+        self.trainer, self.source = trainer, source
+        self.passes = Passes(pl_module, [])
+        self.members: list[Member] = []
+        self._stack: ExitStack | None = None
+        self._batch: Any = None
+
+    @classmethod
+    def join(cls, trainer: Any, pl_module: Any, source: str, member: Member) -> None:
+        """Become part of the Trainer's session, which begins with its first member."""
+        sessions = _SESSIONS.setdefault(trainer, {})
+        session = sessions.setdefault(source, cls(trainer, pl_module, source))
+        session.members.append(member)
+        session.passes.receivers.append(member)
+
+    @staticmethod
+    def of(trainer: Any, source: str) -> "Session | None":
+        """The session that is going on, if any."""
+        return _SESSIONS.get(trainer, {}).get(source)
+
+    @staticmethod
+    def end(trainer: Any, source: str) -> None:
+        """Close whatever is open, also in the middle of a batch, and forget the session."""
+        session = _SESSIONS.get(trainer, {}).pop(source, None)
+        if session is not None and session._stack is not None:
+            session._stack.close()
+
+    def leave(self, member: Member) -> None:
+        """End one callback's part; the session ends with its last member."""
+        self.members.remove(member)
+        self.passes.receivers.remove(member)
+        if not self.members:
+            self.end(self.trainer, self.source)
+
+    def open(self, batch: Any) -> None:
+        """Before the model's own forward: begin to watch it."""
+        if self._batch is not None:
+            return  # another callback was here first
+        self._batch = batch
+        if self.source == "train":
+            return
+        for member in self._alive():
+            member.attempt(lambda m=member: m.start_batch(batch))  # type: ignore[misc]
+        if self._alive() and not is_compiled(self.passes.model):
+            self._stack = ExitStack()
+            self._stack.enter_context(self.passes.observe())
+
+    def close(self, batch_idx: int) -> None:
+        """After the model's own forward: stop watching, and differentiate what the samples pick."""
+        if self._batch is None:
+            return
+        batch, self._batch = self._batch, None
+        stack, self._stack = self._stack, None
+        if stack is not None:
+            stack.close()
+        elif self.source == "val":
+            self._observe_again(batch)
+        if self.source == "val":
+            for member in self._alive():
+                member.attempt(member.measurement.finish_batch)
+        for group in self._groups():
+            for part in group[0].pick(batch, batch_idx):
+                self._differentiate(group, part)
+
+    def finish(self) -> None:
+        """At the end of the data: differentiate what has been picked and not measured yet."""
+        for group in self._groups():
+            for part in group[0].rest():
+                self._differentiate(group, part)
+
+    def _alive(self) -> list[Member]:
+        return [m for m in self.members if m.failure is None]
+
+    def _groups(self) -> list[list[Member]]:
+        groups: dict[tuple[Any, ...], list[Member]] = {}
+        for member in self._alive():
+            if member.replay_key is not None:
+                groups.setdefault(member.replay_key, []).append(member)
+        return list(groups.values())
+
+    def _observe_again(self, batch: Any) -> None:
+        """Compiled code cannot be watched without changing what it computes: run it once more, as it was written."""
+        step = "test_step" if self.trainer.testing else "validation_step"
+        replay = StepReplay(self.trainer, self.passes.model, step, None)
+
+        def observe() -> None:
+            with replay.isolated(), torch.no_grad(), self.passes.observe():
+                replay.run(batch)
+
+        _together(self._alive(), observe)
+
+    def _differentiate(self, group: list[Member], batch: Any) -> None:
+        replay, settings = group[0].replay, group[0].settings
+        assert replay is not None, "members without a replay are in no group"
+
+        def loss_of(given: Any) -> Tensor:
+            return summed(replay.loss(given), settings.loss_reduction, batch_size_of(given))
+
+        def run() -> None:
+            with replay.isolated():
+                for number, part in enumerate(self.passes.parts(batch)):
+                    self._one_part(group, replay, loss_of, part, seed=1000 * replay.batch_idx + number)
+
+        _together(group, run)
+
+    def _one_part(
+        self, group: list[Member], replay: StepReplay, loss_of: Callable[[Any], Tensor], part: Any, seed: int
+    ) -> None:
+        settings, needs = group[0].settings, {need for m in group for need in m.measurement.needs}
+        for member in group:
+            member.start_batch(part)
+        if settings.inputs == "fgsm":
+            part = fgsm(loss_of, part, settings.eps)
+        observe = self.source == "train"
+        if observe or "gradient" in needs:
+            self.passes.differentiate(loss_of, part, observe=observe, receivers=group)
+        if "sampled_gradient" in needs:
+            self.passes.differentiate(
+                lambda given: sampled_loss(self.passes.model, given, seed), part, "sampled_gradient", receivers=group
+            )
+        for member in group:
+            member.measurement.finish_batch()
+
+
+def _together(members: list[Member], action: Callable[[], None]) -> None:
+    """Do what several measurements wait for; if it fails, it fails for all of them."""
+    if members:
+        members[0].attempt(action)
+    for member in members:
+        member.failure = member.failure or members[0].failure

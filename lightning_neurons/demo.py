@@ -1,0 +1,104 @@
+"""The demo: real pictures of digits, a small network, the callback, and what it found."""
+
+from pathlib import Path
+
+import lightning as L  # noqa: N812 (as its own documentation does)
+import torch
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
+from rich.console import Console
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_neurons.callbacks import NeuronSensitivityCallback
+
+_TRAINING_PICTURES = 1400
+
+
+class DigitsNet(nn.Module):
+    """Two convolutions and two linear layers for pictures of 8 x 8 pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.conv2, self.norm2 = nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32)
+        self.fc1, self.fc2 = nn.Linear(32 * 4, 64), nn.Linear(64, 10)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """``(batch, 1, 8, 8)`` to logits ``(batch, 10)``."""
+        x = nn.functional.max_pool2d(torch.relu(self.norm1(self.conv1(pictures))), 2)
+        x = nn.functional.max_pool2d(torch.relu(self.norm2(self.conv2(x))), 2)
+        logits: Tensor = self.fc2(torch.relu(self.fc1(x.flatten(1))))
+        return logits
+
+
+class DigitsModule(L.LightningModule):
+    """An ordinary LightningModule; nothing in it knows of the callback."""
+
+    def __init__(self, learning_rate: float = 2e-3) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = DigitsNet()
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Cross entropy."""
+        loss = nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Cross entropy and accuracy."""
+        logits = self.net(batch[0])
+        loss = nn.functional.cross_entropy(logits, batch[1])
+        self.log_dict({"val_loss": loss, "val_acc": (logits.argmax(1) == batch[1]).float().mean()}, prog_bar=True)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW with its defaults."""
+        return torch.optim.AdamW(self.parameters(), self.hparams["learning_rate"])
+
+
+def digits(batch_size: int = 64) -> tuple[DataLoader[tuple[Tensor, ...]], DataLoader[tuple[Tensor, ...]]]:
+    """scikit-learn's bundled 1,797 handwritten digits: training and validation data."""
+    bunch = load_digits()
+    pictures = torch.tensor(bunch.images, dtype=torch.float32).unsqueeze(1) / 16
+    labels = torch.tensor(bunch.target)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    parts = order[:_TRAINING_PICTURES], order[_TRAINING_PICTURES:]
+    train, val = (TensorDataset(pictures[part], labels[part]) for part in parts)
+    return DataLoader(train, batch_size, shuffle=True), DataLoader(val, batch_size)
+
+
+def demo(seed: int = 0, epochs: int = 5, output_dir: Path = Path("neurons_demo")) -> NeuronSensitivityCallback:
+    """Train on handwritten digits for a few epochs and show which neurons are dead and which matter.
+
+    Args:
+        seed: Same seed, same numbers.
+        epochs: How many epochs to train.
+        output_dir: Where the TensorBoard run and neurons.json go.
+
+    Returns:
+        The callback, with its report and history.
+    """
+    console = Console()
+    L.seed_everything(seed, verbose=False)
+    train, val = digits()
+    callback = NeuronSensitivityCallback()
+    trainer = L.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=TensorBoardLogger(output_dir, name=None),
+        callbacks=[callback, TQDMProgressBar(leave=True)],
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        log_every_n_steps=5,
+        deterministic=True,
+    )
+    trainer.fit(DigitsModule(), train, val)
+    console.print(f"\nvalidation accuracy: {float(trainer.callback_metrics['val_acc']):.1%}", highlight=False)
+    console.print(
+        f"wrote {trainer.log_dir}/neurons.json and a TensorBoard run beside it", highlight=False, soft_wrap=True
+    )
+    console.print(f"look at it: tensorboard --logdir {output_dir}", highlight=False, soft_wrap=True)
+    return callback

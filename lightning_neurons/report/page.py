@@ -1,0 +1,81 @@
+"""The page of text in TensorBoard: the table, the ranking over all layers, and deadness by threshold."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+from lightning_neurons.report.console import remarks
+from lightning_neurons.report.numbers import THRESHOLDS, layer_rows, share
+from lightning_neurons.results.history import HistoryEntry
+from lightning_neurons.results.neuron_report import NeuronReport
+
+_SHOWN = 20
+
+
+def markdown(report: NeuronReport, entry: HistoryEntry) -> str:
+    """Everything that fits on one page, as Markdown."""
+    parts = [_layers(report, entry)]
+    if report.scores:
+        parts.append(_ranking(report))
+    if "near_zero" in report.deadness_by:
+        parts.append(_thresholds(report))
+    parts.append("\n".join(f"- {line}" for line in remarks(report)))
+    return "\n\n".join(part for part in parts if part)
+
+
+def _layers(report: NeuronReport, entry: HistoryEntry) -> str:
+    heading = ("layer", "neurons", "dead", "died", "revived", "dormant", "constant", "most important", "least important",
+               "top 10 % hold", "effective number", "rank stability")  # fmt: skip
+    rows = []
+    for row in layer_rows(report, shown=5):
+        rows.append((
+            f"`{row.layer}`", row.neurons, _number(row.dead), len(entry.died.get(row.layer, [])),
+            len(entry.revived.get(row.layer, [])), _number(row.dormant), _number(row.constant),
+            " ".join(map(str, row.most)), " ".join(map(str, row.least)), _real(row.top_share, "{:.0%}"),
+            _real(row.effective, "{:.1f}"), _real(entry.stability.get(row.layer, math.nan), "{:.2f}"),
+        ))  # fmt: skip
+    return "### Layers\n\n" + _table(heading, rows)
+
+
+def _ranking(report: NeuronReport) -> str:
+    ranking = report.ranking()
+    ends = {"most": ranking[:_SHOWN], "least": [n for n in ranking[::-1] if not math.isnan(n.score)][:_SHOWN]}
+    rows = [
+        (
+            place + 1,
+            *(
+                cell
+                for name, score in ((f"`{n.layer}` {n.neuron}", f"{n.score:.3g}") for n in pair)
+                for cell in (name, score)
+            ),
+        )
+        for place, pair in enumerate(zip(*ends.values(), strict=True))
+    ]
+    return f"### Ranking of all neurons by {report.main_criterion}\n\n" + _table(
+        ("", "most important", "score", "least important", "score"), rows
+    )
+
+
+def _thresholds(report: NeuronReport) -> str:
+    rows = []
+    for threshold in THRESHOLDS:
+        deadness = report.deadness_at(threshold)
+        neurons = sum(map(len, deadness.values()))
+        dead = sum(int((d == 1).sum()) for d in deadness.values())
+        seldom = sum(int((d >= 0.99).sum()) for d in deadness.values())
+        rows.append((threshold, dead, f"{share(dead, neurons):.1%}", seldom))
+    return "### Deadness by threshold (in units of each layer's root mean square)\n\n" + _table(
+        ("threshold", "dead neurons", "share", "silent in 99 % of values or more"), rows
+    )
+
+
+def _table(heading: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [heading, ["---"] * len(heading), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def _number(value: int | None) -> str:
+    return "-" if value is None else str(value)
+
+
+def _real(value: float, form: str) -> str:
+    return "-" if math.isnan(value) else form.format(value)

@@ -1,0 +1,28 @@
+"""One thread, fixed seeds, and the paths of optional real data."""
+
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+REAL_DATA = Path(os.environ.get("LIGHTNING_NEURONS_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+@pytest.fixture(autouse=True)
+def _deterministic() -> Iterator[None]:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)
+    with torch.random.fork_rng():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a Trainer writes goes away with the test."""
+    monkeypatch.chdir(tmp_path)
