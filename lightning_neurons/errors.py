@@ -13,14 +13,13 @@ Misuse of a Lightning callback is reported as Lightning's own ``Misconfiguration
 
 import difflib
 from collections.abc import Collection, Iterable
-from typing import Self
 
 
 class ArgumentError(ValueError):
     """An argument has a value that is not allowed."""
 
     @classmethod
-    def of(cls, name: str, got: object, allowed: str) -> Self:
+    def of(cls, name: str, got: object, allowed: str) -> "ArgumentError":
         """The one form of these messages: ``name`` is the argument, ``allowed`` what would work."""
         return cls(f"{name}={got!r} is not allowed: expected {allowed}.")
 
@@ -29,7 +28,7 @@ class UnknownNameError(ArgumentError):
     """A name or pattern that matches nothing."""
 
     @classmethod
-    def among(cls, name: str, got: str, known: Iterable[str]) -> Self:
+    def among(cls, name: str, got: str, known: Iterable[str]) -> "UnknownNameError":
         """Name what is known, the nearest first."""
         known = list(known)
         near = nearest(got, known)

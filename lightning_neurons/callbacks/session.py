@@ -4,14 +4,14 @@ The first callback that reaches a hook does the work; the others find it done. A
 training with it: it is dropped, and its callback says why.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_neurons.callbacks.replay import StepReplay, is_compiled
 from lightning_neurons.criteria.contract import Need
@@ -43,12 +43,13 @@ class Member:
     replay: StepReplay | None = None
     sample: StratifiedSample | None = None
     failure: Exception | None = None
-    modules: dict[str, Any] = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.modules = self.measurement.modules
+    @property
+    def modules(self) -> Mapping[str, nn.Module]:
+        """Receiver of ``Passes``."""
+        return self.measurement.modules
 
-    def learn(self, layers: dict[str, Layer]) -> None:
+    def learn(self, layers: Mapping[str, Layer]) -> None:
         """Receiver of ``Passes``."""
         self.attempt(lambda: self.measurement.learn(layers))
 

@@ -66,8 +66,8 @@ class LayerTraits:
     activation: str | None = None
     rectified: bool = False
     bounds: tuple[float, float] | None = None
-    incoming: Float[Tensor, "neuron weight"] | None = None
-    outgoing: Float[Tensor, "neuron weight"] | None = None
+    incoming: Float[Tensor, "neuron incoming"] | None = None
+    outgoing: Float[Tensor, "neuron outgoing"] | None = None
     norm_scale: Float[Tensor, " neuron"] | None = None
 
 

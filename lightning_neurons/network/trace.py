@@ -8,7 +8,7 @@ ends it. An in-place call makes a new value although the tensor stays the same o
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +57,7 @@ class Trace(TorchFunctionMode):
         self._inside: list[str] = []  # the layers that are running
         self._handles: list[RemovableHandle] = []
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Trace":
         names = {id(module): name for name, module in self._layers.items()}
         for path, module in self._model.named_modules():
             self._handles.append(module.register_forward_pre_hook(self._starts(path, names.get(id(module)))))

@@ -5,7 +5,7 @@ and a statistic is taken before anybody can overwrite the value.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ class _Follow(TorchFunctionMode):
         self._calls: dict[str, int] = {}
         self._handles: list[RemovableHandle] = []
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "_Follow":
         self._calls.clear()
         for name, module in self._modules.items():
             if self._layers[name].calls:

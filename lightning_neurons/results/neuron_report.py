@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,9 +16,6 @@ from lightning_neurons.errors import ArgumentError, UnknownNameError, check_choi
 from lightning_neurons.metrics.histogram import share_at_most
 from lightning_neurons.network.layer import Layer
 from lightning_neurons.results import report_json
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 Scope = Literal["layer", "global"]
 
@@ -212,8 +209,8 @@ class NeuronReport:
             found |= {n: part.nonzero().flatten().tolist() for n, part in zip(group, parts, strict=True)}
         return found
 
-    def to_frame(self) -> "pd.DataFrame":
-        """One row per neuron: layer, neuron, every score and deadness measure. Needs pandas.
+    def to_frame(self) -> Any:
+        """A pandas DataFrame, one row per neuron: layer, neuron, every score and deadness measure.
 
         Raises:
             ModuleNotFoundError: If pandas is not installed.
@@ -229,7 +226,7 @@ class NeuronReport:
         report_json.save(self, Path(path))
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
+    def load(cls, path: str | Path) -> "NeuronReport":
         """Read what ``save`` wrote.
 
         Raises:

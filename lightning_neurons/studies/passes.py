@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -24,10 +24,13 @@ _SMALLEST_PART = 8
 _FEW = 2
 
 
+@runtime_checkable
 class Receiver(Protocol):
     """Who wants to be told what a pass sees."""
 
-    modules: Mapping[str, nn.Module]
+    @property
+    def modules(self) -> Mapping[str, nn.Module]:
+        """The layers that it wants to hear of."""
 
     def learn(self, layers: Mapping[str, Layer]) -> None:
         """Take note of what the layers are, before the first activation."""
@@ -132,7 +135,7 @@ class Passes:
         few = rows_of(batch, torch.arange(min(_FEW, size)), size)
         try:
             self._trace(forward, few)
-        except Exception:  # whatever a model raises on fewer samples than it expects
+        except Exception:  # noqa: BLE001 (whatever a model raises on fewer samples than it expects)
             self._trace(forward, batch)
 
     def _trace(self, forward: Callable[[Any], Any], batch: Any) -> None:

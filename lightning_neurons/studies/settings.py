@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ class MeasurementSettings:
         inputs: Inputs,
         eps: float,
         loss_reduction: LossReduction,
-    ) -> Self:
+    ) -> "MeasurementSettings":
         """Check every argument that can be checked without a model.
 
         Raises:
