@@ -11,8 +11,8 @@ from lightning_neurons.criteria import ACTIVATION_CRITERIA, GRADIENT_CRITERIA, C
 from lightning_neurons.criteria.ranking import Normalization
 from lightning_neurons.errors import ArgumentError, check_choice, check_count
 from lightning_neurons.network.layer import Pattern
+from lightning_neurons.studies.losses import LossReduction
 from lightning_neurons.studies.measure import LossFunction
-from lightning_neurons.studies.passes import LossReduction
 from lightning_neurons.studies.settings import Inputs, MeasurementSettings
 
 Source = Literal["val", "train"]

@@ -6,30 +6,27 @@ state nor logged values.
 """
 
 import math
-from collections.abc import Sized
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch
 import pytorch_lightning
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
+from lightning_neurons.callbacks import checks
 from lightning_neurons.callbacks.replay import StepReplay
 from lightning_neurons.callbacks.session import Member, Session
-from lightning_neurons.errors import ArgumentError, check_count
-from lightning_neurons.network.layer import candidates
+from lightning_neurons.errors import check_count
 from lightning_neurons.report.console import print_report
 from lightning_neurons.report.loggers import write_loggers
 from lightning_neurons.results.history import NeuronHistory
 from lightning_neurons.results.neuron_report import NeuronReport
 from lightning_neurons.studies.measure import LossFunction
 from lightning_neurons.studies.measurement import Measurement
-from lightning_neurons.studies.sample import StratifiedSample
+from lightning_neurons.studies.sample import StratifiedSample, stream_length
 from lightning_neurons.studies.settings import MeasurementSettings
-
-_SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAFSDPStrategy")
 
 
 class NeuronObserver(lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: ignore[misc]
@@ -67,47 +64,26 @@ class NeuronObserver(lightning.pytorch.Callback, pytorch_lightning.Callback):  #
         """Continue the history of a checkpoint."""
         self.history.load_state_dict(state_dict["history"])
 
-    # -- before anything runs ---------------------------------------------------------------------------------------
+    # -- before anything runs
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse what cannot work, before any time has been spent."""
-        strategy = {base.__name__ for base in type(trainer.strategy).__mro__}
-        sharded = sorted(strategy & set(_SHARDED))
-        if sharded:
-            raise MisconfigurationException(
-                f"{type(self).__name__} cannot see whole layers under {sharded[0]}, which splits them over processes; "
-                'use strategy="ddp" or "auto", or measure() on the gathered model.'
-            )
-        if not is_overridden("configure_model", pl_module):
-            self._check_layers(pl_module)
+        who = type(self).__name__
+        checks.refuse_sharded(who, trainer.strategy)
+        if not is_overridden("configure_model", pl_module):  # else there may be no layers yet
+            checks.check_layers(who, pl_module, self.settings.layers)
         if stage == "fit" and self.source == "val" and not trainer.enable_validation:
-            self._warn(
-                "the Trainer runs no validation (no validation_step, no validation data, or limit_val_batches=0), so "
-                'nothing will be measured. NeuronSensitivityCallback(source="train") measures on training batches.'
-            )
+            self._warn(checks.NO_VALIDATION)
         if stage == "fit" and self.source == "train" and self.loss_fn is None:
-            if not is_overridden("validation_step", pl_module):
-                raise MisconfigurationException(
-                    f'{type(self).__name__}(source="train") needs a loss: {type(pl_module).__name__} has no '
-                    "validation_step; pass loss_fn=lambda module, batch: ... that returns the loss. (training_step is "
-                    "never run twice: it may step an optimizer.)"
-                )
+            checks.require_validation_step(who, pl_module)
 
-    def _check_layers(self, pl_module: Any) -> None:
-        try:
-            found = candidates(pl_module, self.settings.layers)
-        except ArgumentError as error:
-            raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
-        if not found:
-            raise MisconfigurationException(
-                f"{type(self).__name__}: {type(pl_module).__name__} has no convolutional or linear layer; make your own "
-                "layer types known by lightning_neurons.register_layer"
-            )
-
-    # -- the stretches of data --------------------------------------------------------------------------------------
+    # -- the stretches of data
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Begin to measure on validation data, if it is due. The sanity check is a trial: errors come before training."""
+        """Begin to measure on validation data, if it is due.
+
+        The sanity check is a trial: what cannot work is found out before training.
+        """
         if self.source == "val" and self._due(trainer):
             self._begin(trainer, pl_module, "validation_step", trainer.val_dataloaders, trainer.num_val_batches[0])
 
@@ -159,7 +135,7 @@ class NeuronObserver(lightning.pytorch.Callback, pytorch_lightning.Callback):  #
         if self._active == "train":
             self._finish(trainer)
 
-    # -- the end ----------------------------------------------------------------------------------------------------
+    # -- the end
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Show the latest report."""
@@ -182,7 +158,7 @@ class NeuronObserver(lightning.pytorch.Callback, pytorch_lightning.Callback):  #
         """Leave nothing behind."""
         self._drop(trainer)
 
-    # -- how --------------------------------------------------------------------------------------------------------
+    # -- how
 
     def _due(self, trainer: Any) -> bool:
         if trainer.state.fn != "fit" or trainer.sanity_checking or self.every_n_epochs == 1:
@@ -192,7 +168,7 @@ class NeuronObserver(lightning.pytorch.Callback, pytorch_lightning.Callback):  #
         return bool(period > (0 if last is None else (last + 1) // self.every_n_epochs))
 
     def _begin(self, trainer: Any, pl_module: Any, step: str, loaders: Any, batches: float) -> None:
-        self._check_layers(pl_module)
+        checks.check_layers(type(self).__name__, pl_module, self.settings.layers)
         settings = self.settings
         measurement = Measurement(
             pl_module, settings.criteria, layers=settings.layers, per_class=settings.by_class, device=pl_module.device
@@ -212,7 +188,8 @@ class NeuronObserver(lightning.pytorch.Callback, pytorch_lightning.Callback):  #
 
     def _finish(self, trainer: Any) -> None:
         member, session = self._member, self._session(trainer)
-        assert member is not None and session is not None, "an active callback has both"
+        assert member is not None, "an active callback has one"
+        assert session is not None, "an active callback is in one"
         session.finish()
         self._raise_failure(trainer)
         # Every process has to know of a failure in any: the rest of them would wait for its sums forever.
@@ -267,12 +244,3 @@ class NeuronObserver(lightning.pytorch.Callback, pytorch_lightning.Callback):  #
         if message not in self._warned:
             self._warned.add(message)
             rank_zero_warn(f"{type(self).__name__}: {message}")
-
-
-def stream_length(loaders: Any, batches: float) -> int | None:
-    """How many samples a process will see, or None if nobody knows."""
-    loader = loaders[0] if isinstance(loaders, list | tuple) and loaders else loaders
-    size, sampler = getattr(loader, "batch_size", None), getattr(loader, "sampler", None)
-    if batches == math.inf or size is None or not isinstance(sampler, Sized):
-        return None
-    return min(int(batches) * size, len(sampler))

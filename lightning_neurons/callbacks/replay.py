@@ -74,18 +74,12 @@ class StepReplay:
             ) from error
         if self.loss_fn is not None:
             return out  # type: ignore[no-any-return]
-        returned = [out, *(out.values() if isinstance(out, dict) else ())]
-        if isinstance(out, dict) and "loss" in out:
-            returned.insert(0, out["loss"])
-        logged = sorted(
-            (n for n in self._logged if "loss" in n), key=lambda n: n not in ("val_loss", "test_loss", "loss")
-        )
-        for found in (*returned, *(self._logged[name] for name in logged)):
+        for found in (*_losses(out), *_losses(self._logged)):
             if isinstance(found, Tensor) and found.requires_grad and found.numel() == 1:
                 return found.reshape(())
         raise MeasurementError(
-            f"{type(self.pl_module).__name__}.{self.step} neither returned nor logged a differentiable loss; return the "
-            "loss from it, or pass loss_fn=lambda module, batch: ... that returns the loss"
+            f"{type(self.pl_module).__name__}.{self.step} neither returned nor logged a differentiable loss; "
+            "return the loss from it, or pass loss_fn=lambda module, batch: ... that returns the loss"
         )
 
     def _log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
@@ -93,6 +87,14 @@ class StepReplay:
 
     def _log_dict(self, dictionary: Any, *args: Any, **kwargs: Any) -> None:
         self._logged.update(dictionary.items())
+
+
+def _losses(out: Any) -> list[Any]:
+    """What may be a loss, the likeliest first."""
+    if not isinstance(out, dict):
+        return [out]
+    names = [name for name in out if "loss" in str(name)]
+    return [out[name] for name in sorted(names, key=lambda name: name not in ("loss", "val_loss", "test_loss"))]
 
 
 def is_compiled(module: Any) -> bool:

@@ -17,9 +17,10 @@ from lightning_neurons.callbacks.replay import StepReplay, is_compiled
 from lightning_neurons.criteria.contract import Need
 from lightning_neurons.network.batches import batch_size_of, targets_of
 from lightning_neurons.network.layer import Layer
+from lightning_neurons.studies.losses import fgsm, summed
 from lightning_neurons.studies.measure import sampled_loss
 from lightning_neurons.studies.measurement import Measurement
-from lightning_neurons.studies.passes import Passes, fgsm, summed
+from lightning_neurons.studies.passes import Passes
 from lightning_neurons.studies.sample import StratifiedSample
 from lightning_neurons.studies.settings import MeasurementSettings
 
@@ -72,7 +73,8 @@ class Member:
 
     def pick(self, batch: Any, batch_idx: int) -> list[Any]:
         """What of a batch, and of those before, is to be differentiated now."""
-        assert self.replay is not None and self.sample is not None, "members without a replay are in no group"
+        assert self.replay is not None, "members without a replay are in no group"
+        assert self.sample is not None, "members without a sample are in no group"
         self.replay.batch_idx = batch_idx
         return self.sample.add(batch, targets_of(batch))
 

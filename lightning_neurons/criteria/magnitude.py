@@ -15,7 +15,8 @@ Side = Literal["incoming", "outgoing"]
 def weight_norm(summary: Summary, *, side: Side, order: int) -> Float[Tensor, " neuron"]:
     """The L1 or L2 norm of the weights that make each neuron (incoming) or read it (outgoing)."""
     weight = getattr(summary.traits, side)
-    return torch.linalg.vector_norm(weight.double(), order, dim=1)
+    norm: Tensor = torch.linalg.vector_norm(weight.double(), order, dim=1)
+    return norm
 
 
 def refuse_without_weight(traits: LayerTraits, *, side: Side) -> str | None:

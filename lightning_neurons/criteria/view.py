@@ -61,7 +61,8 @@ class LayerView:
     def squares(self) -> Float[Tensor, "batch neuron"]:
         """Sum of squares over space."""
         # A vectorised norm, squared again, costs half of multiply-and-sum on a CPU.
-        return torch.linalg.vector_norm(self.activation, dim=-1).square()
+        norm: Tensor = torch.linalg.vector_norm(self.activation, dim=-1)
+        return norm.square()
 
     @cached_property
     def magnitude(self) -> Float[Tensor, "batch neuron"]:
@@ -88,9 +89,11 @@ class LayerView:
     @cached_property
     def gate_gradient(self) -> Float[Tensor, "batch neuron"]:
         """Sum over space of activation times gradient: the loss's derivative by a factor on the neuron."""
-        return torch.linalg.vecdot(self.activation, self.gradient)
+        dot: Tensor = torch.linalg.vecdot(self.activation, self.gradient)
+        return dot
 
     @cached_property
     def gradient_squares(self) -> Float[Tensor, "batch neuron"]:
         """Sum over space of squared gradients."""
-        return torch.linalg.vector_norm(self.gradient, dim=-1).square()
+        norm: Tensor = torch.linalg.vector_norm(self.gradient, dim=-1)
+        return norm.square()

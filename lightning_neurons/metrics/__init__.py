@@ -1,0 +1,1 @@
+"""Streaming metrics: criteria over a stream and across processes."""

@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -20,6 +20,7 @@ from lightning_neurons.criteria.contract import NEEDS, Criterion, LayerTraits, N
 from lightning_neurons.criteria.view import LayerView
 from lightning_neurons.errors import MeasurementError
 from lightning_neurons.metrics import histogram
+from lightning_neurons.metrics.accumulate import add_counts, add_magnitudes, add_maximum, add_sums, finite_rows
 
 PER_CLASS_LIMIT = 2 * 2**30
 """Bytes that the sums of a measurement per class may take."""
@@ -35,20 +36,12 @@ class _Plan:
     sums: tuple[int, ...]
     maxima: tuple[int, ...]
 
-    def index(self, device: torch.device) -> Tensor:
-        return _row_index(self.sums, device)
-
 
 @lru_cache(maxsize=256)
-def _row_index(rows: tuple[int, ...], device: torch.device) -> Tensor:
+def row_index(rows: tuple[int, ...], device: torch.device) -> Int[Tensor, " row"]:
+    """``rows`` as a tensor, made once."""
     with torch.inference_mode(False):
         return torch.tensor(rows, device=device)
-
-
-def _finite(rows: Float[Tensor, "statistic batch neuron"]) -> Bool[Tensor, "batch neuron"] | None:
-    """Where all statistics are finite; None for everywhere. To look would synchronise a GPU, so there it is never None."""
-    finite = rows.sum(0).isfinite()
-    return None if finite.device.type == "cpu" and bool(finite.all()) else finite
 
 
 class StreamingCriteria(Metric):
@@ -145,11 +138,11 @@ class StreamingCriteria(Metric):
         positions = view.activation.shape[-1]
         index = self._class_index(layer, targets, len(rows[0]))
         if layer in self._several_calls and self._hold(layer, need, rows, positions):
-            finite = _finite(torch.stack(rows))
+            finite = finite_rows(torch.stack(rows))
         else:
             finite = self._add(layer, need, rows, positions, index)
         if wants_histogram:
-            self._count(layer, view.activation, finite, index)
+            add_magnitudes(self.histogram, self.places[layer].start, view.activation, finite, index)
 
     def finish_batch(self, targets: Int[Tensor, " batch"] | None = None) -> None:
         """Add the layers that ran several times in this batch."""
@@ -173,51 +166,22 @@ class StreamingCriteria(Metric):
         self, layer: str, need: Need, rows: list[Tensor], positions: int, index: Tensor | None
     ) -> Bool[Tensor, "batch neuron"] | None:
         plan, place, at = self._plans[layer, need], self.places[layer], NEEDS.index(need)
-        transformed = [
-            r if s.per_sample is None else s.per_sample(r) for s, r in zip(plan.statistics, rows, strict=False)
-        ]
-        stack = torch.stack(transformed or rows).to(self.totals.device)
-        finite = _finite(stack)
-        clean = stack if finite is None else torch.where(finite, stack, 0)
-        for number, (slot, row) in enumerate(zip(plan.sums, clean, strict=False)):
-            if index is not None:
-                self.totals[:, slot, place].index_add_(0, index, row.double())
-            elif number == 0:
-                # The sums of one layer lie side by side, unless criteria refuse the layer.
-                summed = clean[: len(plan.sums)].sum(1, dtype=torch.float64)
-                self.totals[0, :, place].index_add_(0, plan.index(clean.device), summed)
+        each = [r if s.per_sample is None else s.per_sample(r) for s, r in zip(plan.statistics, rows, strict=False)]
+        stack = torch.stack(each or rows).to(self.totals.device)
+        finite = finite_rows(stack)
+        if plan.sums:
+            summands = stack[: len(plan.sums)]
+            clean = summands if finite is None else torch.where(finite, summands, 0)
+            add_sums(self.totals[:, :, place], row_index(plan.sums, clean.device), clean, index)
         for slot, row in zip(plan.maxima, stack[len(plan.sums) :], strict=False):
-            highest = row if finite is None else torch.where(finite, row, -torch.inf)
-            here = self.maxima[:, slot, place]
-            if index is None:
-                torch.maximum(here[0], highest.amax(0).double(), out=here[0])
-            else:
-                here.scatter_reduce_(0, index[:, None].expand_as(highest), highest.double(), "amax")
-        seen = stack.new_ones(stack.shape[1:], dtype=torch.int64) if finite is None else finite.long()
+            add_maximum(self.maxima[:, slot, place], row, finite, index)
+        shape = (stack.shape[1], stack.shape[2])
+        add_counts(self.samples[:, at, place], shape, finite, index)
+        if need == "activation":
+            add_counts(self.values[:, place], shape, finite, index, positions)
         if finite is not None:
-            self.nonfinite[at, place] += (1 - seen).sum(0)
-        counts = [(self.samples[:, at, place], 1)] + [(self.values[:, place], positions)] * (need == "activation")
-        for state, each in counts:
-            if index is None:
-                state[0] += len(stack[0]) * each if finite is None else seen.sum(0) * each
-            else:
-                state.index_add_(0, index, seen * each)
+            self.nonfinite[at, place] += (~finite).sum(0)
         return finite
-
-    def _count(self, layer: str, values: Tensor, finite: Tensor | None, index: Tensor | None) -> None:
-        place, chosen = self.places[layer], histogram.positions(values.shape[-1])
-        if len(chosen) < values.shape[-1]:
-            values = values.index_select(-1, chosen.to(values.device))
-        bins = histogram.bin_index(values).to(self.histogram.device)
-        neurons = torch.arange(place.start, place.stop, device=bins.device)
-        if index is not None:
-            neurons = neurons + index[:, None] * self.histogram.shape[1]
-        # int32 is enough for the bins of most models, and twice as fast as int64.
-        first = (neurons * histogram.BINS).unsqueeze(-1)
-        flat = bins.add_(first.int()) if self.histogram.numel() < 2**31 else bins + first
-        one = flat.new_ones(1, dtype=torch.int64)
-        weights = one.expand(flat.numel()) if finite is None else finite.long().unsqueeze(-1).expand_as(flat).flatten()
-        self.histogram.view(-1).index_add_(0, flat.flatten(), weights)
 
     def _class_index(self, layer: str, targets: Tensor | None, rows: int) -> Tensor | None:
         if not self.per_class:

@@ -85,7 +85,7 @@ _NORMS: set[Callable[..., Any]] = {
     F.batch_norm, F.group_norm, F.instance_norm, F.layer_norm, F.rms_norm, F.local_response_norm
 }  # fmt: skip
 _RECTIFIERS: set[Callable[..., Any]] = {
-    F.relu, F.relu_, torch.relu, torch.relu_, _T.relu, _T.relu_, F.relu6, F.threshold, F.threshold_
+    F.relu, F.relu_, torch.relu, torch.relu_, _T.relu, _T.relu_, F.relu6, F.threshold
 }  # fmt: skip
 _SIGMOIDS: set[Callable[..., Any]] = {
     F.sigmoid, torch.sigmoid, torch.sigmoid_, _T.sigmoid, _T.sigmoid_, F.hardsigmoid
@@ -108,7 +108,7 @@ LINKS: dict[Callable[..., Any], Kind] = {
 }
 """Functions that may directly follow a layer, by kind. A chain runs through them in the order of ``ORDER``."""
 
-RECTIFIERS = frozenset(f.__name__ for f in _RECTIFIERS) - {"threshold", "threshold_"}
+RECTIFIERS = frozenset(f.__name__ for f in _RECTIFIERS) - {"threshold"}
 """Names of functions that make every value zero or positive. A threshold may set another value than zero."""
 
 BOUNDS: dict[str, tuple[float, float]] = {

@@ -47,7 +47,7 @@ def eager() -> Iterator[None]:
     if "torch._dynamo" not in sys.modules:  # nothing has been compiled, and loading the compiler takes seconds
         yield
         return
-    with torch.compiler.set_stance("force_eager"):  # type: ignore[no-untyped-call]
+    with torch.compiler.set_stance("force_eager"):
         yield
 
 
@@ -107,15 +107,14 @@ def kept_buffers(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def kept_metrics(model: nn.Module) -> Iterator[None]:
-    """Give torchmetrics empty states meanwhile. (``reset`` would clear list states in place.)"""
+    """Give torchmetrics empty states meanwhile; ``reset`` would clear list states in place."""
     kept: list[tuple[Metric, dict[str, Any]]] = []
     for metric in model.modules():
         if isinstance(metric, Metric):
             names = [*metric._defaults, *_METRIC_BOOKKEEPING]
             kept.append((metric, {n: vars(metric)[n] for n in names if n in vars(metric)}))
             for name, default in metric._defaults.items():
-                fresh = default.clone().to(metric.device) if isinstance(default, Tensor) else []
-                vars(metric)[name] = fresh
+                vars(metric)[name] = default.clone().to(metric.device) if isinstance(default, Tensor) else []
             vars(metric).update(_update_count=0, _computed=None, _forward_cache=None)
     try:
         yield

@@ -64,11 +64,11 @@ class Trace(TorchFunctionMode):
             self._handles.append(
                 module.register_forward_hook(self._ends(path, names.get(id(module))), always_call=True)
             )
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *exception: object) -> None:
-        super().__exit__(*exception)
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
         for handle in self._handles:
             handle.remove()
 

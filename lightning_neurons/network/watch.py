@@ -35,11 +35,11 @@ class _Follow(TorchFunctionMode):
         for name, module in self._modules.items():
             if self._layers[name].calls:
                 self._handles.append(module.register_forward_hook(self._layer_hook(name)))
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *exception: object) -> None:
-        super().__exit__(*exception)
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

@@ -1,0 +1,1 @@
+"""From a report to what people look at. Every series that is logged stands in ``tags.py``."""

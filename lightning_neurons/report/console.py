@@ -65,7 +65,8 @@ def remarks(report: NeuronReport) -> list[str]:
     samples = max((int(c.samples.max()) for c in report.counts.values() if len(c.samples)), default=0)
     if report.deadness and samples:
         lines.append(
-            f"dead: fired in none of {samples} samples, so in fewer than {min(3 / samples, 1):.2%} of all (95 % confidence)"
+            f"dead: fired in none of {samples} samples, so in fewer than {min(3 / samples, 1):.2%} of all "
+            "(95 % confidence)"
         )
     return lines
 

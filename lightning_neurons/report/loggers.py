@@ -28,7 +28,7 @@ def write_loggers(loggers: Sequence[Any], report: NeuronReport, entry: HistoryEn
     values = scalars(report, entry)
     for logger in loggers:
         logger.log_metrics(values, step=step)
-        experiment = getattr(logger, "experiment", None)
+        experiment: Any = getattr(logger, "experiment", None)
         if hasattr(experiment, "add_histogram"):
             _histograms(experiment, report, step)
         if hasattr(experiment, "add_text"):

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from lightning_neurons.report.console import remarks
-from lightning_neurons.report.numbers import THRESHOLDS, layer_rows, share
+from lightning_neurons.report.numbers import THRESHOLDS, LayerRow, layer_rows, share
 from lightning_neurons.results.history import HistoryEntry
 from lightning_neurons.results.neuron_report import NeuronReport
 
@@ -23,17 +23,27 @@ def markdown(report: NeuronReport, entry: HistoryEntry) -> str:
 
 
 def _layers(report: NeuronReport, entry: HistoryEntry) -> str:
-    heading = ("layer", "neurons", "dead", "died", "revived", "dormant", "constant", "most important", "least important",
-               "top 10 % hold", "effective number", "rank stability")  # fmt: skip
-    rows = []
-    for row in layer_rows(report, shown=5):
-        rows.append((
-            f"`{row.layer}`", row.neurons, _number(row.dead), len(entry.died.get(row.layer, [])),
-            len(entry.revived.get(row.layer, [])), _number(row.dormant), _number(row.constant),
-            " ".join(map(str, row.most)), " ".join(map(str, row.least)), _real(row.top_share, "{:.0%}"),
-            _real(row.effective, "{:.1f}"), _real(entry.stability.get(row.layer, math.nan), "{:.2f}"),
-        ))  # fmt: skip
+    counts = ("neurons", "dead", "died", "revived", "dormant", "constant")
+    heading = ("layer", *counts, "most important", "least important", "top 10 % hold", "effective number", "stability")
+    rows = [_layer_cells(row, entry) for row in layer_rows(report, shown=5)]
     return "### Layers\n\n" + _table(heading, rows)
+
+
+def _layer_cells(row: LayerRow, entry: HistoryEntry) -> tuple[object, ...]:
+    return (
+        f"`{row.layer}`",
+        row.neurons,
+        _number(row.dead),
+        len(entry.died.get(row.layer, [])),
+        len(entry.revived.get(row.layer, [])),
+        _number(row.dormant),
+        _number(row.constant),
+        " ".join(map(str, row.most)),
+        " ".join(map(str, row.least)),
+        _real(row.top_share, "{:.0%}"),
+        _real(row.effective, "{:.1f}"),
+        _real(entry.stability.get(row.layer, math.nan), "{:.2f}"),
+    )
 
 
 def _ranking(report: NeuronReport) -> str:

@@ -59,7 +59,8 @@ class NeuronReport:
         layers: The layers, also those that did not run.
         scores: By criterion and layer, ``(neuron,)``; higher is more important (or more active).
         deadness_by: By measure and layer, ``(neuron,)`` in [0, 1]; 1 is dead.
-        per_class: By criterion and layer, ``(class, neuron)``; NaN where a class had no samples. Empty if not asked for.
+        per_class: By criterion and layer, ``(class, neuron)``; NaN where a class had no samples. Empty if not asked
+            for.
         class_counts: Samples by class.
         counts: By layer, what the numbers rest on.
         refused: By criterion and layer, why a layer could not be judged and what to use instead.
@@ -99,12 +100,14 @@ class NeuronReport:
 
     def dead(self, layer: str) -> Bool[Tensor, " neuron"]:
         """Which neurons of a layer never fired."""
-        return self._layer(self.deadness, layer) == 1
+        silent: Tensor = self._layer(self.deadness, layer)
+        return silent == 1
 
     def dormant(self, layer: str) -> Bool[Tensor, " neuron"]:
         """Which neurons of a layer are tau-dormant; all False where it was not measured."""
         measured = self.deadness_by.get("dormant", {}).get(layer)
-        return measured == 1 if measured is not None else torch.zeros_like(self.dead(layer))
+        nobody = torch.zeros_like(self._layer(self.counts, layer).samples, dtype=torch.bool)
+        return nobody if measured is None else measured == 1
 
     def never_fired_bound(self, layer: str) -> Float[Tensor, " neuron"]:
         """95 % upper bound on the share of samples in which a neuron fires that never did: 3 / samples."""
@@ -129,7 +132,8 @@ class NeuronReport:
             raise ArgumentError.of("threshold", threshold, "a report whose criteria include 'near_zero'")
         found = {}
         for name, c in self.counts.items():
-            assert c.rms is not None and c.largest is not None, "near_zero needs both"
+            assert c.rms is not None, "near_zero needs it"
+            assert c.largest is not None, "near_zero needs it"
             limit = threshold * c.rms if relative else threshold
             found[name] = exact_at_the_end(share_at_most(c.histogram, limit), c.largest, limit, c.values)
         return found
@@ -170,7 +174,8 @@ class NeuronReport:
             scores = {layer: self._layer(scores, layer)}
         owners = [(name, i) for name, s in scores.items() for i in range(len(s))]
         everything = torch.cat(list(scores.values())) if scores else torch.zeros(0)
-        return [RankedNeuron(*owners[i], float(everything[i])) for i in order(everything).tolist()]
+        places = order(everything).tolist()
+        return [RankedNeuron(owners[i][0], owners[i][1], float(everything[i])) for i in places]
 
     def select(
         self,

@@ -1,0 +1,1 @@
+"""Procedures on a model and data that need no Trainer."""

@@ -1,6 +1,7 @@
 """A report without a Trainer."""
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -14,8 +15,9 @@ from lightning_neurons.network.isolate import isolated
 from lightning_neurons.network.layer import Pattern
 from lightning_neurons.network.neurons import call
 from lightning_neurons.results.neuron_report import NeuronReport
+from lightning_neurons.studies.losses import LossReduction, fgsm, sampled_label_loss, summed
 from lightning_neurons.studies.measurement import Measurement
-from lightning_neurons.studies.passes import LossReduction, Passes, fgsm, sampled_label_loss, summed
+from lightning_neurons.studies.passes import Passes
 from lightning_neurons.studies.settings import MeasurementSettings
 
 LossFunction = Callable[[Any, Any], Tensor]
@@ -127,8 +129,8 @@ def _one_batch(
             with torch.no_grad(), passes.observe():
                 forward(part)
         if "sampled_gradient" in measurement.needs:
-            seed = index * 1_000_003 + number
-            passes.differentiate(lambda given, s=seed: sampled_loss(model, given, s), part, "sampled_gradient")
+            drawn = partial(sampled_loss, model, seed=index * 1_000_003 + number)
+            passes.differentiate(drawn, part, "sampled_gradient")
         measurement.finish_batch()
 
 

@@ -1,5 +1,7 @@
 """A bounded sample of a stream: spread over all of it and, where targets are known, over the classes."""
 
+import math
+from collections.abc import Sized
 from typing import Any
 
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor
 from lightning_neurons.network.batches import batch_size_of, form_of, join, rows_of
 
 _CLASS_SLOTS = 2**16
-"""Class numbers are counted modulo this, so that no table has to grow and no device has to be asked how many there are."""
+"""Class numbers are counted modulo this, so that no table has to grow with them."""
 
 
 class StratifiedSample:
@@ -91,3 +93,12 @@ class StratifiedSample:
         self._counts[1].index_add_(0, slot, torch.ones_like(slot))
         self._counts[0].index_add_(0, slot[rows], torch.ones_like(rows))
         return rows
+
+
+def stream_length(loaders: Any, batches: float) -> int | None:
+    """How many samples the first of ``loaders`` gives in ``batches`` batches, or None if nobody knows."""
+    loader = loaders[0] if isinstance(loaders, list | tuple) and loaders else loaders
+    size, sampler = getattr(loader, "batch_size", None), getattr(loader, "sampler", None)
+    if batches == math.inf or not isinstance(size, int) or not isinstance(sampler, Sized):
+        return None
+    return min(int(batches) * size, len(sampler))

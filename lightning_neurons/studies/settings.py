@@ -13,7 +13,7 @@ from lightning_neurons.criteria.ranking import Normalization
 from lightning_neurons.errors import ArgumentError, MeasurementError, check_choice
 from lightning_neurons.network.batches import TARGET_KEYS, targets_of
 from lightning_neurons.network.layer import Pattern
-from lightning_neurons.studies.passes import LOSS_REDUCTIONS, LossReduction
+from lightning_neurons.studies.losses import LOSS_REDUCTIONS, LossReduction
 
 Inputs = Literal["clean", "fgsm"]
 

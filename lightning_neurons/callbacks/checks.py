@@ -1,0 +1,62 @@
+"""What an observing callback refuses, before any time has been spent."""
+
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from lightning_neurons.errors import ArgumentError
+from lightning_neurons.network.layer import Pattern, candidates
+
+_SHARDED = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAFSDPStrategy"}
+
+NO_VALIDATION = (
+    "the Trainer runs no validation (no validation_step, no validation data, or limit_val_batches=0), so nothing will "
+    'be measured. NeuronSensitivityCallback(source="train") measures on training batches.'
+)
+
+
+def refuse_sharded(who: str, strategy: Any) -> None:
+    """Refuse strategies that split layers over processes.
+
+    Raises:
+        MisconfigurationException: Naming the strategy and what works instead.
+    """
+    # Lightning's two namespaces have two classes of each name.
+    sharded = sorted(_SHARDED & {base.__name__ for base in type(strategy).__mro__})
+    if sharded:
+        raise MisconfigurationException(
+            f"{who} cannot see whole layers under {sharded[0]}, which splits them over processes; use "
+            'strategy="ddp" or "auto", or measure() on the gathered model.'
+        )
+
+
+def check_layers(who: str, pl_module: Any, patterns: tuple[Pattern, ...] | None) -> None:
+    """Make sure that there is something to measure.
+
+    Raises:
+        MisconfigurationException: If a pattern matches no layer, or the module has none.
+    """
+    try:
+        found = candidates(pl_module, patterns)
+    except ArgumentError as error:
+        raise MisconfigurationException(f"{who}: {error}") from error
+    if not found:
+        raise MisconfigurationException(
+            f"{who}: {type(pl_module).__name__} has no convolutional or linear layer; make your own layer types known "
+            "by lightning_neurons.register_layer"
+        )
+
+
+def require_validation_step(who: str, pl_module: Any) -> None:
+    """Make sure that training batches have a loss.
+
+    Raises:
+        MisconfigurationException: If the module has no validation_step.
+    """
+    if not is_overridden("validation_step", pl_module):
+        raise MisconfigurationException(
+            f'{who}(source="train") needs a loss: {type(pl_module).__name__} has no validation_step; pass '
+            "loss_fn=lambda module, batch: ... that returns the loss. (training_step is never run twice: it may step "
+            "an optimizer.)"
+        )
