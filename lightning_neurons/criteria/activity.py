@@ -3,18 +3,20 @@
 Means are over samples *and* positions. ``E`` below is that mean.
 """
 
+from operator import attrgetter
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from lightning_neurons.criteria.contract import Criterion, Statistic, Summary
 
-TOTAL = Statistic("total", lambda view: view.total)
-SQUARES = Statistic("squares", lambda view: view.squares)
-MAGNITUDE = Statistic("magnitude", lambda view: view.magnitude)
-POSITIVE = Statistic("positive", lambda view: view.positive)
-MAXIMUM = Statistic("maximum", lambda view: view.maximum, reduce="max")
-LARGEST_MAGNITUDE = Statistic("largest_magnitude", lambda view: view.largest_magnitude, reduce="max")
+TOTAL = Statistic("total", attrgetter("total"))
+SQUARES = Statistic("squares", attrgetter("squares"))
+MAGNITUDE = Statistic("magnitude", attrgetter("magnitude"))
+POSITIVE = Statistic("positive", attrgetter("positive"))
+MAXIMUM = Statistic("maximum", attrgetter("maximum"), reduce="max")
+LARGEST_MAGNITUDE = Statistic("largest_magnitude", attrgetter("largest_magnitude"), reduce="max")
 
 
 def variance(summary: Summary) -> Float[Tensor, " neuron"]:

@@ -7,19 +7,19 @@ mean over samples. Because the loss is summed, no score depends on the batch siz
 A dead ReLU still has a gradient at its output, so ``gradient`` does not see deadness; everything built on ``u`` does.
 """
 
+from operator import attrgetter
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from lightning_neurons.criteria.contract import Criterion, Statistic, Summary
 
-GRADIENT_SQUARES = Statistic("gradient_squares", lambda view: view.gradient_squares, "gradient")
-GATE = Statistic("gate", lambda view: view.gate_gradient, "gradient")
-GATE_MAGNITUDE = Statistic("gate_magnitude", lambda view: view.gate_gradient, "gradient", torch.abs)
-GATE_SQUARES = Statistic("gate_squares", lambda view: view.gate_gradient, "gradient", torch.square)
-SAMPLED_GATE_SQUARES = Statistic(
-    "sampled_gate_squares", lambda view: view.gate_gradient, "sampled_gradient", torch.square
-)
+GRADIENT_SQUARES = Statistic("gradient_squares", attrgetter("gradient_squares"), "gradient")
+GATE = Statistic("gate", attrgetter("gate_gradient"), "gradient")
+GATE_MAGNITUDE = Statistic("gate_magnitude", attrgetter("gate_gradient"), "gradient", torch.abs)
+GATE_SQUARES = Statistic("gate_squares", attrgetter("gate_gradient"), "gradient", torch.square)
+SAMPLED_GATE_SQUARES = Statistic("sampled_gate_squares", attrgetter("gate_gradient"), "sampled_gradient", torch.square)
 
 
 def gradient(summary: Summary) -> Float[Tensor, " neuron"]:

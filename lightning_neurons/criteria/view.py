@@ -17,6 +17,20 @@ def at_least_float32(values: Tensor) -> Tensor:
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
+def over_space(values: Float[Tensor, "batch neuron space"]) -> Float[Tensor, "batch neuron"]:
+    """Sum over space; never a view, since the model may overwrite its values before the batch is over."""
+    return values.squeeze(-1).clone() if values.shape[-1] == 1 else values.sum(-1)
+
+
+def sum_of_squares(values: Float[Tensor, "batch neuron space"]) -> Float[Tensor, "batch neuron"]:
+    """Sum of squares over space."""
+    if values.shape[-1] == 1:
+        return values.squeeze(-1).square()
+    # A vectorised norm, squared again, costs half of multiply-and-sum on a CPU.
+    norm: Tensor = torch.linalg.vector_norm(values, dim=-1)
+    return norm.square()
+
+
 class LayerView:
     """What a statistic may look at: the activation of one layer in one batch and, if asked for, its gradient.
 
@@ -55,31 +69,29 @@ class LayerView:
     @cached_property
     def total(self) -> Float[Tensor, "batch neuron"]:
         """Sum over space."""
-        return self.activation.sum(-1)
+        return over_space(self.activation)
 
     @cached_property
     def squares(self) -> Float[Tensor, "batch neuron"]:
         """Sum of squares over space."""
-        # A vectorised norm, squared again, costs half of multiply-and-sum on a CPU.
-        norm: Tensor = torch.linalg.vector_norm(self.activation, dim=-1)
-        return norm.square()
+        return sum_of_squares(self.activation)
 
     @cached_property
     def magnitude(self) -> Float[Tensor, "batch neuron"]:
         """Sum of absolute values over space."""
-        return self.total if self.rectified else self.activation.abs().sum(-1)
+        return self.total if self.rectified else over_space(self.activation.abs())
 
     @cached_property
     def positive(self) -> Float[Tensor, "batch neuron"]:
         """How many values are greater than zero."""
         signs = self.activation.sign()
         # A boolean sum takes three times as long as this one.
-        return (signs if self.rectified else signs.relu_()).sum(-1)
+        return over_space(signs if self.rectified else signs.relu_())
 
     @cached_property
     def maximum(self) -> Float[Tensor, "batch neuron"]:
         """Largest value."""
-        return self.activation.amax(-1)
+        return self.total if self.activation.shape[-1] == 1 else self.activation.amax(-1)
 
     @cached_property
     def largest_magnitude(self) -> Float[Tensor, "batch neuron"]:
@@ -95,5 +107,4 @@ class LayerView:
     @cached_property
     def gradient_squares(self) -> Float[Tensor, "batch neuron"]:
         """Sum over space of squared gradients."""
-        norm: Tensor = torch.linalg.vector_norm(self.gradient, dim=-1)
-        return norm.square()
+        return sum_of_squares(self.gradient)

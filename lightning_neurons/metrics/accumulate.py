@@ -1,13 +1,115 @@
-"""Adding one call of one layer to sums, in place, classes apart or not. No device is waited for.
+"""Adding one batch of several layers to sums, in place, classes apart or not. No GPU is waited for.
 
+Layers of the same form are added together: on small networks the number of calls is the cost.
 States have a leading axis of classes. ``index`` is the class of each sample, or None: then there is one class.
 """
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from lightning_neurons.criteria.contract import Need, Statistic
 from lightning_neurons.metrics import histogram
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """What one layer gave in one batch.
+
+    Attributes:
+        rows: One number per sample and neuron for each statistic.
+        positions: How many values of each neuron lie behind them.
+        sampled: The values that the histogram counts; empty without one.
+    """
+
+    rows: list[Float[Tensor, "batch neuron"]]
+    positions: int
+    sampled: list[Float[Tensor, "batch neuron position"]]
+
+    @property
+    def samples(self) -> int:
+        """Number of samples."""
+        return self.rows[0].shape[0]
+
+    @property
+    def form(self) -> tuple[int, int]:
+        """What layers must share to be added together: samples, and values for the histogram."""
+        return self.samples, sum(s.shape[-1] for s in self.sampled)
+
+
+@dataclass(eq=False)
+class Waiting:
+    """What has been observed and not been added yet.
+
+    Attributes:
+        batches: By layer and need, what the layer gave in this batch so far.
+        numbers: How many numbers wait.
+        targets: The class of each sample, if classes are kept apart.
+    """
+
+    batches: dict[tuple[str, Need], Batch] = field(default_factory=dict)
+    numbers: int = 0
+    targets: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Where the numbers of several layers of one form go.
+
+    Attributes:
+        statistics: What was observed, sums first.
+        sums: Rows of ``totals``, one for each sum.
+        maxima: Rows of ``maxima``, one for each maximum.
+        neurons: Places of the neurons of all layers on the neuron axis.
+        positions: How many values lie behind each neuron's numbers.
+    """
+
+    statistics: Sequence[Statistic]
+    sums: Int[Tensor, " sum"]
+    maxima: Int[Tensor, " maximum"]
+    neurons: Int[Tensor, " neuron"]
+    positions: Int[Tensor, " neuron"]
+
+
+def group_of(
+    statistics: Sequence[Statistic],
+    rows: tuple[Sequence[Statistic], Sequence[Statistic]],
+    places: Sequence[slice],
+    positions: Sequence[int],
+    device: torch.device,
+) -> Group:
+    """Where the numbers of several layers go.
+
+    Args:
+        statistics: What is observed, sums first.
+        rows: What the rows of ``totals`` and ``maxima`` hold.
+        places: Where the neurons of each layer lie.
+        positions: How many values lie behind the numbers of each layer.
+        device: Where the sums live.
+    """
+    with torch.inference_mode(False):
+        slots = [torch.tensor([of.index(s) for s in statistics if s in of], device=device).long() for of in rows]
+        neurons = torch.cat([torch.arange(place.start, place.stop) for place in places])
+        widths = torch.tensor([place.stop - place.start for place in places])
+        each = torch.tensor(positions).repeat_interleave(widths)
+        return Group(statistics, slots[0], slots[1], neurons.to(device), each.to(device))
+
+
+def joined(statistics: Sequence[Statistic], held: Batch, new: Batch) -> Batch:
+    """One sample's numbers over several calls of a layer."""
+    reducers = [torch.maximum if s.reduce == "max" else torch.add for s in statistics] or [torch.add]
+    rows = [reduce(a, b) for reduce, a, b in zip(reducers, held.rows, new.rows, strict=True)]
+    return Batch(rows, held.positions + new.positions, held.sampled + new.sampled)
+
+
+def transformed(statistics: Sequence[Statistic], batches: Sequence[Batch]) -> Float[Tensor, "statistic batch neuron"]:
+    """The layers side by side, each sample's numbers passed through ``per_sample``."""
+    stack = torch.cat([torch.stack(b.rows) for b in batches], 2)
+    rows = [r if s.per_sample is None else s.per_sample(r) for s, r in zip(statistics, stack, strict=False)]
+    return torch.stack(rows) if any(s.per_sample for s in statistics) else stack
 
 
 def finite_rows(rows: Float[Tensor, "statistic batch neuron"]) -> Bool[Tensor, "batch neuron"] | None:
@@ -17,63 +119,68 @@ def finite_rows(rows: Float[Tensor, "statistic batch neuron"]) -> Bool[Tensor, "
 
 
 def add_sums(
-    totals: Float[Tensor, "class statistic neuron"],
-    slots: Int[Tensor, " row"],
-    rows: Float[Tensor, "row batch neuron"],
-    index: Int[Tensor, " batch"] | None,
-) -> None:
-    """Add the sums of ``rows`` over samples to the statistics ``slots``."""
-    if index is None:
-        totals[0].index_add_(0, slots, rows.sum(1, dtype=torch.float64))
-        return
-    for slot, row in zip(slots.tolist(), rows, strict=True):
-        totals[:, slot].index_add_(0, index, row.double())
-
-
-def add_maximum(
-    highest: Float[Tensor, "class neuron"],
-    row: Float[Tensor, "batch neuron"],
+    totals: Float[Tensor, "class statistic all_neurons"],
+    group: Group,
+    rows: Float[Tensor, "sum batch neuron"],
     finite: Bool[Tensor, "batch neuron"] | None,
     index: Int[Tensor, " batch"] | None,
 ) -> None:
-    """Raise ``highest`` to the largest finite value of ``row``."""
-    row = (row if finite is None else torch.where(finite, row, -torch.inf)).double()
+    """Add the sums of finite ``rows`` over samples."""
+    clean = rows if finite is None else torch.where(finite, rows, 0)
     if index is None:
-        torch.maximum(highest[0], row.amax(0), out=highest[0])
+        totals[0, group.sums[:, None], group.neurons] += clean.sum(1, dtype=torch.float64)
+        return
+    by_class = clean.new_zeros((len(totals), *clean.shape[::2]), dtype=torch.float64)
+    by_class.index_add_(0, index, clean.transpose(0, 1).double())
+    totals[:, group.sums[:, None], group.neurons] += by_class
+
+
+def add_maxima(
+    maxima: Float[Tensor, "class statistic all_neurons"],
+    group: Group,
+    rows: Float[Tensor, "maximum batch neuron"],
+    finite: Bool[Tensor, "batch neuron"] | None,
+    index: Int[Tensor, " batch"] | None,
+) -> None:
+    """Raise the maxima to the largest finite ``rows``."""
+    rows = rows if finite is None else torch.where(finite, rows, -torch.inf)
+    if index is None:
+        highest = rows.amax(1)[None].double()
     else:
-        highest.scatter_reduce_(0, index[:, None].expand_as(row), row, "amax")
+        highest = rows.new_full((len(maxima), *rows.shape[::2]), -torch.inf, dtype=torch.float64)
+        every = rows.transpose(0, 1).double()
+        highest.scatter_reduce_(0, index[:, None, None].expand_as(every), every, "amax")
+    place = (slice(None), group.maxima[:, None], group.neurons)
+    maxima[place] = torch.maximum(maxima[place], highest)
 
 
 def add_counts(
-    counts: Int[Tensor, "class neuron"],
+    counts: Int[Tensor, "class all_neurons"],
+    group: Group,
     shape: tuple[int, int],
     finite: Bool[Tensor, "batch neuron"] | None,
     index: Int[Tensor, " batch"] | None,
-    each: int = 1,
-) -> None:
-    """Add ``each`` per finite sample of a batch of ``shape``."""
+) -> Int[Tensor, "class neuron"]:
+    """Count the finite samples of a batch of ``shape``; returns what was added."""
     if index is None:
-        counts[0] += shape[0] * each if finite is None else finite.sum(0) * each
+        added = (counts.new_full((1, shape[1]), shape[0]) if finite is None else finite.sum(0, keepdim=True)).long()
     else:
-        seen = torch.ones(shape, dtype=torch.int64, device=counts.device) if finite is None else finite.long()
-        counts.index_add_(0, index, seen * each)
+        seen = counts.new_ones(shape) if finite is None else finite.long()
+        added = counts.new_zeros((len(counts), shape[1])).index_add_(0, index, seen)
+    counts[:, group.neurons] += added
+    return added
 
 
 def add_magnitudes(
     counts: Int[Tensor, "class all_neurons bin"],
-    first: int,
-    values: Float[Tensor, "batch neuron space"],
+    group: Group,
+    values: Float[Tensor, "batch neuron position"],
     finite: Bool[Tensor, "batch neuron"] | None,
     index: Int[Tensor, " batch"] | None,
 ) -> None:
-    """Count the magnitudes of finite samples, for the neurons from ``first`` on."""
-    chosen = histogram.positions(values.shape[-1])
-    if len(chosen) < values.shape[-1]:
-        values = values.index_select(-1, chosen.to(values.device))
+    """Count the magnitudes of finite samples."""
     bins = histogram.bin_index(values).to(counts.device)
-    neurons = torch.arange(first, first + values.shape[1], device=bins.device)
-    if index is not None:
-        neurons = neurons + index[:, None] * counts.shape[1]
+    neurons = group.neurons if index is None else group.neurons + index[:, None] * counts.shape[1]
     start = (neurons * histogram.BINS).unsqueeze(-1)
     # int32 is enough for the bins of most models, and twice as fast as int64.
     flat = bins.add_(start.int()) if counts.numel() < 2**31 else bins + start

@@ -57,6 +57,13 @@ def positions(space: int) -> Int[Tensor, " position"]:
         return torch.tensor(sorted(chosen))
 
 
+def sampled(values: Float[Tensor, "batch neuron space"]) -> Float[Tensor, "batch neuron position"]:
+    """A copy of the values at the positions that are counted."""
+    chosen = positions(values.shape[-1])
+    whole = chosen.shape[0] == values.shape[-1]
+    return values.clone() if whole else values.index_select(-1, chosen.to(values.device))
+
+
 def bin_index(values: Float[Tensor, "..."]) -> Int[Tensor, "..."]:
     """The bin of each value's magnitude, int32. NaN and infinity land in the last bin: leave them out by weight.
 

@@ -6,42 +6,27 @@ A leading axis separates classes (one class if classes are not asked for).
 """
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_neurons.criteria.contract import NEEDS, Criterion, LayerTraits, Need, Statistic, Summary
 from lightning_neurons.criteria.view import LayerView
 from lightning_neurons.errors import MeasurementError
-from lightning_neurons.metrics import histogram
-from lightning_neurons.metrics.accumulate import add_counts, add_magnitudes, add_maximum, add_sums, finite_rows
+from lightning_neurons.metrics import accumulate, histogram
+from lightning_neurons.metrics.accumulate import Batch, Group, Waiting
 
 PER_CLASS_LIMIT = 2 * 2**30
 """Bytes that the sums of a measurement per class may take."""
 
+HELD_NUMBERS = 2**22
+"""Layers are added together at the end of a batch, or when so many numbers wait (16 MiB)."""
+
 _BY_CLASS = ("totals", "maxima", "samples", "values", "histogram")
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What to observe of a layer, sums first, and in which rows of the states it goes."""
-
-    statistics: tuple[Statistic, ...]
-    sums: tuple[int, ...]
-    maxima: tuple[int, ...]
-
-
-@lru_cache(maxsize=256)
-def row_index(rows: tuple[int, ...], device: torch.device) -> Int[Tensor, " row"]:
-    """``rows`` as a tensor, made once."""
-    with torch.inference_mode(False):
-        return torch.tensor(rows, device=device)
 
 
 class StreamingCriteria(Metric):
@@ -84,20 +69,19 @@ class StreamingCriteria(Metric):
         named = {s.name: s for c in self.criteria for s in c.statistics}
         self._sums = [s for s in named.values() if s.reduce == "sum"]
         self._maxima = [s for s in named.values() if s.reduce == "max"]
-        self._plans: dict[tuple[str, Need], _Plan] = {}
+        self._statistics: dict[tuple[str, Need], tuple[Statistic, ...]] = {}
         self._several_calls: set[str] = set()
-        self._pending: dict[tuple[str, Need], tuple[list[Tensor], int]] = {}
+        self._waiting = Waiting()
+        self._groups: dict[tuple[Any, ...], Group] = {}
         neurons, classes = ends[-1], 0 if per_class else 1
-        wide = neurons if any(c.histogram for c in self.criteria) else 0
-        start = torch.zeros(classes, len(NEEDS), neurons, dtype=torch.int64)
+        counted = neurons if any(c.histogram for c in self.criteria) else 0
         self.add_state("totals", torch.zeros(classes, len(self._sums), neurons, dtype=torch.float64), "sum")
-        self.add_state(
-            "maxima", torch.full((classes, len(self._maxima), neurons), -torch.inf, dtype=torch.float64), "max"
-        )
-        self.add_state("samples", start, "sum")
-        self.add_state("values", start[:, 0].clone(), "sum")
+        lowest = torch.full((classes, len(self._maxima), neurons), -torch.inf, dtype=torch.float64)
+        self.add_state("maxima", lowest, "max")
+        self.add_state("samples", torch.zeros(classes, len(NEEDS), neurons, dtype=torch.int64), "sum")
+        self.add_state("values", torch.zeros(classes, neurons, dtype=torch.int64), "sum")
         self.add_state("nonfinite", torch.zeros(len(NEEDS), neurons, dtype=torch.int64), "sum")
-        self.add_state("histogram", torch.zeros(classes, wide, histogram.BINS, dtype=torch.int64), "sum")
+        self.add_state("histogram", torch.zeros(classes, counted, histogram.BINS, dtype=torch.int64), "sum")
 
     def describe(self, traits: LayerTraits, *, calls: int = 1) -> None:
         """Say what a layer is, before its first update: which criteria apply follows from it.
@@ -108,105 +92,126 @@ class StreamingCriteria(Metric):
         """
         layer = traits.name
         self.traits[layer] = traits
-        accepted = []
+        wanted: set[str] = set()
         for criterion in self.criteria:
             reason = criterion.refuse(traits)
             if reason is None:
-                accepted.append(criterion)
+                wanted |= {s.name for s in criterion.statistics}
                 self.refused[criterion.name].pop(layer, None)
             else:
                 self.refused[criterion.name][layer] = reason
-        wanted = {s.name for c in accepted for s in c.statistics}
         for need in NEEDS:
-            sums, maxima = (
-                [s for s in of if s.name in wanted and s.needs == need] for of in (self._sums, self._maxima)
-            )
-            self._plans[layer, need] = _Plan(
-                (*sums, *maxima), tuple(map(self._sums.index, sums)), tuple(map(self._maxima.index, maxima))
-            )
+            every = (*self._sums, *self._maxima)
+            self._statistics[layer, need] = tuple(s for s in every if s.name in wanted and s.needs == need)
         (self._several_calls.add if calls > 1 else self._several_calls.discard)(layer)
 
     def update(
         self, layer: str, view: LayerView, need: Need = "activation", targets: Int[Tensor, " batch"] | None = None
     ) -> None:
-        """Add one call of one layer. Nothing is synchronised with a GPU unless classes are kept apart."""
-        plan = self._plans[layer, need]
-        wants_histogram = need == "activation" and self.histogram.shape[1] > 0
-        if not plan.statistics and not wants_histogram:
+        """Take one call of one layer; ``finish_batch`` adds it. No GPU is waited for unless classes are kept apart."""
+        self.hold(layer, view, need, targets)
+
+    def hold(
+        self, layer: str, view: LayerView, need: Need = "activation", targets: Int[Tensor, " batch"] | None = None
+    ) -> None:
+        """As ``update``, without the bookkeeping of torchmetrics, which takes longer than the work on small layers."""
+        statistics = self._statistics[layer, need]
+        counted = need == "activation" and self.histogram.shape[1] > 0
+        if not statistics and not counted:
             return
-        rows = [s.observe(view) for s in plan.statistics] or [view.total]
-        positions = view.activation.shape[-1]
-        index = self._class_index(layer, targets, len(rows[0]))
-        if layer in self._several_calls and self._hold(layer, need, rows, positions):
-            finite = finite_rows(torch.stack(rows))
-        else:
-            finite = self._add(layer, need, rows, positions, index)
-        if wants_histogram:
-            add_magnitudes(self.histogram, self.places[layer].start, view.activation, finite, index)
+        new = Batch(
+            rows=[s.observe(view) for s in statistics] or [view.total],
+            positions=view.activation.shape[-1],
+            sampled=[histogram.sampled(view.activation)] if counted else [],
+        )
+        waiting = self._waiting
+        held = waiting.batches.pop((layer, need), None)
+        if held is not None and (layer not in self._several_calls or held.samples != new.samples):
+            self._add({(layer, need): held})  # of an earlier batch, or a call with other samples
+            held = None
+        waiting.targets = targets
+        waiting.batches[layer, need] = new if held is None else accumulate.joined(statistics, held, new)
+        waiting.numbers += len(new.rows) * new.rows[0].numel()
+        if waiting.numbers > HELD_NUMBERS:
+            once = [key for key in waiting.batches if key[0] not in self._several_calls]
+            self._add({key: waiting.batches.pop(key) for key in once})
+            waiting.numbers = 0
 
-    def finish_batch(self, targets: Int[Tensor, " batch"] | None = None) -> None:
-        """Add the layers that ran several times in this batch."""
-        pending, self._pending = self._pending, {}
-        for (layer, need), (rows, positions) in pending.items():
-            self._add(layer, need, rows, positions, self._class_index(layer, targets, len(rows[0])))
+    def finish_batch(self) -> None:
+        """Add what the layers gave in this batch, all of them together."""
+        self._computed = None
+        self._update_count += 1
+        batches, self._waiting.batches, self._waiting.numbers = self._waiting.batches, {}, 0
+        self._add(batches)
 
-    def _hold(self, layer: str, need: Need, rows: list[Tensor], positions: int) -> bool:
-        """Join this call to the sample's earlier ones; False where it has other samples than they."""
-        held, before = self._pending.get((layer, need), (rows, 0))
-        if held[0].shape != rows[0].shape:
-            return False
-        if held is not rows:
-            statistics = self._plans[layer, need].statistics
-            reducers = [torch.maximum if s.reduce == "max" else torch.add for s in statistics] or [torch.add]
-            held = [reduce(old, new) for reduce, old, new in zip(reducers, held, rows, strict=True)]
-        self._pending[layer, need] = held, before + positions
-        return True
+    def _add(self, pending: Mapping[tuple[str, Need], Batch]) -> None:
+        forms: dict[tuple[Any, ...], list[tuple[str, Batch]]] = {}
+        for (layer, need), batch in pending.items():
+            forms.setdefault((need, self._statistics[layer, need], batch.form), []).append((layer, batch))
+        for (need, _, _), members in forms.items():
+            self._add_group(need, [layer for layer, _ in members], [batch for _, batch in members])
 
-    def _add(
-        self, layer: str, need: Need, rows: list[Tensor], positions: int, index: Tensor | None
-    ) -> Bool[Tensor, "batch neuron"] | None:
-        plan, place, at = self._plans[layer, need], self.places[layer], NEEDS.index(need)
-        each = [r if s.per_sample is None else s.per_sample(r) for s, r in zip(plan.statistics, rows, strict=False)]
-        stack = torch.stack(each or rows).to(self.totals.device)
-        finite = finite_rows(stack)
-        if plan.sums:
-            summands = stack[: len(plan.sums)]
-            clean = summands if finite is None else torch.where(finite, summands, 0)
-            add_sums(self.totals[:, :, place], row_index(plan.sums, clean.device), clean, index)
-        for slot, row in zip(plan.maxima, stack[len(plan.sums) :], strict=False):
-            add_maximum(self.maxima[:, slot, place], row, finite, index)
-        shape = (stack.shape[1], stack.shape[2])
-        add_counts(self.samples[:, at, place], shape, finite, index)
+    def _add_group(self, need: Need, layers: Sequence[str], batches: Sequence[Batch]) -> None:
+        group, at = self._group(need, tuple(layers), tuple(b.positions for b in batches)), NEEDS.index(need)
+        rows = accumulate.transformed(group.statistics, batches).to(self.totals.device)
+        finite, index = accumulate.finite_rows(rows), self._class_index(layers, rows.shape[1])
+        if len(group.sums):
+            accumulate.add_sums(self.totals, group, rows[: len(group.sums)], finite, index)
+        if len(group.maxima):
+            accumulate.add_maxima(self.maxima, group, rows[len(group.sums) :], finite, index)
+        added = accumulate.add_counts(self.samples[:, at], group, (rows.shape[1], rows.shape[2]), finite, index)
         if need == "activation":
-            add_counts(self.values[:, place], shape, finite, index, positions)
+            self.values[:, group.neurons] += added * group.positions
         if finite is not None:
-            self.nonfinite[at, place] += (~finite).sum(0)
-        return finite
+            self.nonfinite[at, group.neurons] += (~finite).sum(0)
+        if batches[0].sampled:
+            values = torch.cat([torch.cat(b.sampled, 2) if len(b.sampled) > 1 else b.sampled[0] for b in batches], 1)
+            accumulate.add_magnitudes(self.histogram, group, values, finite, index)
 
-    def _class_index(self, layer: str, targets: Tensor | None, rows: int) -> Tensor | None:
+    def _group(self, need: Need, layers: tuple[str, ...], positions: tuple[int, ...]) -> Group:
+        key = need, layers, positions, self.totals.device
+        if key not in self._groups:
+            self._groups[key] = accumulate.group_of(
+                self._statistics[layers[0], need],
+                (self._sums, self._maxima),
+                [self.places[name] for name in layers],
+                positions,
+                self.totals.device,
+            )
+        return self._groups[key]
+
+    def _class_index(self, layers: Sequence[str], rows: int) -> Tensor | None:
         if not self.per_class:
             return None
+        targets = self._waiting.targets
         if targets is None or len(targets) != rows:
             got = "no targets" if targets is None else f"{len(targets)} targets"
-            raise MeasurementError(f"per_class: layer {layer!r} has {rows} samples but {got}; leave it out by layers=")
+            raise MeasurementError(
+                f"per_class: {', '.join(layers)} saw {rows} samples but {got}; leave such layers out by layers="
+            )
         index = targets.to(self.totals.device)
         self.grow(int(index.max()) + 1 if len(index) else 0)
         return index
 
     def grow(self, classes: int) -> None:
-        """Make room for ``classes`` classes."""
+        """Make room for ``classes`` classes.
+
+        Raises:
+            MeasurementError: If their sums would take too much memory.
+        """
         missing = classes - len(self.totals)
-        if missing > 0:
-            size = classes * 8 * sum(math.prod(getattr(self, name).shape[1:]) for name in _BY_CLASS)
-            if size > PER_CLASS_LIMIT:
-                raise MeasurementError(
-                    f"per_class: sums for {classes} classes would take {size / 2**30:.1f} GiB of at most "
-                    f"{PER_CLASS_LIMIT / 2**30:g}; choose fewer layers=, or criteria= without 'near_zero'"
-                )
-            for name in _BY_CLASS:
-                state: Tensor = getattr(self, name)
-                room = state.new_full((missing, *state.shape[1:]), -torch.inf if name == "maxima" else 0)
-                setattr(self, name, torch.cat([state, room]))
+        if missing <= 0:
+            return
+        size = classes * 8 * sum(math.prod(getattr(self, name).shape[1:]) for name in _BY_CLASS)
+        if size > PER_CLASS_LIMIT:
+            raise MeasurementError(
+                f"per_class: sums for {classes} classes would take {size / 2**30:.1f} GiB of at most "
+                f"{PER_CLASS_LIMIT / 2**30:g}; choose fewer layers=, or criteria= without 'near_zero'"
+            )
+        for name in _BY_CLASS:
+            state: Tensor = getattr(self, name)
+            room = state.new_full((missing, *state.shape[1:]), -torch.inf if name == "maxima" else 0)
+            setattr(self, name, torch.cat([state, room]))
 
     def summary(self, layer: str, klass: int | None = None) -> Summary:
         """The sums of one layer, over all classes or of one."""
@@ -216,12 +221,11 @@ class StreamingCriteria(Metric):
         highest = maxima.amax(0) if len(maxima) else maxima.new_full(maxima.shape[1:], torch.nan)
         highest = torch.where(highest == -torch.inf, torch.nan, highest)
         counts = self.histogram[chosen, place].sum(0)
-        samples = self.samples[chosen, :, place].sum(0)
+        by_name = {s.name: totals[i] for i, s in enumerate(self._sums)}
         return Summary(
             traits=self.traits[layer],
-            totals={s.name: totals[i] for i, s in enumerate(self._sums)}
-            | {s.name: highest[i] for i, s in enumerate(self._maxima)},
-            samples=dict(zip(NEEDS, samples, strict=True)),
+            totals=by_name | {s.name: highest[i] for i, s in enumerate(self._maxima)},
+            samples=dict(zip(NEEDS, self.samples[chosen, :, place].sum(0), strict=True)),
             values=self.values[chosen, place].sum(0),
             near_zero=lambda limit: histogram.share_at_most(counts, limit),
         )
@@ -234,8 +238,14 @@ class StreamingCriteria(Metric):
             for c in self.criteria
         }
 
+    def reset(self) -> None:
+        """Forget everything that was added, and what waits to be."""
+        self._waiting = Waiting()
+        super().reset()
+
     def sync(self, *args: Any, **kwargs: Any) -> None:
         """As torchmetrics does it, after every process has made room for the classes of all."""
+        self.finish_batch()
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if self.per_class and distributed and not self._is_synced:
             classes = torch.tensor(len(self.totals), device=self.totals.device)

@@ -26,7 +26,7 @@ def samples_first(
     neurons = axis % values.ndim
     if values.ndim == 1 or neurons == 0:
         return values.reshape(1, values.shape[neurons], -1)  # one sample without a batch axis
-    values = values.movedim(neurons, 1)
+    values = values if neurons == 1 else values.movedim(neurons, 1)
     if batch_size is not None and values.shape[0] != batch_size:
         same = [d for d in range(2, values.ndim) if values.shape[d] == batch_size]
         if same:

@@ -61,8 +61,8 @@ class _Follow(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        self._before(func, args, kwargs)
-        if not self._waiting or func not in LINKS:
+        # This runs for every call and every attribute of a tensor: the common case has to be short.
+        if func not in LINKS or not self._waiting:
             return func(*args, **kwargs)
         found = self._waiting.pop(id(args[0] if args else kwargs.get("input")), None)
         out = func(*args, **kwargs)
@@ -75,9 +75,6 @@ class _Follow(TorchFunctionMode):
             return self._arrive(name, value)
         self._waiting[id(value)] = name, links, value  # kept alive, so that its id stays its own
         return value
-
-    def _before(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """What has to happen before a call that may overwrite a value."""
 
     def _arrive(self, name: str, value: Tensor) -> Tensor:
         """Take the value at the activation point; return what the model goes on with."""
@@ -124,13 +121,15 @@ class WatchGradients(_Follow):
         self._seeds: list[Tensor] = []
         self._hooks: list[RemovableHandle] = []
 
-    def _before(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        target = target_of_write(func, args, kwargs) if self._held else None
-        if target is None:
-            return
-        for key, activation in self._held.items():
-            if share_memory(activation, target):
-                self._held[key] = activation.clone()
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        target = target_of_write(func, args, kwargs or {}) if self._held else None
+        if target is not None:
+            for key, activation in self._held.items():
+                if share_memory(activation, target):
+                    self._held[key] = activation.clone()
+        return super().__torch_function__(func, types, args, kwargs)
 
     def _arrive(self, name: str, value: Tensor) -> Tensor:
         if self._deliver_activation is not None:

@@ -46,8 +46,8 @@ class Measurement:
         self.modules = candidates(model, layers)
         require_materialized(self.modules)
         self.layers: dict[str, Layer] = {}
-        self._families = {name: family for name, m in self.modules.items() if (family := family_of(m))}
-        widths = {name: self._families[name].neurons(m) for name, m in self.modules.items()}
+        self._forms: dict[str, tuple[int, bool, tuple[float, float] | None]] = {}
+        widths = {name: family.neurons(m) for name, m in self.modules.items() if (family := family_of(m))}
         with torch.inference_mode(False):  # inference tensors could not be added to later on
             self.metric = StreamingCriteria(widths, criteria, per_class=per_class, sync_on_compute=False)
             # float64 does not exist on Apple's GPUs.
@@ -66,7 +66,7 @@ class Measurement:
 
     def finish_batch(self) -> None:
         """Add what waited for the batch's end."""
-        self.metric.finish_batch(self._targets if self.per_class else None)
+        self.metric.finish_batch()
 
     def learn(self, layers: Mapping[str, Layer]) -> None:
         """Take note of the layers' activation points."""
@@ -75,17 +75,18 @@ class Measurement:
                 self.metric.describe(traits_of(layer, self.model), calls=layer.calls)
             if layer.calls or name not in self.layers:
                 self.layers[name] = layer
+                self._forms[name] = layer.axis, layer.rectified, layer.bounds
 
     def receive(self, layer: str, activation: Tensor, gradient: Tensor | None, need: Need) -> None:
         """Add one call of one layer."""
-        axis, known = self._families[layer].axis, self.layers[layer]
+        axis, rectified, bounds = self._forms[layer]
         view = LayerView(
             samples_first(activation, axis, self._batch_size),
             None if gradient is None else samples_first(gradient, axis, self._batch_size),
-            rectified=known.rectified,
-            bounds=known.bounds,
+            rectified=rectified,
+            bounds=bounds,
         )
-        self.metric.update(layer, view, need, self._targets if self.per_class else None)
+        self.metric.hold(layer, view, need, self._targets if self.per_class else None)
 
     def merge_processes(self, processes: int) -> None:
         """Give every process the sums of all; one that saw nothing learns the layers from the others."""
@@ -95,7 +96,6 @@ class Measurement:
         torch.distributed.all_gather_object(everywhere, self.layers)
         for layers in everywhere:
             self.learn(layers)
-        self.metric.finish_batch()
         self.metric.sync()
 
     def report(
