@@ -3,13 +3,13 @@
 Means are over samples *and* positions. ``E`` below is that mean.
 """
 
+from functools import partial
 from operator import attrgetter
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_neurons.criteria.contract import Criterion, Statistic, Summary
+from lightning_neurons.criteria.contract import Criterion, Statistic, Summary, mean_over_values
 
 TOTAL = Statistic("total", attrgetter("total"))
 SQUARES = Statistic("squares", attrgetter("squares"))
@@ -36,12 +36,22 @@ def dormant_score(summary: Summary) -> Float[Tensor, " neuron"]:
     """
     magnitude = summary.per_value(MAGNITUDE)
     average = magnitude.nanmean()
-    return magnitude / average if average > 0 else torch.zeros_like(magnitude)
+    return magnitude / average if average > 0 else magnitude
 
 
-MEAN = Criterion("mean", (TOTAL,), lambda summary: summary.per_value(TOTAL))
-RMS = Criterion("rms", (SQUARES,), lambda summary: summary.per_value(SQUARES).sqrt())
-MAX = Criterion("max", (MAXIMUM,), lambda summary: summary.total(MAXIMUM))
-ACTIVE_SHARE = Criterion("active_share", (POSITIVE,), lambda summary: summary.per_value(POSITIVE))
+def rms(summary: Summary) -> Float[Tensor, " neuron"]:
+    """``sqrt(E[a^2])``."""
+    return summary.per_value(SQUARES).sqrt()
+
+
+def maximum(summary: Summary) -> Float[Tensor, " neuron"]:
+    """The largest value."""
+    return summary.total(MAXIMUM)
+
+
+MEAN = Criterion("mean", (TOTAL,), partial(mean_over_values, statistic=TOTAL))
+RMS = Criterion("rms", (SQUARES,), rms)
+MAX = Criterion("max", (MAXIMUM,), maximum)
+ACTIVE_SHARE = Criterion("active_share", (POSITIVE,), partial(mean_over_values, statistic=POSITIVE))
 VARIANCE = Criterion("variance", (TOTAL, SQUARES), variance)
 DORMANT_SCORE = Criterion("dormant_score", (MAGNITUDE,), dormant_score)

@@ -27,7 +27,7 @@ class Agreement:
     jaccard: float
 
 
-def agreement(first: Float[Tensor, " neuron"], second: Float[Tensor, " neuron"], *, share: float = 0.1) -> Agreement:
+def agreement(first: Float[Tensor, " neuron"], second: Float[Tensor, " _"], *, share: float = 0.1) -> Agreement:
     """Compare two scores of the same neurons. Neurons that either has not measured (NaN) are left out.
 
     Correlations are NaN where a ranking is constant or fewer than two neurons are left. Random top sets of share ``p``

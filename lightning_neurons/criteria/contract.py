@@ -103,6 +103,16 @@ class Summary:
         return self.total(statistic) / self.values
 
 
+def mean_over_values(summary: Summary, statistic: Statistic) -> Float[Tensor, " neuron"]:
+    """A score that is the mean of one statistic over samples and positions."""
+    return summary.per_value(statistic)
+
+
+def mean_over_samples(summary: Summary, statistic: Statistic) -> Float[Tensor, " neuron"]:
+    """A score that is the mean of one statistic over samples."""
+    return summary.per_sample(statistic)
+
+
 def accept_every_layer(traits: LayerTraits) -> str | None:
     """The refusal of a criterion that has none."""
     return None

@@ -12,6 +12,7 @@ name             1 means                                                        
 """
 
 import math
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -26,7 +27,7 @@ from lightning_neurons.criteria.activity import (
     dormant_score,
     variance,
 )
-from lightning_neurons.criteria.contract import Criterion, LayerTraits, Statistic, Summary
+from lightning_neurons.criteria.contract import Criterion, LayerTraits, Statistic, Summary, mean_over_values
 from lightning_neurons.criteria.view import LayerView
 from lightning_neurons.errors import ArgumentError
 
@@ -62,14 +63,16 @@ def near_zero(threshold: float = 0.01, *, relative: bool = True) -> Criterion:
         ArgumentError: If ``threshold`` is negative or not finite.
     """
     check_threshold(threshold)
+    score = partial(near_zero_share, threshold=threshold, relative=relative)
+    return Criterion("near_zero", (SQUARES, LARGEST_MAGNITUDE), score, "deadness", histogram=True)
 
-    def share(summary: Summary) -> Float[Tensor, " neuron"]:
-        assert summary.near_zero is not None
-        assert summary.values is not None
-        limit = threshold * layer_rms(summary) if relative else threshold
-        return exact_at_the_end(summary.near_zero(limit), summary.total(LARGEST_MAGNITUDE), limit, summary.values)
 
-    return Criterion("near_zero", (SQUARES, LARGEST_MAGNITUDE), share, "deadness", histogram=True)
+def near_zero_share(summary: Summary, *, threshold: float, relative: bool) -> Float[Tensor, " neuron"]:
+    """See ``near_zero``."""
+    assert summary.near_zero is not None, "counted wherever a criterion asks for it"
+    assert summary.values is not None, "counted wherever activations are"
+    limit = threshold * layer_rms(summary) if relative else threshold
+    return exact_at_the_end(summary.near_zero(limit), summary.total(LARGEST_MAGNITUDE), limit, summary.values)
 
 
 def layer_rms(summary: Summary) -> float:
@@ -99,10 +102,15 @@ def refuse_unless_rectified(traits: LayerTraits) -> str | None:
     return f"APoZ counts exact zeros and {function} none in {traits.name!r}; use 'near_zero' or 'constant'"
 
 
+def zero_share(summary: Summary) -> Float[Tensor, " neuron"]:
+    """Share of values that are zero, where none is negative."""
+    return 1 - summary.per_value(POSITIVE)
+
+
 APOZ = Criterion(
     "apoz",
     (POSITIVE,),
-    lambda summary: 1 - summary.per_value(POSITIVE),
+    zero_share,
     "deadness",
     refuse_unless_rectified,
 )
@@ -118,12 +126,13 @@ def dormant(tau: float = 0.025) -> Criterion:
         ArgumentError: If ``tau`` is negative or not finite.
     """
     check_threshold(tau, "tau")
+    return Criterion("dormant", (MAGNITUDE,), partial(is_dormant, tau=tau), "deadness")
 
-    def is_dormant(summary: Summary) -> Float[Tensor, " neuron"]:
-        score = dormant_score(summary)
-        return torch.where(score.isnan(), score, (score <= tau).double())
 
-    return Criterion("dormant", (MAGNITUDE,), is_dormant, "deadness")
+def is_dormant(summary: Summary, *, tau: float) -> Float[Tensor, " neuron"]:
+    """See ``dormant``."""
+    score = dormant_score(summary)
+    return torch.where(score.isnan(), score, (score <= tau).double())
 
 
 def constant(tolerance: float = CONSTANT_TOLERANCE) -> Criterion:
@@ -136,13 +145,14 @@ def constant(tolerance: float = CONSTANT_TOLERANCE) -> Criterion:
         ArgumentError: If ``tolerance`` is negative or not finite.
     """
     check_threshold(tolerance, "tolerance")
+    return Criterion("constant", (TOTAL, SQUARES), partial(is_constant, tolerance=tolerance), "deadness")
 
-    def is_constant(summary: Summary) -> Float[Tensor, " neuron"]:
-        spread = variance(summary)
-        still = spread <= tolerance**2 * summary.per_value(SQUARES)
-        return torch.where(spread.isnan(), spread, still.double())
 
-    return Criterion("constant", (TOTAL, SQUARES), is_constant, "deadness")
+def is_constant(summary: Summary, *, tolerance: float) -> Float[Tensor, " neuron"]:
+    """See ``constant``."""
+    spread = variance(summary)
+    still = spread <= tolerance**2 * summary.per_value(SQUARES)
+    return torch.where(spread.isnan(), spread, still.double())
 
 
 def near_bound(view: LayerView) -> Float[Tensor, "batch neuron"]:
@@ -166,7 +176,7 @@ def refuse_unless_bounded(traits: LayerTraits) -> str | None:
 SATURATED = Criterion(
     "saturated",
     (NEAR_BOUND,),
-    lambda summary: summary.per_value(NEAR_BOUND),
+    partial(mean_over_values, statistic=NEAR_BOUND),
     "deadness",
     refuse_unless_bounded,
 )

@@ -7,13 +7,14 @@ mean over samples. Because the loss is summed, no score depends on the batch siz
 A dead ReLU still has a gradient at its output, so ``gradient`` does not see deadness; everything built on ``u`` does.
 """
 
+from functools import partial
 from operator import attrgetter
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_neurons.criteria.contract import Criterion, Statistic, Summary
+from lightning_neurons.criteria.contract import Criterion, Statistic, Summary, mean_over_samples
 
 GRADIENT_SQUARES = Statistic("gradient_squares", attrgetter("gradient_squares"), "gradient")
 GATE = Statistic("gate", attrgetter("gate_gradient"), "gradient")
@@ -50,17 +51,25 @@ def second_order_ggn(summary: Summary) -> Float[Tensor, " neuron"]:
     return 0.5 * summary.per_sample(SAMPLED_GATE_SQUARES) - summary.per_sample(GATE)
 
 
+def taylor_fo(summary: Summary) -> Float[Tensor, " neuron"]:
+    """``E[u]^2``."""
+    return summary.per_sample(GATE).square()
+
+
+def fisher(summary: Summary) -> Float[Tensor, " neuron"]:
+    """``E[u^2] / 2``."""
+    return 0.5 * summary.per_sample(GATE_SQUARES)
+
+
 GRADIENT = Criterion("gradient", (GRADIENT_SQUARES,), gradient)
 
-TAYLOR = Criterion("taylor", (GATE_MAGNITUDE,), lambda summary: summary.per_sample(GATE_MAGNITUDE))
+TAYLOR = Criterion("taylor", (GATE_MAGNITUDE,), partial(mean_over_samples, statistic=GATE_MAGNITUDE))
 """``E|u|``: Molchanov et al. 2017 (arXiv:1611.06440), equation 8, without their constant 1 / positions."""
 
-TAYLOR_FO = Criterion("taylor_fo", (GATE,), lambda summary: summary.per_sample(GATE).square(), in_loss_units=True)
+TAYLOR_FO = Criterion("taylor_fo", (GATE,), taylor_fo, in_loss_units=True)
 """``E[u]^2``: Molchanov et al. 2019 (CVPR), on gates, over the whole data set instead of each minibatch."""
 
-FISHER = Criterion(
-    "fisher", (GATE_SQUARES,), lambda summary: 0.5 * summary.per_sample(GATE_SQUARES), in_loss_units=True
-)
+FISHER = Criterion("fisher", (GATE_SQUARES,), fisher, in_loss_units=True)
 """``E[u^2] / 2``: Theis et al. 2018 (arXiv:1801.05787)."""
 
 SECOND_ORDER = Criterion("second_order", (GATE, GATE_SQUARES), second_order, in_loss_units=True)

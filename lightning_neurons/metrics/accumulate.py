@@ -20,14 +20,16 @@ class Batch:
     """What one layer gave in one batch.
 
     Attributes:
-        rows: One number per sample and neuron for each statistic.
+        rows: One number per sample and neuron for each statistic; one more may follow that shows what is not finite.
         positions: How many values of each neuron lie behind them.
         sampled: The values that the histogram counts; empty without one.
+        targets: The class of each sample, if classes are kept apart.
     """
 
     rows: list[Float[Tensor, "batch neuron"]]
     positions: int
     sampled: list[Float[Tensor, "batch neuron position"]]
+    targets: Int[Tensor, " batch"] | None = None
 
     @property
     def samples(self) -> int:
@@ -47,12 +49,10 @@ class Waiting:
     Attributes:
         batches: By layer and need, what the layer gave in this batch so far.
         numbers: How many numbers wait.
-        targets: The class of each sample, if classes are kept apart.
     """
 
     batches: dict[tuple[str, Need], Batch] = field(default_factory=dict)
     numbers: int = 0
-    targets: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,16 +100,19 @@ def group_of(
 
 def joined(statistics: Sequence[Statistic], held: Batch, new: Batch) -> Batch:
     """One sample's numbers over several calls of a layer."""
-    reducers = [torch.maximum if s.reduce == "max" else torch.add for s in statistics] or [torch.add]
+    reducers = [torch.maximum if s.reduce == "max" else torch.add for s in statistics]
+    reducers += [torch.add] * (len(new.rows) - len(reducers))
     rows = [reduce(a, b) for reduce, a, b in zip(reducers, held.rows, new.rows, strict=True)]
-    return Batch(rows, held.positions + new.positions, held.sampled + new.sampled)
+    return Batch(rows, held.positions + new.positions, held.sampled + new.sampled, new.targets)
 
 
 def transformed(statistics: Sequence[Statistic], batches: Sequence[Batch]) -> Float[Tensor, "statistic batch neuron"]:
     """The layers side by side, each sample's numbers passed through ``per_sample``."""
     stack = torch.cat([torch.stack(b.rows) for b in batches], 2)
-    rows = [r if s.per_sample is None else s.per_sample(r) for s, r in zip(statistics, stack, strict=False)]
-    return torch.stack(rows) if any(s.per_sample for s in statistics) else stack
+    for number, statistic in enumerate(statistics):
+        if statistic.per_sample is not None:
+            stack[number] = statistic.per_sample(stack[number])
+    return stack
 
 
 def finite_rows(rows: Float[Tensor, "statistic batch neuron"]) -> Bool[Tensor, "batch neuron"] | None:

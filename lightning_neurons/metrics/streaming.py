@@ -7,6 +7,7 @@ A leading axis separates classes (one class if classes are not asked for).
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_neurons.criteria.activity import TOTAL
 from lightning_neurons.criteria.contract import NEEDS, Criterion, LayerTraits, Need, Statistic, Summary
 from lightning_neurons.criteria.view import LayerView
 from lightning_neurons.errors import MeasurementError
@@ -119,17 +121,23 @@ class StreamingCriteria(Metric):
         counted = need == "activation" and self.histogram.shape[1] > 0
         if not statistics and not counted:
             return
+        bookkeeping = vars(self)  # a torch.nn.Module sets attributes slowly
+        bookkeeping["_computed"] = None
+        bookkeeping["_update_count"] += 1
+        rows = [s.observe(view) for s in statistics]
+        if need == "activation" and TOTAL not in statistics:
+            rows.append(view.total)  # the only one that no NaN or infinity passes by
         new = Batch(
-            rows=[s.observe(view) for s in statistics] or [view.total],
+            rows=rows,
             positions=view.activation.shape[-1],
             sampled=[histogram.sampled(view.activation)] if counted else [],
+            targets=targets,
         )
         waiting = self._waiting
         held = waiting.batches.pop((layer, need), None)
         if held is not None and (layer not in self._several_calls or held.samples != new.samples):
             self._add({(layer, need): held})  # of an earlier batch, or a call with other samples
             held = None
-        waiting.targets = targets
         waiting.batches[layer, need] = new if held is None else accumulate.joined(statistics, held, new)
         waiting.numbers += len(new.rows) * new.rows[0].numel()
         if waiting.numbers > HELD_NUMBERS:
@@ -139,26 +147,28 @@ class StreamingCriteria(Metric):
 
     def finish_batch(self) -> None:
         """Add what the layers gave in this batch, all of them together."""
-        self._computed = None
-        self._update_count += 1
         batches, self._waiting.batches, self._waiting.numbers = self._waiting.batches, {}, 0
         self._add(batches)
 
     def _add(self, pending: Mapping[tuple[str, Need], Batch]) -> None:
         forms: dict[tuple[Any, ...], list[tuple[str, Batch]]] = {}
         for (layer, need), batch in pending.items():
-            forms.setdefault((need, self._statistics[layer, need], batch.form), []).append((layer, batch))
-        for (need, _, _), members in forms.items():
+            form = need, self._statistics[layer, need], batch.form, id(batch.targets)
+            forms.setdefault(form, []).append((layer, batch))
+        for (need, *_), members in forms.items():
             self._add_group(need, [layer for layer, _ in members], [batch for _, batch in members])
 
     def _add_group(self, need: Need, layers: Sequence[str], batches: Sequence[Batch]) -> None:
         group, at = self._group(need, tuple(layers), tuple(b.positions for b in batches)), NEEDS.index(need)
         rows = accumulate.transformed(group.statistics, batches).to(self.totals.device)
-        finite, index = accumulate.finite_rows(rows), self._class_index(layers, rows.shape[1])
-        if len(group.sums):
-            accumulate.add_sums(self.totals, group, rows[: len(group.sums)], finite, index)
-        if len(group.maxima):
-            accumulate.add_maxima(self.maxima, group, rows[len(group.sums) :], finite, index)
+        if not rows.shape[1]:
+            return  # an empty batch
+        finite, index = accumulate.finite_rows(rows), self._class_index(layers, rows.shape[1], batches[0].targets)
+        sums, maxima, _ = rows.tensor_split([len(group.sums), len(group.statistics)])
+        if len(sums):
+            accumulate.add_sums(self.totals, group, sums, finite, index)
+        if len(maxima):
+            accumulate.add_maxima(self.maxima, group, maxima, finite, index)
         added = accumulate.add_counts(self.samples[:, at], group, (rows.shape[1], rows.shape[2]), finite, index)
         if need == "activation":
             self.values[:, group.neurons] += added * group.positions
@@ -180,10 +190,9 @@ class StreamingCriteria(Metric):
             )
         return self._groups[key]
 
-    def _class_index(self, layers: Sequence[str], rows: int) -> Tensor | None:
+    def _class_index(self, layers: Sequence[str], rows: int, targets: Tensor | None) -> Tensor | None:
         if not self.per_class:
             return None
-        targets = self._waiting.targets
         if targets is None or len(targets) != rows:
             got = "no targets" if targets is None else f"{len(targets)} targets"
             raise MeasurementError(
@@ -227,7 +236,7 @@ class StreamingCriteria(Metric):
             totals=by_name | {s.name: highest[i] for i, s in enumerate(self._maxima)},
             samples=dict(zip(NEEDS, self.samples[chosen, :, place].sum(0), strict=True)),
             values=self.values[chosen, place].sum(0),
-            near_zero=lambda limit: histogram.share_at_most(counts, limit),
+            near_zero=partial(histogram.share_at_most, counts),
         )
 
     def compute(self) -> dict[str, dict[str, Tensor]]:
@@ -242,6 +251,17 @@ class StreamingCriteria(Metric):
         """Forget everything that was added, and what waits to be."""
         self._waiting = Waiting()
         super().reset()
+
+    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Add the sums of another metric of the same layers and criteria, and what it knows of the layers."""
+        self.finish_batch()
+        if isinstance(incoming_state, StreamingCriteria):
+            incoming_state.finish_batch()
+            for name in incoming_state.traits.keys() - self.traits.keys():
+                self.describe(incoming_state.traits[name], calls=1 + (name in incoming_state._several_calls))
+            incoming_state.grow(len(self.totals))
+            self.grow(len(incoming_state.totals))
+        super().merge_state(incoming_state)
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
         """As torchmetrics does it, after every process has made room for the classes of all."""

@@ -117,6 +117,15 @@ BOUNDS: dict[str, tuple[float, float]] = {
 }
 """Names of functions that saturate at two fixed bounds. (``hardtanh`` has bounds of the caller's choice.)"""
 
+
+def function_name(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """The name of a function by what it does: ``nn.ReLU6`` calls ``hardtanh`` with a lower bound of 0."""
+    if function in (F.hardtanh, F.hardtanh_):
+        low = args[1] if len(args) > 1 else kwargs.get("min_val", -1.0)
+        return "relu6" if low == 0 else "hardtanh"
+    return function.__name__
+
+
 PASSING: frozenset[Callable[..., Any]] = frozenset({
     F.max_pool1d, F.max_pool2d, F.max_pool3d, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d,
     F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d,

@@ -8,6 +8,7 @@ user's own behind an attribute) cannot be seen from here.
 import copy
 import random
 import sys
+from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module())) | {"training", "_trainer", "_fabric"}
+_LONG = 1000
 _METRIC_BOOKKEEPING = (
     "_update_count", "_computed", "_forward_cache", "_is_synced", "_cache", "_to_sync", "_should_unsync",
     "_enable_grad",
@@ -125,9 +127,9 @@ def kept_metrics(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def kept_attributes(model: nn.Module) -> Iterator[None]:
-    """Put plain attributes of all modules back: lists, dicts, sets and tensors with their contents."""
+    """Put plain attributes of all modules back: containers, arrays and tensors with their contents."""
     kept = [(m, _attributes(m)) for m in model.modules() if not isinstance(m, Metric)]
-    contents = [(v, copy.copy(v)) for _, attributes in kept for v in attributes.values() if _mutable(v)]
+    contents = [entry for _, attributes in kept for v in attributes.values() for entry in _contents(v)]
     for module, attributes in kept:
         for name, value in attributes.items():
             if isinstance(value, Tensor):
@@ -137,8 +139,7 @@ def kept_attributes(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for value, content in contents:
-            value.clear()
-            value.extend(content) if isinstance(value, list) else value.update(content)
+            _refill(value, content)
         for module, attributes in kept:
             for name in _attributes(module).keys() - attributes.keys():
                 del vars(module)[name]
@@ -149,5 +150,23 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in vars(module).items() if name not in _MODULE_ATTRIBUTES}
 
 
-def _mutable(value: Any) -> bool:
-    return isinstance(value, list | dict | set)
+def _contents(value: Any, depth: int = 3) -> Iterator[tuple[Any, Any]]:
+    """Each container or array in ``value`` with a copy of what it holds, the outermost first."""
+    if not isinstance(value, list | dict | set | deque | np.ndarray):
+        return
+    yield value, copy.copy(value)
+    # A long list is data, and to look through it would take longer than the step.
+    if depth and not isinstance(value, np.ndarray) and len(value) <= _LONG:
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _contents(inner, depth - 1)
+
+
+def _refill(value: Any, content: Any) -> None:
+    if isinstance(value, np.ndarray):
+        value[...] = content
+        return
+    value.clear()
+    if isinstance(value, list | deque):
+        value.extend(content)
+    else:
+        value.update(content)

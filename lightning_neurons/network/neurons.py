@@ -40,11 +40,12 @@ def find_neurons(model: nn.Module, example_inputs: Any, *, layers: Sequence[Patt
         model.eval()
         if any(isinstance(p, nn.parameter.UninitializedParameter) for p in model.parameters()):
             require_materialized(chosen)
-        trace = Trace(model, chosen)
+        trace = Trace(model, candidates(model))
         try:
             with trace:
                 call(model, example_inputs)
-            return list(trace.found().values())
+            found = trace.found()
+            return [found[name] for name in chosen]
         finally:
             trace.close()
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from lightning_neurons.network.families import LINKS, ORDER, PASSING, family_of
+from lightning_neurons.network.families import LINKS, ORDER, PASSING, family_of, function_name
 from lightning_neurons.network.layer import Layer, Link
+from lightning_neurons.network.spread import spread_behind
 from lightning_neurons.network.writes import share_memory, target_of_write
 
 
@@ -25,6 +26,7 @@ class _Value:
     """What a layer made, or a link of its chain."""
 
     tensor: Tensor
+    axis: int
     link: Link | None = None
     reads: int = 0
     next: "_Value | None" = None
@@ -85,14 +87,16 @@ class Trace(TorchFunctionMode):
         return start
 
     def _ends(self, path: str, layer: str | None) -> Callable[..., None]:
+        family = None if layer is None else family_of(self._layers[layer])
+
         def end(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             if path in self._modules:
                 del self._modules[self._modules.index(path) :]
             if layer is not None:
                 if layer in self._inside:
                     self._inside.remove(layer)
-                if isinstance(output, Tensor):
-                    value = _Value(output)
+                if isinstance(output, Tensor) and family is not None:
+                    value = _Value(output, family.axis)
                     self._calls.setdefault(layer, []).append(value)
                     self._carry(output, value)
 
@@ -103,26 +107,36 @@ class Trace(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         read = {id(t): self._now[id(t)] for t in _tensors((args, kwargs)) if id(t) in self._now}
-        if func not in LINKS:
-            self._copy_before(target_of_write(func, args, kwargs))
+        target = target_of_write(func, args, kwargs)
+        own = read.get(id(target)) if func in LINKS else None
+        if own is None or own[0].reads:  # else the value that is overwritten lives on in the next link
+            self._copy_before(target)
         out = func(*args, **kwargs)
         if func is torch.Tensor.detach or not any(True for _ in _tensors(out)):
             return out  # .shape and the like read nothing
         for value, _ in read.values():
             value.reads += 1
-        self._pass_on(func, args[0] if args else kwargs.get("input"), out, read)
+        self._pass_on(func, args, kwargs, out, read)
         return out
 
-    def _pass_on(self, func: Callable[..., Any], source: Any, out: Any, read: dict[int, tuple[_Value, int]]) -> None:
+    def _pass_on(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        out: Any,
+        read: dict[int, tuple[_Value, int]],
+    ) -> None:
+        source = args[0] if args else kwargs.get("input")
         value, spread = read.get(id(source), (None, 0))
         if isinstance(out, Tensor):
             self._now.pop(id(out), None)
         kind = LINKS.get(func)
         if value is not None and isinstance(out, Tensor) and len(read) == 1:
-            carried = _spread(source, out, spread) if func in PASSING else 0
+            carried = spread_behind(func, args, kwargs, out, value.axis, spread) if func in PASSING else 0
             if kind is not None and ORDER.index(kind) > value.stage and value.tensor is source:
-                link = Link(kind, func.__name__, self._modules[-1] if self._called_by_module(kind) else None)
-                value.next = _Value(out, link)
+                module = self._modules[-1] if self._called_by_module() else None
+                value.next = _Value(out, value.axis, Link(kind, function_name(func, args, kwargs), module))
                 self._carry(out, value.next)
                 return
             if carried:
@@ -131,7 +145,7 @@ class Trace(TorchFunctionMode):
         for value, _ in read.values():
             value.foreign |= not self._inside
 
-    def _called_by_module(self, kind: str) -> bool:
+    def _called_by_module(self) -> bool:
         """A module without children that is no layer called the function; else the forward of a bigger one did."""
         if not self._modules or not self._modules[-1]:
             return False
@@ -197,17 +211,6 @@ def _final(value: _Value) -> tuple[tuple[Link, ...], _Value]:
         assert value.link is not None, "only the layer itself has no link"
         chain.append(value.link)
     return tuple(chain), value
-
-
-def _spread(source: Tensor, out: Tensor, spread: int) -> int:
-    """How many entries of axis 1 belong to one neuron behind a pooling or layout function; 0 if it cannot be said."""
-    if source.ndim < 2 or out.ndim < 2 or source.shape[0] != out.shape[0]:
-        return 0
-    if out.shape[1] == source.shape[1]:
-        return spread
-    space = source[0, 0].numel()
-    flat = out.ndim == 2 and out.shape[1] == source.shape[1] * space
-    return spread * space if flat else 0
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:

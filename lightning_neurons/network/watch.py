@@ -53,7 +53,9 @@ class _Follow(TorchFunctionMode):
                 return None
             call = self._calls.get(name, 0)
             self._calls[name] = call + 1
-            return self._follow(name, chains[min(call, len(chains) - 1)], output)
+            output = self._start(output)
+            self._follow(name, chains[min(call, len(chains) - 1)], output)
+            return output
 
         return hook
 
@@ -66,18 +68,22 @@ class _Follow(TorchFunctionMode):
             return func(*args, **kwargs)
         found = self._waiting.pop(id(args[0] if args else kwargs.get("input")), None)
         out = func(*args, **kwargs)
-        if found is None or found[1][0].function != func.__name__:
-            return out
-        return self._follow(found[0], found[1][1:], out)
+        if found is not None and found[1][0].kind == LINKS[func]:
+            self._follow(found[0], found[1][1:], out)
+        return out
 
-    def _follow(self, name: str, links: tuple[Link, ...], value: Tensor) -> Tensor:
-        if not links:
-            return self._arrive(name, value)
-        self._waiting[id(value)] = name, links, value  # kept alive, so that its id stays its own
-        return value
+    def _follow(self, name: str, links: tuple[Link, ...], value: Tensor) -> None:
+        if links:
+            self._waiting[id(value)] = name, links, value  # kept alive, so that its id stays its own
+        else:
+            self._arrive(name, value)
 
-    def _arrive(self, name: str, value: Tensor) -> Tensor:
-        """Take the value at the activation point; return what the model goes on with."""
+    def _start(self, output: Tensor) -> Tensor:
+        """What the model goes on with instead of a layer's output."""
+        return output
+
+    def _arrive(self, name: str, value: Tensor) -> None:
+        """Take the value at the activation point."""
         raise NotImplementedError
 
 
@@ -94,9 +100,8 @@ class WatchActivations(_Follow):
         super().__init__(layers, modules)
         self._deliver = deliver
 
-    def _arrive(self, name: str, value: Tensor) -> Tensor:
+    def _arrive(self, name: str, value: Tensor) -> None:
         self._deliver(name, value.detach())
-        return value
 
 
 class WatchGradients(_Follow):
@@ -131,15 +136,18 @@ class WatchGradients(_Follow):
                     self._held[key] = activation.clone()
         return super().__torch_function__(func, types, args, kwargs)
 
-    def _arrive(self, name: str, value: Tensor) -> Tensor:
+    def _start(self, output: Tensor) -> Tensor:
+        if output.requires_grad or not torch.is_grad_enabled() or not output.is_floating_point():
+            return output
+        seed = output.detach().requires_grad_()
+        self._seeds.append(seed)
+        return seed.clone()  # a leaf could not be written in place later on
+
+    def _arrive(self, name: str, value: Tensor) -> None:
         if self._deliver_activation is not None:
             self._deliver_activation(name, value.detach())
-        if not torch.is_grad_enabled() or not value.is_floating_point():
-            return value  # the model switched gradients off here itself
         if not value.requires_grad:
-            seed = value.detach().requires_grad_()
-            self._seeds.append(seed)
-            value = seed.clone()  # a leaf could not be written in place later on
+            return  # the model itself switched gradients off here
         key = len(self._hooks)
         self._held[key] = value.detach()
 
@@ -147,7 +155,6 @@ class WatchGradients(_Follow):
             self._deliver(name, self._held.pop(key), gradient)
 
         self._hooks.append(value.register_hook(hook))
-        return value
 
     def backward(self, loss: Tensor) -> None:
         """Run the backward. ``loss`` is a scalar, summed over the batch; no ``.grad`` but the seeds' is touched."""

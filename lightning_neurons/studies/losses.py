@@ -16,8 +16,8 @@ LOSS_REDUCTIONS: tuple[str, ...] = get_args(LossReduction)
 
 
 def normal_tensors(batch: Any) -> Any:
-    """The batch with copies of its inference tensors, which autograd would refuse."""
-    return apply_to_collection(batch, Tensor, lambda t: t.clone() if t.is_inference() else t)
+    """The batch apart from any graph, with copies of its inference tensors, which autograd would refuse."""
+    return apply_to_collection(batch, Tensor, lambda t: t.clone() if t.is_inference() else t.detach())
 
 
 def summed(loss: Tensor, reduction: LossReduction, batch_size: int) -> Tensor:

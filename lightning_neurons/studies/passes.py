@@ -11,7 +11,7 @@ from lightning_neurons.criteria.contract import Need
 from lightning_neurons.errors import MeasurementError
 from lightning_neurons.network.batches import batch_size_of, rows_of, tensors_of
 from lightning_neurons.network.isolate import differentiable, eager, frozen
-from lightning_neurons.network.layer import Layer
+from lightning_neurons.network.layer import Layer, candidates
 from lightning_neurons.network.trace import Trace
 from lightning_neurons.network.watch import WatchActivations, WatchGradients
 from lightning_neurons.studies.losses import normal_tensors
@@ -59,7 +59,7 @@ class Passes:
             with eager(), WatchActivations(self.layers, _modules(self.receivers), self._activation):
                 yield
             return
-        trace = Trace(self.model, _modules(self.receivers))
+        trace = Trace(self.model, candidates(self.model))
         try:
             with eager(), trace:
                 yield
@@ -136,7 +136,7 @@ class Passes:
             self._trace(forward, batch)
 
     def _trace(self, forward: Callable[[Any], Any], batch: Any) -> None:
-        trace = Trace(self.model, _modules(self.receivers))
+        trace = Trace(self.model, candidates(self.model))
         try:
             with torch.no_grad(), eager(), trace:
                 forward(batch)

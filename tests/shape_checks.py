@@ -1,0 +1,23 @@
+"""Checks the shapes of tensors in signatures while testing, and nothing else.
+
+What an argument may be besides is checked by the package itself, in words for people; a general type checker would get
+in first.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from beartype import beartype
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def check_shapes(function: Function) -> Function:
+    """Check the arguments and results of ``function`` whose annotation is a shape of jaxtyping."""
+    hints = getattr(function, "__annotations__", {})
+    function.__annotations__ = {name: hint for name, hint in hints.items() if _is_shape(hint)}
+    return beartype(function)
+
+
+def _is_shape(hint: object) -> bool:
+    return "jaxtyping" in repr(hint) or "jaxtyping" in getattr(type(hint), "__module__", "")
