@@ -28,8 +28,8 @@ class Batch:
 
     rows: list[Float[Tensor, "batch neuron"]]
     positions: int
-    sampled: list[Float[Tensor, "batch neuron position"]]
-    targets: Int[Tensor, " batch"] | None = None
+    sampled: list[Float[Tensor, "batch neuron _"]]
+    targets: Int[Tensor, " _"] | None = None
 
     @property
     def samples(self) -> int:

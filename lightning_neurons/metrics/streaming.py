@@ -147,6 +147,7 @@ class StreamingCriteria(Metric):
 
     def finish_batch(self) -> None:
         """Add what the layers gave in this batch, all of them together."""
+        self._update_count += 1
         batches, self._waiting.batches, self._waiting.numbers = self._waiting.batches, {}, 0
         self._add(batches)
 

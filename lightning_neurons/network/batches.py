@@ -55,16 +55,11 @@ def targets_of(batch: Any) -> Int[Tensor, " batch"] | None:
         [1, 0]
     """
     if isinstance(batch, Mapping):
-        found = next((batch[k] for k in TARGET_KEYS if k in batch), None)
-    elif is_dataclass(batch) and not isinstance(batch, type):
-        found = next((getattr(batch, k) for k in TARGET_KEYS if hasattr(batch, k)), None)
-    elif isinstance(batch, list | tuple):
-        found = next(
-            (getattr(batch, k) for k in TARGET_KEYS if hasattr(batch, k)), batch[1] if len(batch) == 2 else None
-        )
+        named = [batch[key] for key in TARGET_KEYS if key in batch]
     else:
-        return None
-    return found if _is_labels(found, batch) else None
+        named = [getattr(batch, key) for key in TARGET_KEYS if hasattr(batch, key)]
+    pair = [batch[1]] if isinstance(batch, list | tuple) and len(batch) == 2 else []
+    return next((found for found in (*named, *pair) if _is_labels(found, batch)), None)
 
 
 def _is_labels(found: Any, batch: Any) -> bool:

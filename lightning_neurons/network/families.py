@@ -123,7 +123,7 @@ def function_name(function: Callable[..., Any], args: tuple[Any, ...], kwargs: d
     if function in (F.hardtanh, F.hardtanh_):
         low = args[1] if len(args) > 1 else kwargs.get("min_val", -1.0)
         return "relu6" if low == 0 else "hardtanh"
-    return function.__name__
+    return function.__name__.lstrip("_")
 
 
 PASSING: frozenset[Callable[..., Any]] = frozenset({

@@ -125,19 +125,16 @@ def candidates(model: nn.Module, patterns: Sequence[Pattern] | None = None) -> d
     return named
 
 
-def require_materialized(layers: dict[str, nn.Module]) -> None:
-    """Refuse layers whose width is not known yet.
+def require_materialized(model: nn.Module) -> None:
+    """Refuse models whose widths are not known yet.
 
     Raises:
-        ArgumentError: If a layer is lazy.
+        ArgumentError: If a module is lazy and has not seen a batch.
     """
-    for name, module in layers.items():
-        if any(is_lazy(p) for p in module.parameters()):
-            raise ArgumentError.of(
-                "model",
-                f"{name}: {type(module).__name__}",
-                "materialised layers; run one batch through the model first",
-            )
+    for path, module in model.named_modules():
+        if any(is_lazy(t) for t in (*module._parameters.values(), *module._buffers.values()) if t is not None):
+            got = f"{public_name(path)}: {type(module).__name__}"
+            raise ArgumentError.of("model", got, "materialised layers; run one batch through the model first")
 
 
 def _matching(pattern: Pattern, layers: dict[str, nn.Module]) -> list[str]:

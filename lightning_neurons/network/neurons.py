@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_neurons.network.isolate import isolated
+from lightning_neurons.network.isolate import eager, isolated
 from lightning_neurons.network.layer import Layer, Pattern, candidates, require_materialized
 from lightning_neurons.network.trace import Trace
 
@@ -36,10 +36,9 @@ def find_neurons(model: nn.Module, example_inputs: Any, *, layers: Sequence[Patt
         2 4 None
     """
     chosen = candidates(model, layers)
-    with isolated(model), torch.no_grad():
+    require_materialized(model)
+    with isolated(model), torch.no_grad(), eager():
         model.eval()
-        if any(isinstance(p, nn.parameter.UninitializedParameter) for p in model.parameters()):
-            require_materialized(chosen)
         trace = Trace(model, candidates(model))
         try:
             with trace:

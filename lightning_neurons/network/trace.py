@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from lightning_neurons.network.families import LINKS, ORDER, PASSING, family_of, function_name
-from lightning_neurons.network.layer import Layer, Link
+from lightning_neurons.network.layer import Layer, Link, public_name
 from lightning_neurons.network.spread import spread_behind
 from lightning_neurons.network.writes import share_memory, target_of_write
 
@@ -114,6 +114,8 @@ class Trace(TorchFunctionMode):
         out = func(*args, **kwargs)
         if func is torch.Tensor.detach or not any(True for _ in _tensors(out)):
             return out  # .shape and the like read nothing
+        if target is None and func not in LINKS and args and out is args[0]:
+            return out  # .contiguous(), .to(...) and the like that had nothing to do
         for value, _ in read.values():
             value.reads += 1
         self._pass_on(func, args, kwargs, out, read)
@@ -135,7 +137,7 @@ class Trace(TorchFunctionMode):
         if value is not None and isinstance(out, Tensor) and len(read) == 1:
             carried = spread_behind(func, args, kwargs, out, value.axis, spread) if func in PASSING else 0
             if kind is not None and ORDER.index(kind) > value.stage and value.tensor is source:
-                module = self._modules[-1] if self._called_by_module() else None
+                module = public_name(self._modules[-1]) if self._called_by_module() else None
                 value.next = _Value(out, value.axis, Link(kind, function_name(func, args, kwargs), module))
                 self._carry(out, value.next)
                 return

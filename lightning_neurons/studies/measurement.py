@@ -44,7 +44,7 @@ class Measurement:
     ) -> None:
         self.model, self.criteria, self.per_class = model, tuple(criteria), per_class
         self.modules = candidates(model, layers)
-        require_materialized(self.modules)
+        require_materialized(model)
         self.layers: dict[str, Layer] = {}
         self._forms: dict[str, tuple[int, bool, tuple[float, float] | None]] = {}
         widths = {name: family.neurons(m) for name, m in self.modules.items() if (family := family_of(m))}
