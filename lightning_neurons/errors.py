@@ -13,6 +13,7 @@ Misuse of a Lightning callback is reported as Lightning's own ``Misconfiguration
 
 import difflib
 from collections.abc import Collection, Iterable
+from numbers import Real
 
 
 class ArgumentError(ValueError):
@@ -51,14 +52,18 @@ def nearest(got: str, known: Collection[str], count: int = 3) -> list[str]:
     return difflib.get_close_matches(got.replace("*", ""), list(known), n=count, cutoff=0.4)
 
 
+def is_number(value: object) -> bool:
+    """Whether it is a real number, of Python or numpy; True and False are not."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def check_share(name: str, value: float, *, zero: bool = True) -> float:
     """Return ``value`` if it lies in [0, 1] (in (0, 1] unless ``zero``).
 
     Raises:
         ArgumentError: Otherwise.
     """
-    low_enough = isinstance(value, int | float) and not isinstance(value, bool) and value <= 1
-    if not (low_enough and (value >= 0 if zero else value > 0)):
+    if not is_number(value) or not value <= 1 or not (value >= 0 if zero else value > 0):
         raise ArgumentError.of(name, value, f"a share in {'[0, 1]' if zero else '(0, 1]'}, such as 0.1 for 10 %")
     return float(value)
 
@@ -69,9 +74,9 @@ def check_count(name: str, value: int, *, least: int = 1) -> int:
     Raises:
         ArgumentError: Otherwise.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if not is_number(value) or value != int(value) or value < least:
         raise ArgumentError.of(name, value, f"a whole number of at least {least}")
-    return value
+    return int(value)
 
 
 def check_choice(name: str, value: str, allowed: Collection[str]) -> str:

@@ -29,7 +29,7 @@ from lightning_neurons.criteria.activity import (
 )
 from lightning_neurons.criteria.contract import Criterion, LayerTraits, Statistic, Summary, mean_over_values
 from lightning_neurons.criteria.view import LayerView
-from lightning_neurons.errors import ArgumentError
+from lightning_neurons.errors import ArgumentError, is_number
 
 SATURATION_MARGIN = 0.05
 """Distance from a bound, in activation units: |tanh| > 0.95, sigmoid < 0.05 or > 0.95 (Glorot and Bengio 2010)."""
@@ -44,7 +44,7 @@ def check_threshold(value: float, name: str = "threshold") -> float:
     Raises:
         ArgumentError: Otherwise.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+    if not is_number(value) or not math.isfinite(value) or value < 0:
         raise ArgumentError.of(name, value, "a finite number of at least 0")
     return float(value)
 

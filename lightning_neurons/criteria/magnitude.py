@@ -27,7 +27,7 @@ def refuse_without_weight(traits: LayerTraits, *, side: Side) -> str | None:
         return f"{traits.name!r} has no weight tensor; use a criterion on activations such as 'rms'"
     return (
         f"the activation of {traits.name!r} is read by something else than convolutional and linear layers "
-        "(a residual sum, for example); use 'weight_l2'"
+        "(a residual sum, or whoever takes the model's output); use 'weight_l2'"
     )
 
 

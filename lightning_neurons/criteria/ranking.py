@@ -3,6 +3,7 @@
 Orders are from most to least important. Ties keep the order of the neurons; NaN (not measured) comes last.
 """
 
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Literal, get_args
@@ -11,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lightning_neurons.errors import ArgumentError, check_choice, check_count, check_share
+from lightning_neurons.errors import ArgumentError, check_choice, check_count, check_share, is_number
 
 Normalization = Literal["none", "sum", "l2"]
 
@@ -92,7 +93,7 @@ def select(
         raise ArgumentError.of("select", given, f"exactly one of {', '.join(rules)}")
     measured = ~scores.isnan()
     if threshold is not None:
-        if isinstance(threshold, bool) or not isinstance(threshold, int | float) or threshold != threshold:
+        if not is_number(threshold) or math.isnan(threshold):
             raise ArgumentError.of("threshold", threshold, "a number")
         return measured & (scores >= threshold)
     keep = _how_many(scores[measured], share, count, cumulative)

@@ -106,9 +106,11 @@ def joined(statistics: Sequence[Statistic], held: Batch, new: Batch) -> Batch:
     return Batch(rows, held.positions + new.positions, held.sampled + new.sampled, new.targets)
 
 
-def transformed(statistics: Sequence[Statistic], batches: Sequence[Batch]) -> Float[Tensor, "statistic batch neuron"]:
+def transformed(
+    statistics: Sequence[Statistic], batches: Sequence[Batch], device: torch.device
+) -> Float[Tensor, "statistic batch neuron"]:
     """The layers side by side, each sample's numbers passed through ``per_sample``."""
-    stack = torch.cat([torch.stack(b.rows) for b in batches], 2)
+    stack = torch.cat([torch.stack(b.rows).to(device) for b in batches], 2)
     for number, statistic in enumerate(statistics):
         if statistic.per_sample is not None:
             stack[number] = statistic.per_sample(stack[number])

@@ -28,6 +28,7 @@ PER_CLASS_LIMIT = 2 * 2**30
 HELD_NUMBERS = 2**22
 """Layers are added together at the end of a batch, or when so many numbers wait (16 MiB)."""
 
+_GROUPS = 64
 _BY_CLASS = ("totals", "maxima", "samples", "values", "histogram")
 
 
@@ -94,6 +95,7 @@ class StreamingCriteria(Metric):
         """
         layer = traits.name
         self.traits[layer] = traits
+        self._groups.clear()
         wanted: set[str] = set()
         for criterion in self.criteria:
             reason = criterion.refuse(traits)
@@ -161,7 +163,7 @@ class StreamingCriteria(Metric):
 
     def _add_group(self, need: Need, layers: Sequence[str], batches: Sequence[Batch]) -> None:
         group, at = self._group(need, tuple(layers), tuple(b.positions for b in batches)), NEEDS.index(need)
-        rows = accumulate.transformed(group.statistics, batches).to(self.totals.device)
+        rows = accumulate.transformed(group.statistics, batches, self.totals.device)
         if not rows.shape[1]:
             return  # an empty batch
         finite, index = accumulate.finite_rows(rows), self._class_index(layers, rows.shape[1], batches[0].targets)
@@ -181,6 +183,8 @@ class StreamingCriteria(Metric):
 
     def _group(self, need: Need, layers: tuple[str, ...], positions: tuple[int, ...]) -> Group:
         key = need, layers, positions, self.totals.device
+        if len(self._groups) > _GROUPS:  # texts of ever new lengths
+            self._groups.clear()
         if key not in self._groups:
             self._groups[key] = accumulate.group_of(
                 self._statistics[layers[0], need],
@@ -263,6 +267,7 @@ class StreamingCriteria(Metric):
             incoming_state.grow(len(self.totals))
             self.grow(len(incoming_state.totals))
         super().merge_state(incoming_state)
+        self._computed = None
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
         """As torchmetrics does it, after every process has made room for the classes of all."""

@@ -1,6 +1,6 @@
 """Looking into a batch of any form: how many samples, their targets, a part of them, their inputs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -76,18 +76,26 @@ def rows_of(batch: Any, index: Tensor, size: int) -> Any:
     """
     if isinstance(batch, Tensor):
         return batch[index.to(batch.device)] if batch.ndim and len(batch) == size else batch
+    if isinstance(batch, list | tuple) and not hasattr(batch, "_fields") and _per_sample(batch, size):
+        return type(batch)(batch[i] for i in index.tolist())
+    return rebuilt(batch, lambda part: rows_of(part, index, size))
+
+
+def map_tensors(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """The same batch with ``function`` applied to each tensor."""
+    return function(batch) if isinstance(batch, Tensor) else rebuilt(batch, lambda part: map_tensors(part, function))
+
+
+def rebuilt(batch: Any, change: Callable[[Any], Any]) -> Any:
+    """A container of the same kind with each of its parts changed; anything else as it is."""
     if isinstance(batch, Mapping):
-        values = {key: rows_of(value, index, size) for key, value in batch.items()}
+        values = {key: change(value) for key, value in batch.items()}
         return values if type(batch) is dict else type(batch)(values)  # type: ignore[call-arg]
     if is_dataclass(batch) and not isinstance(batch, type):
-        return replace(batch, **{f.name: rows_of(getattr(batch, f.name), index, size) for f in fields(batch) if f.init})
+        return replace(batch, **{f.name: change(getattr(batch, f.name)) for f in fields(batch) if f.init})
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(rows_of(value, index, size) for value in batch))
-    if isinstance(batch, list | tuple):
-        whole = _per_sample(batch, size)
-        chosen = (batch[i] for i in index.tolist()) if whole else (rows_of(v, index, size) for v in batch)
-        return type(batch)(chosen)
-    return batch
+        return type(batch)(*map(change, batch))
+    return type(batch)(map(change, batch)) if isinstance(batch, list | tuple) else batch
 
 
 def _per_sample(entries: Sequence[Any], size: int) -> bool:

@@ -44,6 +44,8 @@ class Layer:
         chains: The same for each call in one forward; ``chain`` is the first.
         readers: Paths of the layers that read the activation, each with how many of its inputs belong to one neuron;
             None where something else reads it too, such as a residual sum.
+        rows_per_sample: How many entries of the first axis of its output one sample makes, where that is known and
+            not 1: tokens or windows folded into the batch.
         note: What a user should know: why the layer was not seen, for example.
     """
 
@@ -53,6 +55,7 @@ class Layer:
     axis: int
     chains: tuple[tuple[Link, ...], ...] = ()
     readers: tuple[tuple[str, int], ...] | None = None
+    rows_per_sample: int | None = None
     note: str = ""
 
     @property

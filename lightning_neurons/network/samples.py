@@ -5,18 +5,20 @@ from torch import Tensor
 
 
 def samples_first(
-    values: Float[Tensor, "..."], axis: int, batch_size: int | None = None
+    values: Float[Tensor, "..."], axis: int, batch_size: int | None = None, rows_per_sample: int | None = None
 ) -> Float[Tensor, "batch neuron space"]:
     """Bring a layer's output into the form that statistics read; views wherever possible.
 
-    Samples are the first axis, unless its length is not ``batch_size``: then another axis of that length (models that
-    put time first), or equal parts of the first axis (tokens folded into the batch), make the samples. Where neither
-    fits, such as pictures cut into uneven crops, every entry of the first axis counts as a sample.
+    Samples are the first axis, unless its length is not ``batch_size``: then the second axis of features, if it has
+    that length (models that put time first), or equal parts of the first axis (tokens or windows folded into the
+    batch), make the samples. Where neither fits, such as pictures cut into uneven crops, every entry of the first axis
+    counts as a sample.
 
     Args:
         values: A layer's output, or its gradient.
         axis: The neuron axis.
         batch_size: Number of samples in the batch, if known.
+        rows_per_sample: What decides where both fit; see ``Layer``.
 
     Example:
         >>> import torch
@@ -26,11 +28,22 @@ def samples_first(
     neurons = axis % values.ndim
     if values.ndim == 1 or neurons == 0:
         return values.reshape(1, values.shape[neurons], -1)  # one sample without a batch axis
-    values = values if neurons == 1 else values.movedim(neurons, 1)
     if batch_size is not None and values.shape[0] != batch_size:
-        same = [d for d in range(2, values.ndim) if values.shape[d] == batch_size]
-        if same:
-            values = values.transpose(0, same[0])
+        folded = rows_per_sample is not None and values.shape[0] == batch_size * rows_per_sample
+        if not folded and time_first(values, axis, batch_size):
+            values = values.transpose(0, 1)
         elif batch_size and values.shape[0] % batch_size == 0:
-            values = values.unflatten(0, (batch_size, -1)).movedim(1, -1)
+            values = values.movedim(neurons, 1).unflatten(0, (batch_size, -1)).movedim(1, -1)
+            return values.flatten(2)
+    values = values if neurons == 1 else values.movedim(neurons, 1)
     return values.flatten(2) if values.ndim > 2 else values.unsqueeze(-1)
+
+
+def time_first(values: Float[Tensor, "..."], axis: int, batch_size: int) -> bool:
+    """Whether the second axis may be the samples: only features can lie behind (time, batch)."""
+    return axis % values.ndim > 1 and values.shape[0] != batch_size == values.shape[1]
+
+
+def is_ambiguous(values: Float[Tensor, "..."], axis: int, batch_size: int) -> bool:
+    """Whether the shape alone does not tell (time, batch) from windows folded into the batch."""
+    return bool(batch_size) and time_first(values, axis, batch_size) and values.shape[0] % batch_size == 0

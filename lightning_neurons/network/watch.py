@@ -28,13 +28,14 @@ class _Follow(TorchFunctionMode):
         self._layers, self._modules = layers, modules
         self._waiting: dict[int, tuple[str, tuple[Link, ...], Tensor]] = {}
         self._calls: dict[str, int] = {}
+        self.unknown: set[str] = set()
+        """Layers that ran although they had not been seen to run; their activation points are not known."""
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> "_Follow":
         self._calls.clear()
         for name, module in self._modules.items():
-            if self._layers[name].calls:
-                self._handles.append(module.register_forward_hook(self._layer_hook(name)))
+            self._handles.append(module.register_forward_hook(self._layer_hook(name)))
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -49,7 +50,9 @@ class _Follow(TorchFunctionMode):
         chains = self._layers[name].chains
 
         def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
-            if not isinstance(output, Tensor):
+            if not chains:
+                self.unknown.add(name)
+            if not chains or not isinstance(output, Tensor):
                 return None
             call = self._calls.get(name, 0)
             self._calls[name] = call + 1

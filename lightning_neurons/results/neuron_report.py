@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lightning_neurons.criteria import CRITERIA
 from lightning_neurons.criteria.deadness import check_threshold, exact_at_the_end, never_fired_bound
 from lightning_neurons.criteria.ranking import Normalization, normalize, order, select
 from lightning_neurons.errors import ArgumentError, UnknownNameError, check_choice
@@ -85,12 +84,10 @@ class NeuronReport:
     @property
     def main_criterion(self) -> str:
         """The criterion behind rankings that name none: the first that needs gradients, else the first there is."""
-        by_gradient = (n for n in self.scores if n in CRITERIA and "gradient" in CRITERIA[n].needs)
-        named: str | None = self.settings.get("main_criterion")
-        found = named or next(by_gradient, next(iter(self.scores), None))
+        found = self.settings.get("main_criterion") or next(iter(self.scores), None)
         if found is None:
             raise ArgumentError.of("criterion", None, "a report with at least one importance criterion")
-        return found
+        return str(found)
 
     @property
     def deadness(self) -> Mapping[str, Tensor]:
@@ -151,8 +148,8 @@ class NeuronReport:
         name = self.main_criterion if criterion is None else criterion
         if name not in self.scores and name not in self.deadness_by:
             raise UnknownNameError.among("criterion", str(name), [*self.scores, *self.deadness_by])
-        by_layer = self.scores.get(name) or {n: 1 - d for n, d in self.deadness_by[name].items()}
-        in_loss_units = name in CRITERIA and CRITERIA[name].in_loss_units
+        alive = self.scores if name in self.scores else {name: {n: 1 - d for n, d in self.deadness_by[name].items()}}
+        by_layer, in_loss_units = alive[name], name in self.settings.get("in_loss_units", ())
         how = self.settings.get("normalize", "none") if normalize_by is None else normalize_by
         return normalize(by_layer, how, in_loss_units=in_loss_units)
 

@@ -95,14 +95,24 @@ def load(path: Path, counts_type: Callable[..., Any]) -> dict[str, Any]:
     Raises:
         ArgumentError: If the file is no report, or of a newer version.
     """
+    allowed = "a JSON file that NeuronReport.save wrote, whole"
     try:
         document = json.loads(path.read_text())
     except ValueError as error:
-        raise ArgumentError.of("path", str(path), "a JSON file that NeuronReport.save wrote") from error
+        raise ArgumentError.of("path", str(path), allowed) from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise ArgumentError.of("path", str(path), "a JSON file that NeuronReport.save wrote")
-    if document["version"] > VERSION:
+        raise ArgumentError.of("path", str(path), allowed)
+    if document.get("version", 0) > VERSION:
         raise ArgumentError.of("path", f"{path} of version {document['version']}", f"version {VERSION} or older")
+    try:
+        return _fields(document, counts_type)
+    except (KeyError, TypeError, ValueError, AttributeError, zlib.error) as error:
+        raise ArgumentError.of("path", f"{path} ({type(error).__name__}: {error})", allowed) from error
+
+
+def _fields(document: dict[str, Any], counts_type: Callable[..., Any]) -> dict[str, Any]:
+    if document["version"] < 1:
+        raise ValueError("version")
     return {
         "layers": tuple(_read_layer(entry) for entry in document["layers"]),
         "scores": _read_nested(document["scores"]),

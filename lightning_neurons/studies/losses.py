@@ -4,11 +4,10 @@ from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_neurons.errors import MeasurementError
-from lightning_neurons.network.batches import tensors_of
+from lightning_neurons.network.batches import map_tensors, tensors_of
 from lightning_neurons.network.isolate import differentiable
 
 LossReduction = Literal["mean", "sum", "none"]
@@ -17,7 +16,7 @@ LOSS_REDUCTIONS: tuple[str, ...] = get_args(LossReduction)
 
 def normal_tensors(batch: Any) -> Any:
     """The batch apart from any graph, with copies of its inference tensors, which autograd would refuse."""
-    return apply_to_collection(batch, Tensor, lambda t: t.clone() if t.is_inference() else t.detach())
+    return map_tensors(batch, lambda t: t.clone() if t.is_inference() else t.detach())
 
 
 def summed(loss: Tensor, reduction: LossReduction, batch_size: int) -> Tensor:
@@ -67,7 +66,7 @@ def fgsm(loss_of: Callable[[Any], Tensor], batch: Any, eps: float) -> Any:
 
 
 def _exchange(batch: Any, old: Tensor, new: Tensor) -> Any:
-    return apply_to_collection(batch, Tensor, lambda t: new if t is old else t)
+    return map_tensors(batch, lambda t: new if t is old else t)
 
 
 def sampled_label_loss(logits: Tensor, generator: torch.Generator) -> Tensor:

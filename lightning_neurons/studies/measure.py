@@ -12,7 +12,7 @@ from lightning_neurons.criteria.ranking import Normalization
 from lightning_neurons.errors import ArgumentError, MeasurementError
 from lightning_neurons.network.batches import batch_size_of, inputs_of
 from lightning_neurons.network.isolate import isolated
-from lightning_neurons.network.layer import Pattern
+from lightning_neurons.network.layer import Pattern, candidates
 from lightning_neurons.network.neurons import call
 from lightning_neurons.results.neuron_report import NeuronReport
 from lightning_neurons.studies.losses import LossReduction, fgsm, sampled_label_loss, summed
@@ -86,6 +86,9 @@ def measure(
     if wanted and loss_fn is None:
         raise ArgumentError.of("loss_fn", None, f"a function (model, batch) -> loss, which {', '.join(wanted)} need")
     device = next((p.device for p in model.parameters()), None)
+    if not candidates(model, settings.layers):
+        got = type(model).__name__
+        raise ArgumentError.of("model", got, "a model with convolutional or linear layers, or see register_layer")
     measurement = Measurement(
         model, settings.criteria, layers=settings.layers, per_class=settings.by_class, device=device
     )
@@ -117,7 +120,7 @@ def _one_batch(
     def forward(given: Any) -> Any:
         return call(model, inputs_of(given))
 
-    if passes.layers is None:
+    if not passes.known:
         passes.find(forward if loss_fn is None else loss_of, batch)
     for number, part in enumerate(passes.parts(batch) if loss_fn is not None else [batch]):
         measurement.start_batch(batch_size_of(part), settings.targets(part) if settings.by_class else None)

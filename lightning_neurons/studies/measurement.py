@@ -1,6 +1,7 @@
 """One measurement: which layers, which criteria, the sums so far, and the report in the end."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from lightning_neurons.criteria import Criterion, LayerView
 from lightning_neurons.criteria.activity import LARGEST_MAGNITUDE
 from lightning_neurons.criteria.contract import NEEDS, Need
 from lightning_neurons.criteria.deadness import layer_rms
-from lightning_neurons.metrics.histogram import BINS
+from lightning_neurons.metrics.histogram import BINS, HIGHEST, LOWEST
 from lightning_neurons.metrics.streaming import StreamingCriteria
 from lightning_neurons.network.families import family_of
 from lightning_neurons.network.layer import Layer, Pattern, candidates, require_materialized
@@ -46,7 +47,7 @@ class Measurement:
         self.modules = candidates(model, layers)
         require_materialized(model)
         self.layers: dict[str, Layer] = {}
-        self._forms: dict[str, tuple[int, bool, tuple[float, float] | None]] = {}
+        self._forms: dict[str, tuple[int, bool, tuple[float, float] | None, int | None]] = {}
         widths = {name: family.neurons(m) for name, m in self.modules.items() if (family := family_of(m))}
         with torch.inference_mode(False):  # inference tensors could not be added to later on
             self.metric = StreamingCriteria(widths, criteria, per_class=per_class, sync_on_compute=False)
@@ -71,18 +72,18 @@ class Measurement:
     def learn(self, layers: Mapping[str, Layer]) -> None:
         """Take note of the layers' activation points."""
         for name, layer in layers.items():
-            if layer.calls and (name not in self.layers or not self.layers[name].calls):
+            if layer.calls and not (name in self.layers and self.layers[name].calls):
                 self.metric.describe(traits_of(layer, self.model), calls=layer.calls)
             if layer.calls or name not in self.layers:
                 self.layers[name] = layer
-                self._forms[name] = layer.axis, layer.rectified, layer.bounds
+                self._forms[name] = layer.axis, layer.rectified, layer.bounds, layer.rows_per_sample
 
     def receive(self, layer: str, activation: Tensor, gradient: Tensor | None, need: Need) -> None:
         """Add one call of one layer."""
-        axis, rectified, bounds = self._forms[layer]
+        axis, rectified, bounds, rows = self._forms[layer]
         view = LayerView(
-            samples_first(activation, axis, self._batch_size),
-            None if gradient is None else samples_first(gradient, axis, self._batch_size),
+            samples_first(activation, axis, self._batch_size, rows),
+            None if gradient is None else samples_first(gradient, axis, self._batch_size, rows),
             rectified=rectified,
             bounds=bounds,
         )
@@ -111,6 +112,8 @@ class Measurement:
         computed = self.metric.compute()
         ran = [name for name in self.modules if name in self.metric.traits]
         kinds = {c.name: c.kind for c in self.criteria}
+        important = [c for c in self.criteria if c.kind == "importance"]
+        by_gradient = [c for c in important if c.needs - {"activation"}]
         classes = range(len(self.metric.totals)) if self.per_class else range(0)
         return NeuronReport(
             layers=tuple(self.layers[n] for n in self.modules if n in self.layers),
@@ -126,11 +129,32 @@ class Measurement:
             counts={name: self._counts(name) for name in ran},
             class_counts=tuple(self._class_count(k) for k in classes),
             refused={name: dict(reasons) for name, reasons in self.metric.refused.items() if reasons},
-            settings=dict(settings),
-            notes=tuple(notes),
+            settings={
+                **settings,
+                "main_criterion": next((c.name for c in (*by_gradient, *important)), None),
+                "in_loss_units": [c.name for c in self.criteria if c.in_loss_units],
+            },
+            notes=(*notes, *self._unresolved()),
             epoch=epoch,
             step=step,
         )
+
+    def _unresolved(self) -> list[str]:
+        """Where near_zero asks for magnitudes that the histogram does not tell apart."""
+        found = []
+        for criterion in self.criteria:
+            limit_of = criterion.score.keywords if isinstance(criterion.score, partial) else {}
+            if not criterion.histogram or "threshold" not in limit_of:
+                continue
+            for name in self.metric.traits:
+                rms = layer_rms(self.metric.summary(name)) if limit_of["relative"] else 1.0
+                limit = limit_of["threshold"] * rms
+                if limit > 0 and not LOWEST <= limit <= HIGHEST:
+                    found.append(
+                        f"{criterion.name} of {name}: the threshold is {limit:.1e}, outside of {LOWEST:.0e} to "
+                        f"{HIGHEST:.0e} that the histogram resolves; only whether a neuron is dead is exact"
+                    )
+        return found
 
     def _counts(self, name: str) -> LayerCounts:
         summary, place = self.metric.summary(name), self.metric.places[name]
@@ -142,7 +166,7 @@ class Measurement:
             samples=summary.samples["activation"],
             gradient_samples=summary.samples["gradient"],
             values=summary.values,
-            nonfinite=self.metric.nonfinite[:, place].sum(0),
+            nonfinite=self.metric.nonfinite[:, place].amax(0),  # the same samples are bad in every pass
             rms=layer_rms(summary) if "squares" in summary.totals else None,
             largest=largest,
             histogram=self.metric.histogram[:, place].sum(0) if has_histogram else empty,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -12,6 +13,7 @@ from lightning_neurons.errors import MeasurementError
 from lightning_neurons.network.batches import batch_size_of, rows_of, tensors_of
 from lightning_neurons.network.isolate import differentiable, eager, frozen
 from lightning_neurons.network.layer import Layer, candidates
+from lightning_neurons.network.samples import is_ambiguous
 from lightning_neurons.network.trace import Trace
 from lightning_neurons.network.watch import WatchActivations, WatchGradients
 from lightning_neurons.studies.losses import normal_tensors
@@ -49,15 +51,19 @@ class Passes:
     def __init__(self, model: nn.Module, receivers: Sequence[Receiver]) -> None:
         self.model = model
         self.receivers = list(receivers)
-        self.layers: dict[str, Layer] | None = None
+        self.layers: dict[str, Layer] = {}
+        self._known = False
         self._bytes_per_sample = 0
+        self._ambiguous = False
 
     @contextmanager
     def observe(self) -> Iterator[None]:
         """Watch whatever forward runs inside."""
-        if self.layers is not None:
-            with eager(), WatchActivations(self.layers, _modules(self.receivers), self._activation):
+        if self._known:
+            watch = WatchActivations(self.layers, _modules(self.receivers), self._activation)
+            with eager(), watch:
                 yield
+            self._known = not watch.unknown
             return
         trace = Trace(self.model, candidates(self.model))
         try:
@@ -92,9 +98,8 @@ class Passes:
         """
         with differentiable(), frozen(self.model):
             batch = normal_tensors(batch)
-            if self.layers is None:
+            if not self._known or self._ambiguous:
                 self.find(loss_of, batch)
-            assert self.layers is not None, "just found"
             listening = self.receivers if receivers is None else receivers
             watch = WatchGradients(
                 self.layers,
@@ -104,12 +109,18 @@ class Passes:
             )
             with watch:
                 loss = loss_of(batch)
+            self._known = not watch.unknown
             if not loss.requires_grad:
                 raise MeasurementError(
                     "the loss does not depend on any watched layer in a differentiable way: it is computed under "
                     "no_grad, detached, or from other layers; pass loss_fn=, or other layers="
                 )
             watch.backward(loss)
+
+    @property
+    def known(self) -> bool:
+        """Whether the activation points are known; else the next forward is traced."""
+        return self._known
 
     def parts(self, batch: Any) -> Iterator[Any]:
         """The batch in parts whose activations stay in a CPU's cache; whole on other devices.
@@ -131,25 +142,39 @@ class Passes:
         size = batch_size_of(batch)
         few = rows_of(batch, torch.arange(min(_FEW, size)), size)
         try:
-            self._trace(forward, few)
+            self._trace(forward, few, min(_FEW, size))
         except Exception:  # noqa: BLE001 (whatever a model raises on fewer samples than it expects)
-            self._trace(forward, batch)
+            self._trace(forward, batch, None)
 
-    def _trace(self, forward: Callable[[Any], Any], batch: Any) -> None:
+    def _trace(self, forward: Callable[[Any], Any], batch: Any, samples: int | None) -> None:
         trace = Trace(self.model, candidates(self.model))
         try:
             with torch.no_grad(), eager(), trace:
                 forward(batch)
-            self._learn(trace)
+            self._learn(trace, samples)
         finally:
             trace.close()
 
-    def _learn(self, trace: Trace) -> None:
-        self.layers = layers = trace.found()
-        sizes = (v.numel() * v.element_size() // len(v) for _, v in trace.activations() if v.ndim and len(v))
+    def _learn(self, trace: Trace, few: int | None = None) -> None:
+        """Take note of the layers; ``few`` is how many samples ran, if they were chosen to tell the samples' axis."""
+        finals = dict(trace.activations())
+        for name, layer in trace.found().items():
+            if layer.calls or name not in self.layers:
+                rows = finals[name].shape[0] if name in finals and finals[name].ndim else 0
+                whole = few is not None and rows > few and rows % few == 0
+                self.layers[name] = replace(layer, rows_per_sample=rows // few) if whole and few else layer
+        sizes = (v.numel() * v.element_size() // v.shape[0] for v in finals.values() if v.ndim and v.shape[0])
         self._bytes_per_sample = max(sizes, default=0)
+        self._known, self._ambiguous = True, few is None and self._is_ambiguous(finals)
         for receiver in self.receivers:
-            receiver.learn({name: layers[name] for name in receiver.modules})
+            receiver.learn({name: self.layers[name] for name in receiver.modules})
+
+    def _is_ambiguous(self, finals: Mapping[str, Tensor]) -> bool:
+        """Whether some layer's samples may lie on one axis as well as on another, for any batch size."""
+        return any(
+            value.ndim > 2 and is_ambiguous(value, self.layers[name].axis, value.shape[1])
+            for name, value in finals.items()
+        )
 
     def _activation(self, name: str, activation: Tensor) -> None:
         _tell(self.receivers, name, activation, None, "activation")

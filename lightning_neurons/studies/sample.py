@@ -80,6 +80,8 @@ class StratifiedSample:
         return rows if count else None
 
     def _rows(self, size: int, count: int, rate: float, targets: Tensor | None) -> Tensor:
+        if self.total is None:
+            return torch.arange(count)
         if targets is None or rate == 1:
             return ((torch.arange(count) + 0.5) * (size / max(count, 1))).long()
         if self._counts is None:

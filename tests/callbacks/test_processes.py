@@ -1,0 +1,87 @@
+"""Two processes report what one process reports."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_neurons import NeuronReport
+
+ROOT = Path(__file__).parents[2]
+CASES = ["fit", "sampler", "statistics", "even", "uneven", "one saw nothing", "classes"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """What one and two processes wrote."""
+    found = {}
+    for processes in (1, 2):
+        found[processes] = folder = tmp_path_factory.mktemp(f"processes{processes}")
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("PL_", "LOCAL_RANK", "NODE_RANK"))}
+        environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        script = [sys.executable, str(ROOT / "tests" / "callbacks" / "two_processes.py"), str(folder), str(processes)]
+        done = subprocess.run(script, env=environment, cwd=folder, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
+    return found
+
+
+def rest(folder: Path, rank: int) -> dict[str, Any]:
+    return json.loads((folder / f"rest.{rank}.json").read_text())
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_two_processes_give_the_report_of_one(folders, rank, case):
+    one = NeuronReport.load(folders[1] / f"{case}.0.json")
+    two = NeuronReport.load(folders[2] / f"{case}.{rank}.json")
+    for field in ("scores", "deadness_by", "per_class"):
+        ours, theirs = getattr(two, field), getattr(one, field)
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            assert ours[name].keys() == theirs[name].keys()
+            for layer, values in ours[name].items():
+                close = torch.allclose(values, theirs[name][layer], rtol=1e-9, atol=1e-12, equal_nan=True)
+                assert close, (field, name, layer)
+    assert two.class_counts == one.class_counts
+    assert [vars(layer) for layer in two.layers] == [vars(layer) for layer in one.layers]
+    for layer, counts in two.counts.items():
+        for field in ("samples", "gradient_samples", "values", "nonfinite", "histogram"):
+            assert torch.equal(getattr(counts, field), getattr(one.counts[layer], field)), (layer, field)
+
+
+def test_all_samples_of_both_processes_are_in_the_report(folders):
+    for case in CASES:
+        counts = NeuronReport.load(folders[2] / f"{case}.1.json").counts["net.conv1"]
+        assert counts.samples.tolist() == [24] * 4, case
+
+
+def test_classes_that_one_process_alone_saw_are_in_both_reports(folders):
+    report = NeuronReport.load(folders[2] / "classes.0.json")
+    assert len(report.class_counts) == 3
+    assert min(report.class_counts) > 0
+    assert report.per_class["gradient"]["net.conv1"].isfinite().all()
+
+
+def test_a_bounded_sample_is_bounded_over_both_processes(folders):
+    for rank in (0, 1):
+        report = NeuronReport.load(folders[2] / f"small.{rank}.json")
+        assert report.counts["net.conv1"].gradient_samples.tolist() == [10] * 4
+        assert any("each of 2 processes" in note and "5 of 12" in note for note in report.notes)
+
+
+def test_the_notes_of_both_processes_speak_of_both(folders):
+    for rank in (0, 1):
+        assert all(
+            "2 processes" in " ".join(n) for c, n in rest(folders[2], rank)["notes"].items() if c != "statistics"
+        )
+
+
+def test_a_failure_on_one_process_is_known_to_both_and_neither_waits(folders):
+    for rank in (0, 1):
+        assert [epoch for epoch, _ in rest(folders[2], rank)["history"]] == [1]
+    assert any("epoch 0 was not measured" in message for message in rest(folders[2], 0)["told"])

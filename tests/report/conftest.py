@@ -1,0 +1,5 @@
+"""Pages are looked at where a browser is installed."""
+
+from tests.report.browser import BROWSER
+
+collect_ignore = [] if BROWSER else ["test_browser.py"]

@@ -1,0 +1,105 @@
+"""The first thing that somebody runs: the demo, as a user starts it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L  # noqa: N812
+import pytest
+
+from lightning_neurons import NeuronReport
+from lightning_neurons.cli import main
+
+ROOT = Path(__file__).parents[1]
+
+
+def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+    return subprocess.run(
+        [sys.executable, "-m", "lightning_neurons", *arguments],
+        cwd=folder, env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The same seed twice, and another."""
+    found = {}
+    for name, seed in {"first": 1, "again": 1, "other": 2}.items():
+        folder = tmp_path_factory.mktemp(name)
+        done = command(folder, "demo", "--epochs", "2", "--output_dir", "out", "--seed", str(seed))
+        found[name] = folder / "out", done
+    return found
+
+
+def _document(runs: dict[str, Any], name: str) -> dict[str, Any]:
+    return json.loads((runs[name][0] / "version_0" / "neurons.json").read_text())
+
+
+def test_the_demo_succeeds_and_prints_the_table_and_where_to_look(runs):
+    _, done = runs["first"]
+    assert done.returncode == 0, done.stderr[-2000:]
+    for words in ("Neurons after epoch 1", "net.conv1", "net.fc2", "all layers", "most important", "least important"):
+        assert words in done.stdout
+    for words in ("top 10 % hold", "dormant", "validation accuracy", "neurons.json", "tensorboard --logdir out"):
+        assert words in done.stdout
+    assert "Traceback" not in done.stderr
+    assert "Warning" not in done.stderr
+
+
+def test_the_demo_learns(runs):
+    line = next(line for line in runs["first"][1].stdout.splitlines() if "validation accuracy" in line)
+    assert float(line.split()[-1].strip("%")) > 80
+
+
+def test_the_demo_writes_what_it_says(runs):
+    folder, _ = runs["first"]
+    assert list((folder / "version_0").glob("events.out.tfevents.*"))
+    report = NeuronReport.load(folder / "version_0" / "neurons.json")
+    assert report.epoch == 1
+    assert [layer.name for layer in report.layers] == ["net.conv1", "net.conv2", "net.fc1", "net.fc2"]
+    assert len(_document(runs, "first")["neurons"]) == 16 + 32 + 64 + 10
+
+
+def test_the_same_seed_gives_the_same_numbers_bit_by_bit(runs):
+    assert _document(runs, "first") == _document(runs, "again")
+
+
+def test_another_seed_gives_other_numbers(runs):
+    first, other = (_document(runs, name)["scores"]["gradient"]["net.conv1"] for name in ("first", "other"))
+    assert first != other
+
+
+@pytest.mark.parametrize("arguments, name", [(["--epoch_count", "2"], "epoch_count"), (["--epochs", "many"], "epochs")])
+def test_an_option_or_value_that_does_not_exist_is_a_clean_error(tmp_path, capsys, arguments, name):
+    with pytest.raises(SystemExit) as ended:
+        main(["demo", *arguments])
+    printed = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert name in printed
+    assert "Traceback" not in printed
+    assert list(tmp_path.iterdir()) == [], "nothing has been started"
+
+
+@pytest.mark.parametrize("epochs", ["0", "-1"])
+def test_a_number_of_epochs_that_makes_no_sense_is_a_clean_error(tmp_path, capsys, monkeypatch, epochs):
+    monkeypatch.setattr(L.Trainer, "fit", lambda *args, **kwargs: pytest.fail("training has begun"))
+    with pytest.raises(SystemExit) as ended:
+        main(["demo", "--epochs", epochs])
+    assert ended.value.code == 2
+    assert "epochs" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_names_the_subcommand_and_its_options(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "demo" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["demo", "--help"])
+    options = capsys.readouterr().out
+    assert all(f"--{name}" in options for name in ("seed", "epochs", "output_dir"))
+    assert "Same seed, same numbers" in options
