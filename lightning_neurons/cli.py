@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jsonargparse import auto_cli
+from jsonargparse.typing import PositiveInt
 
 from lightning_neurons.demo import demo
 
@@ -11,7 +12,7 @@ from lightning_neurons.demo import demo
 def main(args: Sequence[str] | None = None) -> None:
     """Run a subcommand; ``--help`` lists them."""
 
-    def run_demo(seed: int = 0, epochs: int = 5, output_dir: Path = Path("neurons_demo")) -> None:
+    def run_demo(seed: int = 0, epochs: PositiveInt = 5, output_dir: Path = Path("neurons_demo")) -> None:
         demo(seed=seed, epochs=epochs, output_dir=output_dir)
 
     run_demo.__doc__ = demo.__doc__

@@ -74,7 +74,7 @@ def check_count(name: str, value: int, *, least: int = 1) -> int:
     Raises:
         ArgumentError: Otherwise.
     """
-    if not is_number(value) or value != int(value) or value < least:
+    if not is_number(value) or not hasattr(value, "__index__") or value < least:
         raise ArgumentError.of(name, value, f"a whole number of at least {least}")
     return int(value)
 

@@ -6,21 +6,19 @@ state nor logged values.
 """
 
 import math
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch
 import pytorch_lightning
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_neurons.callbacks import checks
+from lightning_neurons.callbacks.publish import publish
 from lightning_neurons.callbacks.replay import StepReplay
 from lightning_neurons.callbacks.session import Member, Session
 from lightning_neurons.errors import check_count
 from lightning_neurons.report.console import print_report
-from lightning_neurons.report.loggers import write_loggers
 from lightning_neurons.results.history import NeuronHistory
 from lightning_neurons.results.neuron_report import NeuronReport
 from lightning_neurons.studies.measure import LossFunction
@@ -54,7 +52,8 @@ class NeuronObserver(lightning.pytorch.Callback, pytorch_lightning.Callback):  #
     @property
     def state_key(self) -> str:
         """Tells callbacks of different settings apart in a checkpoint."""
-        return self._generate_state_key(**self.settings.plain(), source=self.source)
+        plain = {**self.settings.plain(), "source": self.source, "max_samples": self.max_samples}
+        return self._generate_state_key(**plain, loss_fn=checks.name_of(self.loss_fn))
 
     def state_dict(self) -> dict[str, Any]:
         """The history, as plain values and tensors."""
@@ -70,7 +69,7 @@ class NeuronObserver(lightning.pytorch.Callback, pytorch_lightning.Callback):  #
         """Refuse what cannot work, before any time has been spent."""
         who = type(self).__name__
         checks.refuse_sharded(who, trainer.strategy)
-        if not is_overridden("configure_model", pl_module):  # else there may be no layers yet
+        if not checks.overrides(pl_module, "configure_model"):  # else there may be no layers yet
             checks.check_layers(who, pl_module, self.settings.layers)
         if stage == "fit" and self.source == "val" and not trainer.enable_validation:
             self._warn(checks.NO_VALIDATION)
@@ -84,7 +83,7 @@ class NeuronObserver(lightning.pytorch.Callback, pytorch_lightning.Callback):  #
 
         The sanity check is a trial: what cannot work is found out before training.
         """
-        if self.source == "val" and self._due(trainer):
+        if (self.source == "val" or trainer.state.fn != "fit") and self._due(trainer):
             self._begin(trainer, pl_module, "validation_step", trainer.val_dataloaders, trainer.num_val_batches[0])
 
     def on_test_epoch_start(self, trainer: Any, pl_module: Any) -> None:
@@ -163,9 +162,12 @@ class NeuronObserver(lightning.pytorch.Callback, pytorch_lightning.Callback):  #
     def _due(self, trainer: Any) -> bool:
         if trainer.state.fn != "fit" or trainer.sanity_checking or self.every_n_epochs == 1:
             return True
-        last = self.history.entries[-1].epoch if len(self.history) else None
-        period = (trainer.current_epoch + 1) // self.every_n_epochs
-        return bool(period > (0 if last is None else (last + 1) // self.every_n_epochs))
+        # "Due and not done" instead of "every n-th": an epoch may have been skipped, or come with several validations.
+        epochs = [
+            e.epoch for e in self.history.entries[-1:] if e.epoch is not None and e.epoch <= trainer.current_epoch
+        ]
+        done = (epochs[0] + 1) // self.every_n_epochs if epochs else 0
+        return bool((trainer.current_epoch + 1) // self.every_n_epochs > done or trainer.current_epoch in epochs)
 
     def _begin(self, trainer: Any, pl_module: Any, step: str, loaders: Any, batches: float) -> None:
         checks.check_layers(type(self).__name__, pl_module, self.settings.layers)
@@ -205,22 +207,22 @@ class NeuronObserver(lightning.pytorch.Callback, pytorch_lightning.Callback):  #
         member.measurement.merge_processes(trainer.world_size)
         fitting = trainer.state.fn == "fit"
         notes = [] if member.sample is None else [member.sample.describe()]
-        if trainer.world_size > 1 and notes:
-            notes = [f"on each of {trainer.world_size} processes: {notes[0]}"]
+        if trainer.world_size > 1:
+            notes = [f"process {trainer.global_rank} of {trainer.world_size}: {note}" for note in notes]
         self.report = member.measurement.report(
             settings={**self.settings.plain(), "source": self.source, "max_samples": self.max_samples},
             notes=notes,
             epoch=trainer.current_epoch if fitting else None,
             step=trainer.global_step if fitting else None,
         )
-        if not any(c.samples.any() for c in self.report.counts.values()):
+        looked = any(c.statistics for c in self.settings.criteria)
+        if looked and not any(c.samples.any() or c.gradient_samples.any() for c in self.report.counts.values()):
             self._warn("no sample was measured: the data was empty, or no layer ran")
         entry = self.history.add(self.report) if fitting else self.history.compare(self.report)
-        directory = trainer.log_dir  # asks all processes
-        if trainer.is_global_zero and not trainer.fast_dev_run and trainer.loggers:
-            write_loggers(trainer.loggers, self.report, entry, trainer.global_step)
-            if directory is not None:
-                self.report.save(Path(directory) / "neurons.json")
+        observers = [c for c in trainer.callbacks if isinstance(c, NeuronObserver)]
+        # Of several observers, the first with sensitivities writes neurons.json; the others are numbered.
+        place = sorted(observers, key=lambda c: not c.max_samples).index(self)
+        publish(trainer, self.report, entry, f"neurons_{place + 1}.json" if place else "neurons.json")
 
     def _raise_failure(self, trainer: Any) -> None:
         """Before training has begun, or without training, nothing is lost by stopping at once."""

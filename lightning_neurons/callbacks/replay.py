@@ -5,10 +5,12 @@ replaced by one that does nothing, the precision of the Trainer is kept, and a c
 """
 
 import inspect
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor
 
@@ -51,12 +53,16 @@ class StepReplay:
     def run(self, batch: Any) -> Any:
         """Run ``loss_fn`` or the step on a batch."""
         self._logged.clear()
-        if self.loss_fn is not None:
-            return self.loss_fn(self.pl_module, batch)
-        step = getattr(self.pl_module, self.step)
-        names = inspect.signature(step).parameters
-        extra = {"batch_idx": self.batch_idx, "dataloader_idx": 0}
-        return step(batch, **{name: value for name, value in extra.items() if name in names})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they came in the first run, or come of gradients alone
+            if self.loss_fn is not None:
+                return self.loss_fn(self.pl_module, batch)
+            step = getattr(self.pl_module, self.step)
+            wanted = len(inspect.signature(step).parameters)
+            loaders = self.trainer.test_dataloaders if self.step == "test_step" else self.trainer.val_dataloaders
+            several = isinstance(loaders, list | tuple) and len(loaders) > 1
+            # As Lightning does it: by position, and the index of the dataloader only where there are several.
+            return step(batch, *(self.batch_idx, 0)[: min(wanted - 1, 2 if several else 1)])
 
     def loss(self, batch: Any) -> Tensor:
         """The differentiable loss of a batch, as ``loss_fn`` or the step returns or logs it.
@@ -74,9 +80,10 @@ class StepReplay:
             ) from error
         if self.loss_fn is not None:
             return out  # type: ignore[no-any-return]
+        usable = torch.is_grad_enabled()  # else the forward is run to find the layers, and any loss will do
         for found in (*_losses(out), *_losses(self._logged)):
-            if isinstance(found, Tensor) and found.requires_grad and found.numel() == 1:
-                return found.reshape(())
+            if isinstance(found, Tensor) and found.is_floating_point() and (found.requires_grad or not usable):
+                return found.reshape(()) if found.numel() == 1 else found
         raise MeasurementError(
             f"{type(self.pl_module).__name__}.{self.step} neither returned nor logged a differentiable loss; "
             "return the loss from it, or pass loss_fn=lambda module, batch: ... that returns the loss"

@@ -156,7 +156,7 @@ class Session:
         if stack is not None:
             stack.close()
         elif self.source == "val":
-            self._observe_again(batch)
+            self._observe_again(batch, batch_idx)
         if self.source == "val":
             for member in self._alive():
                 member.attempt(member.measurement.finish_batch)
@@ -180,10 +180,11 @@ class Session:
                 groups.setdefault(member.replay_key, []).append(member)
         return list(groups.values())
 
-    def _observe_again(self, batch: Any) -> None:
+    def _observe_again(self, batch: Any, batch_idx: int) -> None:
         """Compiled code cannot be watched without changing what it computes: run it once more, as it was written."""
         step = "test_step" if self.trainer.testing else "validation_step"
         replay = StepReplay(self.trainer, self.passes.model, step, None)
+        replay.batch_idx = batch_idx
 
         def observe() -> None:
             with replay.isolated(), torch.no_grad(), self.passes.observe():
@@ -211,9 +212,12 @@ class Session:
         settings, needs = group[0].settings, {need for m in group for need in m.measurement.needs}
         for member in group:
             member.start_batch(part)
-        if settings.inputs == "fgsm":
-            part = fgsm(loss_of, part, settings.eps)
         observe = self.source == "train"
+        if settings.inputs == "fgsm":
+            if observe:  # activity is that on the data itself
+                with torch.no_grad(), self.passes.observe():
+                    replay.run(part)
+            part, observe = fgsm(loss_of, part, settings.eps), False
         if observe or "gradient" in needs:
             self.passes.differentiate(loss_of, part, observe=observe, receivers=group)
         if "sampled_gradient" in needs:

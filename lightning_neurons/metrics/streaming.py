@@ -1,11 +1,10 @@
 """Any criteria, of all layers at once, over a stream and across processes.
 
-The neurons of all layers lie side by side on one axis, so that there are six states however many layers and criteria
-there are: memory is O(neurons), and merging processes takes six reductions. Sums are float64, counts int64.
-A leading axis separates classes (one class if classes are not asked for).
+The neurons of all layers lie side by side on one axis, so that there are six states however many layers there are:
+memory is O(neurons), and merging processes takes six reductions. Sums are float64, counts int64. A leading axis
+separates classes (one class if classes are not asked for).
 """
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -18,12 +17,9 @@ from torchmetrics import Metric
 from lightning_neurons.criteria.activity import TOTAL
 from lightning_neurons.criteria.contract import NEEDS, Criterion, LayerTraits, Need, Statistic, Summary
 from lightning_neurons.criteria.view import LayerView
-from lightning_neurons.errors import MeasurementError
 from lightning_neurons.metrics import accumulate, histogram
 from lightning_neurons.metrics.accumulate import Batch, Group, Waiting
-
-PER_CLASS_LIMIT = 2 * 2**30
-"""Bytes that the sums of a measurement per class may take."""
+from lightning_neurons.metrics.classes import class_index, with_room
 
 HELD_NUMBERS = 2**22
 """Layers are added together at the end of a batch, or when so many numbers wait (16 MiB)."""
@@ -63,8 +59,7 @@ class StreamingCriteria(Metric):
         self, widths: Mapping[str, int], criteria: Iterable[Criterion], *, per_class: bool = False, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
-        self.criteria = tuple(criteria)
-        self.per_class = per_class
+        self.criteria, self.per_class = tuple(criteria), per_class
         self.traits: dict[str, LayerTraits] = {}
         self.refused: dict[str, dict[str, str]] = {c.name: {} for c in self.criteria}
         ends = torch.tensor([0, *widths.values()]).cumsum(0).tolist()
@@ -74,25 +69,19 @@ class StreamingCriteria(Metric):
         self._maxima = [s for s in named.values() if s.reduce == "max"]
         self._statistics: dict[tuple[str, Need], tuple[Statistic, ...]] = {}
         self._several_calls: set[str] = set()
-        self._waiting = Waiting()
-        self._groups: dict[tuple[Any, ...], Group] = {}
+        self._waiting, self._groups = Waiting(), dict[tuple[Any, ...], Group]()
         neurons, classes = ends[-1], 0 if per_class else 1
         counted = neurons if any(c.histogram for c in self.criteria) else 0
         self.add_state("totals", torch.zeros(classes, len(self._sums), neurons, dtype=torch.float64), "sum")
         lowest = torch.full((classes, len(self._maxima), neurons), -torch.inf, dtype=torch.float64)
         self.add_state("maxima", lowest, "max")
-        self.add_state("samples", torch.zeros(classes, len(NEEDS), neurons, dtype=torch.int64), "sum")
-        self.add_state("values", torch.zeros(classes, neurons, dtype=torch.int64), "sum")
-        self.add_state("nonfinite", torch.zeros(len(NEEDS), neurons, dtype=torch.int64), "sum")
-        self.add_state("histogram", torch.zeros(classes, counted, histogram.BINS, dtype=torch.int64), "sum")
+        counts = {"samples": (classes, len(NEEDS), neurons), "values": (classes, neurons)}
+        counts |= {"nonfinite": (len(NEEDS), neurons), "histogram": (classes, counted, histogram.BINS)}
+        for name, shape in counts.items():
+            self.add_state(name, torch.zeros(shape, dtype=torch.int64), "sum")
 
     def describe(self, traits: LayerTraits, *, calls: int = 1) -> None:
-        """Say what a layer is, before its first update: which criteria apply follows from it.
-
-        Args:
-            traits: What criteria may know of the layer.
-            calls: How often the layer runs in one forward; the values of all calls belong to the same sample.
-        """
+        """Say what a layer is, before its first update; the values of all its ``calls`` belong to the same sample."""
         layer = traits.name
         self.traits[layer] = traits
         self._groups.clear()
@@ -118,9 +107,8 @@ class StreamingCriteria(Metric):
     def hold(
         self, layer: str, view: LayerView, need: Need = "activation", targets: Int[Tensor, " batch"] | None = None
     ) -> None:
-        """As ``update``, without the bookkeeping of torchmetrics, which takes longer than the work on small layers."""
-        statistics = self._statistics[layer, need]
-        counted = need == "activation" and self.histogram.shape[1] > 0
+        """As ``update``, without the bookkeeping of torchmetrics, which would take longer than the work."""
+        statistics, counted = self._statistics[layer, need], need == "activation" and self.histogram.shape[1] > 0
         if not statistics and not counted:
             return
         bookkeeping = vars(self)  # a torch.nn.Module sets attributes slowly
@@ -183,49 +171,26 @@ class StreamingCriteria(Metric):
 
     def _group(self, need: Need, layers: tuple[str, ...], positions: tuple[int, ...]) -> Group:
         key = need, layers, positions, self.totals.device
-        if len(self._groups) > _GROUPS:  # texts of ever new lengths
-            self._groups.clear()
         if key not in self._groups:
-            self._groups[key] = accumulate.group_of(
-                self._statistics[layers[0], need],
-                (self._sums, self._maxima),
-                [self.places[name] for name in layers],
-                positions,
-                self.totals.device,
-            )
+            places = [self.places[name] for name in layers]
+            statistics, rows = self._statistics[layers[0], need], (self._sums, self._maxima)
+            if len(self._groups) >= _GROUPS:  # texts of ever new lengths
+                self._groups.clear()
+            self._groups[key] = accumulate.group_of(statistics, rows, places, positions, self.totals.device)
         return self._groups[key]
 
     def _class_index(self, layers: Sequence[str], rows: int, targets: Tensor | None) -> Tensor | None:
         if not self.per_class:
             return None
-        if targets is None or len(targets) != rows:
-            got = "no targets" if targets is None else f"{len(targets)} targets"
-            raise MeasurementError(
-                f"per_class: {', '.join(layers)} saw {rows} samples but {got}; leave such layers out by layers="
-            )
-        index = targets.to(self.totals.device)
-        self.grow(int(index.max()) + 1 if len(index) else 0)
+        index = class_index(layers, rows, targets).to(self.totals.device)
+        self.grow(int(index.max()) + 1)
         return index
 
     def grow(self, classes: int) -> None:
-        """Make room for ``classes`` classes.
-
-        Raises:
-            MeasurementError: If their sums would take too much memory.
-        """
-        missing = classes - len(self.totals)
-        if missing <= 0:
-            return
-        size = classes * 8 * sum(math.prod(getattr(self, name).shape[1:]) for name in _BY_CLASS)
-        if size > PER_CLASS_LIMIT:
-            raise MeasurementError(
-                f"per_class: sums for {classes} classes would take {size / 2**30:.1f} GiB of at most "
-                f"{PER_CLASS_LIMIT / 2**30:g}; choose fewer layers=, or criteria= without 'near_zero'"
-            )
-        for name in _BY_CLASS:
-            state: Tensor = getattr(self, name)
-            room = state.new_full((missing, *state.shape[1:]), -torch.inf if name == "maxima" else 0)
-            setattr(self, name, torch.cat([state, room]))
+        """Make room for ``classes`` classes; refuses what would take too much memory."""
+        states = {name: getattr(self, name) for name in _BY_CLASS}
+        for name, state in with_room(states, max(classes, len(self.totals))).items():
+            setattr(self, name, state)
 
     def summary(self, layer: str, klass: int | None = None) -> Summary:
         """The sums of one layer, over all classes or of one."""
@@ -245,7 +210,11 @@ class StreamingCriteria(Metric):
         )
 
     def compute(self) -> dict[str, dict[str, Tensor]]:
-        """Scores by criterion and layer; layers that a criterion refuses, or that never ran, are left out."""
+        """``scores``, after merging processes if ``sync_on_compute`` asks for it."""
+        return self.scores()
+
+    def scores(self) -> dict[str, dict[str, Tensor]]:
+        """By criterion and layer; layers that a criterion refuses, or that never ran, are left out."""
         self.finish_batch()
         return {
             c.name: {n: c.score(self.summary(n)) for n in self.traits if n not in self.refused[c.name]}

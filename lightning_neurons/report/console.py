@@ -3,6 +3,7 @@
 import math
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from lightning_neurons.report.numbers import LayerRow, layer_rows
@@ -21,7 +22,9 @@ def print_report(report: NeuronReport, history: NeuronHistory | None = None, con
 def table(report: NeuronReport) -> Table:
     """One line per layer: neurons, dead, dormant, the ends of the ranking, and how unequal importance is."""
     when = "" if report.epoch is None else f" after epoch {report.epoch}"
-    result = Table(title=f"Neurons{when}", caption=f"importance: {report.main_criterion}" if report.scores else None)
+    result = Table(
+        title=f"Neurons{when}", caption=f"importance: {escape(report.main_criterion)}" if report.scores else None
+    )
     result.add_column("layer", overflow="fold")
     for heading in ("neurons", "dead", "dormant"):
         result.add_column(heading, justify="right")
@@ -74,7 +77,7 @@ def remarks(report: NeuronReport) -> list[str]:
 def _cells(row: LayerRow) -> list[str]:
     top = "" if math.isnan(row.top_share) else f"{row.top_share:.0%}"
     counts = [str(row.neurons), *("-" if n is None else str(n) for n in (row.dead, row.dormant))]
-    return [row.layer, *counts, " ".join(map(str, row.most)), " ".join(map(str, row.least)), top]
+    return [escape(row.layer), *counts, " ".join(map(str, row.most)), " ".join(map(str, row.least)), top]
 
 
 def _sum(rows: list[LayerRow], name: str) -> str:

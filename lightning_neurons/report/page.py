@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from lightning_neurons.report.console import remarks
-from lightning_neurons.report.numbers import THRESHOLDS, LayerRow, layer_rows, share
+from lightning_neurons.report.numbers import THRESHOLDS, layer_rows, share
 from lightning_neurons.results.history import HistoryEntry
 from lightning_neurons.results.neuron_report import NeuronReport
 
@@ -13,7 +13,7 @@ _SHOWN = 20
 
 def markdown(report: NeuronReport, entry: HistoryEntry) -> str:
     """Everything that fits on one page, as Markdown."""
-    parts = [_layers(report, entry)]
+    parts = [_layers(report), _changes(report, entry)]
     if report.scores:
         parts.append(_ranking(report))
     if "near_zero" in report.deadness_by:
@@ -22,28 +22,37 @@ def markdown(report: NeuronReport, entry: HistoryEntry) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def _layers(report: NeuronReport, entry: HistoryEntry) -> str:
-    counts = ("neurons", "dead", "died", "revived", "dormant", "constant")
-    heading = ("layer", *counts, "most important", "least important", "top 10 % hold", "effective number", "stability")
-    rows = [_layer_cells(row, entry) for row in layer_rows(report, shown=5)]
+def _layers(report: NeuronReport) -> str:
+    heading = ("layer", "neurons", "dead", "dormant", "most important", "least important", "top 10 % hold")
+    rows = [
+        (
+            f"`{row.layer}`",
+            row.neurons,
+            _number(row.dead),
+            _number(row.dormant),
+            " ".join(map(str, row.most)),
+            " ".join(map(str, row.least)),
+            _real(row.top_share, "{:.0%}"),
+        )
+        for row in layer_rows(report)
+    ]
     return "### Layers\n\n" + _table(heading, rows)
 
 
-def _layer_cells(row: LayerRow, entry: HistoryEntry) -> tuple[object, ...]:
-    return (
-        f"`{row.layer}`",
-        row.neurons,
-        _number(row.dead),
-        len(entry.died.get(row.layer, [])),
-        len(entry.revived.get(row.layer, [])),
-        _number(row.dormant),
-        _number(row.constant),
-        " ".join(map(str, row.most)),
-        " ".join(map(str, row.least)),
-        _real(row.top_share, "{:.0%}"),
-        _real(row.effective, "{:.1f}"),
-        _real(entry.stability.get(row.layer, math.nan), "{:.2f}"),
-    )
+def _changes(report: NeuronReport, entry: HistoryEntry) -> str:
+    heading = ("layer", "died", "revived", "constant", "effective neurons", "rank stability")
+    rows = [
+        (
+            f"`{row.layer}`",
+            len(entry.died.get(row.layer, [])),
+            len(entry.revived.get(row.layer, [])),
+            _number(row.constant),
+            _real(row.effective, "{:.1f}"),
+            _real(entry.stability.get(row.layer, math.nan), "{:.2f}"),
+        )
+        for row in layer_rows(report)
+    ]
+    return "### Since the measurement before\n\n" + _table(heading, rows)
 
 
 def _ranking(report: NeuronReport) -> str:

@@ -38,7 +38,7 @@ TAGS = (
     Tag("scores/{criterion}/{layer}", "histogram", "scores over the layer's neurons"),
     Tag("deadness/{criterion}/{layer}", "histogram", "deadness over the layer's neurons; 1 is dead"),
     Tag("magnitudes/{layer}", "histogram", "log10 of |activation| over neurons and samples: where to put a threshold"),
-    Tag("neurons/ranking", "text", "the table, the global ranking, and deadness by threshold"),
+    Tag("neurons/ranking", "text", "layers, global ranking, deadness by threshold (shown as .../text_summary)"),
 )
 
 

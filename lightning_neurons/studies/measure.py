@@ -57,7 +57,7 @@ def measure(
         threshold: What counts as silent, in units of the layer's root mean square.
         relative_threshold: False takes ``threshold`` in activation units.
         normalize: How layers are made comparable in global rankings.
-        inputs: ``"fgsm"`` measures on inputs shifted against the model.
+        inputs: ``"fgsm"`` measures sensitivity on inputs shifted against the model.
         eps: Size of that shift, in units of the inputs.
 
     Returns:
@@ -124,13 +124,14 @@ def _one_batch(
         passes.find(forward if loss_fn is None else loss_of, batch)
     for number, part in enumerate(passes.parts(batch) if loss_fn is not None else [batch]):
         measurement.start_batch(batch_size_of(part), settings.targets(part) if settings.by_class else None)
-        if settings.inputs == "fgsm" and loss_fn is not None:
+        clean, fgsm_too = part, settings.inputs == "fgsm" and loss_fn is not None
+        if fgsm_too:
             part = fgsm(loss_of, part, settings.eps)
-        if "gradient" in measurement.needs:
-            passes.differentiate(loss_of, part, observe="activation" in measurement.needs)
-        else:
+        if fgsm_too or "gradient" not in measurement.needs:
             with torch.no_grad(), passes.observe():
-                forward(part)
+                forward(clean)  # activity is that on the data itself
+        if "gradient" in measurement.needs:
+            passes.differentiate(loss_of, part, observe=not fgsm_too)
         if "sampled_gradient" in measurement.needs:
             drawn = partial(sampled_loss, model, seed=index * 1_000_003 + number)
             passes.differentiate(drawn, part, "sampled_gradient")

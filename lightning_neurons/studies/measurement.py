@@ -109,7 +109,7 @@ class Measurement:
     ) -> NeuronReport:
         """Turn the sums into results, on the CPU."""
         self.metric.cpu()
-        computed = self.metric.compute()
+        computed = self.metric.scores()
         ran = [name for name in self.modules if name in self.metric.traits]
         kinds = {c.name: c.kind for c in self.criteria}
         important = [c for c in self.criteria if c.kind == "importance"]
