@@ -14,11 +14,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional as F  # noqa: N812
 
 sys.path.insert(0, str(Path(__file__).parent))
 from nets import resnet20_and_pictures, tiny_net
@@ -88,7 +89,7 @@ def bare_backward(model: nn.Module, batches: list) -> None:
 
 
 def captum_list(model: nn.Module, batches: list) -> None:
-    """captum's LayerGradientXActivation over the list of layers, reduced to one number per neuron."""
+    """The captum attribution LayerGradientXActivation over the list of layers, reduced to one number per neuron."""
     from captum.attr import LayerGradientXActivation
 
     layers = [m for m in model.modules() if family_of(m)]
@@ -123,12 +124,17 @@ def timed(action: Callable[[], None], device: str) -> float:
     return time.perf_counter() - start
 
 
+def installed(name: str) -> bool:
+    """Whether what a case compares with is there."""
+    return not name.startswith("captum") or find_spec("captum") is not None
+
+
 def ratios(samples: int, repeats: int, data: Path | None, device: str) -> None:
     """All cases, interleaved."""
     model, x, y = resnet20_and_pictures(samples, data)
     model = model.to(device)
     batches = list(zip(x.to(device).split(BATCH), y.to(device).split(BATCH), strict=True))
-    cases = {name: lambda case=case: case(model, batches) for name, case in CASES.items()}
+    cases = {name: lambda case=case: case(model, batches) for name, case in CASES.items() if installed(name)}
     for case in cases.values():
         case()
     times = {name: [] for name in cases}
@@ -161,7 +167,7 @@ def memory(name: str, samples: int, data: Path | None) -> None:
     """Peak resident memory above what the model and the data take, in this process."""
     model, x, y = resnet20_and_pictures(samples, data)
     batches = list(zip(x.split(BATCH), y.split(BATCH), strict=True))
-    CASES[name](model, batches[:1])  # libraries are loaded and buffers of the allocator made
+    CASES[name](model, [(x[:2], y[:2])])  # libraries are loaded
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     CASES[name](model, batches)
@@ -175,7 +181,11 @@ def _status(key: str) -> float:
 
 def peaks(arguments: argparse.Namespace) -> None:
     """Peak memory of each case, each in its own process; two sizes for the passes of this package."""
-    sizes = {name: (512, 5120) if name in ("statistics riding on it", "sensitivity pass") else (512,) for name in CASES}
+    sizes = {
+        name: (512, 5120) if name in ("statistics riding on it", "sensitivity pass") else (512,)
+        for name in CASES
+        if installed(name)
+    }
     for name, all_samples in sizes.items():
         for samples in all_samples:
             command = [sys.executable, __file__, "--peak", name, "--samples", str(samples)]
@@ -200,6 +210,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--only-ratios", action="store_true", help="leave out overhead, growth and memory")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -207,7 +218,7 @@ def main() -> None:
         memory(arguments.peak, arguments.samples, arguments.data)
         return
     ratios(arguments.samples, arguments.repeats, arguments.data, arguments.device)
-    if arguments.device == "cpu":
+    if arguments.device == "cpu" and not arguments.only_ratios:
         overhead(arguments.repeats)
         growth(arguments.data)
         peaks(arguments)

@@ -1,11 +1,12 @@
 """The networks that the benchmarks run: a CIFAR ResNet-20 and a tiny one."""
 
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional as F  # noqa: N812
 
 
 class Block(nn.Module):
@@ -64,5 +65,5 @@ def resnet20_and_pictures(samples: int, data: Path | None) -> tuple[nn.Module, T
 def tiny_net() -> nn.Module:
     """Six layers that hardly compute anything: what remains is overhead."""
     widths = (8, 8, 8, 8, 8, 8, 4)
-    layers = [part for a, b in zip(widths, widths[1:], strict=False) for part in (nn.Linear(a, b), nn.ReLU())]
+    layers = [part for a, b in pairwise(widths) for part in (nn.Linear(a, b), nn.ReLU())]
     return nn.Sequential(*layers[:-1]).eval()

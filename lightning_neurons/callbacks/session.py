@@ -20,10 +20,11 @@ from lightning_neurons.network.layer import Layer
 from lightning_neurons.studies.losses import fgsm, summed
 from lightning_neurons.studies.measure import sampled_loss
 from lightning_neurons.studies.measurement import Measurement
-from lightning_neurons.studies.passes import Passes
+from lightning_neurons.studies.passes import Known, Passes
 from lightning_neurons.studies.sample import StratifiedSample
 from lightning_neurons.studies.settings import MeasurementSettings
 
+_KNOWN: "WeakKeyDictionary[nn.Module, Known]" = WeakKeyDictionary()
 _SESSIONS: "WeakKeyDictionary[Any, dict[str, Session]]" = WeakKeyDictionary()
 
 
@@ -102,7 +103,7 @@ class Session:
 
     def __init__(self, trainer: Any, pl_module: Any, source: str) -> None:
         self.trainer, self.source = trainer, source
-        self.passes = Passes(pl_module, [])
+        self.passes = Passes(pl_module, [], _KNOWN.get(pl_module))
         self.members: list[Member] = []
         self._stack: ExitStack | None = None
         self._batch: Any = None
@@ -113,7 +114,7 @@ class Session:
         sessions = _SESSIONS.setdefault(trainer, {})
         session = sessions.setdefault(source, cls(trainer, pl_module, source))
         session.members.append(member)
-        session.passes.receivers.append(member)
+        session.passes.add(member)
 
     @staticmethod
     def of(trainer: Any, source: str) -> "Session | None":
@@ -124,8 +125,12 @@ class Session:
     def end(trainer: Any, source: str) -> None:
         """Close whatever is open, also in the middle of a batch, and forget the session."""
         session = _SESSIONS.get(trainer, {}).pop(source, None)
-        if session is not None and session._stack is not None:
+        if session is None:
+            return
+        if session._stack is not None:
             session._stack.close()
+        if session.passes.known is not None:
+            _KNOWN[session.passes.model] = session.passes.known
 
     def leave(self, member: Member) -> None:
         """End one callback's part; the session ends with its last member."""

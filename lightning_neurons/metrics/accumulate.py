@@ -6,6 +6,7 @@ States have a leading axis of classes. ``index`` is the class of each sample, or
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -55,6 +56,10 @@ class Waiting:
     numbers: int = 0
 
 
+Place = slice | Tensor
+"""Where something lies on an axis; a slice wherever possible, because indexing by a tensor takes ten times longer."""
+
+
 @dataclass(frozen=True, eq=False)
 class Group:
     """Where the numbers of several layers of one form go.
@@ -65,13 +70,21 @@ class Group:
         maxima: Rows of ``maxima``, one for each maximum.
         neurons: Places of the neurons of all layers on the neuron axis.
         positions: How many values lie behind each neuron's numbers.
+        bins: The first bin of each neuron's histogram, if all histograms lie one behind the other.
     """
 
     statistics: Sequence[Statistic]
-    sums: Int[Tensor, " sum"]
-    maxima: Int[Tensor, " maximum"]
-    neurons: Int[Tensor, " neuron"]
+    sums: Place
+    maxima: Place
+    neurons: Place
     positions: Int[Tensor, " neuron"]
+    bins: Int[Tensor, " neuron"]
+
+    def at(self, rows: Place) -> tuple[Any, ...]:
+        """The index of ``rows`` of these neurons in a state of ``(class, statistic, neuron)``."""
+        if isinstance(rows, Tensor) and isinstance(self.neurons, Tensor):
+            rows = rows[:, None]
+        return slice(None), rows, self.neurons
 
 
 def group_of(
@@ -91,11 +104,25 @@ def group_of(
         device: Where the sums live.
     """
     with torch.inference_mode(False):
-        slots = [torch.tensor([of.index(s) for s in statistics if s in of], device=device).long() for of in rows]
-        neurons = torch.cat([torch.arange(place.start, place.stop) for place in places])
-        widths = torch.tensor([place.stop - place.start for place in places])
-        each = torch.tensor(positions).repeat_interleave(widths)
-        return Group(statistics, slots[0], slots[1], neurons.to(device), each.to(device))
+        sums, maxima = ([of.index(s) for s in statistics if s in of] for of in rows)
+        neurons = [i for place in places for i in range(place.start, place.stop)]
+        each = [n for n, place in zip(positions, places, strict=True) for _ in range(place.start, place.stop)]
+        return Group(
+            statistics,
+            _place(sums, device),
+            _place(maxima, device),
+            _place(neurons, device),
+            torch.tensor(each, device=device),
+            torch.tensor(neurons, device=device) * histogram.BINS,
+        )
+
+
+def _place(indices: Sequence[int], device: torch.device) -> Place:
+    if not indices:
+        return slice(0, 0)
+    if [*indices] == [*range(indices[0], indices[-1] + 1)]:
+        return slice(indices[0], indices[-1] + 1)
+    return torch.tensor(indices, device=device)
 
 
 def joined(statistics: Sequence[Statistic], held: Batch, new: Batch) -> Batch:
@@ -133,11 +160,10 @@ def add_sums(
     """Add the sums of finite ``rows`` over samples."""
     clean = rows if finite is None else torch.where(finite, rows, 0)
     if index is None:
-        totals[0, group.sums[:, None], group.neurons] += clean.sum(1, dtype=torch.float64)
+        totals[group.at(group.sums)] += clean.sum(1, dtype=torch.float64)
         return
     by_class = clean.new_zeros((len(totals), *clean.shape[::2]), dtype=torch.float64)
-    by_class.index_add_(0, index, clean.transpose(0, 1).double())
-    totals[:, group.sums[:, None], group.neurons] += by_class
+    totals[group.at(group.sums)] += by_class.index_add_(0, index, clean.transpose(0, 1).double())
 
 
 def add_maxima(
@@ -155,25 +181,21 @@ def add_maxima(
         highest = rows.new_full((len(maxima), *rows.shape[::2]), -torch.inf, dtype=torch.float64)
         every = rows.transpose(0, 1).double()
         highest.scatter_reduce_(0, index[:, None, None].expand_as(every), every, "amax")
-    place = (slice(None), group.maxima[:, None], group.neurons)
+    place = group.at(group.maxima)
     maxima[place] = torch.maximum(maxima[place], highest)
 
 
-def add_counts(
+def finite_samples(
     counts: Int[Tensor, "class all_neurons"],
-    group: Group,
     shape: tuple[int, int],
     finite: Bool[Tensor, "batch neuron"] | None,
     index: Int[Tensor, " batch"] | None,
-) -> Int[Tensor, "class neuron"]:
-    """Count the finite samples of a batch of ``shape``; returns what was added."""
+) -> int | Int[Tensor, "class neuron"]:
+    """How many samples of a batch of ``shape`` were finite, for counts by class and neuron."""
     if index is None:
-        added = (counts.new_full((1, shape[1]), shape[0]) if finite is None else finite.sum(0, keepdim=True)).long()
-    else:
-        seen = counts.new_ones(shape) if finite is None else finite.long()
-        added = counts.new_zeros((len(counts), shape[1])).index_add_(0, index, seen)
-    counts[:, group.neurons] += added
-    return added
+        return shape[0] if finite is None else finite.sum(0, keepdim=True)
+    seen = counts.new_ones(shape) if finite is None else finite.long()
+    return counts.new_zeros((len(counts), shape[1])).index_add_(0, index, seen)
 
 
 def add_magnitudes(
@@ -185,10 +207,9 @@ def add_magnitudes(
 ) -> None:
     """Count the magnitudes of finite samples."""
     bins = histogram.bin_index(values).to(counts.device)
-    neurons = group.neurons if index is None else group.neurons + index[:, None] * counts.shape[1]
-    start = (neurons * histogram.BINS).unsqueeze(-1)
+    start = group.bins if index is None else group.bins + index[:, None] * (counts.shape[1] * histogram.BINS)
     # int32 is enough for the bins of most models, and twice as fast as int64.
-    flat = bins.add_(start.int()) if counts.numel() < 2**31 else bins + start
+    flat = bins.add_(start.int().unsqueeze(-1)) if counts.numel() < 2**31 else bins + start.unsqueeze(-1)
     one = flat.new_ones(1, dtype=torch.int64)
     weights = one.expand(flat.numel()) if finite is None else finite.long().unsqueeze(-1).expand_as(flat).flatten()
     counts.view(-1).index_add_(0, flat.flatten(), weights)

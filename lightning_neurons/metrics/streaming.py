@@ -1,8 +1,7 @@
 """Any criteria, of all layers at once, over a stream and across processes.
 
-The neurons of all layers lie side by side on one axis, so that there are six states however many layers there are:
-memory is O(neurons), and merging processes takes six reductions. Sums are float64, counts int64. A leading axis
-separates classes (one class if classes are not asked for).
+The neurons of all layers lie side by side on one axis, so that six states are enough: memory is O(neurons), and merging
+processes takes six reductions. Sums are float64, counts int64. A leading axis separates classes (or has one entry).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,9 +20,7 @@ from lightning_neurons.metrics import accumulate, histogram
 from lightning_neurons.metrics.accumulate import Batch, Group, Waiting
 from lightning_neurons.metrics.classes import class_index, with_room
 
-HELD_NUMBERS = 2**22
-"""Layers are added together at the end of a batch, or when so many numbers wait (16 MiB)."""
-
+_HELD_NUMBERS = 2**22  # layers are added at the end of a batch, or when so many numbers wait (16 MiB)
 _GROUPS = 64
 _BY_CLASS = ("totals", "maxima", "samples", "values", "histogram")
 
@@ -95,7 +92,9 @@ class StreamingCriteria(Metric):
                 self.refused[criterion.name][layer] = reason
         for need in NEEDS:
             every = (*self._sums, *self._maxima)
-            self._statistics[layer, need] = tuple(s for s in every if s.name in wanted and s.needs == need)
+            plan = tuple(s for s in every if s.name in wanted and s.needs == need)
+            # One object for equal plans: to compare them by value in each batch would take longer than the sums.
+            self._statistics[layer, need] = next((p for p in self._statistics.values() if p == plan), plan)
         (self._several_calls.add if calls > 1 else self._several_calls.discard)(layer)
 
     def update(
@@ -130,7 +129,7 @@ class StreamingCriteria(Metric):
             held = None
         waiting.batches[layer, need] = new if held is None else accumulate.joined(statistics, held, new)
         waiting.numbers += len(new.rows) * new.rows[0].numel()
-        if waiting.numbers > HELD_NUMBERS:
+        if waiting.numbers > _HELD_NUMBERS:
             once = [key for key in waiting.batches if key[0] not in self._several_calls]
             self._add({key: waiting.batches.pop(key) for key in once})
             waiting.numbers = 0
@@ -144,7 +143,7 @@ class StreamingCriteria(Metric):
     def _add(self, pending: Mapping[tuple[str, Need], Batch]) -> None:
         forms: dict[tuple[Any, ...], list[tuple[str, Batch]]] = {}
         for (layer, need), batch in pending.items():
-            form = need, self._statistics[layer, need], batch.form, id(batch.targets)
+            form = need, id(self._statistics[layer, need]), batch.form, id(batch.targets)
             forms.setdefault(form, []).append((layer, batch))
         for (need, *_), members in forms.items():
             self._add_group(need, [layer for layer, _ in members], [batch for _, batch in members])
@@ -155,12 +154,13 @@ class StreamingCriteria(Metric):
         if not rows.shape[1]:
             return  # an empty batch
         finite, index = accumulate.finite_rows(rows), self._class_index(layers, rows.shape[1], batches[0].targets)
-        sums, maxima, _ = rows.tensor_split([len(group.sums), len(group.statistics)])
-        if len(sums):
-            accumulate.add_sums(self.totals, group, sums, finite, index)
-        if len(maxima):
-            accumulate.add_maxima(self.maxima, group, maxima, finite, index)
-        added = accumulate.add_counts(self.samples[:, at], group, (rows.shape[1], rows.shape[2]), finite, index)
+        sums = sum(s.reduce == "sum" for s in group.statistics)
+        if sums:
+            accumulate.add_sums(self.totals, group, rows[:sums], finite, index)
+        if len(group.statistics) > sums:
+            accumulate.add_maxima(self.maxima, group, rows[sums : len(group.statistics)], finite, index)
+        added = accumulate.finite_samples(self.values, (rows.shape[1], rows.shape[2]), finite, index)
+        self.samples[:, at, group.neurons] += added
         if need == "activation":
             self.values[:, group.neurons] += added * group.positions
         if finite is not None:
@@ -172,11 +172,12 @@ class StreamingCriteria(Metric):
     def _group(self, need: Need, layers: tuple[str, ...], positions: tuple[int, ...]) -> Group:
         key = need, layers, positions, self.totals.device
         if key not in self._groups:
-            places = [self.places[name] for name in layers]
-            statistics, rows = self._statistics[layers[0], need], (self._sums, self._maxima)
+            places, rows = [self.places[name] for name in layers], (self._sums, self._maxima)
             if len(self._groups) >= _GROUPS:  # texts of ever new lengths
                 self._groups.clear()
-            self._groups[key] = accumulate.group_of(statistics, rows, places, positions, self.totals.device)
+            self._groups[key] = accumulate.group_of(
+                self._statistics[layers[0], need], rows, places, positions, self.totals.device
+            )
         return self._groups[key]
 
     def _class_index(self, layers: Sequence[str], rows: int, targets: Tensor | None) -> Tensor | None:
@@ -227,7 +228,7 @@ class StreamingCriteria(Metric):
         super().reset()
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
-        """Add the sums of another metric of the same layers and criteria, and what it knows of the layers."""
+        """Add the sums of a metric of the same layers and criteria, and what it knows of the layers."""
         self.finish_batch()
         if isinstance(incoming_state, StreamingCriteria):
             incoming_state.finish_batch()

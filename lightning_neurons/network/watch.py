@@ -29,7 +29,7 @@ class _Follow(TorchFunctionMode):
         self._waiting: dict[int, tuple[str, tuple[Link, ...], Tensor]] = {}
         self._calls: dict[str, int] = {}
         self.unknown: set[str] = set()
-        """Layers that ran although they had not been seen to run; their activation points are not known."""
+        """Layers that did not run as they were seen to: their activation points have to be found again."""
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> "_Follow":
@@ -44,6 +44,7 @@ class _Follow(TorchFunctionMode):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self.unknown |= {name for name, _, _ in self._waiting.values()}
         self._waiting.clear()
 
     def _layer_hook(self, name: str) -> Callable[..., Any]:
@@ -56,8 +57,9 @@ class _Follow(TorchFunctionMode):
                 return None
             call = self._calls.get(name, 0)
             self._calls[name] = call + 1
-            output = self._start(output)
-            self._follow(name, chains[min(call, len(chains) - 1)], output)
+            with torch._C.DisableTorchFunction():  # what is computed in here need not be followed
+                output = self._start(output)
+                self._follow(name, chains[min(call, len(chains) - 1)], output)
             return output
 
         return hook

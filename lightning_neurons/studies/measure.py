@@ -120,7 +120,7 @@ def _one_batch(
     def forward(given: Any) -> Any:
         return call(model, inputs_of(given))
 
-    if not passes.known:
+    if passes.known is None:
         passes.find(forward if loss_fn is None else loss_of, batch)
     for number, part in enumerate(passes.parts(batch) if loss_fn is not None else [batch]):
         measurement.start_batch(batch_size_of(part), settings.targets(part) if settings.by_class else None)

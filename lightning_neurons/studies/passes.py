@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_neurons.criteria.contract import Need
 from lightning_neurons.errors import MeasurementError
 from lightning_neurons.network.batches import batch_size_of, rows_of, tensors_of
+from lightning_neurons.network.families import family_of
 from lightning_neurons.network.isolate import differentiable, eager, frozen
 from lightning_neurons.network.layer import Layer, candidates
 from lightning_neurons.network.samples import is_ambiguous
@@ -38,6 +39,23 @@ class Receiver(Protocol):
         """Take one call of one layer."""
 
 
+@dataclass(frozen=True)
+class Known:
+    """What passes over a model have learnt of it. Holds on to nothing of the model.
+
+    Attributes:
+        form: Names, identities and widths of the layers; another form has to be learnt anew.
+        layers: Where the activation points are.
+        bytes_per_sample: Size of the largest activation.
+        ambiguous: Whether some layer's samples may lie on one axis as well as on another.
+    """
+
+    form: tuple[tuple[str, int, int], ...]
+    layers: Mapping[str, Layer]
+    bytes_per_sample: int
+    ambiguous: bool
+
+
 class Passes:
     """Runs passes over one model for any number of receivers.
 
@@ -46,24 +64,32 @@ class Passes:
     Args:
         model: The model.
         receivers: Who listens; each hears of its own layers only.
+        known: What earlier passes have learnt; of use as long as the layers are the same.
     """
 
-    def __init__(self, model: nn.Module, receivers: Sequence[Receiver]) -> None:
+    def __init__(self, model: nn.Module, receivers: Sequence[Receiver], known: Known | None = None) -> None:
         self.model = model
-        self.receivers = list(receivers)
-        self.layers: dict[str, Layer] = {}
-        self._known = False
-        self._bytes_per_sample = 0
-        self._ambiguous = False
+        self.receivers: list[Receiver] = []
+        self.known: Known | None = known if known is not None and known.form == _form_of(model) else None
+        """None makes the next forward be traced."""
+        self._learnt: Mapping[str, Layer] = self.known.layers if self.known else {}
+        for receiver in receivers:
+            self.add(receiver)
+
+    def add(self, receiver: Receiver) -> None:
+        """Let somebody else listen."""
+        self.receivers.append(receiver)
+        if self.known is not None:
+            receiver.learn({name: self.known.layers[name] for name in receiver.modules})
 
     @contextmanager
     def observe(self) -> Iterator[None]:
         """Watch whatever forward runs inside."""
-        if self._known:
-            watch = WatchActivations(self.layers, _modules(self.receivers), self._activation)
+        if self.known is not None:
+            watch = WatchActivations(self.known.layers, _modules(self.receivers), self._activation)
             with eager(), watch:
                 yield
-            self._known = not watch.unknown
+            self._forget(watch.unknown)
             return
         trace = Trace(self.model, candidates(self.model))
         try:
@@ -98,29 +124,25 @@ class Passes:
         """
         with differentiable(), frozen(self.model):
             batch = normal_tensors(batch)
-            if not self._known or self._ambiguous:
+            if self.known is None or self.known.ambiguous:
                 self.find(loss_of, batch)
+            assert self.known is not None, "just found"
             listening = self.receivers if receivers is None else receivers
             watch = WatchGradients(
-                self.layers,
+                self.known.layers,
                 _modules(listening),
                 lambda name, activation, gradient: _tell(listening, name, activation, gradient, need),
                 (lambda name, activation: _tell(listening, name, activation, None, "activation")) if observe else None,
             )
             with watch:
                 loss = loss_of(batch)
-            self._known = not watch.unknown
+            self._forget(watch.unknown)
             if not loss.requires_grad:
                 raise MeasurementError(
                     "the loss does not depend on any watched layer in a differentiable way: it is computed under "
                     "no_grad, detached, or from other layers; pass loss_fn=, or other layers="
                 )
             watch.backward(loss)
-
-    @property
-    def known(self) -> bool:
-        """Whether the activation points are known; else the next forward is traced."""
-        return self._known
 
     def parts(self, batch: Any) -> Iterator[Any]:
         """The batch in parts whose activations stay in a CPU's cache; whole on other devices.
@@ -129,7 +151,8 @@ class Passes:
         the memory, and because losses are sums over samples, the result is the same.
         """
         size = batch_size_of(batch)
-        part = max(_SMALLEST_PART, _CACHED_BYTES // max(self._bytes_per_sample, 1))
+        largest = self.known.bytes_per_sample if self.known else 0
+        part = max(_SMALLEST_PART, _CACHED_BYTES // max(largest, 1))
         on_cpu = all(t.device.type == "cpu" for t in tensors_of(batch))
         if not on_cpu or part >= size or any(t.ndim and len(t) != size for t in tensors_of(batch)):
             yield batch
@@ -157,27 +180,33 @@ class Passes:
 
     def _learn(self, trace: Trace, few: int | None = None) -> None:
         """Take note of the layers; ``few`` is how many samples ran, if they were chosen to tell the samples' axis."""
+        before = self._learnt
         finals = dict(trace.activations())
+        layers = {}
         for name, layer in trace.found().items():
-            if layer.calls or name not in self.layers:
-                rows = finals[name].shape[0] if name in finals and finals[name].ndim else 0
-                whole = few is not None and rows > few and rows % few == 0
-                self.layers[name] = replace(layer, rows_per_sample=rows // few) if whole and few else layer
+            rows = finals[name].shape[0] if name in finals and finals[name].ndim else 0
+            folded = few is not None and rows > few and rows % few == 0
+            seen = replace(layer, rows_per_sample=rows // few) if few and folded else layer
+            layers[name] = before[name] if not layer.calls and name in before else seen
         sizes = (v.numel() * v.element_size() // v.shape[0] for v in finals.values() if v.ndim and v.shape[0])
-        self._bytes_per_sample = max(sizes, default=0)
-        self._known, self._ambiguous = True, few is None and self._is_ambiguous(finals)
+        unclear = (v.ndim > 2 and is_ambiguous(v, layers[name].axis, v.shape[1]) for name, v in finals.items())
+        self.known = Known(_form_of(self.model), layers, max(sizes, default=0), few is None and any(unclear))
+        self._learnt = layers
         for receiver in self.receivers:
-            receiver.learn({name: self.layers[name] for name in receiver.modules})
+            receiver.learn({name: layers[name] for name in receiver.modules})
 
-    def _is_ambiguous(self, finals: Mapping[str, Tensor]) -> bool:
-        """Whether some layer's samples may lie on one axis as well as on another, for any batch size."""
-        return any(
-            value.ndim > 2 and is_ambiguous(value, self.layers[name].axis, value.shape[1])
-            for name, value in finals.items()
-        )
+    def _forget(self, unknown: set[str]) -> None:
+        """Layers that did not run as known have to be found again."""
+        if unknown:
+            self.known = None
 
     def _activation(self, name: str, activation: Tensor) -> None:
         _tell(self.receivers, name, activation, None, "activation")
+
+
+def _form_of(model: nn.Module) -> tuple[tuple[str, int, int], ...]:
+    families = ((name, module, family_of(module)) for name, module in candidates(model).items())
+    return tuple((name, id(module), family.neurons(module)) for name, module, family in families if family)
 
 
 def _modules(receivers: Sequence[Receiver]) -> dict[str, nn.Module]:

@@ -42,7 +42,7 @@ def test_what_waits_may_be_added_at_any_time(monkeypatch):
     data = {"a": torch.randn(6, 2, 3), "b": torch.randn(6, 2, 3), "twice": torch.randn(6, 2, 3)}
     results = []
     for limit in (2**22, 10):
-        monkeypatch.setattr("lightning_neurons.metrics.streaming.HELD_NUMBERS", limit)
+        monkeypatch.setattr("lightning_neurons.metrics.streaming._HELD_NUMBERS", limit)
         metric = StreamingCriteria(dict.fromkeys(data, 2), named(ACTIVITY))
         torch.manual_seed(0)
         for name in data:

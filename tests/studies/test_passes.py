@@ -1,5 +1,7 @@
 """Passes in parts, and losses of every form."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -16,7 +18,7 @@ def prepared(net: nn.Module, x, *, samples_that_fit: int) -> Passes:
     """Passes that believe so many samples to fill the cache."""
     passes = Passes(net, [Recorder(net)])
     passes.find(net, x)
-    passes._bytes_per_sample = 2 * 2**20 // samples_that_fit
+    passes.known = replace(passes.known, bytes_per_sample=2 * 2**20 // samples_that_fit)
     return passes
 
 

@@ -1,0 +1,49 @@
+"""Each example runs as a reader would run it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+SAYS = {
+    "quickstart": "the three neurons that matter most: [RankedNeuron(",
+    "own_criterion": "fires_in",
+    "agreement_of_criteria": "second_order_ggn",
+}
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_runs_and_says_what_it_promises(path: Path, tmp_path: Path):
+    out = subprocess.run(
+        [sys.executable, str(path)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert out.returncode == 0, out.stderr
+    assert SAYS[path.stem] in out.stdout
+
+
+def test_every_example_is_known_here():
+    assert {path.stem for path in EXAMPLES} == set(SAYS)
+
+
+def test_the_benchmark_measures_every_case_on_a_small_scale(tmp_path: Path):
+    script = ROOT / "examples" / "benchmarks" / "cost_of_observing.py"
+    out = subprocess.run(
+        [sys.executable, str(script), "--samples", "8", "--repeats", "1", "--only-ratios"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert out.returncode == 0, out.stderr
+    for case in ("plain forward", "statistics riding on it", "sensitivity pass", "forward + backward to parameters"):
+        assert case in out.stdout
