@@ -208,16 +208,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--samples", type=int, default=512)
+    parser.add_argument("--samples", type=int, nargs="+", default=[512, 2560])
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--only-ratios", action="store_true", help="leave out overhead, growth and memory")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.peak:
-        memory(arguments.peak, arguments.samples, arguments.data)
+        memory(arguments.peak, arguments.samples[0], arguments.data)
         return
-    ratios(arguments.samples, arguments.repeats, arguments.data, arguments.device)
+    for samples in arguments.samples:
+        ratios(samples, arguments.repeats, arguments.data, arguments.device)
     if arguments.device == "cpu" and not arguments.only_ratios:
         overhead(arguments.repeats)
         growth(arguments.data)

@@ -1,5 +1,6 @@
 """What an observing callback refuses, before any time has been spent."""
 
+import inspect
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -57,6 +58,7 @@ def name_of(function: Any) -> str | None:
     """What tells one function from another, in the same way in every run: its name, line and what it was made with."""
     if function is None:
         return None
+    function = inspect.unwrap(function)
     name = getattr(function, "__qualname__", type(function).__qualname__)
     line = getattr(getattr(function, "__code__", None), "co_firstlineno", "")
     cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]

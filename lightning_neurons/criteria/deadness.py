@@ -52,7 +52,7 @@ def check_threshold(value: float, name: str = "threshold") -> float:
 def near_zero(threshold: float = 0.01, *, relative: bool = True) -> Criterion:
     """The share of values with ``|a|`` at most ``threshold``; 1 exactly if no value at all exceeds it.
 
-    The share is read off a histogram of at most 16 positions per sample with bins 2 % wide; whether a neuron *ever*
+    The share is read off a histogram of at most 8 positions per sample with bins 2 % wide; whether a neuron *ever*
     exceeds the threshold is decided on all positions.
 
     Args:

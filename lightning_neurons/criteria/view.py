@@ -17,6 +17,25 @@ def at_least_float32(values: Tensor) -> Tensor:
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
+_MUCH = 2**16
+_SCRATCH: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+
+def scratch_like(values: Tensor) -> Tensor:
+    """Memory for a passing result of the shape of ``values``, the same each time if it is much.
+
+    Fresh memory of the size of an activation comes from the operating system page by page, which takes longer than to
+    compute what goes into it.
+    """
+    if values.numel() < _MUCH:
+        return torch.empty_like(values, memory_format=torch.contiguous_format)
+    key = values.device, values.dtype
+    if key not in _SCRATCH or _SCRATCH[key].numel() < values.numel():
+        with torch.inference_mode(False):
+            _SCRATCH[key] = torch.empty(values.numel(), dtype=values.dtype, device=values.device)
+    return _SCRATCH[key][: values.numel()].view(values.shape)
+
+
 def over_space(values: Float[Tensor, "batch neuron space"]) -> Float[Tensor, "batch neuron"]:
     """Sum over space; never a view, since the model may overwrite its values before the batch is over."""
     return values.squeeze(-1).clone() if values.shape[-1] == 1 else values.sum(-1)
@@ -83,14 +102,23 @@ class LayerView:
     @cached_property
     def magnitude(self) -> Float[Tensor, "batch neuron"]:
         """Sum of absolute values over space."""
-        return self.total if self.rectified else over_space(self.activation.abs())
+        # |a| = 2 max(a, 0) - a: the positive part is needed for ``positive`` anyway.
+        return self.total if self.rectified else 2 * self._positive_part[0] - self.total
 
     @cached_property
     def positive(self) -> Float[Tensor, "batch neuron"]:
         """How many values are greater than zero."""
-        signs = self.activation.sign()
-        # A boolean sum takes three times as long as this one.
-        return over_space(signs if self.rectified else signs.relu_())
+        if not self.rectified:
+            return self._positive_part[1]
+        return over_space(torch.sign(self.activation, out=scratch_like(self.activation)))
+
+    @cached_property
+    def _positive_part(self) -> tuple[Tensor, Tensor]:
+        """Sum over space of the values above zero, and how many there are."""
+        part = torch.clamp_min(self.activation, 0, out=scratch_like(self.activation))
+        size = over_space(part)
+        # A sum of signs takes a third of the time of a sum of truth values.
+        return size, over_space(part.sign_())
 
     @cached_property
     def maximum(self) -> Float[Tensor, "batch neuron"]:

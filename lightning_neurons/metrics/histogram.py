@@ -26,7 +26,7 @@ LOWEST, HIGHEST = 2.0**_LOWEST_POWER, 2.0**_HIGHEST_POWER
 INNER_BINS = PARTS * (_HIGHEST_POWER - _LOWEST_POWER)
 BINS = INNER_BINS + 2
 
-POSITIONS = 16
+POSITIONS = 8
 """Positions of a sample that are counted; all of them where there are no more."""
 
 _MANTISSA_BITS, _EXPONENT_BIAS = 23, 127
@@ -43,7 +43,7 @@ def positions(space: int) -> Int[Tensor, " position"]:
 
     Example:
         >>> positions(4).tolist(), len(positions(1024))
-        ([0, 1, 2, 3], 16)
+        ([0, 1, 2, 3], 8)
     """
     with torch.inference_mode(False):
         if space <= POSITIONS:

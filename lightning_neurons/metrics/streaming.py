@@ -166,8 +166,7 @@ class StreamingCriteria(Metric):
         if finite is not None:
             self.nonfinite[at, group.neurons] += (~finite).sum(0)
         if batches[0].sampled:
-            values = torch.cat([torch.cat(b.sampled, 2) if len(b.sampled) > 1 else b.sampled[0] for b in batches], 1)
-            accumulate.add_magnitudes(self.histogram, group, values, finite, index)
+            accumulate.add_magnitudes(self.histogram, group, batches, finite, index)
 
     def _group(self, need: Need, layers: tuple[str, ...], positions: tuple[int, ...]) -> Group:
         key = need, layers, positions, self.totals.device

@@ -71,14 +71,13 @@ def test_a_bounded_sample_is_bounded_over_both_processes(folders):
     for rank in (0, 1):
         report = NeuronReport.load(folders[2] / f"small.{rank}.json")
         assert report.counts["net.conv1"].gradient_samples.tolist() == [10] * 4
-        assert any("each of 2 processes" in note and "5 of 12" in note for note in report.notes)
+        assert any(f"process {rank} of 2: sensitivity on 5 of 12" in note for note in report.notes)
 
 
-def test_the_notes_of_both_processes_speak_of_both(folders):
+def test_the_notes_of_each_process_say_of_which_they_speak(folders):
     for rank in (0, 1):
-        assert all(
-            "2 processes" in " ".join(n) for c, n in rest(folders[2], rank)["notes"].items() if c != "statistics"
-        )
+        notes = {case: " ".join(found) for case, found in rest(folders[2], rank)["notes"].items()}
+        assert all(f"process {rank} of 2:" in told for case, told in notes.items() if case != "statistics")
 
 
 def test_a_failure_on_one_process_is_known_to_both_and_neither_waits(folders):
