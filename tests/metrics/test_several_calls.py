@@ -44,7 +44,7 @@ def test_calls_of_opposite_effect_cancel():
 
 
 def test_calls_may_have_different_numbers_of_positions():
-    calls = [torch.randn(6, 2, 9), torch.randn(6, 2, 4)]
+    calls = [torch.randn(6, 2, 5), torch.randn(6, 2, 3)]
     found = in_calls(ACTIVITY, calls)
     for name in ACTIVITY:
         expected = stream([name], torch.cat(calls, -1))[name]
