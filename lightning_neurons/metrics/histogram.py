@@ -39,20 +39,21 @@ _MAGNITUDE_MASK = 0x7FFFFFFF
 def positions(space: int) -> Int[Tensor, " position"]:
     """Which positions are counted: the same in every sample, so that the result does not depend on how a stream is cut.
 
-    A golden-ratio sequence spreads them evenly over rows *and* columns of a flattened picture.
+    Rows (of a square picture) are spread evenly, columns by a golden-ratio sequence.
 
     Example:
-        >>> positions(4).tolist(), len(positions(1024))
-        ([0, 1, 2, 3], 8)
+        >>> positions(4).tolist(), positions(64).tolist()
+        ([0, 1, 2, 3], [4, 8, 21, 26, 39, 44, 49, 62])
     """
     with torch.inference_mode(False):
         if space <= POSITIONS:
             return torch.arange(space)
-        golden = (math.sqrt(5) - 1) / 2
+        golden, side = (math.sqrt(5) - 1) / 2, math.isqrt(space)
         chosen: set[int] = set()
         step = 0
         while len(chosen) < POSITIONS:
-            chosen.add(int((0.5 + step * golden) % 1 * space))
+            row = int((step % POSITIONS + 0.5) / POSITIONS * (space // side))
+            chosen.add(row * side + int((0.5 + step * golden) % 1 * side))
             step += 1
         return torch.tensor(sorted(chosen))
 
