@@ -13,7 +13,14 @@ def main() -> None:
     """Train on digits and ask the report."""
     L.seed_everything(0, verbose=False)
     callback = NeuronSensitivityCallback()
-    trainer = L.Trainer(max_epochs=2, callbacks=[callback], accelerator="cpu", enable_progress_bar=False, logger=False)
+    trainer = L.Trainer(
+        max_epochs=2,
+        callbacks=[callback],
+        accelerator="cpu",
+        enable_progress_bar=False,
+        logger=False,
+        enable_checkpointing=False,
+    )
     trainer.fit(DigitsModule(), *digits())
 
     report = callback.report
