@@ -1,5 +1,6 @@
 """The demo: real pictures of digits, a small network, the callback, and what it found."""
 
+import sys
 from pathlib import Path
 
 import lightning as L  # noqa: N812 (as its own documentation does)
@@ -100,5 +101,6 @@ def demo(seed: int = 0, epochs: int = 5, output_dir: Path = Path("neurons_demo")
     console.print(
         f"wrote {trainer.log_dir}/neurons.json and a TensorBoard run beside it", highlight=False, soft_wrap=True
     )
-    console.print(f"look at it: tensorboard --logdir {output_dir}", highlight=False, soft_wrap=True)
+    viewer = f"{sys.executable} -m tensorboard.main --logdir {output_dir}"  # works without an activated environment
+    console.print(f"look at it: {viewer}", highlight=False, soft_wrap=True)
     return callback
