@@ -22,7 +22,7 @@ class ArgumentError(ValueError):
     @classmethod
     def of(cls, name: str, got: object, allowed: str) -> "ArgumentError":
         """The one form of these messages: ``name`` is the argument, ``allowed`` what would work."""
-        return cls(f"{name}={got!r} is not allowed: expected {allowed}.")
+        return cls(f"{name}={got!r} is not allowed: expected {allowed}" + ("" if allowed.endswith("?") else "."))
 
 
 class UnknownNameError(ArgumentError):

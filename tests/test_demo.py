@@ -44,7 +44,13 @@ def test_the_demo_succeeds_and_prints_the_table_and_where_to_look(runs):
     assert done.returncode == 0, done.stderr[-2000:]
     for words in ("Neurons after epoch 1", "net.conv1", "net.fc2", "all layers", "most important", "least important"):
         assert words in done.stdout
-    for words in ("top 10 % hold", "dormant", "validation accuracy", "neurons.json", "-m tensorboard.main --logdir out"):
+    for words in (
+        "top 10 % hold",
+        "dormant",
+        "validation accuracy",
+        "neurons.json",
+        "-m tensorboard.main --logdir out",
+    ):
         assert words in done.stdout
     assert "Traceback" not in done.stderr
     assert "Warning" not in done.stderr

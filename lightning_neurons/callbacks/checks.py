@@ -1,6 +1,7 @@
-"""What an observing callback refuses, before any time has been spent."""
+"""What an observing callback decides before any time has been spent: what it refuses, and when it is due."""
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -54,15 +55,27 @@ def overrides(pl_module: Any, method: str) -> bool:
     return method in vars(pl_module) or getattr(type(pl_module), method, None) is not getattr(base, method, None)
 
 
+def is_due(epoch: int, every: int, measured: Sequence[int | None]) -> bool:
+    """Whether an epoch is to be measured: due and not done, as epochs may be skipped or come with several validations.
+
+    Args:
+        epoch: The current epoch.
+        every: How many epochs lie between measurements.
+        measured: The epoch of the last measurement, if there was one; one of a run before may be later than ``epoch``.
+    """
+    last = [e for e in measured if e is not None and e <= epoch]
+    done = (last[0] + 1) // every if last else 0
+    return (epoch + 1) // every > done or epoch in last
+
+
 def name_of(function: Any) -> str | None:
-    """What tells one function from another, in the same way in every run: its name, line and what it was made with."""
+    """What tells one function from another, also after an edit of the file: its name and what it was made with."""
     if function is None:
         return None
     function = inspect.unwrap(function)
     name = getattr(function, "__qualname__", type(function).__qualname__)
-    line = getattr(getattr(function, "__code__", None), "co_firstlineno", "")
     cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
-    return f"{name}:{line}:{[c for c in cells if isinstance(c, int | float | str)]}"
+    return f"{name}:{[c for c in cells if isinstance(c, int | float | str)]}"
 
 
 def require_validation_step(who: str, pl_module: Any) -> None:

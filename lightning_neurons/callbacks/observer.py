@@ -1,8 +1,8 @@
 """The life of a callback that observes: when it measures, whom it asks, what it does with the report.
 
-It decides *when*; all arithmetic lies below. It works in ``fit``, ``validate`` and ``test``, with the Trainers of
-``lightning`` and of ``pytorch_lightning``, and it never changes what it observes: neither weights, optimizer, random
-state nor logged values.
+It decides *when*; all arithmetic lies below. It works with the Trainers of ``lightning`` and ``pytorch_lightning``, and
+never changes what it observes: neither weights, optimizer, random state nor logged values. The way of a batch: observer
+-> ``session.py`` -> ``Passes`` -> ``member.py`` -> ``Measurement`` -> ``StreamingCriteria``, and back as a report.
 """
 
 import math
@@ -14,9 +14,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_neurons.callbacks import checks
+from lightning_neurons.callbacks.member import Member
 from lightning_neurons.callbacks.publish import publish
 from lightning_neurons.callbacks.replay import StepReplay
-from lightning_neurons.callbacks.session import Member, Session
+from lightning_neurons.callbacks.session import Session
 from lightning_neurons.errors import check_count
 from lightning_neurons.report.console import print_report
 from lightning_neurons.results.history import NeuronHistory
@@ -99,40 +100,43 @@ class NeuronObserver(lightning.pytorch.Callback, pytorch_lightning.Callback):  #
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Watch the module's own forward on this batch (of the first dataloader)."""
-        session = self._session(trainer)
-        if session is not None and session.source == "val" and dataloader_idx == 0:
-            session.open(batch)
+        session = self._session(trainer, "val")
+        if session is not None and dataloader_idx == 0:
+            session.open(batch, batch_idx)
 
     def on_validation_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Stop watching; run the picked samples again with gradients."""
-        session = self._session(trainer)
-        if session is not None and session.source == "val" and dataloader_idx == 0:
+        session = self._session(trainer, "val")
+        if session is not None and dataloader_idx == 0:
             session.close(batch_idx)
             self._raise_failure(trainer)
 
     on_test_batch_start = on_validation_batch_start
     on_test_batch_end = on_validation_batch_end
 
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Take samples before the step can change them."""
+        session = self._session(trainer, "train")
+        if session is not None:
+            session.open(batch, batch_idx)
+
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Run the picked samples in evaluation mode, with the weights that the step has left."""
-        session = self._session(trainer)
-        if session is not None and session.source == "train":
-            session.open(batch)
+        session = self._session(trainer, "train")
+        if session is not None:
             session.close(batch_idx)
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Make the report."""
-        if self._active == "val":
-            self._finish(trainer)
+        self._finish(trainer, "val")
 
     on_test_epoch_end = on_validation_epoch_end
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Make the report of training data."""
-        if self._active == "train":
-            self._finish(trainer)
+        self._finish(trainer, "train")
 
     # -- the end
 
@@ -162,12 +166,7 @@ class NeuronObserver(lightning.pytorch.Callback, pytorch_lightning.Callback):  #
     def _due(self, trainer: Any) -> bool:
         if trainer.state.fn != "fit" or trainer.sanity_checking or self.every_n_epochs == 1:
             return True
-        # "Due and not done" instead of "every n-th": an epoch may have been skipped, or come with several validations.
-        epochs = [
-            e.epoch for e in self.history.entries[-1:] if e.epoch is not None and e.epoch <= trainer.current_epoch
-        ]
-        done = (epochs[0] + 1) // self.every_n_epochs if epochs else 0
-        return bool((trainer.current_epoch + 1) // self.every_n_epochs > done or trainer.current_epoch in epochs)
+        return checks.is_due(trainer.current_epoch, self.every_n_epochs, [e.epoch for e in self.history.entries[-1:]])
 
     def _begin(self, trainer: Any, pl_module: Any, step: str, loaders: Any, batches: float) -> None:
         checks.check_layers(type(self).__name__, pl_module, self.settings.layers)
@@ -185,19 +184,20 @@ class NeuronObserver(lightning.pytorch.Callback, pytorch_lightning.Callback):  #
         self._member, self._active = member, source
         Session.join(trainer, pl_module, source, member)
 
-    def _session(self, trainer: Any) -> Session | None:
-        return None if self._active is None else Session.of(trainer, self._active)
+    def _session(self, trainer: Any, source: str) -> Session | None:
+        return Session.of(trainer, source) if source == self._active else None
 
-    def _finish(self, trainer: Any) -> None:
-        member, session = self._member, self._session(trainer)
-        assert member is not None, "an active callback has one"
-        assert session is not None, "an active callback is in one"
+    def _finish(self, trainer: Any, source: str) -> None:
+        member, session = self._member, self._session(trainer, source)
+        if member is None or session is None:
+            return
         session.finish()
         self._raise_failure(trainer)
         # Every process has to know of a failure in any: the rest of them would wait for its sums forever.
         whole = trainer.strategy.reduce_boolean_decision(member.failure is None, all=True)
         if not whole:
-            self._warn(f"epoch {trainer.current_epoch} was not measured: {member.failure or 'another process failed'}")
+            reason = str(member.failure or "another process failed")
+            self._warn(f"epoch {trainer.current_epoch} was not measured: {reason}", once=reason)
         elif not trainer.sanity_checking:
             self._report(trainer, member)
         self._active = self._member = None
@@ -217,7 +217,9 @@ class NeuronObserver(lightning.pytorch.Callback, pytorch_lightning.Callback):  #
         )
         looked = any(c.statistics for c in self.settings.criteria)
         if looked and not any(c.samples.any() or c.gradient_samples.any() for c in self.report.counts.values()):
-            self._warn("no sample was measured: the data was empty, or no layer ran")
+            infinite = any(c.nonfinite.any() for c in self.report.counts.values())
+            why = "all activations were NaN or infinite" if infinite else "the data was empty, or no layer ran"
+            self._warn(f"no sample was measured: {why}")
         entry = self.history.add(self.report) if fitting else self.history.compare(self.report)
         observers = [c for c in trainer.callbacks if isinstance(c, NeuronObserver)]
         # Of several observers, the first with sensitivities writes neurons.json; the others are numbered.
@@ -241,8 +243,8 @@ class NeuronObserver(lightning.pytorch.Callback, pytorch_lightning.Callback):  #
             Session.end(trainer, self._active)
         self._active = self._member = None
 
-    def _warn(self, message: str) -> None:
-        """Say it once."""
-        if message not in self._warned:
-            self._warned.add(message)
+    def _warn(self, message: str, once: str | None = None) -> None:
+        """Say it, unless it (or the same ``once``) has been said."""
+        if (once or message) not in self._warned:
+            self._warned.add(once or message)
             rank_zero_warn(f"{type(self).__name__}: {message}")

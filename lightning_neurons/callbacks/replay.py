@@ -15,6 +15,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor
 
 from lightning_neurons.errors import MeasurementError
+from lightning_neurons.network.batches import map_tensors
 from lightning_neurons.network.isolate import isolated
 from lightning_neurons.studies.measure import LossFunction
 
@@ -62,7 +63,8 @@ class StepReplay:
             loaders = self.trainer.test_dataloaders if self.step == "test_step" else self.trainer.val_dataloaders
             several = isinstance(loaders, list | tuple) and len(loaders) > 1
             # As Lightning does it: by position, and the index of the dataloader only where there are several.
-            return step(batch, *(self.batch_idx, 0)[: min(wanted - 1, 2 if several else 1)])
+            # A copy, as a step may change its batch and is run on it more than once.
+            return step(map_tensors(batch, Tensor.clone), *(self.batch_idx, 0)[: min(wanted - 1, 2 if several else 1)])
 
     def loss(self, batch: Any) -> Tensor:
         """The differentiable loss of a batch, as ``loss_fn`` or the step returns or logs it.
@@ -74,9 +76,10 @@ class StepReplay:
             out = self.run(batch)
         except Exception as error:
             name = "loss_fn" if self.loss_fn is not None else self.step
+            hint = "" if self.loss_fn is not None else "; pass loss_fn=lambda module, batch: ... that returns the loss"
             raise MeasurementError(
                 f"{name} failed when it was run with gradients on {type(self.pl_module).__name__} "
-                f"({type(error).__name__}: {error}); pass loss_fn=lambda module, batch: ... that returns the loss"
+                f"({type(error).__name__}: {error}){hint}"
             ) from error
         if self.loss_fn is not None:
             return out  # type: ignore[no-any-return]
@@ -85,8 +88,9 @@ class StepReplay:
             if isinstance(found, Tensor) and found.is_floating_point() and (found.requires_grad or not usable):
                 return found.reshape(()) if found.numel() == 1 else found
         raise MeasurementError(
-            f"{type(self.pl_module).__name__}.{self.step} neither returned nor logged a differentiable loss; "
-            "return the loss from it, or pass loss_fn=lambda module, batch: ... that returns the loss"
+            f"{type(self.pl_module).__name__}.{self.step} neither returned nor logged a differentiable loss (is it "
+            "computed under no_grad, detached, or logged under a name without 'loss'?); return the loss from it, or "
+            "pass loss_fn=lambda module, batch: ... that returns the loss"
         )
 
     def _log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:

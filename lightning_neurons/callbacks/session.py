@@ -4,92 +4,24 @@ The first callback that reaches a hook does the work; the others find it done. A
 training with it: it is dropped, and its callback says why.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from lightning_neurons.callbacks.member import Member, together
 from lightning_neurons.callbacks.replay import StepReplay, is_compiled
-from lightning_neurons.criteria.contract import Need
-from lightning_neurons.network.batches import batch_size_of, targets_of
-from lightning_neurons.network.layer import Layer
+from lightning_neurons.network.batches import batch_size_of, map_tensors
 from lightning_neurons.studies.losses import fgsm, summed
 from lightning_neurons.studies.measure import sampled_loss
-from lightning_neurons.studies.measurement import Measurement
 from lightning_neurons.studies.passes import Known, Passes
-from lightning_neurons.studies.sample import StratifiedSample
-from lightning_neurons.studies.settings import MeasurementSettings
 
 _KNOWN: "WeakKeyDictionary[nn.Module, Known]" = WeakKeyDictionary()
 _SESSIONS: "WeakKeyDictionary[Any, dict[str, Session]]" = WeakKeyDictionary()
-
-
-@dataclass(eq=False)
-class Member:
-    """One callback's part in a session.
-
-    Attributes:
-        measurement: Where the numbers go.
-        settings: How it is measured.
-        replay: How to get the loss; None if no criterion needs gradients.
-        sample: Which samples are differentiated; None if no criterion needs gradients.
-        failure: Why the measurement was dropped, or None.
-    """
-
-    measurement: Measurement
-    settings: MeasurementSettings
-    replay: StepReplay | None = None
-    sample: StratifiedSample | None = None
-    failure: Exception | None = None
-
-    @property
-    def modules(self) -> Mapping[str, nn.Module]:
-        """Receiver of ``Passes``."""
-        return self.measurement.modules
-
-    def learn(self, layers: Mapping[str, Layer]) -> None:
-        """Receiver of ``Passes``."""
-        self.attempt(lambda: self.measurement.learn(layers))
-
-    def receive(self, layer: str, activation: Tensor, gradient: Tensor | None, need: Need) -> None:
-        """Receiver of ``Passes``."""
-        if self.failure is None:
-            self.attempt(lambda: self.measurement.receive(layer, activation, gradient, need))
-
-    def start_batch(self, batch: Any) -> None:
-        """Announce a batch to the measurement."""
-        targets = self.settings.targets(batch) if self.settings.by_class else None
-        self.measurement.start_batch(batch_size_of(batch), targets)
-
-    def attempt(self, action: Callable[[], None]) -> None:
-        """Do it; if that fails, give up this measurement and nothing else."""
-        try:
-            action()
-        except Exception as error:  # noqa: BLE001 (an observer must not stop what it observes)
-            self.failure = error
-
-    def pick(self, batch: Any, batch_idx: int) -> list[Any]:
-        """What of a batch, and of those before, is to be differentiated now."""
-        assert self.replay is not None, "members without a replay are in no group"
-        assert self.sample is not None, "members without a sample are in no group"
-        self.replay.batch_idx = batch_idx
-        return self.sample.add(batch, targets_of(batch))
-
-    def rest(self) -> list[Any]:
-        """What has been picked and not differentiated yet."""
-        return [] if self.sample is None else self.sample.rest()
-
-    @property
-    def replay_key(self) -> tuple[Any, ...] | None:
-        """Members with the same key share one replay."""
-        if self.replay is None or self.sample is None:
-            return None
-        s = self.settings
-        return self.replay.loss_fn, s.loss_reduction, s.inputs, s.eps, self.sample.max_samples
 
 
 class Session:
@@ -106,7 +38,9 @@ class Session:
         self.passes = Passes(pl_module, [], _KNOWN.get(pl_module))
         self.members: list[Member] = []
         self._stack: ExitStack | None = None
-        self._batch: Any = None
+        self._is_open = False
+        self._again: Any = None  # the batch, if the step has to be run once more to be watched
+        self._picked: list[tuple[list[Member], list[Any]]] = []
 
     @classmethod
     def join(cls, trainer: Any, pl_module: Any, source: str, member: Member) -> None:
@@ -139,35 +73,43 @@ class Session:
         if not self.members:
             self.end(self.trainer, self.source)
 
-    def open(self, batch: Any) -> None:
-        """Before the model's own forward: begin to watch it."""
-        if self._batch is not None:
+    def open(self, batch: Any, batch_idx: int) -> None:
+        """Before the model's own step: take samples, as the step may change its batch, and begin to watch."""
+        if self._is_open:
             return  # another callback was here first
-        self._batch = batch
+        self._is_open = True
+        for group in self._groups():
+            picked: list[Any] = []
+            together(group, partial(group[0].pick, batch, batch_idx, picked))
+            self._picked.append((group, picked))
         if self.source == "train":
             return
         for member in self._alive():
-            member.attempt(lambda m=member: m.start_batch(batch))  # type: ignore[misc]
-        if self._alive() and not is_compiled(self.passes.model):
+            member.attempt(partial(member.start_batch, batch))
+        if self._alive() and is_compiled(self.passes.model):
+            self._again = map_tensors(batch, Tensor.clone)
+        elif self._alive():
             self._stack = ExitStack()
             self._stack.enter_context(self.passes.observe())
 
     def close(self, batch_idx: int) -> None:
-        """After the model's own forward: stop watching, and differentiate what the samples pick."""
-        if self._batch is None:
+        """After the model's own step: stop watching, and differentiate what has been picked."""
+        if not self._is_open:
             return
-        batch, self._batch = self._batch, None
+        self._is_open = False
         stack, self._stack = self._stack, None
+        again, self._again = self._again, None
+        picked, self._picked = self._picked, []
         if stack is not None:
             stack.close()
-        elif self.source == "val":
-            self._observe_again(batch, batch_idx)
+        elif again is not None:
+            self._observe_again(again, batch_idx)
         if self.source == "val":
             for member in self._alive():
                 member.attempt(member.measurement.finish_batch)
-        for group in self._groups():
-            for part in group[0].pick(batch, batch_idx):
-                self._differentiate(group, part)
+        for group, parts in picked:
+            for part in parts:
+                self._differentiate([m for m in group if m.failure is None], part)
 
     def finish(self) -> None:
         """At the end of the data: differentiate what has been picked and not measured yet."""
@@ -195,9 +137,11 @@ class Session:
             with replay.isolated(), torch.no_grad(), self.passes.observe():
                 replay.run(batch)
 
-        _together(self._alive(), observe)
+        together(self._alive(), observe)
 
     def _differentiate(self, group: list[Member], batch: Any) -> None:
+        if not group:
+            return
         replay, settings = group[0].replay, group[0].settings
         assert replay is not None, "members without a replay are in no group"
 
@@ -209,7 +153,7 @@ class Session:
                 for number, part in enumerate(self.passes.parts(batch)):
                     self._one_part(group, replay, loss_of, part, seed=1000 * replay.batch_idx + number)
 
-        _together(group, run)
+        together(group, run)
 
     def _one_part(
         self, group: list[Member], replay: StepReplay, loss_of: Callable[[Any], Tensor], part: Any, seed: int
@@ -231,11 +175,3 @@ class Session:
             )
         for member in group:
             member.measurement.finish_batch()
-
-
-def _together(members: list[Member], action: Callable[[], None]) -> None:
-    """Do what several measurements wait for; if it fails, it fails for all of them."""
-    if members:
-        members[0].attempt(action)
-    for member in members:
-        member.failure = member.failure or members[0].failure

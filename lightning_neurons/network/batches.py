@@ -1,5 +1,6 @@
 """Looking into a batch of any form: how many samples, their targets, a part of them, their inputs."""
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
@@ -14,12 +15,24 @@ TARGET_KEYS = ("target", "targets", "label", "labels", "y")
 
 
 def parts(batch: Any) -> list[Any]:
-    """The values directly inside a tuple, list, mapping or dataclass; nothing inside anything else."""
+    """The values directly inside a tuple, list, mapping, dataclass or plain object; nothing inside anything else."""
     if isinstance(batch, Mapping):
         return list(batch.values())
     if is_dataclass(batch) and not isinstance(batch, type):
         return [getattr(batch, f.name) for f in fields(batch)]
-    return list(batch) if isinstance(batch, list | tuple) else []
+    if isinstance(batch, list | tuple):
+        return list(batch)
+    return [] if isinstance(batch, Tensor | str) else list(getattr(batch, "__dict__", {}).values())
+
+
+def is_divisible(batch: Any) -> bool:
+    """Whether samples can be taken out of it; an object of the user's own, a graph say, is taken whole."""
+    return isinstance(batch, Tensor | Mapping | list | tuple) or is_dataclass(batch)
+
+
+def is_list_of_samples(batch: Any) -> bool:
+    """Whether it is a list with one record per sample, as in detection, instead of one tensor per quantity."""
+    return isinstance(batch, list) and bool(batch) and all(isinstance(b, Mapping) or is_dataclass(b) for b in batch)
 
 
 def tensors_of(batch: Any) -> list[Tensor]:
@@ -30,7 +43,7 @@ def tensors_of(batch: Any) -> list[Tensor]:
 
 
 def batch_size_of(batch: Any) -> int:
-    """Length of the first axis of the first tensor.
+    """Length of the first axis of the first tensor, or of a list of records.
 
     Raises:
         MeasurementError: If the batch has no tensor with an axis.
@@ -39,10 +52,13 @@ def batch_size_of(batch: Any) -> int:
         >>> batch_size_of({"image": torch.zeros(4, 3), "name": ["a", "b", "c", "d"]})
         4
     """
+    if is_list_of_samples(batch):
+        return len(batch)
     size = next((len(t) for t in tensors_of(batch) if t.ndim), None)
     if size is None:
         raise MeasurementError(
-            f"batch of type {type(batch).__name__}: found no tensor that tells how many samples it has"
+            f"batch of type {type(batch).__name__}: found no tensor that tells how many samples it has; "
+            "make it a tuple, dict, dataclass or an object with tensors as attributes"
         )
     return size
 
@@ -95,7 +111,13 @@ def rebuilt(batch: Any, change: Callable[[Any], Any]) -> Any:
         return replace(batch, **{f.name: change(getattr(batch, f.name)) for f in fields(batch) if f.init})
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*map(change, batch))
-    return type(batch)(map(change, batch)) if isinstance(batch, list | tuple) else batch
+    if isinstance(batch, list | tuple):
+        return type(batch)(map(change, batch))
+    if tensors_of(batch):  # an object of the user's own
+        batch = copy.copy(batch)
+        for name, value in vars(batch).items():
+            setattr(batch, name, change(value))
+    return batch
 
 
 def _per_sample(entries: Sequence[Any], size: int) -> bool:

@@ -45,6 +45,9 @@ LAYER_FAMILIES: dict[type[nn.Module], LayerFamily] = {
 }
 
 
+_BUILT_IN = frozenset(LAYER_FAMILIES)
+
+
 def register_layer(module_type: type[nn.Module], *, neurons: Callable[[Any], int], axis: int) -> None:
     """Make a module type of your own count as a layer, everywhere.
 
@@ -70,6 +73,8 @@ def register_layer(module_type: type[nn.Module], *, neurons: Callable[[Any], int
     """
     if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
         raise ArgumentError.of("module_type", module_type, "a subclass of torch.nn.Module")
+    if module_type in _BUILT_IN:
+        raise ArgumentError.of("module_type", module_type.__name__, "a type of your own; this one is known")
     if isinstance(axis, bool) or not isinstance(axis, int) or axis == 0:
         raise ArgumentError.of("axis", axis, "1 for channels or -1 for features; axis 0 is the batch")
     LAYER_FAMILIES[module_type] = LayerFamily(neurons, axis)

@@ -136,7 +136,7 @@ def require_materialized(model: nn.Module) -> None:
     """
     for path, module in model.named_modules():
         if any(is_lazy(t) for t in (*module._parameters.values(), *module._buffers.values()) if t is not None):
-            got = f"{public_name(path)}: {type(module).__name__}"
+            got = f"{public_name(path) or 'the model itself'}: {type(module).__name__}"
             raise ArgumentError.of("model", got, "materialised layers; run one batch through the model first")
 
 

@@ -58,6 +58,8 @@ def changes(history: NeuronHistory | None) -> list[str]:
 def remarks(report: NeuronReport) -> list[str]:
     """What the numbers rest on, and what could not be measured."""
     lines = list(report.notes)
+    if report.scores and report.main_criterion == "gradient":
+        lines.append("gradient does not see deadness (a dead ReLU has one at its output); compare taylor or fisher")
     infinite = {n: int(c.nonfinite.sum()) for n, c in report.counts.items() if c.nonfinite.any()}
     if infinite:
         named = ", ".join(f"{name} ({count})" for name, count in infinite.items())

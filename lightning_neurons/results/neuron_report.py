@@ -50,7 +50,7 @@ class LayerCounts:
     histogram: Int[Tensor, "neuron_or_none bin"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class NeuronReport:
     """Scores, deadness and counts of every neuron. All tensors lie on the CPU.
 
@@ -80,6 +80,11 @@ class NeuronReport:
     notes: tuple[str, ...] = ()
     epoch: int | None = None
     step: int | None = None
+
+    def __repr__(self) -> str:
+        neurons = sum(len(c.samples) for c in self.counts.values())
+        measures = ", ".join([*self.scores, *self.deadness_by])
+        return f"NeuronReport(epoch={self.epoch}, {len(self.counts)} layers, {neurons} neurons: {measures})"
 
     @property
     def main_criterion(self) -> str:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from lightning_neurons.criteria import ACTIVATION_CRITERIA, GRADIENT_CRITERIA, Criterion
 from lightning_neurons.criteria.ranking import Normalization
@@ -85,10 +86,16 @@ def measure(
     wanted = sorted(c.name for c in settings.criteria if c.needs - {"activation"})
     if wanted and loss_fn is None:
         raise ArgumentError.of("loss_fn", None, f"a function (model, batch) -> loss, which {', '.join(wanted)} need")
-    device = next((p.device for p in model.parameters()), None)
+    if not isinstance(model, nn.Module):
+        raise ArgumentError.of("model", type(model).__name__, "a torch.nn.Module (an instance, not its class)")
+    if isinstance(batches, Tensor | Dataset) or not isinstance(batches, Iterable):
+        raise ArgumentError.of("batches", type(batches).__name__, "an iterable of batches: a DataLoader, or [batch]")
+    if settings.inputs == "fgsm" and loss_fn is None:
+        raise ArgumentError.of("inputs", settings.inputs, '"clean" where there is no loss_fn')
     if not candidates(model, settings.layers):
         got = type(model).__name__
         raise ArgumentError.of("model", got, "a model with convolutional or linear layers, or see register_layer")
+    device = next((p.device for p in model.parameters()), None)
     measurement = Measurement(
         model, settings.criteria, layers=settings.layers, per_class=settings.by_class, device=device
     )

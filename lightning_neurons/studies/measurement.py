@@ -11,6 +11,7 @@ from lightning_neurons.criteria import Criterion, LayerView
 from lightning_neurons.criteria.activity import LARGEST_MAGNITUDE
 from lightning_neurons.criteria.contract import NEEDS, Need
 from lightning_neurons.criteria.deadness import layer_rms
+from lightning_neurons.errors import MeasurementError
 from lightning_neurons.metrics.histogram import BINS, HIGHEST, LOWEST
 from lightning_neurons.metrics.streaming import StreamingCriteria
 from lightning_neurons.network.families import family_of
@@ -87,6 +88,12 @@ class Measurement:
             rectified=rectified,
             bounds=bounds,
         )
+        place = self.metric.places[layer]
+        if view.activation.shape[1] != place.stop - place.start:
+            raise MeasurementError(
+                f"layer {layer!r} gave {view.activation.shape[1]} neurons on axis {axis} of its output and says that "
+                f"it has {place.stop - place.start}; check its register_layer(neurons=..., axis=...)"
+            )
         self.metric.hold(layer, view, need, self._targets if self.per_class else None)
 
     def merge_processes(self, processes: int) -> None:

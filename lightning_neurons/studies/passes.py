@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError
 
 from lightning_neurons.criteria.contract import Need
 from lightning_neurons.errors import MeasurementError
@@ -142,7 +143,13 @@ class Passes:
                     "the loss does not depend on any watched layer in a differentiable way: it is computed under "
                     "no_grad, detached, or from other layers; pass loss_fn=, or other layers="
                 )
-            watch.backward(loss)
+            try:
+                watch.backward(loss)
+            except CheckpointError as error:
+                raise MeasurementError(
+                    "gradient checkpointing with use_reentrant=False recomputes a forward in which activations cannot "
+                    "be followed; checkpoint only while training (if self.training: ...), or pass such a loss_fn"
+                ) from error
 
     def parts(self, batch: Any) -> Iterator[Any]:
         """The batch in parts whose activations stay in a CPU's cache; whole on other devices.

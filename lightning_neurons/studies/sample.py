@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from lightning_neurons.network.batches import batch_size_of, form_of, join, rows_of
+from lightning_neurons.network.batches import batch_size_of, form_of, is_divisible, join, map_tensors, rows_of
 
 _CLASS_SLOTS = 2**16
 """Class numbers are counted modulo this, so that no table has to grow with them."""
@@ -41,11 +41,15 @@ class StratifiedSample:
     def add(self, batch: Any, targets: Tensor | None) -> list[Any]:
         """Take from a batch; returns the batches that are ready to be measured (often none)."""
         size = batch_size_of(batch)
-        rows = self._pick(size, targets)
+        rows = self._pick(size, targets, whole=not is_divisible(batch))
         if rows is None:
             return []
+        # A copy in any case: a step may change its batch before it is run again.
+        whole = len(rows) == size
+        part, count = (map_tensors(batch, Tensor.clone), size) if whole else (rows_of(batch, rows, size), len(rows))
+        if not is_divisible(batch):
+            return [*self.rest(), part]  # nor can it be joined to others
         ready = []
-        part, count = (batch, size) if len(rows) == size else (rows_of(batch, rows, size), len(rows))
         if self._waiting and form_of(self._waiting[0][0]) != form_of(part):
             ready += self.rest()
         self._waiting.append((part, count))
@@ -69,12 +73,15 @@ class StratifiedSample:
             over = f", stratified over {int((self._counts[0] > 0).sum())} classes"
         return f"sensitivity on {self.picked} of {self.seen} samples, spread over the data{over}"
 
-    def _pick(self, size: int, targets: Tensor | None) -> Int[Tensor, " row"] | None:
+    def _pick(self, size: int, targets: Tensor | None, *, whole: bool) -> Int[Tensor, " row"] | None:
         rate = 1.0 if self.total is None else min(1.0, self.max_samples / max(self.total, 1))
         self.seen += size
         # Rounding up spreads the picks from the first batch on.
         due = min(-int(-self.seen * rate // 1), self.max_samples) - self.picked
         count = min(max(due, 0), size)
+        if whole and count:
+            self.picked += size
+            return torch.arange(size)
         rows = self._rows(size, count, rate, targets)
         self.picked += count
         return rows if count else None

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_neurons.criteria import Criterion, resolve
 from lightning_neurons.criteria.deadness import check_threshold, near_zero
@@ -59,6 +59,11 @@ class MeasurementSettings:
             raise ArgumentError.of("per_class", per_class, "True, False or a function from a batch to its targets")
         if layers is not None and (isinstance(layers, str | type) or not len(layers)):
             raise ArgumentError.of("layers", layers, 'None for all layers, or a list such as ["net.conv*"]')
+        for pattern in layers or ():
+            if not isinstance(pattern, str) and not (isinstance(pattern, type) and issubclass(pattern, nn.Module)):
+                raise ArgumentError.of("layers", pattern, "patterns of layer names, or subclasses of torch.nn.Module")
+        if not isinstance(relative_threshold, bool):
+            raise ArgumentError.of("relative_threshold", relative_threshold, "True or False")
         asked = near_zero(check_threshold(threshold), relative=relative_threshold)
         return cls(
             criteria=tuple(asked if c.name == asked.name else c for c in resolve(criteria)),
