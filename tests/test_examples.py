@@ -16,16 +16,16 @@ SAYS = {
 }
 
 
+def run(folder: Path, *command: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run a script of the project in an empty folder."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, *map(str, command)]
+    return subprocess.run(words, capture_output=True, text=True, cwd=folder, env=environment, check=False)
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_runs_and_says_what_it_promises(path: Path, tmp_path: Path):
-    out = subprocess.run(
-        [sys.executable, str(path)],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        check=False,
-    )
+    out = run(tmp_path, path)
     assert out.returncode == 0, out.stderr
     assert SAYS[path.stem] in out.stdout
 
@@ -36,14 +36,7 @@ def test_every_example_is_known_here():
 
 def test_the_benchmark_measures_every_case_on_a_small_scale(tmp_path: Path):
     script = ROOT / "examples" / "benchmarks" / "cost_of_observing.py"
-    out = subprocess.run(
-        [sys.executable, str(script), "--samples", "8", "--repeats", "1", "--only-ratios"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        check=False,
-    )
+    out = run(tmp_path, script, "--samples", "8", "--repeats", "1", "--only-ratios")
     assert out.returncode == 0, out.stderr
     for case in ("plain forward", "statistics riding on it", "sensitivity pass", "forward + backward to parameters"):
         assert case in out.stdout

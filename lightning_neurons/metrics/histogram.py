@@ -92,18 +92,3 @@ def share_at_most(counts: Int[Tensor, "neuron bin"], limit: float) -> Float[Tens
     """
     inside = representatives().to(counts.device) <= limit
     return counts[:, inside].sum(1).double() / counts.sum(1)
-
-
-def quantile(counts: Int[Tensor, "neuron bin"], q: float) -> Float[Tensor, " neuron"]:
-    """The magnitude that a share ``q`` of the counted values does not exceed, within 1 %.
-
-    Example:
-        >>> counts = torch.bincount(bin_index(torch.tensor([1.0, 2.0, 3.0])), minlength=BINS)[None]
-        >>> round(quantile(counts, 0.5).item(), 1)
-        2.0
-    """
-    running = counts.cumsum(1)
-    wanted = (q * counts.sum(1, keepdim=True)).ceil().clamp_min(1)
-    index = (running < wanted).sum(1).clamp_max(BINS - 1)
-    value = representatives().to(counts.device)[index]
-    return torch.where(running[:, -1] > 0, value, torch.full_like(value, math.nan))

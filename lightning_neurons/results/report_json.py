@@ -7,7 +7,7 @@ import os
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,22 +17,6 @@ from lightning_neurons.errors import ArgumentError
 from lightning_neurons.network.layer import Layer, Link
 
 FORMAT, VERSION = "lightning_neurons report", 1
-
-
-class Report(Protocol):
-    """What is written; see ``NeuronReport``."""
-
-    layers: Any
-    scores: Any
-    deadness_by: Any
-    per_class: Any
-    class_counts: Any
-    counts: Any
-    refused: Any
-    settings: Any
-    notes: Any
-    epoch: Any
-    step: Any
 
 
 def rows(report: Any) -> list[dict[str, Any]]:

@@ -18,7 +18,6 @@ from lightning_neurons.metrics.histogram import (
     RELATIVE_ERROR,
     bin_index,
     positions,
-    quantile,
     representatives,
     share_at_most,
 )
@@ -110,25 +109,14 @@ def test_the_share_below_a_limit_is_exact_outside_of_1_percent_around_it(seed, l
     assert np.mean(size <= 0.99 * limit) <= share <= np.mean(size <= 1.01 * limit)
 
 
-@laws
-@given(st.integers(0, 1000), st.sampled_from([0.0, 0.01, 0.25, 0.5, 0.9, 1.0]))
-def test_a_quantile_is_at_most_1_percent_off(seed, q):
-    torch.manual_seed(seed)
-    values = torch.randn(257).exp()
-    exact = np.quantile(values.double().numpy(), q, method="inverted_cdf")
-    assert quantile(count(values), q).item() == pytest.approx(exact, rel=0.01)
-
-
 def test_nothing_counted_gives_nan():
     empty = torch.zeros(2, BINS, dtype=torch.int64)
-    assert quantile(empty, 0.5).isnan().all()
     assert share_at_most(empty, 1.0).isnan().all()
 
 
 def test_zeros_are_below_every_limit():
     counts = count(torch.tensor([0.0, 0.0, 1.0, 2.0]))
     assert share_at_most(counts, 0.0).item() == 0.5
-    assert quantile(counts, 0.5).item() == 0
 
 
 def test_counts_are_exact_beyond_what_single_precision_can_count():
