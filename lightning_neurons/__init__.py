@@ -2,10 +2,14 @@
 
 from lightning_neurons.callbacks import ActivationStatisticsCallback, NeuronSensitivityCallback
 from lightning_neurons.criteria import CRITERIA, Criterion, LayerView, Statistic, Summary, agreement
-from lightning_neurons.errors import ArgumentError, MeasurementError, UnknownNameError
+from lightning_neurons.errors import ArgumentError, MeasurementError, PruningError, UnknownNameError
 from lightning_neurons.network.families import register_layer
 from lightning_neurons.network.layer import Layer
 from lightning_neurons.network.neurons import find_neurons
+from lightning_neurons.pruning.budget import PruningBudget
+from lightning_neurons.pruning.describe import describe_structure
+from lightning_neurons.pruning.plan import PruningPlan
+from lightning_neurons.pruning.prune import PruningReport, prune
 from lightning_neurons.results.neuron_report import NeuronReport
 from lightning_neurons.studies.measure import logit, measure, predicted_logit
 
@@ -21,13 +25,19 @@ __all__ = [
     "MeasurementError",
     "NeuronReport",
     "NeuronSensitivityCallback",
+    "PruningBudget",
+    "PruningError",
+    "PruningPlan",
+    "PruningReport",
     "Statistic",
     "Summary",
     "UnknownNameError",
     "agreement",
+    "describe_structure",
     "find_neurons",
     "logit",
     "measure",
     "predicted_logit",
+    "prune",
     "register_layer",
 ]

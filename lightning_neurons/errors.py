@@ -6,7 +6,8 @@
     └── ArgumentError            an argument that no model could make right
         └── UnknownNameError     a name that matches nothing; suggests the nearest ones
     RuntimeError
-    └── MeasurementError         the model or its data cannot be measured as asked
+    ├── MeasurementError         the model or its data cannot be measured as asked
+    └── PruningError             the model cannot be cut as asked
 
 Misuse of a Lightning callback is reported as Lightning's own ``MisconfigurationException``.
 """
@@ -40,6 +41,10 @@ class UnknownNameError(ArgumentError):
 
 class MeasurementError(RuntimeError):
     """The model or its data cannot be measured in the way that was asked for."""
+
+
+class PruningError(RuntimeError):
+    """The model cannot be cut in the way that was asked for; it is as it was before."""
 
 
 def nearest(got: str, known: Collection[str], count: int = 3) -> list[str]:

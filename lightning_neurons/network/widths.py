@@ -1,0 +1,146 @@
+"""Where a module's width lies: which axis of which tensor one neuron takes, and the attributes that say the same.
+
+Everything that makes a model narrower, or fits it to the widths in a checkpoint, goes through these two tables.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils import parametrize
+
+Role = Literal["makes", "passes", "reads", "holds"]
+"""What a module does with a neuron: it makes it, hands it on one by one (a norm layer, a depthwise convolution), reads
+it, or is itself a parameter that holds one entry for it."""
+
+_MASKED = ("weight_orig", "weight_g", "weight_v", "weight_bar")  # of torch.nn.utils.prune, weight_norm, spectral_norm
+
+
+def is_depthwise(module: nn.Module) -> bool:
+    """Whether a convolution has one filter for each channel."""
+    if not isinstance(module, _ConvNd) or isinstance(module, _ConvTransposeNd):
+        return False
+    return module.groups > 1 and module.groups == module.in_channels == module.out_channels
+
+
+def axes(module: nn.Module, role: Role) -> dict[str, int]:
+    """For each tensor of a module, the axis on which its neurons lie in this role.
+
+    Example:
+        >>> axes(nn.Conv2d(3, 8, 3), "makes"), axes(nn.Linear(4, 2), "reads")
+        ({'weight': 0, 'bias': 0}, {'weight': 1})
+    """
+    found: dict[str, int] = {}
+    if isinstance(module, nn.Embedding):
+        found = {"weight": 1}
+    elif isinstance(module, nn.LayerNorm):
+        found = {"weight": -1, "bias": -1}
+    elif isinstance(module, nn.PReLU):
+        found = {"weight": 0} if module.num_parameters > 1 else {}  # else one slope for all
+    elif isinstance(module, _NormBase):
+        found = {"weight": 0, "bias": 0, "running_mean": 0, "running_var": 0}
+    elif isinstance(module, _ConvTransposeNd):
+        found = {"weight": 0} if role == "reads" else {"weight": 1, "bias": 0}
+    elif isinstance(module, _ConvNd | nn.Linear):
+        found = {"weight": 1} if role == "reads" else {"weight": 0, "bias": 0}
+    tensors = {**module._parameters, **module._buffers}
+    return {name: axis for name, axis in found.items() if tensors.get(name) is not None}
+
+
+def why_fixed(module: nn.Module) -> str | None:
+    """Why a module's width cannot be changed, or None if it can."""
+    kind = type(module).__name__
+    if isinstance(module, nn.GroupNorm):
+        return f"{kind} normalises groups of channels together, and would do so over other groups"
+    if isinstance(module, nn.MultiheadAttention):
+        return f"{kind} splits its width into heads"
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        return f"{kind} stacks its gates in one tensor"
+    if parametrize.is_parametrized(module):
+        return f"its {kind} is parametrized: make it permanent first (parametrize.remove_parametrizations)"
+    if any(hasattr(module, name) for name in _MASKED):
+        return f"its {kind} has a mask or a reparametrized weight: make it permanent first (prune.remove, remove_...)"
+    if isinstance(module, _ConvNd) and module.groups > 1 and not is_depthwise(module):
+        return f"{kind} with groups={module.groups} is neither dense nor depthwise"
+    if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) != 1:
+        return f"{kind} normalises over {tuple(module.normalized_shape)}, more than the neurons"
+    return None
+
+
+def refit(module: nn.Module) -> None:
+    """Make a module's attributes say what its tensors are."""
+    weight = getattr(module, "weight", None)
+    reference = weight if weight is not None else getattr(module, "running_mean", None)
+    if not isinstance(reference, Tensor):
+        return
+    shape = tuple(reference.shape)
+    if isinstance(module, _ConvNd):
+        if is_depthwise(module):
+            module.groups = shape[0]
+        narrow, wide = shape[0], shape[1] * module.groups
+        transposed = isinstance(module, _ConvTransposeNd)
+        module.out_channels, module.in_channels = (wide, narrow) if transposed else (narrow, wide)
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = shape
+    elif isinstance(module, _NormBase):
+        module.num_features = shape[0]
+    elif isinstance(module, nn.LayerNorm):
+        module.normalized_shape = shape
+    elif isinstance(module, nn.Embedding):
+        module.num_embeddings, module.embedding_dim = shape
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = reference.numel()
+
+
+def conform(model: nn.Module, state: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Give a model the widths of a state dict, so that it can be loaded; narrower or wider, no forward needed.
+
+    Only modules whose width can be changed are touched, and only in their sizes: a tensor of another rank, or a key
+    that is missing, is left for ``load_state_dict`` to complain about.
+
+    Args:
+        model: What is going to load ``state``.
+        state: Tensors by name.
+        prefix: What the names in ``state`` begin with.
+
+    Returns:
+        The names of the tensors that were given another size. Their values are undefined until they are loaded.
+    """
+    changed = []
+    for path, module in model.named_modules():
+        if not axes(module, "makes") and not _holds_parameters(module):
+            continue
+        touched = False
+        for store in (module._parameters, module._buffers):
+            for leaf, tensor in store.items():
+                given = state.get(f"{prefix}{path}.{leaf}" if path else f"{prefix}{leaf}")
+                if not isinstance(given, Tensor) or tensor is None or given.shape == tensor.shape:
+                    continue
+                if given.ndim != tensor.ndim:
+                    continue
+                set_data(store, leaf, torch.empty(given.shape, dtype=tensor.dtype, device=tensor.device))
+                changed.append(f"{path}.{leaf}" if path else leaf)
+                touched = True
+        if touched:
+            refit(module)
+    return changed
+
+
+def _holds_parameters(module: nn.Module) -> bool:
+    """Whether it is a module of the user's own with parameters of its own, such as a learned position."""
+    return bool(module._parameters) and not type(module).__module__.startswith("torch.")
+
+
+def set_data(store: Any, leaf: str, new: Tensor) -> None:
+    """Give a parameter other data and keep the object, which optimizers and others hold; a buffer is replaced."""
+    tensor = store[leaf]
+    if not isinstance(tensor, nn.Parameter):
+        store[leaf] = new
+        return
+    tensor.grad = None
+    # The detour makes autograd forget the node that accumulates gradients, which still has the old shape.
+    tensor.data = new.to(torch.float32 if new.dtype == torch.float64 else torch.float64)
+    tensor.data = new

@@ -1,0 +1,125 @@
+"""The block structure of a model as a document: what pruning block by block needs to know."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lightning_neurons.network.widths import is_depthwise
+from lightning_neurons.pruning.example import Example
+from lightning_neurons.pruning.structure import Structure, discover
+from lightning_neurons.pruning.surgery import modules_by_name
+
+FORMAT, VERSION = "lightning_neurons structure", 1
+
+
+def describe_structure(model: nn.Module, example_inputs: Any, *, path: str | Path | None = None) -> dict[str, Any]:
+    """Describe a model's blocks, the role of each layer in its block, and which neurons can only go together.
+
+    Roles: ``"expand"``, ``"depthwise"`` and ``"project"`` of an inverted residual; ``"squeeze-and-excitation"`` for
+    both layers of one; ``"head"`` for what makes the output; ``"layer"`` for everything else.
+
+    Args:
+        model: Any module; it is only read.
+        example_inputs: One batch: a tensor, a tuple of positional arguments or a dict of keyword arguments.
+        path: Where to write the same as JSON; None writes nothing.
+
+    Returns:
+        A document of plain values. ``blocks`` has for each block its ``parents`` (the nearest blocks whose layers it
+        reads) and its ``layers``, each with role, type, number of neurons, group, the layers that it reads, parameters
+        and MACs per sample; ``groups`` has for each group its size, its layers, its readers, and why it cannot be cut,
+        or None.
+
+    Raises:
+        PruningError: If the model cannot be copied, run or traced.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
+        >>> found = describe_structure(net, torch.zeros(1, 1, 4, 4))
+        >>> found["blocks"]["3"]["layers"]["3"]["role"], found["blocks"]["3"]["parents"]
+        ('head', ['0'])
+    """
+    structure = discover(model, Example(example_inputs))
+    document = {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": type(model).__name__,
+        "parameters": structure.costs.parameters(),
+        "macs": structure.costs.macs(),
+        "blocks": _blocks(model, structure),
+        "groups": {
+            root: {
+                "neurons": group.size,
+                "layers": list(group.layers),
+                "readers": [part.path for part in group.parts if part.role == "reads"],
+                "why_not": structure.refused.get(root),
+            }
+            for root, group in structure.groups.items()
+        },
+    }
+    if path is not None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps(document, indent=1))
+    return document
+
+
+def _blocks(model: nn.Module, structure: Structure) -> dict[str, Any]:
+    modules, roles = modules_by_name(model), roles_of(model, structure)
+    group_of = {layer: root for root, group in structure.groups.items() for layer in group.layers}
+    found: dict[str, Any] = {}
+    sources: dict[str, dict[str, None]] = {}
+    for layer, block in structure.blocks.items():
+        reads = structure.coupling.reads.get(layer, ())
+        entry = found.setdefault(block, {"parents": [], "layers": {}})
+        sources[block] = dict.fromkeys([*sources.get(block, ()), *(structure.blocks[name] for name in reads)])
+        entry["layers"][layer] = {
+            "role": roles[layer],
+            "type": type(modules[layer]).__name__,
+            "neurons": structure.widths[layer],
+            "group": group_of.get(layer),
+            "reads": list(reads),
+            "parameters": sum(p.numel() for p in modules[layer].parameters()),
+            "macs": structure.costs.macs_of(f"{layer}.weight"),
+        }
+    for block, entry in found.items():
+        entry["parents"] = _nearest(block, sources)
+    return found
+
+
+def _nearest(block: str, sources: Mapping[str, Mapping[str, None]]) -> list[str]:
+    """The blocks that a block reads, without those that are read through another one, as along a residual stream."""
+
+    def ancestors(name: str, seen: set[str]) -> set[str]:
+        for source in sources[name]:
+            if source not in seen and source != name:
+                seen.add(source)
+                ancestors(source, seen)
+        return seen
+
+    direct = [source for source in sources[block] if source != block]
+    further = {name for source in direct for name in ancestors(source, {source}) - {source}}
+    return [source for source in direct if source not in further]
+
+
+def roles_of(model: nn.Module, structure: Structure) -> dict[str, str]:
+    """By layer, what it does in its block."""
+    modules = modules_by_name(model)
+    roles = {name: "head" if name in structure.coupling.ends else "layer" for name in structure.widths}
+    reads: Mapping[str, tuple[str, ...]] = structure.coupling.reads
+    for group in structure.groups.values():
+        deep = [name for name in group.layers if is_depthwise(modules[name])]
+        if not deep:
+            continue
+        block = structure.blocks[deep[0]]
+        makers = [name for name in group.layers if name not in deep and structure.blocks[name] == block]
+        squeezers = {s for name in makers for s in reads[name] if {*reads[s]} & {*group.layers}}
+        excited = {name for name in makers if {*reads[name]} & squeezers}
+        readers = [p.path for p in group.parts if p.role == "reads" and structure.blocks.get(p.path) == block]
+        roles |= dict.fromkeys(deep, "depthwise")
+        roles |= {name: "expand" for name in makers if name not in excited}
+        roles |= {name: "project" for name in readers if name not in squeezers}
+        roles |= dict.fromkeys(excited | squeezers, "squeeze-and-excitation")
+    return roles

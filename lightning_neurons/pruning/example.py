@@ -1,0 +1,80 @@
+"""What a model is run on to learn its structure: a few samples, and how to call the model with them."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_neurons.errors import PruningError
+from lightning_neurons.network.batches import map_tensors
+from lightning_neurons.network.isolate import eager
+from lightning_neurons.network.neurons import call
+
+
+@dataclass(frozen=True)
+class Example:
+    """Inputs, and the way to run a model on them.
+
+    Attributes:
+        inputs: Anything that ``forward`` takes.
+        forward: Called with a model and ``inputs``.
+    """
+
+    inputs: Any
+    forward: Callable[[nn.Module, Any], Any] = call
+
+    def run(self, model: nn.Module) -> Any:
+        """Run a model on a copy of the inputs, always with the same random numbers."""
+        devices = {t.device.index for t in model.parameters() if t.device.type == "cuda"}
+        with torch.random.fork_rng(devices=sorted(d for d in devices if d is not None)), eager():
+            torch.manual_seed(0)
+            return self.forward(model, map_tensors(self.inputs, Tensor.clone))
+
+    def to(self, dtype: torch.dtype) -> "Example":
+        """The same with floating-point inputs of another type."""
+        return replace(self, inputs=map_tensors(self.inputs, lambda t: t.to(dtype) if t.is_floating_point() else t))
+
+
+def twin_of(model: nn.Module) -> nn.Module:
+    """A copy in evaluation mode.
+
+    Raises:
+        PruningError: If the model cannot be copied.
+    """
+    try:
+        with torch.inference_mode(False):
+            return copy.deepcopy(model).eval()
+    except Exception as error:
+        raise PruningError(
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}), so a cut cannot be tried "
+            "before it is made; keep what cannot be copied, such as a tensor with a gradient history, out of its "
+            "attributes"
+        ) from error
+
+
+def scramble(twin: nn.Module) -> None:
+    """Give a copy random weights, so that what holds for it holds by structure alone.
+
+    In a trained model a wrong cut can go unnoticed: dead neurons, and norm layers that begin at zero, hide it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            if parameter.is_floating_point():
+                parameter.copy_(_random(parameter.shape, generator))
+        for module in twin.modules():
+            if isinstance(module, nn.modules.batchnorm._NormBase) and module.running_mean is not None:
+                assert module.running_var is not None, "they come together"
+                module.running_mean.copy_(0.3 * torch.randn(module.running_mean.shape, generator=generator))
+                module.running_var.copy_(0.5 + torch.rand(module.running_var.shape, generator=generator))
+
+
+def _random(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Weights that keep the size of what goes through them; scales and biases of either sign, none of them small."""
+    if len(shape) > 1:
+        return torch.randn(shape, generator=generator) * (shape[0] / max(shape.numel(), 1)) ** 0.5
+    signs = torch.randint(0, 2, shape, generator=generator) * 2 - 1
+    return torch.mul(0.5 + 0.5 * torch.rand(shape, generator=generator), signs)

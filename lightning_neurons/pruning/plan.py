@@ -1,0 +1,175 @@
+"""What to remove and why: a plain value that can be looked at, saved, changed and applied."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from lightning_neurons.errors import ArgumentError, UnknownNameError, is_number
+from lightning_neurons.pruning import plan_json
+
+
+@dataclass(frozen=True)
+class PlanCost:
+    """Parameters and MACs per sample, before a cut and after it."""
+
+    parameters: int
+    macs: int
+    parameters_after: int
+    macs_after: int
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """Which neurons to remove. Indices are those of the original model, also after several rounds.
+
+    Attributes:
+        neurons: By layer, the neurons to remove, sorted.
+        widths: By layer, how many neurons the original model has; empty if the plan was written by hand.
+        reasons: By layer and neuron, why.
+        cost: What it saves, or None if it was written by hand.
+        notes: Why nothing, or less than asked, is removed.
+
+    Example:
+        >>> plan = PruningPlan.from_indices({"net.conv1": [3, 0]})
+        >>> plan.neurons, len(plan)
+        ({'net.conv1': (0, 3)}, 2)
+    """
+
+    neurons: Mapping[str, tuple[int, ...]]
+    widths: Mapping[str, int] = field(default_factory=dict)
+    reasons: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    cost: PlanCost | None = None
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def from_indices(cls, neurons: Mapping[str, Iterable[int]]) -> "PruningPlan":
+        """A plan written by hand: by layer, the neurons to remove. What is coupled with them goes too.
+
+        Raises:
+            ArgumentError: If it is not a mapping of layers to whole numbers, or a number is negative or comes twice.
+        """
+        if not isinstance(neurons, Mapping):
+            raise ArgumentError.of("neurons", neurons, 'a mapping of layers to neurons, such as {"net.conv1": [0, 3]}')
+        return cls({str(layer): _checked(str(layer), indices) for layer, indices in neurons.items()})
+
+    def __len__(self) -> int:
+        return sum(map(len, self.neurons.values()))
+
+    def __bool__(self) -> bool:
+        return len(self) > 0
+
+    def remaining(self, layer: str) -> list[int]:
+        """The original indices of the neurons of a layer that stay.
+
+        Raises:
+            UnknownNameError: If the plan does not know the layer's width.
+        """
+        if layer not in self.widths:
+            raise UnknownNameError.among("layer", layer, self.widths)
+        gone = set(self.neurons.get(layer, ()))
+        return [i for i in range(self.widths[layer]) if i not in gone]
+
+    def then(self, later: "PruningPlan") -> "PruningPlan":
+        """This plan, and another that was made for the model that it leaves, as one.
+
+        Args:
+            later: Its indices are those of the model after this plan.
+
+        Example:
+            >>> first = PruningPlan({"fc": (0,)}, widths={"fc": 4})
+            >>> first.then(PruningPlan({"fc": (0, 2)}, widths={"fc": 3})).neurons
+            {'fc': (0, 1, 3)}
+        """
+        lifted = later.lifted(self)
+        layers = [*self.neurons, *(layer for layer in lifted.neurons if layer not in self.neurons)]
+        both = {n: tuple(sorted({*self.neurons.get(n, ()), *lifted.neurons.get(n, ())})) for n in layers}
+        reasons = {n: {**self.reasons.get(n, {}), **lifted.reasons.get(n, {})} for n in layers}
+        cost = later.cost
+        if self.cost is not None and later.cost is not None:
+            cost = replace(later.cost, parameters=self.cost.parameters, macs=self.cost.macs)
+        return PruningPlan(both, self.widths or later.widths, reasons, cost, (*self.notes, *later.notes))
+
+    def lifted(self, before: "PruningPlan") -> "PruningPlan":
+        """This plan for the model that ``before`` leaves, in the indices of the model that ``before`` was made for."""
+        if not before.widths:
+            return self
+        stays = {layer: before.remaining(layer) for layer in self.neurons}
+        return replace(
+            self,
+            neurons={layer: tuple(stays[layer][i] for i in gone) for layer, gone in self.neurons.items()},
+            reasons={n: {stays[n][i]: why for i, why in by.items()} for n, by in self.reasons.items()},
+            widths=before.widths,
+        )
+
+    def lowered(self, before: "PruningPlan") -> "PruningPlan":
+        """This plan in the indices of the model that ``before`` leaves. What has gone already is left out."""
+        if not before.widths:
+            return self
+        place = {n: {origin: i for i, origin in enumerate(before.remaining(n))} for n in self.neurons}
+        return replace(
+            self,
+            neurons={n: tuple(place[n][i] for i in gone if i in place[n]) for n, gone in self.neurons.items()},
+            reasons={n: {place[n][i]: w for i, w in by.items() if i in place[n]} for n, by in self.reasons.items()},
+            widths={n: width - len(before.neurons.get(n, ())) for n, width in before.widths.items()},
+        )
+
+    def check(self, widths: Mapping[str, int]) -> None:
+        """Make sure that the plan is one for a model.
+
+        Args:
+            widths: Neurons by layer of the model.
+
+        Raises:
+            ArgumentError: Naming the layer, what is wrong, and what the model has.
+        """
+        for layer, neurons in self.neurons.items():
+            if layer not in widths:
+                raise UnknownNameError.among("plan", layer, widths)
+            planned = self.widths.get(layer, widths[layer])
+            if planned != widths[layer]:
+                raise ArgumentError(
+                    f"plan: it was made for {planned} neurons in {layer!r}, and the model has {widths[layer]}. Was "
+                    "it made for another model, or applied already?"
+                )
+            if neurons and neurons[-1] >= widths[layer]:
+                allowed = f"neurons of 0 to {widths[layer] - 1} in {layer!r}"
+                raise ArgumentError.of("plan", {layer: neurons[-1]}, allowed)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON and for checkpoints."""
+        return plan_json.to_dict(self)
+
+    @classmethod
+    def from_dict(cls, document: Any) -> "PruningPlan":
+        """What ``to_dict`` made.
+
+        Raises:
+            ArgumentError: If it is no such thing, of a newer version, or contradicts itself.
+        """
+        return cls(**plan_json.fields(document, PlanCost, _checked))
+
+    def save(self, path: str | Path) -> None:
+        """Write it as JSON, whole or not at all."""
+        plan_json.save(self, Path(path))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "PruningPlan":
+        """Read what ``save`` wrote.
+
+        Raises:
+            ArgumentError: If the file is no plan, of a newer version, or contradicts itself.
+        """
+        return cls.from_dict(plan_json.read(Path(path)))
+
+
+def _checked(layer: str, indices: Any) -> tuple[int, ...]:
+    allowed = "a list of whole numbers of at least 0, each of them once"
+    if isinstance(indices, str | Mapping) or not isinstance(indices, Iterable):
+        raise ArgumentError.of(f"neurons[{layer!r}]", indices, allowed)
+    found = list(indices)
+    wrong = [i for i in found if not is_number(i) or not hasattr(i, "__index__") or i < 0]
+    twice: Sequence[Any] = [] if wrong else sorted({i for i in found if found.count(i) > 1})
+    if wrong or twice:
+        raise ArgumentError.of(f"neurons[{layer!r}]", (wrong or list(twice))[0], allowed)
+    return tuple(sorted(int(i) for i in found))

@@ -1,0 +1,92 @@
+"""A plan as JSON and back, checked on the way in: such files are written by hand too."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lightning_neurons.errors import ArgumentError, is_number
+
+FORMAT, VERSION = "lightning_neurons pruning plan", 1
+
+
+def to_dict(plan: Any) -> dict[str, Any]:
+    """Plain values."""
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "neurons": {layer: list(neurons) for layer, neurons in plan.neurons.items()},
+        "widths": dict(plan.widths),
+        "reasons": {layer: {str(i): why for i, why in by.items()} for layer, by in plan.reasons.items()},
+        "cost": None if plan.cost is None else dict(vars(plan.cost)),
+        "notes": list(plan.notes),
+    }
+
+
+def save(plan: Any, path: Path) -> None:
+    """Write to a file beside ``path`` first, so that a reader never finds half a plan."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        unfinished.write_text(json.dumps(to_dict(plan), indent=1))
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def read(path: Path) -> Any:
+    """The document in a file.
+
+    Raises:
+        ArgumentError: If it is no JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ArgumentError.of("path", str(path), "a JSON file that PruningPlan.save wrote, whole") from error
+
+
+def fields(
+    document: Any, cost_type: Callable[..., Any], checked: Callable[[str, Any], tuple[int, ...]]
+) -> dict[str, Any]:
+    """The fields of a plan.
+
+    Args:
+        document: What ``to_dict`` made, or somebody wrote.
+        cost_type: Makes the cost.
+        checked: Checks the neurons of one layer.
+
+    Raises:
+        ArgumentError: If the document is no plan, of a newer version, or contradicts itself.
+    """
+    if not isinstance(document, dict) or document.get("format") != FORMAT or not _is_map(document.get("neurons")):
+        got = document if not isinstance(document, dict) else document.get("format")
+        raise ArgumentError.of("plan", got, f"a document with format {FORMAT!r} and neurons by layer")
+    if not is_number(document.get("version")) or not 1 <= document["version"] <= VERSION:
+        raise ArgumentError.of("plan", f"version {document.get('version')!r}", f"version 1 to {VERSION}")
+    neurons = {layer: checked(layer, indices) for layer, indices in document["neurons"].items()}
+    widths, reasons, cost = document.get("widths") or {}, document.get("reasons") or {}, document.get("cost")
+    if not _is_map(widths) or not all(isinstance(w, int) and w > 0 for w in widths.values()):
+        raise ArgumentError.of("plan", widths, "widths that are positive whole numbers by layer")
+    for layer, indices in neurons.items():
+        if layer in widths and indices and indices[-1] >= widths[layer]:
+            raise ArgumentError.of(
+                "plan", {layer: indices[-1]}, f"neurons below the width {widths[layer]} in {layer!r}"
+            )
+    try:
+        return {
+            "neurons": neurons,
+            "widths": widths,
+            "reasons": {layer: {int(i): str(why) for i, why in by.items()} for layer, by in reasons.items()},
+            "cost": None if cost is None else cost_type(**cost),
+            "notes": tuple(map(str, document.get("notes") or ())),
+        }
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ArgumentError.of(
+            "plan", f"{type(error).__name__}: {error}", "a plan as PruningPlan.save wrote it"
+        ) from error
+
+
+def _is_map(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(key, str) for key in value)

@@ -1,0 +1,148 @@
+"""From a budget or a list of neurons to a plan that is known to be right for a model."""
+
+from collections.abc import Mapping
+
+from lightning_neurons.errors import PruningError, UnknownNameError
+from lightning_neurons.network.groups import Group
+from lightning_neurons.pruning.budget import PruningBudget
+from lightning_neurons.pruning.plan import PlanCost, PruningPlan
+from lightning_neurons.pruning.scoring import GroupScores, group_scores, neuron_scores, random_scores
+from lightning_neurons.pruning.selection import Dense, select
+from lightning_neurons.pruning.structure import Structure
+from lightning_neurons.results.neuron_report import NeuronReport
+
+Units = dict[str, list[int]]
+
+
+def decide(
+    structure: Structure,
+    budget: PruningBudget,
+    report: NeuronReport | None,
+    *,
+    dense: Dense | None = None,
+    seed: int = 0,
+) -> PruningPlan:
+    """Choose what to remove by a budget, and try it on a copy.
+
+    Args:
+        structure: The model.
+        budget: What is asked.
+        report: A measurement with the budget's criterion; None for random scores.
+        dense: The model before earlier cuts.
+        seed: Of random scores.
+
+    Raises:
+        UnknownNameError: If a pattern of ``budget.ignore`` matches no layer.
+        PruningError: If the cut as a whole is not right.
+    """
+    if report is None:
+        scores = random_scores(structure.offered, seed)
+    else:
+        scores = group_scores(structure.offered, neuron_scores(report, budget), budget)
+    selection = select(structure, scores, budget, dense)
+    units = dict(selection.units)
+    verify(structure, units)
+    reasons = _reasons(structure, units, scores, selection.places, budget)
+    return _plan(structure, units, reasons, selection.notes)
+
+
+def complete(structure: Structure, plan: PruningPlan) -> PruningPlan:
+    """Add to a plan what is coupled with its neurons, and try it on a copy.
+
+    Args:
+        structure: The model that the plan's indices are for.
+        plan: By layer, neurons to remove.
+
+    Raises:
+        ArgumentError: If the plan is for another model.
+        PruningError: If a neuron cannot be removed, or a layer would have none left.
+    """
+    plan.check(structure.widths)
+    units: Units = {}
+    reasons: dict[str, dict[int, str]] = {}
+    for layer, neurons in plan.neurons.items():
+        for neuron in neurons:
+            found = structure.group_of(layer, neuron)
+            if found is None:
+                raise PruningError(
+                    f"{layer} cannot be cut: it is not in the model's graph (it did not run, or as a function)"
+                )
+            root, unit = found
+            if root in structure.refused:
+                raise PruningError(f"{layer} cannot be cut: {structure.refused[root]}")
+            units.setdefault(root, [])
+            if unit not in units[root]:
+                units[root].append(unit)
+            why = plan.reasons.get(layer, {}).get(neuron, "asked for")
+            for other, coupled in structure.groups[root].neurons([unit]).items():
+                for i in coupled:
+                    reasons.setdefault(other, {}).setdefault(
+                        i, why if other == layer else f"goes with {layer} {neuron}"
+                    )
+    for root, chosen in units.items():
+        group = structure.groups[root]
+        if group.size - len(chosen) < group.least:
+            raise PruningError(
+                f"{root} cannot lose {len(chosen)} of its {group.size} neurons: at least {group.least} must stay"
+            )
+    verify(structure, units)
+    return _plan(structure, units, reasons, plan.notes)
+
+
+def units_of(structure: Structure, plan: PruningPlan) -> Units:
+    """By root, the units of a completed plan.
+
+    Raises:
+        UnknownNameError: If a layer is not in the model.
+    """
+    units: dict[str, dict[int, None]] = {}
+    for layer, neurons in plan.neurons.items():
+        for neuron in neurons:
+            found = structure.group_of(layer, neuron)
+            if found is None:
+                raise UnknownNameError.among("plan", layer, structure.widths)
+            units.setdefault(found[0], {})[found[1]] = None
+    return {root: sorted(chosen) for root, chosen in units.items()}
+
+
+def verify(structure: Structure, units: Mapping[str, list[int]]) -> None:
+    """Try a cut, whole, on a copy.
+
+    Raises:
+        PruningError: If the output is not that with the neurons silenced.
+    """
+    groups = [structure.groups[root] for root in units]
+    for root, reason in structure.preflight.failing(groups, units).items():
+        raise PruningError(f"{root} cannot be cut: {reason}")
+
+
+def _plan(
+    structure: Structure, units: Units, reasons: Mapping[str, Mapping[int, str]], notes: tuple[str, ...]
+) -> PruningPlan:
+    neurons = {layer: tuple(chosen) for layer, chosen in structure.neurons(units).items()}
+    parameters, macs = structure.costs_without(units)
+    cost = PlanCost(structure.costs.parameters(), structure.costs.macs(), parameters, macs)
+    return PruningPlan(neurons, dict(structure.widths), reasons, cost, notes)
+
+
+def _reasons(
+    structure: Structure,
+    units: Units,
+    scores: Mapping[str, GroupScores],
+    places: Mapping[str, Mapping[int, int]],
+    budget: PruningBudget,
+) -> dict[str, dict[int, str]]:
+    name = "random score" if budget.measured is None else budget.measured.name
+    found: dict[str, dict[int, str]] = {}
+    for root, chosen in units.items():
+        group: Group = structure.groups[root]
+        for unit in chosen:
+            value = abs(float(scores[root].value[unit])) if budget.by_deadness else float(scores[root].value[unit])
+            why = f"{name} {value:.3g}: place {places[root][unit] + 1} of {group.size} from below"
+            if budget.by_deadness:
+                why = f"{name} {value:.3g}: place {places[root][unit] + 1} of {group.size} of the most silent"
+            for layer, neurons in group.neurons([unit]).items():
+                for neuron in neurons:
+                    coupled = "" if layer == root else f" (goes with {root} {group.layers[root][unit][0]})"
+                    found.setdefault(layer, {})[neuron] = why + coupled
+    return found

@@ -1,0 +1,225 @@
+"""Which units go: an order of all candidates, and how far along it the budget reaches."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_neurons.network.groups import Group
+from lightning_neurons.pruning.budget import PruningBudget
+from lightning_neurons.pruning.scoring import GroupScores
+from lightning_neurons.pruning.structure import Structure
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The model before anything was cut; budgets are shares of it.
+
+    Attributes:
+        widths: Neurons by layer.
+        parameters: Parameters.
+        macs: Multiply-accumulate operations per sample.
+    """
+
+    widths: Mapping[str, int]
+    parameters: int
+    macs: int
+
+    @classmethod
+    def of(cls, structure: Structure) -> "Dense":
+        """A model that has not been cut."""
+        return cls(structure.widths, structure.costs.parameters(), structure.costs.macs())
+
+    def size(self, group: Group, structure: Structure) -> int:
+        """How many units a group had."""
+        return group.size + self.widths.get(group.root, 0) - structure.widths[group.root]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What goes, and why not more.
+
+    Attributes:
+        units: By root, the units that go, sorted.
+        places: By root and unit, its place in the order of its group, 0 being the least worth keeping.
+        notes: What limited it.
+    """
+
+    units: Mapping[str, list[int]]
+    places: Mapping[str, Mapping[int, int]]
+    notes: tuple[str, ...]
+
+
+def select(
+    structure: Structure, scores: Mapping[str, GroupScores], budget: PruningBudget, dense: Dense | None = None
+) -> Selection:
+    """Choose the units that go.
+
+    Args:
+        structure: The model.
+        scores: By root; groups without scores stay.
+        budget: What is asked.
+        dense: The model before earlier cuts; None if there were none.
+
+    Raises:
+        UnknownNameError: If a pattern of ``budget.ignore`` matches no layer.
+    """
+    dense = Dense.of(structure) if dense is None else dense
+    notes = [f"{root} is not cut: {reason}" for root, reason in structure.refused.items()]
+    ignored = budget.ignores(list(structure.widths))
+    groups = {}
+    for root, group in structure.offered.items():
+        kept = [layer for layer in group.layers if layer in ignored]
+        if kept:
+            notes.append(f"{root} is not cut: {kept[0]} is to be ignored")
+        else:
+            groups[root] = group
+    candidates = {root: _candidates(root, scores, budget, notes) for root in groups}
+    caps = {root: _cap(group, dense.size(group, structure), budget) for root, group in groups.items()}
+    order = _order(structure, candidates, scores, budget, caps)
+
+    def units_of(chosen: Sequence[tuple[str, int]]) -> dict[str, list[int]]:
+        found: dict[str, list[int]] = {}
+        for root, unit in chosen:
+            found.setdefault(root, []).append(unit)
+        return _rounded(found, groups, budget.round_to)
+
+    chosen = units_of(_reach(structure, groups, order, scores, budget, dense, units_of, notes))
+    places = {root: {unit: place for place, unit in enumerate(units)} for root, units in candidates.items()}
+    full = [root for root, units in chosen.items() if len(units) >= caps[root]]
+    if full and budget.rule[0] != "threshold":
+        notes.append(f"as narrow as min_neurons, max_amount and round_to allow: {', '.join(full)}")
+    if not chosen and not any("not reached" in note for note in notes):
+        notes.append("nothing is cut: no neuron fits the budget")
+    return Selection({root: sorted(units) for root, units in chosen.items() if units}, places, tuple(notes))
+
+
+def _candidates(root: str, scores: Mapping[str, GroupScores], budget: PruningBudget, notes: list[str]) -> list[int]:
+    """The units of a group that may go at all, the least worth keeping first; ties in the order of the model."""
+    if root not in scores:
+        return []
+    given = scores[root]
+    unknown = int(given.value.isnan().sum())
+    if unknown:
+        notes.append(f"{root}: {unknown} of {len(given.value)} neurons have no score (not measured) and stay")
+    allowed = ~given.value.isnan()
+    name, value = budget.rule
+    if name == "threshold":
+        allowed &= given.value <= (-value if budget.by_deadness else value)
+    elif name == "amount" and budget.agreement == "all":
+        lowest = round(value * len(given.value))
+        ranks = given.by_layer.argsort(dim=1, stable=True).argsort(dim=1, stable=True)
+        agreed = (ranks < lowest).all(0)
+        if (allowed & ~agreed).any():
+            notes.append(f"{root}: {int((allowed & ~agreed).sum())} neurons stay, as not all of its layers agree")
+        allowed &= agreed
+    order = torch.sort(given.value, stable=True).indices.tolist()
+    return [unit for unit in order if allowed[unit]]
+
+
+def _cap(group: Group, original: int, budget: PruningBudget) -> int:
+    """How many units of a group may go."""
+    # Floating point must not cost a neuron: 0.3 of 10 are 3.
+    floor = max(group.least, budget.min_neurons, math.ceil(original * (1 - budget.max_amount) - 1e-9))
+    return max(group.size - floor, 0)
+
+
+def _order(
+    structure: Structure,
+    candidates: Mapping[str, list[int]],
+    scores: Mapping[str, GroupScores],
+    budget: PruningBudget,
+    caps: Mapping[str, int],
+) -> list[tuple[str, int]]:
+    """All candidates of all groups that fit under the caps, the first to go first.
+
+    Ties between groups go by the place within the group, so that equal scores thin out all layers alike.
+    """
+    keyed = []
+    buckets = bucket_of(structure, budget)
+    in_bucket: dict[str, list[Tensor]] = {}
+    for root in candidates:
+        if root in scores:
+            in_bucket.setdefault(buckets[root], []).append(scores[root].value)
+    sorted_values = {name: torch.cat(values).nan_to_num(torch.inf).sort().values for name, values in in_bucket.items()}
+    for position, (root, units) in enumerate(candidates.items()):
+        for place, unit in enumerate(units[: caps[root]]):
+            value = float(scores[root].value[unit])
+            fraction = (place + 1) / len(scores[root].value)
+            if budget.scope == "global":
+                key = value
+            elif budget.scope == "layer":
+                key = fraction
+            else:
+                rivals = sorted_values[buckets[root]]
+                key = float(torch.searchsorted(rivals, value, right=True)) / len(rivals)
+            keyed.append((key, fraction, position, place, (root, unit)))
+    return [entry[-1] for entry in sorted(keyed)]
+
+
+def bucket_of(structure: Structure, budget: PruningBudget) -> dict[str, str]:
+    """By root, the name of the set whose neurons compete with one another."""
+    if budget.scope == "global":
+        return dict.fromkeys(structure.groups, "the model")
+    if budget.scope == "layer":
+        return {root: root for root in structure.groups}
+    return {root: structure.blocks[root] for root in structure.groups}
+
+
+def _reach(
+    structure: Structure,
+    groups: Mapping[str, Group],
+    order: list[tuple[str, int]],
+    scores: Mapping[str, GroupScores],
+    budget: PruningBudget,
+    dense: Dense,
+    units_of: Callable[[Sequence[tuple[str, int]]], dict[str, list[int]]],
+    notes: list[str],
+) -> list[tuple[str, int]]:
+    """How far along the order the budget goes."""
+    name, value = budget.rule
+    if name == "threshold":
+        return order
+    if name == "amount":
+        buckets = bucket_of(structure, budget)
+        left: dict[str, int] = {}
+        for bucket in dict.fromkeys(buckets[root] for root in groups):
+            inside = [group for root, group in groups.items() if buckets[root] == bucket]
+            before = sum(dense.size(group, structure) for group in inside)
+            left[bucket] = max(round(value * before) - (before - sum(group.size for group in inside)), 0)
+        chosen = []
+        for root, unit in order:
+            if left[buckets[root]] > 0:
+                left[buckets[root]] -= 1
+                chosen.append((root, unit))
+        missing = {bucket: count for bucket, count in left.items() if count}
+        if missing:
+            listed = ", ".join(f"{count} neurons of {bucket}" for bucket, count in missing.items())
+            notes.append(f"amount={value:g} is not reached: {listed} more would have to go than may")
+        return chosen
+    total = dense.macs if name == "target_macs" else dense.parameters
+
+    def share(count: int) -> float:
+        parameters, macs = structure.costs_without(units_of(order[:count]))
+        return (macs if name == "target_macs" else parameters) / total
+
+    low, high = 0, len(order)
+    if share(high) > value:
+        notes.append(f"{name}={value:g} is not reached: {share(high):.3f} remain when all goes that may")
+        return order
+    while low < high:  # the shortest beginning of the order that meets the target
+        middle = (low + high) // 2
+        low, high = (low, middle) if share(middle) <= value else (middle + 1, high)
+    return order[:low]
+
+
+def _rounded(units: Mapping[str, list[int]], groups: Mapping[str, Group], round_to: int) -> dict[str, list[int]]:
+    """Give units back, the most important first, until each width is a multiple of ``round_to``."""
+    found = {}
+    for root, chosen in units.items():
+        back = -(groups[root].size - len(chosen)) % round_to
+        if len(chosen) > back:
+            found[root] = chosen[: len(chosen) - back]
+    return found

@@ -1,0 +1,165 @@
+"""What of a model can be cut: the groups that are offered, why others are not, and what everything costs."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lightning_neurons.errors import PruningError
+from lightning_neurons.network.families import family_of
+from lightning_neurons.network.groups import Coupling, Group, Part, find_coupling
+from lightning_neurons.network.layer import candidates, public_name, require_materialized
+from lightning_neurons.network.widths import axes, why_fixed
+from lightning_neurons.pruning.blocks import blocks_of
+from lightning_neurons.pruning.costs import Costs, costs_of, effects, removed_by
+from lightning_neurons.pruning.example import Example, scramble, twin_of
+from lightning_neurons.pruning.preflight import Preflight
+from lightning_neurons.pruning.surgery import modules_by_name
+
+Units = Mapping[str, list[int]]
+"""By a group's root, units of it."""
+
+
+@dataclass(frozen=True)
+class Structure:
+    """A model's groups.
+
+    Attributes:
+        groups: All of them, by root.
+        refused: By root, why a group cannot be cut.
+        coupling: What the graph says.
+        widths: Neurons by layer.
+        blocks: By layer, the block that it is in.
+        costs: The sizes of all tensors.
+        preflight: Tries a cut on a copy of the model.
+    """
+
+    groups: Mapping[str, Group]
+    refused: Mapping[str, str]
+    coupling: Coupling
+    widths: Mapping[str, int]
+    blocks: Mapping[str, str]
+    costs: Costs
+    preflight: Preflight
+
+    @property
+    def offered(self) -> dict[str, Group]:
+        """The groups that can be cut."""
+        return {root: group for root, group in self.groups.items() if root not in self.refused}
+
+    def group_of(self, layer: str, neuron: int) -> tuple[str, int] | None:
+        """The group and the unit that a neuron belongs to."""
+        for root, group in self.groups.items():
+            for unit, places in enumerate(group.layers.get(layer, ())):
+                if neuron in places:
+                    return root, unit
+        return None
+
+    def neurons(self, units: Units) -> dict[str, list[int]]:
+        """The neurons, by layer in the order of the model, that go with some units."""
+        found: dict[str, set[int]] = {}
+        for root, chosen in units.items():
+            for layer, neurons in self.groups[root].neurons(chosen).items():
+                found.setdefault(layer, set()).update(neurons)
+        return {layer: sorted(found[layer]) for layer in self.widths if found.get(layer)}
+
+    def costs_without(self, units: Units) -> tuple[int, int]:
+        """Parameters and MACs when units have gone."""
+        modules = modules_by_name(self.preflight.twin)
+        removed = removed_by({root: effects(self.groups[root], modules) for root in units}, units)
+        return self.costs.parameters(removed), self.costs.macs(removed)
+
+
+def discover(model: nn.Module, example: Example, *, time_limit: float = 60.0) -> Structure:
+    """Learn what of a model can be cut. The model is only read.
+
+    Args:
+        model: Any module.
+        example: A few samples, and how to run the model on them.
+        time_limit: Seconds after which tracing is given up.
+
+    Raises:
+        PruningError: If the model cannot be copied, run or traced.
+        ArgumentError: If a layer is lazy and has not been materialised.
+    """
+    require_materialized(model)
+    twin = twin_of(model)
+    coupling = find_coupling(twin, example.run, time_limit=time_limit)
+    for parameter in twin.parameters():
+        parameter.requires_grad_(False)
+    with torch.no_grad():
+        costs = costs_of(twin, example)
+    ends = [name for name in candidates(twin) if name in coupling.ends]
+    try:
+        scrambled = twin_of(twin)
+        scramble(scrambled)
+        preflight = Preflight(scrambled, example, ends)
+    except PruningError:  # not every model is finite with random weights
+        preflight = Preflight(twin, example, ends)
+    groups = {group.root: group for group in coupling.groups}
+    refused = _refused(preflight.twin, coupling)
+    tried = {root: _some(group) for root, group in groups.items() if root not in refused}
+    refused |= preflight.failing([groups[root] for root in tried], tried)
+    widths = {name: family.neurons(m) for name, m in candidates(twin).items() if (family := family_of(m))}
+    return Structure(groups, refused, coupling, widths, blocks_of(twin), costs, preflight)
+
+
+def _some(group: Group) -> list[int]:
+    """A third of a group's units, without any pattern, as a trial."""
+    count = min(max(group.size // 3, 1), group.size - group.least)
+    return sorted(torch.randperm(group.size, generator=torch.Generator().manual_seed(0))[:count].tolist())
+
+
+def _refused(model: nn.Module, coupling: Coupling) -> dict[str, str]:
+    """What can be told without a trial."""
+    modules, tied = modules_by_name(model), _tied(model)
+    refused = {}
+    for group in coupling.groups:
+        reason = _why_not(group, modules, tied)
+        if any(layer in coupling.ends for layer in group.layers) and reason is None:
+            reason = "its neurons are the model's output"
+        if reason is None and group.size <= group.least:
+            reason = f"it has {group.size} neuron{'s' * (group.size > 1)}, and {group.least} must stay"
+        if reason is not None:
+            refused[group.root] = reason
+    return refused
+
+
+def _why_not(group: Group, modules: Mapping[str, nn.Module], tied: Mapping[str, str]) -> str | None:
+    for part in group.parts:
+        owner = part.path.rpartition(".")[0] if part.role == "holds" else part.path
+        reason = why_fixed(modules[owner])
+        if reason is not None:
+            return f"{owner}: {reason}"
+        leaves = (
+            [part.path] if part.role == "holds" else [f"{owner}.{leaf}" for leaf in axes(modules[owner], part.role)]
+        )
+        if (
+            not leaves
+            and not isinstance(modules[owner], nn.PReLU)
+            and any(True for _ in modules[owner].parameters(False))
+        ):
+            return f"{owner}: nobody has said how the width of {type(modules[owner]).__name__} is changed"
+        sizes = {leaf: _size(modules[owner], leaf.rpartition(".")[2], part) for leaf in leaves}
+        if any(place >= size for size in sizes.values() for unit in part.indices for place in unit):
+            return f"its neurons cannot be followed to {part.path}: something between them adds or moves channels"
+        shared = next((f"{leaf} and {tied[leaf]} are one parameter" for leaf in leaves if leaf in tied), None)
+        if shared:
+            return shared
+    return None
+
+
+def _size(owner: nn.Module, leaf: str, part: Part) -> int:
+    axis = axes(owner, part.role)[leaf] if part.axis is None else part.axis
+    return int(getattr(owner, leaf).shape[axis])
+
+
+def _tied(model: nn.Module) -> dict[str, str]:
+    """Parameters that have more than one name, each with another one of its names."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        public = public_name(name)
+        if public not in names.setdefault(id(parameter), []):
+            names[id(parameter)].append(public)
+    return {name: next(n for n in same if n != name) for same in names.values() if len(same) > 1 for name in same}
