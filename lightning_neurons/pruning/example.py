@@ -77,4 +77,5 @@ def _random(shape: torch.Size, generator: torch.Generator) -> Tensor:
     if len(shape) > 1:
         return torch.randn(shape, generator=generator) * (shape[0] / max(shape.numel(), 1)) ** 0.5
     signs = torch.randint(0, 2, shape, generator=generator) * 2 - 1
-    return torch.mul(0.5 + 0.5 * torch.rand(shape, generator=generator), signs)
+    sizes: Tensor = 0.5 + 0.5 * torch.rand(shape, generator=generator)
+    return sizes * signs
