@@ -1,6 +1,12 @@
 """See which neurons of a network are dead and which matter, while PyTorch Lightning trains it."""
 
-from lightning_neurons.callbacks import ActivationStatisticsCallback, NeuronSensitivityCallback
+from lightning_neurons.callbacks import (
+    ActivationStatisticsCallback,
+    NeuronPruningCallback,
+    NeuronSensitivityCallback,
+    PrunedCheckpointMixin,
+    load_pruned,
+)
 from lightning_neurons.criteria import CRITERIA, Criterion, LayerView, Statistic, Summary, agreement
 from lightning_neurons.errors import ArgumentError, MeasurementError, PruningError, UnknownNameError
 from lightning_neurons.network.families import register_layer
@@ -23,8 +29,10 @@ __all__ = [
     "Layer",
     "LayerView",
     "MeasurementError",
+    "NeuronPruningCallback",
     "NeuronReport",
     "NeuronSensitivityCallback",
+    "PrunedCheckpointMixin",
     "PruningBudget",
     "PruningError",
     "PruningPlan",
@@ -35,6 +43,7 @@ __all__ = [
     "agreement",
     "describe_structure",
     "find_neurons",
+    "load_pruned",
     "logit",
     "measure",
     "predicted_logit",

@@ -1,6 +1,14 @@
-"""Lightning callbacks: when to measure, not what."""
+"""Lightning callbacks: when to measure and when to cut, not what."""
 
 from lightning_neurons.callbacks.activation_statistics import ActivationStatisticsCallback
+from lightning_neurons.callbacks.checkpoint import PrunedCheckpointMixin, load_pruned
+from lightning_neurons.callbacks.neuron_pruning import NeuronPruningCallback
 from lightning_neurons.callbacks.neuron_sensitivity import NeuronSensitivityCallback
 
-__all__ = ["ActivationStatisticsCallback", "NeuronSensitivityCallback"]
+__all__ = [
+    "ActivationStatisticsCallback",
+    "NeuronPruningCallback",
+    "NeuronSensitivityCallback",
+    "PrunedCheckpointMixin",
+    "load_pruned",
+]

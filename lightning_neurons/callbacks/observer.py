@@ -39,6 +39,7 @@ class NeuronObserver(lightning.pytorch.Callback, pytorch_lightning.Callback):  #
     source: str = "val"
     loss_fn: LossFunction | None = None
     max_samples: int = 0
+    publishes: bool = True  # whether reports go to the loggers
 
     def __init__(self, settings: MeasurementSettings, every_n_epochs: int) -> None:
         super().__init__()
@@ -221,10 +222,8 @@ class NeuronObserver(lightning.pytorch.Callback, pytorch_lightning.Callback):  #
             why = "all activations were NaN or infinite" if infinite else "the data was empty, or no layer ran"
             self._warn(f"no sample was measured: {why}")
         entry = self.history.add(self.report) if fitting else self.history.compare(self.report)
-        observers = [c for c in trainer.callbacks if isinstance(c, NeuronObserver)]
-        # Of several observers, the first with sensitivities writes neurons.json; the others are numbered.
-        place = sorted(observers, key=lambda c: not c.max_samples).index(self)
-        publish(trainer, self.report, entry, f"neurons_{place + 1}.json" if place else "neurons.json")
+        if self.publishes:
+            publish(trainer, self, self.report, entry)
 
     def _raise_failure(self, trainer: Any) -> None:
         """Before training has begun, or without training, nothing is lost by stopping at once."""

@@ -35,7 +35,7 @@ class StepReplay:
     def __init__(self, trainer: Any, pl_module: Any, step: str, loss_fn: LossFunction | None) -> None:
         self.trainer, self.pl_module, self.step, self.loss_fn = trainer, pl_module, step, loss_fn
         self.batch_idx = 0
-        self._logged: dict[str, Any] = {}
+        self.logged: dict[str, Any] = {}
 
     @contextmanager
     def isolated(self) -> Iterator[None]:
@@ -53,7 +53,7 @@ class StepReplay:
 
     def run(self, batch: Any) -> Any:
         """Run ``loss_fn`` or the step on a batch."""
-        self._logged.clear()
+        self.logged.clear()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they came in the first run, or come of gradients alone
             if self.loss_fn is not None:
@@ -84,7 +84,7 @@ class StepReplay:
         if self.loss_fn is not None:
             return out  # type: ignore[no-any-return]
         usable = torch.is_grad_enabled()  # else the forward is run to find the layers, and any loss will do
-        for found in (*_losses(out), *_losses(self._logged)):
+        for found in (*_losses(out), *_losses(self.logged)):
             if isinstance(found, Tensor) and found.is_floating_point() and (found.requires_grad or not usable):
                 return found.reshape(()) if found.numel() == 1 else found
         raise MeasurementError(
@@ -94,10 +94,10 @@ class StepReplay:
         )
 
     def _log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-        self._logged[name] = value
+        self.logged[name] = value
 
     def _log_dict(self, dictionary: Any, *args: Any, **kwargs: Any) -> None:
-        self._logged.update(dictionary.items())
+        self.logged.update(dictionary.items())
 
 
 def _losses(out: Any) -> list[Any]:

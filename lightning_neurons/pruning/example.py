@@ -1,6 +1,7 @@
 """What a model is run on to learn its structure: a few samples, and how to call the model with them."""
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -75,7 +76,7 @@ def scramble(twin: nn.Module) -> None:
 def _random(shape: torch.Size, generator: torch.Generator) -> Tensor:
     """Weights that keep the size of what goes through them; scales and biases of either sign, none of them small."""
     if len(shape) > 1:
-        return torch.randn(shape, generator=generator) * (shape[0] / max(shape.numel(), 1)) ** 0.5
+        return torch.randn(shape, generator=generator) * math.sqrt(shape[0] / max(shape.numel(), 1))
     signs = torch.randint(0, 2, shape, generator=generator) * 2 - 1
     sizes: Tensor = 0.5 + 0.5 * torch.rand(shape, generator=generator)
     return sizes * signs

@@ -1,28 +1,44 @@
 """From a budget or a list of neurons to a plan that is known to be right for a model."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from lightning_neurons.errors import PruningError, UnknownNameError
 from lightning_neurons.network.groups import Group
 from lightning_neurons.pruning.budget import PruningBudget
 from lightning_neurons.pruning.plan import PlanCost, PruningPlan
 from lightning_neurons.pruning.scoring import GroupScores, group_scores, neuron_scores, random_scores
-from lightning_neurons.pruning.selection import Dense, select
+from lightning_neurons.pruning.selection import Dense, Selection, select
 from lightning_neurons.pruning.structure import Structure
 from lightning_neurons.results.neuron_report import NeuronReport
 
 Units = dict[str, list[int]]
 
 
-def decide(
+@dataclass(frozen=True)
+class Choice:
+    """What one measurement would remove.
+
+    Attributes:
+        units: By root, the units that would go.
+        scores: By root, what they were chosen by.
+        selection: How they were chosen.
+    """
+
+    units: Units
+    scores: Mapping[str, GroupScores]
+    selection: Selection
+
+
+def choose(
     structure: Structure,
     budget: PruningBudget,
     report: NeuronReport | None,
     *,
     dense: Dense | None = None,
     seed: int = 0,
-) -> PruningPlan:
-    """Choose what to remove by a budget, and try it on a copy.
+) -> Choice:
+    """Choose what to remove by a budget.
 
     Args:
         structure: The model.
@@ -33,17 +49,45 @@ def decide(
 
     Raises:
         UnknownNameError: If a pattern of ``budget.ignore`` matches no layer.
-        PruningError: If the cut as a whole is not right.
     """
     if report is None:
         scores = random_scores(structure.offered, seed)
     else:
         scores = group_scores(structure.offered, neuron_scores(report, budget), budget)
     selection = select(structure, scores, budget, dense)
-    units = dict(selection.units)
+    return Choice(dict(selection.units), scores, selection)
+
+
+def decide(
+    structure: Structure, budget: PruningBudget, choice: Choice, earlier: Sequence[Mapping[str, Sequence[int]]] = ()
+) -> PruningPlan:
+    """Make a plan of a choice, and try it on a copy.
+
+    Args:
+        structure: The model.
+        budget: What was asked.
+        choice: What the latest measurement would remove.
+        earlier: By layer, the neurons that each of some earlier measurements would have removed; a neuron goes only if
+            all of them agree.
+
+    Raises:
+        PruningError: If the cut as a whole is not right.
+    """
+    units, notes = choice.units, choice.selection.notes
+    if earlier:
+        agreed = {
+            root: [
+                u for u in chosen if all(structure.groups[root].layers[root][u][0] in e.get(root, ()) for e in earlier)
+            ]
+            for root, chosen in units.items()
+        }
+        lost = sum(map(len, units.values())) - sum(map(len, agreed.values()))
+        if lost:
+            notes = (*notes, f"{lost} neurons stay: not each of the last {len(earlier) + 1} measurements chose them")
+        units = {root: chosen for root, chosen in agreed.items() if chosen}
     verify(structure, units)
-    reasons = _reasons(structure, units, scores, selection.places, budget)
-    return _plan(structure, units, reasons, selection.notes)
+    reasons = _reasons(structure, units, choice, budget)
+    return _plan(structure, units, reasons, notes)
 
 
 def complete(structure: Structure, plan: PruningPlan) -> PruningPlan:
@@ -125,22 +169,15 @@ def _plan(
     return PruningPlan(neurons, dict(structure.widths), reasons, cost, notes)
 
 
-def _reasons(
-    structure: Structure,
-    units: Units,
-    scores: Mapping[str, GroupScores],
-    places: Mapping[str, Mapping[int, int]],
-    budget: PruningBudget,
-) -> dict[str, dict[int, str]]:
+def _reasons(structure: Structure, units: Units, choice: Choice, budget: PruningBudget) -> dict[str, dict[int, str]]:
     name = "random score" if budget.measured is None else budget.measured.name
+    end = "of the most silent" if budget.by_deadness else "from below"
     found: dict[str, dict[int, str]] = {}
     for root, chosen in units.items():
         group: Group = structure.groups[root]
         for unit in chosen:
-            value = abs(float(scores[root].value[unit])) if budget.by_deadness else float(scores[root].value[unit])
-            why = f"{name} {value:.3g}: place {places[root][unit] + 1} of {group.size} from below"
-            if budget.by_deadness:
-                why = f"{name} {value:.3g}: place {places[root][unit] + 1} of {group.size} of the most silent"
+            value = float(choice.scores[root].value[unit]) * (-1 if budget.by_deadness else 1)
+            why = f"{name} {value:.3g}: place {choice.selection.places[root][unit] + 1} of {group.size} {end}"
             for layer, neurons in group.neurons([unit]).items():
                 for neuron in neurons:
                     coupled = "" if layer == root else f" (goes with {root} {group.layers[root][unit][0]})"

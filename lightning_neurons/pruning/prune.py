@@ -15,7 +15,7 @@ from lightning_neurons.pruning.compensation import Compensation, InputMeans, Rep
 from lightning_neurons.pruning.example import Example
 from lightning_neurons.pruning.optimizers import checked_optimizers
 from lightning_neurons.pruning.plan import PlanCost, PruningPlan
-from lightning_neurons.pruning.planning import complete, decide, units_of
+from lightning_neurons.pruning.planning import choose, complete, decide, units_of
 from lightning_neurons.pruning.structure import Structure, discover
 from lightning_neurons.pruning.surgery import Cut, cut, cuts_of
 from lightning_neurons.results.neuron_report import NeuronReport
@@ -110,7 +110,7 @@ def prune(
     if isinstance(wanted, PruningPlan):
         plan = complete(structure, wanted)
     else:
-        plan = decide(structure, wanted, _measured(model, wanted, kept, loss_fn))
+        plan = decide(structure, wanted, choose(structure, wanted, _measured(model, wanted, kept, loss_fn)))
     cuts = cuts_of(structure.groups.values(), units_of(structure, plan))
     repair = _repair(model, structure, cuts, kept or []) if compensation == "mean" else Repair()
     cut(model, cuts, optimizers=optimizers, shifts=repair.shifts)

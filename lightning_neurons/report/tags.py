@@ -38,6 +38,14 @@ TAGS = (
     Tag("scores/{criterion}/{layer}", "histogram", "scores over the layer's neurons"),
     Tag("deadness/{criterion}/{layer}", "histogram", "deadness over the layer's neurons; 1 is dead"),
     Tag("magnitudes/{layer}", "histogram", "log10 of |activation| over neurons and samples: where to put a threshold"),
+    Tag("pruning/parameters", "scalar", "parameters of the model"),
+    Tag("pruning/macs", "scalar", "multiply-accumulate operations per sample"),
+    Tag("pruning/latency_ms", "scalar", "milliseconds of a forward on the example, right after a cut"),
+    Tag("pruning/removed", "scalar", "neurons removed by a cut"),
+    Tag("pruning/neurons/{layer}", "scalar", "neurons of the layer"),
+    Tag("pruning/metric_before", "scalar", "the monitored metric at the validation before a cut"),
+    Tag("pruning/metric_cut", "scalar", "the same right after the cut, on kept samples"),
+    Tag("pruning/metric_after", "scalar", "the same at the next validation"),
     Tag("neurons/ranking", "text", "layers, global ranking, deadness by threshold (shown as .../text_summary)"),
 )
 

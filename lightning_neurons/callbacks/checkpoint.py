@@ -1,0 +1,81 @@
+"""Checkpoints of models that have become smaller: the file tells the widths."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_info
+from torch import nn
+
+from lightning_neurons.errors import ArgumentError
+from lightning_neurons.network.widths import conform
+
+
+def fit_widths(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """A pre-hook of ``load_state_dict``. A function of a module, as EMA and SWA copy it with the model."""
+    changed = conform(module, state_dict, prefix)
+    if changed:
+        rank_zero_info(
+            f"{type(module).__name__} takes the widths of the checkpoint: {len(changed)} tensors changed size"
+        )
+
+
+class PrunedCheckpointMixin:
+    """Put before ``LightningModule`` in a class's bases, this makes ``load_from_checkpoint`` accept pruned checkpoints.
+
+    Example:
+        >>> import lightning as L
+        >>> class Module(PrunedCheckpointMixin, L.LightningModule):
+        ...     pass
+    """
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the widths of the checkpoint, before the weights are loaded."""
+        assert isinstance(self, nn.Module), "the mixin of a LightningModule"
+        conform(self, checkpoint["state_dict"])
+        super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
+
+
+def load_pruned(module_class: type[nn.Module], path: str | Path, **kwargs: Any) -> Any:
+    """Load a pruned model, given the class that builds the model as it was before.
+
+    Needs no history and no forward: the widths are those of the tensors in the file.
+
+    Args:
+        module_class: A LightningModule class, for a checkpoint; any other module class, for a file with a state dict.
+        path: The file.
+        kwargs: For a LightningModule those of ``load_from_checkpoint``; else what the class is made with.
+
+    Returns:
+        The model with its weights; a LightningModule as ``load_from_checkpoint`` returns it.
+
+    Raises:
+        ArgumentError: If ``module_class`` is no module class, or the file is no such file.
+
+    Example:
+        >>> import tempfile
+        >>> from lightning_neurons import prune
+        >>> class Net(nn.Sequential):
+        ...     def __init__(self):
+        ...         super().__init__(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> net = Net()
+        >>> _ = prune(net, torch.zeros(1, 4), {"0": [1, 6]})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.save(net.state_dict(), f"{folder}/net.pt")
+        ...     load_pruned(Net, f"{folder}/net.pt")[0].out_features
+        6
+    """
+    if not (isinstance(module_class, type) and issubclass(module_class, nn.Module)):
+        raise ArgumentError.of("module_class", module_class, "a LightningModule class, or another module class")
+    if hasattr(module_class, "load_from_checkpoint"):
+        loading = type(module_class.__name__, (PrunedCheckpointMixin, module_class), {})
+        module: Any = loading.load_from_checkpoint(path, **kwargs)  # type: ignore[attr-defined]
+        module.__class__ = module_class
+        return module
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ArgumentError.of("path", str(path), f"a file with the state dict of a {module_class.__name__}")
+    model = module_class(**kwargs)
+    conform(model, state)
+    model.load_state_dict(state)
+    return model

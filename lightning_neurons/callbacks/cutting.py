@@ -1,0 +1,84 @@
+"""Making a cut inside a running Trainer: out of DDP's wrapper and back, with averages of the weights."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_neurons.callbacks.runner import KeptBatches, Runner, metric_on
+from lightning_neurons.pruning.latency import latency
+from lightning_neurons.pruning.rounds import Pending, PruningRound
+from lightning_neurons.pruning.surgery import Cut, cut
+
+
+def carry_out(
+    trainer: Any, pl_module: Any, pending: Pending, runner: Runner | None, kept: KeptBatches, monitor: str | None
+) -> PruningRound:
+    """Make a decided cut, and measure what it does.
+
+    Args:
+        trainer: The Trainer, at the beginning of a training epoch.
+        pl_module: Its module.
+        pending: What is decided.
+        runner: How the module is run; None after a resume, when nothing has been run yet.
+        kept: Validation samples.
+        monitor: The metric.
+    """
+    before = trainer.callback_metrics.get(monitor) if monitor is not None else None
+    earlier = None if runner is None else latency(pl_module, runner.example)
+    if pending.cuts:
+        cut_in_fit(trainer, pl_module, pending.cuts, pending.shifts)
+    return PruningRound(
+        number=pending.number,
+        epoch=trainer.current_epoch,
+        step=trainer.global_step,
+        plan=pending.plan,
+        latency_before=earlier,
+        latency=None if runner is None else latency(pl_module, runner.example),
+        before=None if before is None else float(before),
+        cut=None if monitor is None or not kept.samples else metric_on(trainer, pl_module, kept, monitor),
+    )
+
+
+def cut_in_fit(trainer: Any, pl_module: Any, cuts: Sequence[Cut], shifts: Mapping[str, Tensor]) -> None:
+    """Cut the model, its optimizers' state and its averages; after an error everything is as it was.
+
+    Args:
+        trainer: The Trainer, at the beginning of a training epoch.
+        pl_module: Its module.
+        cuts: What goes.
+        shifts: What compensates for it.
+    """
+    strategy = trainer.strategy
+    wrapped = isinstance(strategy.model, DistributedDataParallel)
+    if wrapped:
+        # The wrapper's reducer knows the old shapes: ranks would diverge without an error.
+        strategy.model = strategy.lightning_module
+    try:
+        cut(pl_module, cuts, optimizers=trainer.optimizers, copies=averages_of(trainer), shifts=shifts)
+    finally:
+        if wrapped:
+            strategy.configure_ddp()
+
+
+def averages_of(trainer: Any) -> list[nn.Module]:
+    """The copies that weight-averaging callbacks (EMA, SWA) keep of the model."""
+    found = []
+    for callback in trainer.callbacks:
+        average = getattr(callback, "_average_model", None)
+        if isinstance(average, torch.optim.swa_utils.AveragedModel):
+            average = average.module
+        if isinstance(average, nn.Module):
+            found.append(average)
+    return found
+
+
+def reset_early_stopping(trainer: Any) -> None:
+    """Let early stopping forget what the larger model could do."""
+    for callback in trainer.callbacks:
+        if any(base.__name__ == "EarlyStopping" for base in type(callback).__mro__):
+            callback.wait_count = 0
+            callback.best_score = torch.tensor(math.inf if callback.monitor_op is torch.lt else -math.inf)

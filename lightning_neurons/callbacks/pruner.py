@@ -1,0 +1,243 @@
+"""The life of a callback that cuts: it measures as observers do, decides after validation, cuts before the next epoch.
+
+Between decision and cut the plan is pending and goes into every checkpoint, so that the scores in a checkpoint belong
+to its weights, and a resumed run goes on as the uninterrupted one would have.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning_utilities.core.rank_zero import rank_zero_info
+
+from lightning_neurons.callbacks import suitability
+from lightning_neurons.callbacks.checkpoint import fit_widths
+from lightning_neurons.callbacks.cutting import averages_of, carry_out, reset_early_stopping
+from lightning_neurons.callbacks.deciding import Verdict, in_one_process, judge, prepare
+from lightning_neurons.callbacks.observer import NeuronObserver
+from lightning_neurons.callbacks.pruning_settings import PruningSettings
+from lightning_neurons.callbacks.runner import KeptBatches, Runner
+from lightning_neurons.errors import PruningError, UnknownNameError
+from lightning_neurons.pruning.budget import PruningBudget
+from lightning_neurons.pruning.plan import PruningPlan
+from lightning_neurons.pruning.rounds import Rounds
+from lightning_neurons.report.pruning import print_rounds, round_scalars, start_scalars, write_scalars
+from lightning_neurons.studies.settings import MeasurementSettings
+
+
+class NeuronPruner(NeuronObserver):
+    """Common base of the pruning callbacks.
+
+    Attributes:
+        pruning: What it was told.
+        rounds: What has been done and what is decided.
+    """
+
+    publishes = False
+
+    def __init__(self, settings: MeasurementSettings, pruning: PruningSettings) -> None:
+        super().__init__(settings, 1)
+        self.pruning = pruning
+        self.rounds = Rounds()
+        self._seed: int | None = None
+        self._runner: Runner | None = None
+        self._kept = KeptBatches(0)
+        self._load_hooks: list[Any] = []
+
+    @property
+    def plan(self) -> PruningPlan:
+        """Everything that has been removed so far, in the indices of the original model."""
+        return self.rounds.plan
+
+    @property
+    def pending(self) -> PruningPlan | None:
+        """What is decided and will be removed when the next training epoch begins."""
+        return None if self.rounds.pending is None else self.rounds.pending.plan
+
+    def state_dict(self) -> dict[str, Any]:
+        """Rounds, the pending plan and the history, as plain values and tensors."""
+        return {**super().state_dict(), "rounds": self.rounds.state_dict(), "seed": self._seed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue with the rounds of a checkpoint."""
+        super().load_state_dict(state_dict)
+        self.rounds, self._seed = Rounds.from_state(state_dict["rounds"]), state_dict["seed"]
+
+    # -- before anything runs
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuse what cannot work, and let checkpoints of other widths be loaded, in every stage."""
+        if stage == "fit":
+            suitability.refuse_strategy(type(self).__name__, trainer)
+            suitability.refuse_run(type(self).__name__, trainer, self.pruning.schedule.start_epoch)
+            self._seed = torch.initial_seed() % 2**31 if self._seed is None else self._seed
+        # An average that was copied before has no such hook yet.
+        roots = [pl_module, *averages_of(trainer)]
+        self._load_hooks = [root.register_load_state_dict_pre_hook(fit_widths) for root in roots]
+        super().setup(trainer, pl_module, stage)
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Refuse optimizers that cannot go on, and rounds of another model."""
+        suitability.refuse_optimizers(type(self).__name__, trainer)
+        if suitability.is_fresh(type(self).__name__, pl_module, self.rounds):
+            self.rounds = Rounds()
+
+    # -- measuring
+
+    def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Begin to measure, if a round is due or near."""
+        self._runner, near = None, self._is_near(trainer)
+        wanted = self.pruning.compensation != "none" or self.pruning.monitor is not None
+        self._kept = KeptBatches(self.max_samples if wanted and near else 0)
+        super().on_validation_epoch_start(trainer, pl_module)
+
+    def on_validation_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Learn how the module is run, and keep samples, before the step can change them."""
+        if dataloader_idx == 0 and self._is_near(trainer):
+            if self._runner is None:
+                self._runner = Runner(trainer, pl_module, self.pruning.example_inputs, batch)
+            self._kept.add(batch)
+        super().on_validation_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
+
+    def on_test_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Nothing is measured on test data."""
+
+    def _due(self, trainer: Any) -> bool:
+        return self._is_near(trainer) and self.pruning.budget.measured is not None
+
+    def _is_near(self, trainer: Any) -> bool:
+        """Whether this validation counts: as a trial, for a round, or for the patience of one."""
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return bool(trainer.sanity_checking)
+        following = self.rounds.number + 1
+        if following > self.pruning.schedule.rounds or trainer.fast_dev_run:
+            return False
+        lead = (self.pruning.patience - 1) * (trainer.check_val_every_n_epoch or 1)
+        return bool(trainer.current_epoch + 1 + lead >= self.pruning.schedule.epoch_of(following))
+
+    # -- deciding
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Decide what is due; while training has not begun, only try."""
+        self.report = None
+        super().on_validation_epoch_end(trainer, pl_module)
+        if self._runner is None:
+            return
+        if trainer.sanity_checking:
+            self._ask(trainer, pl_module, self.pruning.trial(), is_due=False)
+        elif self.pruning.budget.measured is None or self.report is not None:
+            self._decide(trainer, pl_module)
+
+    def _decide(self, trainer: Any, pl_module: Any) -> None:
+        schedule, patience = self.pruning.schedule, self.pruning.patience
+        number = schedule.due(trainer.current_epoch + 1)
+        is_due = number > self.rounds.number
+        if is_due and suitability.is_over(trainer):
+            self._warn(f"round {number} of {schedule.rounds} is not made: no epoch follows {trainer.current_epoch}")
+            return
+        verdict = self._ask(trainer, pl_module, self.pruning.due(number), is_due=is_due)
+        if verdict is None:
+            return
+        self.rounds.votes = [*self.rounds.votes, verdict.vote][1 - patience :] if patience > 1 else []
+        if verdict.plan is None:
+            return
+        assert self._runner is not None, "there was a batch"
+        how = self.pruning.compensation
+        self.rounds.pending = prepare(trainer, pl_module, self._runner, self._kept, verdict, number, how)
+        if not verdict.plan:
+            self._warn(f"nothing is cut in round {number}: {'; '.join(verdict.plan.notes)}")
+
+    def _ask(self, trainer: Any, pl_module: Any, budget: PruningBudget, *, is_due: bool) -> Verdict | None:
+        """Ask the first process; what fails before training begins is an error, later it costs a round."""
+        runner, seed = self._runner, (self._seed or 0) + self.rounds.number
+        assert runner is not None, "there was a batch"
+        report, patience = self.report, self.pruning.patience
+        try:
+            verdict: Verdict = in_one_process(
+                trainer,
+                lambda: judge(pl_module, runner, budget, report, self.rounds, is_due, patience, seed),
+            )
+        except PruningError as error:
+            if trainer.global_step == 0:
+                raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
+            self._warn(f"no plan could be made after epoch {trainer.current_epoch}: {error}", once=str(error))
+            return None
+        self.rounds.dense = verdict.dense
+        unmet = [note for note in verdict.notes if "not reached" in note]
+        problems = [*(f"cannot cut {reason}" for reason in verdict.unprunable), *unmet]
+        if problems and self.pruning.on_unprunable == "raise":
+            raise MisconfigurationException(f"{type(self).__name__}: {'; '.join(problems)}")
+        for problem in problems:
+            self._warn(problem)
+        return verdict
+
+    # -- cutting
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Begin the curves with the whole model."""
+        if self.rounds.dense is not None and not self.rounds.done:
+            self._write(trainer, start_scalars(self.rounds.dense))
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Carry out what is pending: after every checkpoint of the last epoch, and before the first batch of this."""
+        monitor, metrics = self.pruning.monitor, trainer.callback_metrics
+        if monitor is not None and trainer.current_epoch > 0 and metrics and monitor not in metrics:
+            unknown = UnknownNameError.among("monitor", monitor, list(metrics))
+            raise MisconfigurationException(f"{type(self).__name__}: {unknown}")
+        self._note_recovery(trainer)
+        pending, rounds = self.rounds.pending, self.rounds
+        if pending is None:
+            return
+        made = carry_out(trainer, pl_module, pending, self._runner, self._kept, monitor)
+        rounds.done, rounds.pending = [*rounds.done, made], None
+        self._kept, self._runner = KeptBatches(0), None
+        if self.pruning.reset_early_stopping and pending.cuts:
+            reset_early_stopping(trainer)
+        self._write(trainer, round_scalars(made, rounds.widths()))
+        rank_zero_info(f"{type(self).__name__}: {made.summary}")
+
+    def _note_recovery(self, trainer: Any) -> None:
+        """Note the metric at the first validation after a cut."""
+        done, monitor = self.rounds.done, self.pruning.monitor
+        value = trainer.callback_metrics.get(monitor) if monitor is not None else None
+        if value is not None and done and done[-1].after is None:
+            done[-1] = replace(done[-1], after=float(value))
+            self._write(trainer, {"pruning/metric_after": float(value)})
+
+    def _write(self, trainer: Any, values: dict[str, float]) -> None:
+        if trainer.is_global_zero:
+            write_scalars(trainer.loggers, values, trainer.global_step)
+
+    # -- the end
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Say early that the metric is not among what validation logs."""
+        monitor, metrics = self.pruning.monitor, trainer.callback_metrics
+        if trainer.sanity_checking and monitor is not None and metrics and monitor not in metrics:
+            self._warn(f"{UnknownNameError.among('monitor', monitor, list(metrics))} Fine if training logs it.")
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Show what has been done, and what has not."""
+        self._note_recovery(trainer)
+        if self.pending is not None:
+            self._warn(
+                f"training ended before a plan for {len(self.pending)} neurons was carried out; it is in checkpoints, "
+                "and is carried out when training is resumed"
+            )
+        if not self.rounds.done and not trainer.fast_dev_run:
+            self._warn("nothing has been cut")
+        elif self.rounds.dense is not None and trainer.is_global_zero:
+            print_rounds(self.rounds.done, self.rounds.dense, self.rounds.widths(), self.pruning.monitor)
+
+    def on_test_end(self, trainer: Any, pl_module: Any) -> None:
+        """Nothing was measured."""
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Leave nothing behind."""
+        for hook in self._load_hooks:
+            hook.remove()
+        self._load_hooks, self._runner, self._kept = [], None, KeptBatches(0)
+        super().teardown(trainer, pl_module, stage)

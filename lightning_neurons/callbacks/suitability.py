@@ -1,0 +1,94 @@
+"""What a Trainer must not be for its model to become smaller, said before anything has run."""
+
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from lightning_neurons.network.families import family_of
+from lightning_neurons.network.layer import candidates
+from lightning_neurons.pruning.optimizers import why_not
+from lightning_neurons.pruning.rounds import Rounds
+
+_SHARDED = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAFSDPStrategy", "XLAStrategy"}
+
+
+def refuse_strategy(who: str, trainer: Any) -> None:
+    """Refuse strategies under which layers cannot change their shape.
+
+    Raises:
+        MisconfigurationException: Naming the strategy and what works instead.
+    """
+    strategy = trainer.strategy
+    # By name: Lightning's two namespaces have two classes of each.
+    sharded = sorted(_SHARDED & {base.__name__ for base in type(strategy).__mro__})
+    if sharded:
+        raise MisconfigurationException(
+            f'{who} cannot reshape the parameters that {sharded[0]} spreads over processes; use strategy="ddp" or '
+            '"auto", or prune() the gathered model before or after training.'
+        )
+    if type(strategy.launcher).__name__ == "_MultiProcessingLauncher":
+        raise MisconfigurationException(
+            f"{who} cannot work with a strategy that starts its processes by spawn or fork: their weights would be "
+            'loaded into the unpruned module of the main process. Use strategy="ddp".'
+        )
+
+
+def refuse_run(who: str, trainer: Any, start_epoch: int) -> None:
+    """Refuse runs in which nothing could be cut.
+
+    Raises:
+        MisconfigurationException: Saying what is missing.
+    """
+    if not trainer.enable_validation:
+        raise MisconfigurationException(
+            f"{who} measures and decides on validation data, and this Trainer runs no validation (no "
+            "validation_step, no validation data, or limit_val_batches=0); prune() works without."
+        )
+    last = trainer.max_epochs
+    if last is not None and last != -1 and start_epoch >= last and not trainer.fast_dev_run:
+        raise MisconfigurationException(
+            f"{who}(start_epoch={start_epoch}): the first cut would be made at the beginning of epoch {start_epoch}, "
+            f"and max_epochs={last} ends before it; expected a start_epoch below {last}"
+        )
+    masks = [c for c in trainer.callbacks if any(b.__name__ == "ModelPruning" for b in type(c).__mro__)]
+    if masks:
+        raise MisconfigurationException(
+            f"{who} cannot cut layers whose weights are masked by {type(masks[0]).__name__}; use one of the two"
+        )
+
+
+def refuse_optimizers(who: str, trainer: Any) -> None:
+    """Refuse optimizers whose state cannot be cut.
+
+    Raises:
+        MisconfigurationException: Naming the optimizer and what to use instead.
+    """
+    for optimizer in trainer.optimizers:
+        why = why_not(optimizer)
+        if why is not None:
+            raise MisconfigurationException(f"{who} cannot cut the state of {type(optimizer).__name__}: use {why}")
+
+
+def is_fresh(who: str, pl_module: Any, rounds: Rounds) -> bool:
+    """Whether rounds that have been made have to be forgotten, as the module is whole again.
+
+    Raises:
+        MisconfigurationException: If the rounds are those of another model.
+    """
+    found = {name: f.neurons(module) for name, module in candidates(pl_module).items() if (f := family_of(module))}
+    if rounds.dense is None or found == rounds.widths():
+        return False
+    if found != dict(rounds.dense.widths):
+        raise MisconfigurationException(
+            f"{who} has pruned another model: it expects layers of {rounds.widths()}, and {type(pl_module).__name__} "
+            f"has {found}. Use a new callback."
+        )
+    return True
+
+
+def is_over(trainer: Any) -> bool:
+    """Whether no other epoch will begin."""
+    epochs = trainer.max_epochs is not None and trainer.max_epochs != -1
+    steps = trainer.max_steps is not None and trainer.max_steps != -1
+    last = epochs and trainer.current_epoch + 1 >= trainer.max_epochs
+    return bool(last or (steps and trainer.global_step >= trainer.max_steps))

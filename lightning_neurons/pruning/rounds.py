@@ -1,0 +1,146 @@
+"""What a pruning callback remembers: the model before any cut, the rounds so far, and the one that is decided."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from lightning_neurons.pruning.plan import PruningPlan
+from lightning_neurons.pruning.selection import Dense
+from lightning_neurons.pruning.surgery import Cut
+
+
+@dataclass(frozen=True)
+class PruningRound:
+    """One cut that has been made.
+
+    Attributes:
+        number: Which round of the schedule it was.
+        epoch: At whose beginning it was made.
+        step: Optimizer steps before it.
+        plan: What was removed, in the indices of the original model.
+        latency_before: Seconds of a forward on the example before the cut, in evaluation mode, or None.
+        latency: The same after it.
+        before: The monitored metric at the validation before the cut, or None.
+        cut: The metric right after the cut, on the kept validation samples, or None.
+        after: The metric at the first validation after the cut, or None.
+    """
+
+    number: int
+    epoch: int
+    step: int
+    plan: PruningPlan
+    latency_before: float | None = None
+    latency: float | None = None
+    before: float | None = None
+    cut: float | None = None
+    after: float | None = None
+
+    @property
+    def summary(self) -> str:
+        """One line."""
+        cost = self.plan.cost
+        if cost is None or not self.plan:
+            return f"round {self.number}: nothing removed"
+        return (
+            f"round {self.number}: {len(self.plan)} neurons removed; parameters {cost.parameters:,} -> "
+            f"{cost.parameters_after:,}, MACs {cost.macs:,} -> {cost.macs_after:,}"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Pending:
+    """A round that is decided and will be made at the beginning of the next training epoch.
+
+    Attributes:
+        number: Which round of the schedule it is.
+        plan: What is to go, in the indices of the original model.
+        cuts: The same for every tensor, in the indices of the model as it is.
+        shifts: What compensates for it.
+    """
+
+    number: int
+    plan: PruningPlan
+    cuts: tuple[Cut, ...]
+    shifts: Mapping[str, Tensor]
+
+
+@dataclass
+class Rounds:
+    """The state of a pruning callback; goes into checkpoints as plain values and tensors.
+
+    Attributes:
+        dense: The model before any cut; None before it has been looked at.
+        done: The rounds so far.
+        pending: What is decided and not yet made.
+        votes: By layer, in original indices, what each of the latest measurements would have removed.
+    """
+
+    dense: Dense | None = None
+    done: list[PruningRound] = field(default_factory=list)
+    pending: Pending | None = None
+    votes: list[dict[str, list[int]]] = field(default_factory=list)
+
+    @property
+    def number(self) -> int:
+        """The last round of the schedule that has been made; 0 before the first."""
+        return self.done[-1].number if self.done else 0
+
+    @property
+    def plan(self) -> PruningPlan:
+        """Everything that has been removed so far, in the indices of the original model."""
+        total = PruningPlan({}, {} if self.dense is None else dict(self.dense.widths))
+        for one in self.done:
+            plan = one.plan
+            layers = dict.fromkeys([*total.neurons, *plan.neurons])
+            total = replace(
+                total,
+                neurons={n: tuple(sorted({*total.neurons.get(n, ()), *plan.neurons.get(n, ())})) for n in layers},
+                reasons={n: {**total.reasons.get(n, {}), **plan.reasons.get(n, {})} for n in layers},
+                cost=plan.cost,
+            )
+        if total.cost is not None and self.dense is not None:
+            cost = replace(total.cost, parameters=self.dense.parameters, macs=self.dense.macs)
+            total = replace(total, cost=cost)
+        return total
+
+    def widths(self) -> dict[str, int]:
+        """Neurons by layer as they should be now."""
+        plan = self.plan
+        return {layer: width - len(plan.neurons.get(layer, ())) for layer, width in plan.widths.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values and tensors, which ``torch.load(weights_only=True)`` accepts."""
+        pending = self.pending
+        return {
+            "dense": None if self.dense is None else {**vars(self.dense), "widths": dict(self.dense.widths)},
+            "done": [{**vars(one), "plan": one.plan.to_dict()} for one in self.done],
+            "pending": None
+            if pending is None
+            else {
+                "number": pending.number,
+                "plan": pending.plan.to_dict(),
+                "cuts": [asdict(one) for one in pending.cuts],
+                "shifts": dict(pending.shifts),
+            },
+            "votes": self.votes,
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> "Rounds":
+        """Continue where ``state_dict`` left off."""
+        pending = state["pending"]
+        return cls(
+            dense=None if state["dense"] is None else Dense(**state["dense"]),
+            done=[PruningRound(**{**one, "plan": PruningPlan.from_dict(one["plan"])}) for one in state["done"]],
+            pending=None
+            if pending is None
+            else Pending(
+                pending["number"],
+                PruningPlan.from_dict(pending["plan"]),
+                tuple(Cut(**{**one, "places": tuple(one["places"])}) for one in pending["cuts"]),
+                pending["shifts"],
+            ),
+            votes=[dict(vote) for vote in state["votes"]],
+        )

@@ -1,0 +1,101 @@
+"""What pruning has done: series for loggers, and the tables at the end."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from lightning_neurons.pruning.rounds import PruningRound
+from lightning_neurons.pruning.selection import Dense
+
+
+def start_scalars(dense: Dense) -> dict[str, float]:
+    """The series of a model before any cut."""
+    return _sizes(dense.parameters, dense.macs, dense.widths)
+
+
+def round_scalars(made: PruningRound, widths: Mapping[str, int]) -> dict[str, float]:
+    """The series of one cut; what was not measured is left out.
+
+    Args:
+        made: The cut.
+        widths: Neurons by layer after it.
+    """
+    found: dict[str, float | None] = {"pruning/removed": float(len(made.plan))}
+    if made.plan.cost is not None:
+        found |= _sizes(made.plan.cost.parameters_after, made.plan.cost.macs_after, widths)
+    found["pruning/latency_ms"] = None if made.latency is None else 1000 * made.latency
+    found |= {"pruning/metric_before": made.before, "pruning/metric_cut": made.cut, "pruning/metric_after": made.after}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def write_scalars(loggers: Sequence[Any], values: Mapping[str, float], step: int) -> None:
+    """Write series to every logger."""
+    for logger in loggers:
+        logger.log_metrics(dict(values), step=step)
+
+
+def _sizes(parameters: int, macs: int, widths: Mapping[str, int]) -> dict[str, float]:
+    by_layer = {f"pruning/neurons/{layer}": float(width) for layer, width in widths.items()}
+    return {"pruning/parameters": float(parameters), "pruning/macs": float(macs), **by_layer}
+
+
+def print_rounds(
+    done: Sequence[PruningRound],
+    dense: Dense,
+    widths: Mapping[str, int],
+    monitor: str | None = None,
+    console: Console | None = None,
+) -> None:
+    """Print what every round has done, the widths of layers that have changed, and what was left alone."""
+    console = console or Console()
+    console.print(rounds_table(done, dense, monitor))
+    console.print(widths_table(dense.widths, widths))
+    for note in dict.fromkeys(note for made in done for note in made.plan.notes):
+        console.print(note, highlight=False, markup=False)
+
+
+def rounds_table(done: Sequence[PruningRound], dense: Dense, monitor: str | None) -> Table:
+    """One line per round."""
+    table = Table(title="Pruning", caption=_caption(monitor))
+    for heading in ("epoch", "removed", "parameters", "MACs", "latency"):
+        table.add_column(heading, justify="right")
+    if monitor is not None:
+        for heading in ("before", "cut", "after"):
+            table.add_column(heading, justify="right")
+    for made in done:
+        cost = made.plan.cost
+        sizes = ["", ""]
+        if cost is not None:
+            sizes = [_size(cost.parameters_after, dense.parameters), _size(cost.macs_after, dense.macs)]
+        times = [made.latency_before, made.latency]
+        latency = " > ".join(f"{1000 * t:.2f}" for t in times if t is not None)
+        metrics = [made.before, made.cut, made.after] if monitor is not None else []
+        cells = ["" if value is None else f"{value:.4g}" for value in metrics]
+        table.add_row(str(made.epoch), str(len(made.plan)), *sizes, f"{latency} ms" if latency else "", *cells)
+    return table
+
+
+def widths_table(before: Mapping[str, int], after: Mapping[str, int]) -> Table:
+    """One line per layer that has become narrower."""
+    table = Table(title="Neurons")
+    table.add_column("layer", overflow="fold")
+    table.add_column("before", justify="right")
+    table.add_column("after", justify="right")
+    for layer, width in before.items():
+        if after.get(layer, width) != width:
+            table.add_row(escape(layer), str(width), str(after[layer]))
+    return table
+
+
+def _size(now: int, dense: int) -> str:
+    return f"{now:,} ({now / max(dense, 1):.1%})"
+
+
+def _caption(monitor: str | None) -> str:
+    text = "parameters and MACs per sample, with the share of the whole model"
+    if monitor is None:
+        return text
+    return f"{text}; {escape(monitor)} before the cut, right after it (on kept samples), and at the next validation"
