@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lightning_neurons.errors import ArgumentError, check_choice, is_number
 from lightning_neurons.network.batches import inputs_of, targets_of
 from lightning_neurons.network.isolate import eager, isolated
-from lightning_neurons.network.neurons import call
+from lightning_neurons.network.neurons import call, find_neurons
 from lightning_neurons.pruning.budget import PruningBudget
 from lightning_neurons.pruning.compensation import Compensation, InputMeans, Repair, fold_means, readers_of
 from lightning_neurons.pruning.example import Example
@@ -20,6 +20,7 @@ from lightning_neurons.pruning.structure import Structure, discover
 from lightning_neurons.pruning.surgery import Cut, cut, cuts_of
 from lightning_neurons.results.neuron_report import NeuronReport
 from lightning_neurons.studies.measure import LossFunction, measure
+from lightning_neurons.studies.measurement import Measurement
 
 _NEEDS_LOSS = {"gradient", "sampled_gradient"}
 
@@ -110,7 +111,9 @@ def prune(
     if isinstance(wanted, PruningPlan):
         plan = complete(structure, wanted)
     else:
-        plan = decide(structure, wanted, choose(structure, wanted, _measured(model, wanted, kept, loss_fn)))
+        plan = decide(
+            structure, wanted, choose(structure, wanted, _measured(model, example_inputs, wanted, kept, loss_fn))
+        )
     cuts = cuts_of(structure.groups.values(), units_of(structure, plan))
     repair = _repair(model, structure, cuts, kept or []) if compensation == "mean" else Repair()
     cut(model, cuts, optimizers=optimizers, shifts=repair.shifts)
@@ -133,19 +136,22 @@ def _wanted(given: Any) -> PruningPlan | PruningBudget:
 
 
 def _measured(
-    model: nn.Module, budget: PruningBudget, batches: list[Any] | None, loss_fn: LossFunction | None
+    model: nn.Module, example: Any, budget: PruningBudget, batches: list[Any] | None, loss_fn: LossFunction | None
 ) -> NeuronReport | None:
     criterion = budget.measured
     if criterion is None:
         return None
-    looks = bool(criterion.statistics) or bool(criterion.needs)
-    if looks and not batches:
+    if not criterion.statistics:  # weights alone
+        measurement = Measurement(model, [criterion])
+        measurement.learn({layer.name: layer for layer in find_neurons(model, example)})
+        return measurement.report(settings={})
+    if not batches:
         raise ArgumentError.of(
             "batches", batches, f"some batches, which the criterion {criterion.name!r} is measured on"
         )
     if criterion.needs & _NEEDS_LOSS and loss_fn is None:
         loss_fn = _cross_entropy
-    return measure(model, batches or [], loss_fn=loss_fn, criteria=[criterion])
+    return measure(model, batches, loss_fn=loss_fn, criteria=[criterion])
 
 
 def _cross_entropy(model: nn.Module, batch: Any) -> Tensor:
