@@ -4,18 +4,37 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jsonargparse import auto_cli
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import OpenUnitInterval, PositiveInt
 
 from lightning_neurons.demo import demo
+from lightning_neurons.demo_pruning import demo_pruning
+
+DEMO = """Train on handwritten digits for a few epochs and show which neurons are dead and which matter.
+
+Args:
+    seed: Same seed, same numbers.
+    epochs: How many epochs to train.
+    output_dir: Where the TensorBoard run and the files go.
+    prune: The share of multiply-accumulate operations that may stay, such as 0.5: cut while training goes on, train
+        three epochs more, and compare with a random cut.
+"""
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run a subcommand; ``--help`` lists them."""
 
-    def run_demo(seed: int = 0, epochs: PositiveInt = 5, output_dir: Path = Path("neurons_demo")) -> None:
-        demo(seed=seed, epochs=epochs, output_dir=output_dir)
+    def run_demo(
+        seed: int = 0,
+        epochs: PositiveInt = 5,
+        output_dir: Path = Path("neurons_demo"),
+        prune: OpenUnitInterval | None = None,
+    ) -> None:
+        if prune is None:
+            demo(seed=seed, epochs=epochs, output_dir=output_dir)
+        else:
+            demo_pruning(prune, seed=seed, epochs=epochs, output_dir=output_dir)
 
-    run_demo.__doc__ = demo.__doc__
+    run_demo.__doc__ = DEMO
     auto_cli(
         {"demo": run_demo}, args=None if args is None else list(args), prog="lightning_neurons", as_positional=False
     )

@@ -1,6 +1,7 @@
 """The demo: real pictures of digits, a small network, the callback, and what it found."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import lightning as L  # noqa: N812 (as its own documentation does)
@@ -83,24 +84,35 @@ def demo(seed: int = 0, epochs: int = 5, output_dir: Path = Path("neurons_demo")
         The callback, with its report and history.
     """
     console = Console()
+    callback = NeuronSensitivityCallback()
+    trainer = train_digits(seed, epochs, output_dir, [callback])
+    console.print(f"\nvalidation accuracy: {float(trainer.callback_metrics['val_acc']):.1%}", highlight=False)
+    console.print(
+        f"wrote {trainer.log_dir}/neurons.json and a TensorBoard run beside it", highlight=False, soft_wrap=True
+    )
+    say_where_to_look(console, output_dir)
+    return callback
+
+
+def train_digits(seed: int, epochs: int, output_dir: Path, callbacks: Sequence[L.Callback]) -> L.Trainer:
+    """Train the module of the demo, always in the same way for the same seed."""
     L.seed_everything(seed, verbose=False)
     train, val = digits()
-    callback = NeuronSensitivityCallback()
     trainer = L.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
         logger=TensorBoardLogger(output_dir, name=None),
-        callbacks=[callback, TQDMProgressBar(leave=True)],
+        callbacks=[*callbacks, TQDMProgressBar(leave=True)],
         enable_checkpointing=False,
         enable_model_summary=False,
         log_every_n_steps=5,
         deterministic=True,
     )
     trainer.fit(DigitsModule(), train, val)
-    console.print(f"\nvalidation accuracy: {float(trainer.callback_metrics['val_acc']):.1%}", highlight=False)
-    console.print(
-        f"wrote {trainer.log_dir}/neurons.json and a TensorBoard run beside it", highlight=False, soft_wrap=True
-    )
+    return trainer
+
+
+def say_where_to_look(console: Console, output_dir: Path) -> None:
+    """Print the command that shows a folder in TensorBoard."""
     viewer = f"{sys.executable} -m tensorboard.main --logdir {output_dir}"  # works without an activated environment
     console.print(f"look at it: {viewer}", highlight=False, soft_wrap=True)
-    return callback

@@ -36,7 +36,8 @@ class NeuronPruningCallback(NeuronPruner):
         start_epoch: The epoch at whose beginning the first cut is made.
         end_epoch: The last epoch at whose beginning a cut may be made, for several rounds.
         every_n_epochs: Epochs between rounds.
-        scope: Whether neurons compete over the whole model, within a ``"block"``, or within a ``"layer"``.
+        scope: Whether neurons compete within a ``"layer"`` (each then loses the same share), within a ``"block"``, or
+            over the whole model, ``"global"``.
         aggregate: How the scores of coupled layers become one: ``"mean"``, ``"sum"`` or ``"max"``.
         agreement: ``"all"`` removes a coupled neuron only where all layers of its group agree.
         patience: How many measurements in a row must choose a neuron before it goes.
@@ -78,7 +79,7 @@ class NeuronPruningCallback(NeuronPruner):
         start_epoch: int = 1,
         end_epoch: int | None = None,
         every_n_epochs: int = 1,
-        scope: Scope = "global",
+        scope: Scope = "layer",
         aggregate: Aggregate = "mean",
         agreement: Agreement = "mean",
         patience: int = 1,

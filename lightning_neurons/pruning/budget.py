@@ -35,8 +35,8 @@ class PruningBudget:
         target_params: The share of parameters that may stay.
         target_macs: The share of multiply-accumulate operations that may stay.
         threshold: Remove what is at least so dead, or for other criteria at most so important.
-        scope: Whether neurons of all layers compete, those of a block, or only those of one layer (each layer then
-            loses the same share).
+        scope: Whether only neurons of one layer compete (each layer then loses the same share), those of a block, or
+            those of the whole model.
         aggregate: How the scores of coupled layers become one.
         agreement: ``"all"`` removes a coupled neuron only where every layer of its group agrees: the layer that needs
             it most decides, and with ``amount`` it must be in the lowest share of every layer.
@@ -62,7 +62,7 @@ class PruningBudget:
     target_params: float | None = None
     target_macs: float | None = None
     threshold: float | None = None
-    scope: Scope = "global"
+    scope: Scope = "layer"
     aggregate: Aggregate = "mean"
     agreement: Agreement = "mean"
     normalize: Normalization | None = None

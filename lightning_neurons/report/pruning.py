@@ -60,7 +60,7 @@ def print_rounds(
 def rounds_table(done: Sequence[PruningRound], dense: Dense, monitor: str | None) -> Table:
     """One line per round."""
     table = Table(title="Pruning", caption=_caption(monitor))
-    for heading in ("epoch", "removed", "parameters", "MACs", "latency"):
+    for heading in ("epoch", "removed", "parameters", "MACs", "ms"):
         table.add_column(heading, justify="right")
     if monitor is not None:
         for heading in ("before", "cut", "after"):
@@ -69,12 +69,13 @@ def rounds_table(done: Sequence[PruningRound], dense: Dense, monitor: str | None
         cost = made.plan.cost
         sizes = ["", ""]
         if cost is not None:
-            sizes = [_size(cost.parameters_after, dense.parameters), _size(cost.macs_after, dense.macs)]
+            left = cost.parameters_after / max(dense.parameters, 1), cost.macs_after / max(dense.macs, 1)
+            sizes = [f"{share:.1%}" for share in left]
         times = [made.latency_before, made.latency]
-        latency = " > ".join(f"{1000 * t:.2f}" for t in times if t is not None)
+        latency = " > ".join(f"{1000 * t:.2g}" for t in times if t is not None)
         metrics = [made.before, made.cut, made.after] if monitor is not None else []
         cells = ["" if value is None else f"{value:.4g}" for value in metrics]
-        table.add_row(str(made.epoch), str(len(made.plan)), *sizes, f"{latency} ms" if latency else "", *cells)
+        table.add_row(str(made.epoch), str(len(made.plan)), *sizes, latency, *cells)
     return table
 
 
@@ -90,12 +91,8 @@ def widths_table(before: Mapping[str, int], after: Mapping[str, int]) -> Table:
     return table
 
 
-def _size(now: int, dense: int) -> str:
-    return f"{now:,} ({now / max(dense, 1):.1%})"
-
-
 def _caption(monitor: str | None) -> str:
-    text = "parameters and MACs per sample, with the share of the whole model"
+    text = "parameters and MACs left; ms of a forward before > after the cut"
     if monitor is None:
         return text
     return f"{text}; {escape(monitor)} before the cut, right after it (on kept samples), and at the next validation"
