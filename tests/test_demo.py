@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L  # noqa: N812
 import pytest
 
-from lightning_neurons import NeuronReport
+from lightning_neurons import NeuronReport, PruningPlan
 from lightning_neurons.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -109,3 +109,30 @@ def test_help_names_the_subcommand_and_its_options(capsys):
     options = capsys.readouterr().out
     assert all(f"--{name}" in options for name in ("seed", "epochs", "output_dir"))
     assert "Same seed, same numbers" in options
+
+
+def test_the_demo_of_pruning_compares_with_chance_and_saves_its_plan(tmp_path):
+    done = command(tmp_path, "demo", "--epochs", "1", "--prune", "0.5", "--output_dir", "out")
+    assert done.returncode == 0, done.stderr[-2000:]
+    for words in (
+        "neurons chosen by",
+        "random",
+        "fisher",
+        "dense",
+        "cut",
+        "recovered",
+        "tensorboard.main --logdir out",
+    ):
+        assert words in done.stdout
+    assert "Traceback" not in done.stderr
+    plan = PruningPlan.load(tmp_path / "out" / "version_5" / "plan.json")
+    assert plan.cost is not None
+    assert plan.cost.macs_after <= 0.5 * plan.cost.macs
+    assert all(plan.reasons[layer][neuron] for layer, neurons in plan.neurons.items() for neuron in neurons)
+
+
+@pytest.mark.parametrize("share", ["0", "1", "1.5", "half"])
+def test_the_demo_refuses_a_share_that_is_none(tmp_path, share):
+    done = command(tmp_path, "demo", "--prune", share)
+    assert done.returncode == 2
+    assert "prune" in done.stderr

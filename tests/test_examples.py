@@ -13,6 +13,7 @@ SAYS = {
     "quickstart": "the three neurons that matter most: [RankedNeuron(",
     "own_criterion": "fires_in",
     "agreement_of_criteria": "second_order_ggn",
+    "prune_and_finetune": "recovered",
 }
 
 
@@ -40,3 +41,20 @@ def test_the_benchmark_measures_every_case_on_a_small_scale(tmp_path: Path):
     assert out.returncode == 0, out.stderr
     for case in ("plain forward", "statistics riding on it", "sensitivity pass", "forward + backward to parameters"):
         assert case in out.stdout
+
+
+def test_the_benchmark_of_cuts_compares_with_torch_pruning_on_a_small_scale(tmp_path: Path):
+    script = ROOT / "examples" / "benchmarks" / "cutting.py"
+    out = run(tmp_path, script, "--pictures", "4", "--repeats", "1")
+    assert out.returncode == 0, out.stderr
+    assert "logits differ by 0.0e+00 of the largest" in out.stdout
+    assert "cut with AdamW state" in out.stdout
+
+
+def test_the_benchmark_of_continued_training_shows_what_no_longer_moves(tmp_path: Path):
+    script = ROOT / "examples" / "benchmarks" / "continued_training.py"
+    out = run(tmp_path, script, "--steps", "3", "--batch", "4")
+    assert out.returncode == 0, out.stderr
+    moved = [int(line.rpartition("; ")[2].split()[0]) for line in out.stdout.splitlines() if "tensors moved" in line]
+    assert len(moved) == 3
+    assert moved[0] == moved[1] > moved[2]

@@ -71,7 +71,8 @@ def main() -> None:
     model = mobilenet_v3("small", weights=weights)
     document = describe_structure(model, x[:2], path=arguments.folder / "structure.json")
     print(
-        f"{len(document['blocks'])} blocks, {len(document['groups'])} groups; top-1 {accuracy(model, test, answers):.1f} %"
+        f"{len(document['blocks'])} blocks, {len(document['groups'])} groups, "
+        f"top-1 {accuracy(model, test, answers):.1f} %"
     )
     budget = PruningBudget("deadness", **rule)
     plans = block_plans(discover(model, Example(x[:2])), deadness(model, seen, budget), budget)

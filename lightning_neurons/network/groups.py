@@ -7,85 +7,25 @@ may take minutes. So it is only ever shown a copy, under a time limit, and is dr
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, no_type_check
 
 import torch_pruning
 from torch import Tensor, nn
 
 from lightning_neurons.errors import PruningError
 from lightning_neurons.network.batches import tensors_of
+from lightning_neurons.network.coupling import Coupling, Group, Part
 from lightning_neurons.network.isolate import differentiable
 from lightning_neurons.network.layer import candidates, public_name
-from lightning_neurons.network.widths import Role, is_depthwise
+from lightning_neurons.network.widths import Role, is_depthwise, why_fixed
 
 Forward = Callable[[nn.Module], Any]
 """Runs a model, or a copy of it, on some inputs."""
 
 
 _PASSING = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.PReLU)
-
-
-@dataclass(frozen=True)
-class Part:
-    """What one module has of a group.
-
-    Attributes:
-        path: The module, or for the role ``"holds"`` the parameter.
-        role: What it does with the neurons.
-        indices: For each unit of the group, the places that it takes in this module.
-        axis: Of a parameter that is no module's weight, the axis that is cut.
-    """
-
-    path: str
-    role: Role
-    indices: tuple[tuple[int, ...], ...]
-    axis: int | None = None
-
-
-@dataclass(frozen=True)
-class Group:
-    """Neurons of several layers that can only be removed together; a *unit* is the smallest set of them.
-
-    Attributes:
-        root: The first layer of the group, in the order of the model; it names the group.
-        size: How many units there are.
-        parts: All modules that are narrower when a unit goes.
-        layers: For each layer that makes neurons of the group, the neurons of each unit.
-        least: How many units must stay.
-    """
-
-    root: str
-    size: int
-    parts: tuple[Part, ...]
-    layers: Mapping[str, tuple[tuple[int, ...], ...]]
-    least: int = 1
-
-    def neurons(self, units: Iterable[int]) -> dict[str, list[int]]:
-        """The neurons, by layer, that go with some units."""
-        units = list(units)
-        return {name: sorted(i for u in units for i in of[u]) for name, of in self.layers.items()}
-
-
-@dataclass(frozen=True)
-class Coupling:
-    """What a model's graph says.
-
-    Attributes:
-        groups: All groups, in the order of the model.
-        reads: By layer, the layers whose values it reads.
-        norm_behind: By layer, the norm layer that alone reads it.
-        unseen: Layers that are not in the graph: they did not run, or ran as functions.
-        ends: Layers whose neurons are the model's output.
-    """
-
-    groups: tuple[Group, ...]
-    reads: Mapping[str, tuple[str, ...]]
-    norm_behind: Mapping[str, str]
-    unseen: tuple[str, ...]
-    ends: frozenset[str]
 
 
 def find_coupling(copy: nn.Module, forward: Forward, *, time_limit: float = 60.0) -> Coupling:
@@ -107,8 +47,8 @@ def find_coupling(copy: nn.Module, forward: Forward, *, time_limit: float = 60.0
                 copy, (), forward_fn=lambda model, _: forward(model), output_transform=_outputs, verbose=False
             )
             return _read(copy, graph)
-    except PruningError:
-        raise
+    except PruningError as error:
+        raise PruningError(f"{type(copy).__name__} cannot be traced: {error}") from error
     except Exception as error:
         raise PruningError(
             f"{type(copy).__name__} cannot be traced ({type(error).__name__}: {error}); expected a model whose forward "
@@ -126,21 +66,25 @@ def _outputs(out: Any) -> list[Tensor]:
 @contextmanager
 def _limited(seconds: float) -> Iterator[None]:
     """Raise from within, whatever runs: the graph's own code looks at no clock."""
-    before, end = sys.getprofile(), time.monotonic() + seconds
+    if sys.getprofile() is not None:
+        yield  # a profiler is at work, and keeps its place
+        return
+    end = time.monotonic() + seconds
 
-    def check(frame: Any, event: str, argument: Any) -> None:
+    @no_type_check  # runs at every call
+    def check(frame, event, argument):  # noqa: ANN001, ANN202
         if time.monotonic() > end:
-            sys.setprofile(before)
+            sys.setprofile(None)
             raise PruningError(
-                f"the model's graph was not complete after {seconds:.0f} s; name the part to prune by a smaller module "
-                "(prune(model.backbone, ...)), or pass a plan for layers that do not go through large concatenations"
+                f"its graph was not complete after {seconds:g} s; prune a smaller part of it, such as "
+                "prune(model.backbone, ...), as large concatenations of concatenations take very long"
             )
 
     sys.setprofile(check)
     try:
         yield
     finally:
-        sys.setprofile(before)
+        sys.setprofile(None)
 
 
 def _read(model: nn.Module, graph: Any) -> Coupling:
@@ -150,14 +94,19 @@ def _read(model: nn.Module, graph: Any) -> Coupling:
     nodes = graph.module2node
     seen = {name: module for name, module in layers.items() if module in nodes}
     covered: dict[str, set[int]] = {name: set() for name in seen}
-    groups = []
+    groups, lost = [], {}
     for name, module in seen.items():
         pruner = graph.get_pruner_of_module(module)
         width = pruner.get_out_channels(module)
         fresh = [i for i in range(width or 0) if i not in covered[name]]
         if not fresh:
             continue
-        found = graph.get_pruning_group(module, pruner.prune_out_channels, fresh)
+        try:
+            found = graph.get_pruning_group(module, pruner.prune_out_channels, fresh)
+        except (IndexError, KeyError, TypeError, ValueError) as error:
+            fixed = _fixed_readers(nodes[module], paths, {public_name(n): m for n, m in model.named_modules()})
+            lost[name] = fixed or f"its neurons cannot be followed ({type(error).__name__}: {error})"
+            found = []
         group = _group(name, fresh, found, graph, paths, layers)
         groups.append(group)
         for other, units in group.layers.items():
@@ -174,7 +123,26 @@ def _read(model: nn.Module, graph: Any) -> Coupling:
         },
         unseen=tuple(name for name in layers if name not in seen),
         ends=frozenset(name for name, module in seen.items() if _is_end(nodes[module])),
+        lost=lost,
     )
+
+
+def _fixed_readers(node: Any, paths: Mapping[Any, str], modules: Mapping[str, nn.Module]) -> str | None:
+    """Which of the modules behind a layer cannot change its width, and why."""
+    stack, visited = [node], set()
+    while stack:
+        for following in stack.pop().outputs:
+            # What the graph does not know as a module shows itself by its parameters.
+            near = [n.module for n in (following, *following.inputs) if n.module in paths]
+            owners = [paths[m].rpartition(".")[0] if isinstance(m, nn.Parameter) else paths[m] for m in near]
+            for path in owners:
+                reason = why_fixed(modules[path])
+                if reason is not None:
+                    return f"{path}: {reason}"
+            if id(following) not in visited and _role(following.module, makes=False) != "reads":
+                visited.add(id(following))
+                stack.append(following)
+    return None
 
 
 def _group(
@@ -198,6 +166,7 @@ def _group(
         for (path, role, axis), units in taken.items()
     )
     makers = {p.path: p.indices for p in parts if p.path in layers and p.role in ("makes", "passes")}
+    makers.setdefault(root, tuple((index,) for index in fresh))
     ordered = {name: makers[name] for name in layers if name in makers}
     # A depthwise convolution of one channel could not be told from a dense one any more.
     least = 2 if any(is_depthwise(layers[name]) for name in ordered) else 1

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lightning_neurons.network.batches import batch_size_of, tensors_of
-from lightning_neurons.network.groups import Group
+from lightning_neurons.network.coupling import Group
 from lightning_neurons.network.layer import public_name
 from lightning_neurons.network.widths import axes
 from lightning_neurons.pruning.example import Example

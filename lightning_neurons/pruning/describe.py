@@ -68,7 +68,10 @@ def describe_structure(model: nn.Module, example_inputs: Any, *, path: str | Pat
 
 def _blocks(model: nn.Module, structure: Structure) -> dict[str, Any]:
     modules, roles = modules_by_name(model), roles_of(model, structure)
-    group_of = {layer: root for root, group in structure.groups.items() for layer in group.layers}
+    group_of: dict[str, str] = {}
+    for root, group in structure.groups.items():
+        for layer in group.layers:
+            group_of.setdefault(layer, root)
     found: dict[str, Any] = {}
     sources: dict[str, dict[str, None]] = {}
     for layer, block in structure.blocks.items():
@@ -106,20 +109,21 @@ def _nearest(block: str, sources: Mapping[str, Mapping[str, None]]) -> list[str]
 
 def roles_of(model: nn.Module, structure: Structure) -> dict[str, str]:
     """By layer, what it does in its block."""
-    modules = modules_by_name(model)
+    modules, blocks = modules_by_name(model), structure.blocks
     roles = {name: "head" if name in structure.coupling.ends else "layer" for name in structure.widths}
-    reads: Mapping[str, tuple[str, ...]] = structure.coupling.reads
-    for group in structure.groups.values():
-        deep = [name for name in group.layers if is_depthwise(modules[name])]
-        if not deep:
-            continue
-        block = structure.blocks[deep[0]]
-        makers = [name for name in group.layers if name not in deep and structure.blocks[name] == block]
-        squeezers = {s for name in makers for s in reads[name] if {*reads[s]} & {*group.layers}}
-        excited = {name for name in makers if {*reads[name]} & squeezers}
-        readers = [p.path for p in group.parts if p.role == "reads" and structure.blocks.get(p.path) == block]
-        roles |= dict.fromkeys(deep, "depthwise")
-        roles |= {name: "expand" for name in makers if name not in excited}
-        roles |= {name: "project" for name in readers if name not in squeezers}
-        roles |= dict.fromkeys(excited | squeezers, "squeeze-and-excitation")
+    reads: Mapping[str, tuple[str, ...]] = {name: structure.coupling.reads.get(name, ()) for name in structure.widths}
+    for deep in (name for name in structure.widths if is_depthwise(modules[name])):
+        group = next((g for g in structure.groups.values() if deep in g.layers), None)
+        inside = [name for name, block in blocks.items() if block == blocks[deep] and name != deep]
+        # A squeezing layer reads what the depthwise one makes, and the exciting layer that reads it scales just that.
+        squeezing = {
+            name: [e for e in inside if name in reads[e] and group is not None and e in group.layers]
+            for name in inside
+            if deep in reads[name] and group is not None and name not in group.layers
+        }
+        gates = {name for squeeze, excited in squeezing.items() if excited for name in (squeeze, *excited)}
+        roles[deep] = "depthwise"
+        roles |= {name: "expand" for name in inside if name in reads[deep]}
+        roles |= {name: "project" for name in inside if deep in reads[name] and name not in gates}
+        roles |= dict.fromkeys(gates, "squeeze-and-excitation")
     return roles

@@ -46,13 +46,14 @@ def twin_of(model: nn.Module) -> nn.Module:
         PruningError: If the model cannot be copied.
     """
     try:
-        with torch.inference_mode(False):
-            return copy.deepcopy(model).eval()
+        with torch.inference_mode(False), torch.no_grad():
+            # Values that a forward has left behind belong to its graph, and would not let themselves be copied.
+            left = [v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor) and not v.is_leaf]
+            return copy.deepcopy(model, {id(value): value.detach().clone() for value in left}).eval()
     except Exception as error:
         raise PruningError(
             f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}), so a cut cannot be tried "
-            "before it is made; keep what cannot be copied, such as a tensor with a gradient history, out of its "
-            "attributes"
+            "before it is made; keep what cannot be copied, such as a lock or an open file, out of its attributes"
         ) from error
 
 

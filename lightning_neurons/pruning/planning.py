@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lightning_neurons.errors import PruningError, UnknownNameError
-from lightning_neurons.network.groups import Group
+from lightning_neurons.network.coupling import Group
 from lightning_neurons.pruning.budget import PruningBudget
 from lightning_neurons.pruning.plan import PlanCost, PruningPlan
 from lightning_neurons.pruning.scoring import GroupScores, group_scores, neuron_scores, random_scores
@@ -70,12 +70,11 @@ def decide(
         earlier: By layer, the neurons that each of some earlier measurements would have removed; a neuron goes only if
             all of them agree.
 
-    Raises:
-        PruningError: If the cut as a whole is not right.
+    Groups whose cut turns out to be wrong stay whole, with a note.
     """
     units, notes = choice.units, choice.selection.notes
     if earlier:
-        agreed = {
+        agreed: Units = {
             root: [
                 u for u in chosen if all(structure.groups[root].layers[root][u][0] in e.get(root, ()) for e in earlier)
             ]
@@ -85,7 +84,9 @@ def decide(
         if lost:
             notes = (*notes, f"{lost} neurons stay: not each of the last {len(earlier) + 1} measurements chose them")
         units = {root: chosen for root, chosen in agreed.items() if chosen}
-    verify(structure, units)
+    failing = structure.preflight.failing([structure.groups[root] for root in units], units)
+    notes = (*notes, *(f"{root} is not cut: {reason}" for root, reason in failing.items()))
+    units = {root: chosen for root, chosen in units.items() if root not in failing}
     reasons = _reasons(structure, units, choice, budget)
     return _plan(structure, units, reasons, notes)
 
@@ -123,11 +124,12 @@ def complete(structure: Structure, plan: PruningPlan) -> PruningPlan:
                     reasons.setdefault(other, {}).setdefault(
                         i, why if other == layer else f"goes with {layer} {neuron}"
                     )
-    for root, chosen in units.items():
-        group = structure.groups[root]
-        if group.size - len(chosen) < group.least:
+    least = {layer: group.least for root in units for group in [structure.groups[root]] for layer in group.layers}
+    for layer, gone in structure.neurons(units).items():
+        if structure.widths[layer] - len(gone) < least[layer]:
             raise PruningError(
-                f"{root} cannot lose {len(chosen)} of its {group.size} neurons: at least {group.least} must stay"
+                f"{layer} cannot lose {len(gone)} of its {structure.widths[layer]} neurons: at least {least[layer]} "
+                "must stay"
             )
     verify(structure, units)
     return _plan(structure, units, reasons, plan.notes)

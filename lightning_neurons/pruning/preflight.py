@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_neurons.errors import PruningError
 from lightning_neurons.network.batches import tensors_of
-from lightning_neurons.network.groups import Group
+from lightning_neurons.network.coupling import Group
 from lightning_neurons.network.widths import axes
 from lightning_neurons.pruning.example import Example
 from lightning_neurons.pruning.surgery import Cut, cut, cuts_of, modules_by_name

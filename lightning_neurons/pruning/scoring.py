@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_neurons.network.groups import Group
+from lightning_neurons.network.coupling import Group
 from lightning_neurons.pruning.budget import Aggregate, PruningBudget
 from lightning_neurons.results.neuron_report import NeuronReport
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_neurons.network.groups import Group
+from lightning_neurons.network.coupling import Group
 from lightning_neurons.pruning.budget import PruningBudget
 from lightning_neurons.pruning.scoring import GroupScores
 from lightning_neurons.pruning.structure import Structure
@@ -77,8 +77,8 @@ def select(
         else:
             groups[root] = group
     candidates = {root: _candidates(root, scores, budget, notes) for root in groups}
-    caps = {root: _cap(group, dense.size(group, structure), budget) for root, group in groups.items()}
-    order = _order(structure, candidates, scores, budget, caps)
+    room = _room(structure, groups, budget, dense)
+    order = _order(structure, candidates, scores, budget, room)
 
     def units_of(chosen: Sequence[tuple[str, int]]) -> dict[str, list[int]]:
         found: dict[str, list[int]] = {}
@@ -88,7 +88,8 @@ def select(
 
     chosen = units_of(_reach(structure, groups, order, scores, budget, dense, units_of, notes))
     places = {root: {unit: place for place, unit in enumerate(units)} for root, units in candidates.items()}
-    full = [root for root, units in chosen.items() if len(units) >= caps[root]]
+    gone = structure.neurons(chosen)
+    full = [layer for layer, neurons in gone.items() if len(neurons) >= room[layer]]
     if full and budget.rule[0] != "threshold":
         notes.append(f"as narrow as min_neurons, max_amount and round_to allow: {', '.join(full)}")
     if not chosen and not any("not reached" in note for note in notes):
@@ -119,11 +120,18 @@ def _candidates(root: str, scores: Mapping[str, GroupScores], budget: PruningBud
     return [unit for unit in order if allowed[unit]]
 
 
-def _cap(group: Group, original: int, budget: PruningBudget) -> int:
-    """How many units of a group may go."""
-    # Floating point must not cost a neuron: 0.3 of 10 are 3.
-    floor = max(group.least, budget.min_neurons, math.ceil(original * (1 - budget.max_amount) - 1e-9))
-    return max(group.size - floor, 0)
+def _room(structure: Structure, groups: Mapping[str, Group], budget: PruningBudget, dense: Dense) -> dict[str, int]:
+    """By layer, how many of its neurons may go."""
+    least: dict[str, int] = {}
+    for group in groups.values():
+        for layer in group.layers:
+            least[layer] = max(group.least, least.get(layer, 1))
+    room = {}
+    for layer, floor in least.items():
+        # Floating point must not cost a neuron: 0.3 of 10 are 3.
+        ceiling = math.ceil(dense.widths.get(layer, 0) * (1 - budget.max_amount) - 1e-9)
+        room[layer] = max(structure.widths[layer] - max(floor, budget.min_neurons, ceiling), 0)
+    return room
 
 
 def _order(
@@ -131,9 +139,9 @@ def _order(
     candidates: Mapping[str, list[int]],
     scores: Mapping[str, GroupScores],
     budget: PruningBudget,
-    caps: Mapping[str, int],
+    room: Mapping[str, int],
 ) -> list[tuple[str, int]]:
-    """All candidates of all groups that fit under the caps, the first to go first.
+    """All candidates of all groups for which there is room, the first to go first.
 
     Ties between groups go by the place within the group, so that equal scores thin out all layers alike.
     """
@@ -145,7 +153,7 @@ def _order(
             in_bucket.setdefault(buckets[root], []).append(scores[root].value)
     sorted_values = {name: torch.cat(values).nan_to_num(torch.inf).sort().values for name, values in in_bucket.items()}
     for position, (root, units) in enumerate(candidates.items()):
-        for place, unit in enumerate(units[: caps[root]]):
+        for place, unit in enumerate(units):
             value = float(scores[root].value[unit])
             fraction = (place + 1) / len(scores[root].value)
             if budget.scope == "global":
@@ -156,7 +164,13 @@ def _order(
                 rivals = sorted_values[buckets[root]]
                 key = float(torch.searchsorted(rivals, value, right=True)) / len(rivals)
             keyed.append((key, fraction, position, place, (root, unit)))
-    return [entry[-1] for entry in sorted(keyed)]
+    left, found = dict(room), []
+    for *_, (root, unit) in sorted(keyed):
+        taken = {layer: len(of[unit]) for layer, of in structure.groups[root].layers.items()}
+        if all(left[layer] >= count for layer, count in taken.items()):
+            left.update({layer: left[layer] - count for layer, count in taken.items()})
+            found.append((root, unit))
+    return found
 
 
 def bucket_of(structure: Structure, budget: PruningBudget) -> dict[str, str]:

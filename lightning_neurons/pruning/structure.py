@@ -2,17 +2,19 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import nn
 
 from lightning_neurons.errors import PruningError
+from lightning_neurons.network.coupling import Coupling, Group, Part
 from lightning_neurons.network.families import family_of
-from lightning_neurons.network.groups import Coupling, Group, Part, find_coupling
+from lightning_neurons.network.groups import find_coupling
 from lightning_neurons.network.layer import candidates, public_name, require_materialized
 from lightning_neurons.network.widths import axes, why_fixed
 from lightning_neurons.pruning.blocks import blocks_of
-from lightning_neurons.pruning.costs import Costs, costs_of, effects, removed_by
+from lightning_neurons.pruning.costs import Costs, Effects, costs_of, effects, removed_by
 from lightning_neurons.pruning.example import Example, scramble, twin_of
 from lightning_neurons.pruning.preflight import Preflight
 from lightning_neurons.pruning.surgery import modules_by_name
@@ -50,11 +52,7 @@ class Structure:
 
     def group_of(self, layer: str, neuron: int) -> tuple[str, int] | None:
         """The group and the unit that a neuron belongs to."""
-        for root, group in self.groups.items():
-            for unit, places in enumerate(group.layers.get(layer, ())):
-                if neuron in places:
-                    return root, unit
-        return None
+        return self._owners.get((layer, neuron))
 
     def neurons(self, units: Units) -> dict[str, list[int]]:
         """The neurons, by layer in the order of the model, that go with some units."""
@@ -66,9 +64,23 @@ class Structure:
 
     def costs_without(self, units: Units) -> tuple[int, int]:
         """Parameters and MACs when units have gone."""
-        modules = modules_by_name(self.preflight.twin)
-        removed = removed_by({root: effects(self.groups[root], modules) for root in units}, units)
+        removed = removed_by(self._effects, units)
         return self.costs.parameters(removed), self.costs.macs(removed)
+
+    @cached_property
+    def _owners(self) -> dict[tuple[str, int], tuple[str, int]]:
+        return {
+            (layer, neuron): (root, unit)
+            for root, group in self.groups.items()
+            for layer, units in group.layers.items()
+            for unit, neurons in enumerate(units)
+            for neuron in neurons
+        }
+
+    @cached_property
+    def _effects(self) -> dict[str, Effects]:
+        modules = modules_by_name(self.preflight.twin)
+        return {root: effects(group, modules) for root, group in self.offered.items()}
 
 
 def discover(model: nn.Module, example: Example, *, time_limit: float = 60.0) -> Structure:
@@ -99,23 +111,31 @@ def discover(model: nn.Module, example: Example, *, time_limit: float = 60.0) ->
         preflight = Preflight(twin, example, ends)
     groups = {group.root: group for group in coupling.groups}
     refused = _refused(preflight.twin, coupling)
-    tried = {root: _some(group) for root, group in groups.items() if root not in refused}
-    refused |= preflight.failing([groups[root] for root in tried], tried)
+    for seed in range(2):  # one choice alone might happen to have the symmetry that a wrong group needs
+        tried = {root: _some(group, seed) for root, group in groups.items() if root not in refused}
+        refused |= preflight.failing([groups[root] for root in tried], tried)
     widths = {name: family.neurons(m) for name, m in candidates(twin).items() if (family := family_of(m))}
     return Structure(groups, refused, coupling, widths, blocks_of(twin), costs, preflight)
 
 
-def _some(group: Group) -> list[int]:
-    """A third of a group's units, without any pattern, as a trial."""
-    count = min(max(group.size // 3, 1), group.size - group.least)
-    return sorted(torch.randperm(group.size, generator=torch.Generator().manual_seed(0))[:count].tolist())
+def _some(group: Group, seed: int) -> list[int]:
+    """About a third of a group's units, without any pattern, as a trial; no layer loses all."""
+    chosen: list[int] = []
+    for unit in torch.randperm(group.size, generator=torch.Generator().manual_seed(seed)).tolist():
+        gone = group.neurons([*chosen, unit])
+        full = any(sum(map(len, units)) - len(gone[n]) < group.least for n, units in group.layers.items() if gone[n])
+        if not full and len(chosen) < max(group.size // 3, 1):
+            chosen.append(unit)
+    return sorted(chosen)
 
 
 def _refused(model: nn.Module, coupling: Coupling) -> dict[str, str]:
     """What can be told without a trial."""
     modules, tied = modules_by_name(model), _tied(model)
-    refused = {}
+    refused = dict(coupling.lost)
     for group in coupling.groups:
+        if group.root in refused:
+            continue
         reason = _why_not(group, modules, tied)
         if any(layer in coupling.ends for layer in group.layers) and reason is None:
             reason = "its neurons are the model's output"

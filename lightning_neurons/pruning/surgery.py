@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_neurons.network.groups import Group
+from lightning_neurons.network.coupling import Group
 from lightning_neurons.network.layer import public_name
 from lightning_neurons.network.widths import Role, axes, refit, set_data
 
