@@ -115,16 +115,19 @@ def _read(model: nn.Module, graph: Any) -> Coupling:
     return Coupling(
         groups=tuple(groups),
         reads={name: _sources(nodes[module], names) for name, module in seen.items()},
-        norm_behind={
-            name: paths[nodes[module].outputs[0].module]
-            for name, module in seen.items()
-            if len(nodes[module].outputs) == 1
-            and isinstance(nodes[module].outputs[0].module, nn.modules.batchnorm._NormBase)
-        },
+        norm_behind={name: paths[norm] for name, module in seen.items() if (norm := _norm_behind(nodes[module]))},
         unseen=tuple(name for name in layers if name not in seen),
         ends=frozenset(name for name, module in seen.items() if _is_end(nodes[module])),
         lost=lost,
     )
+
+
+def _norm_behind(node: Any) -> nn.Module | None:
+    """The norm layer that reads a layer, if nothing else does, and if it reads nothing else."""
+    readers = node.outputs
+    if len(readers) != 1 or len(readers[0].inputs) != 1:
+        return None
+    return readers[0].module if isinstance(readers[0].module, nn.modules.batchnorm._NormBase) else None
 
 
 def _fixed_readers(node: Any, paths: Mapping[Any, str], modules: Mapping[str, nn.Module]) -> str | None:

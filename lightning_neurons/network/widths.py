@@ -10,13 +10,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 Role = Literal["makes", "passes", "reads", "holds"]
 """What a module does with a neuron: it makes it, hands it on one by one (a norm layer, a depthwise convolution), reads
 it, or is itself a parameter that holds one entry for it."""
 
-_MASKED = ("weight_orig", "weight_g", "weight_v", "weight_bar")  # of torch.nn.utils.prune, weight_norm, spectral_norm
+_MASKED = (
+    "weight_orig",
+    "bias_orig",
+    "weight_g",
+    "weight_v",
+    "weight_bar",
+)  # of torch.nn.utils.prune, weight_norm, spectral_norm
 
 
 def is_depthwise(module: nn.Module) -> bool:
@@ -73,6 +80,8 @@ def why_fixed(module: nn.Module) -> str | None:
 def refit(module: nn.Module) -> None:
     """Make a module's attributes say what its tensors are."""
     weight = getattr(module, "weight", None)
+    if weight is not None and is_lazy(weight):
+        return
     reference = weight if weight is not None else getattr(module, "running_mean", None)
     if not isinstance(reference, Tensor):
         return
@@ -113,25 +122,24 @@ def conform(model: nn.Module, state: Mapping[str, Any], prefix: str = "") -> lis
     for path, module in model.named_modules():
         if not axes(module, "makes") and not _holds_parameters(module):
             continue
-        touched = False
         for store in (module._parameters, module._buffers):
             for leaf, tensor in store.items():
                 given = state.get(f"{prefix}{path}.{leaf}" if path else f"{prefix}{leaf}")
-                if not isinstance(given, Tensor) or tensor is None or given.shape == tensor.shape:
+                if not isinstance(given, Tensor) or tensor is None or is_lazy(tensor):
                     continue
-                if given.ndim != tensor.ndim:
+                if given.shape == tensor.shape or given.ndim != tensor.ndim:
                     continue
                 set_data(store, leaf, torch.empty(given.shape, dtype=tensor.dtype, device=tensor.device))
                 changed.append(f"{path}.{leaf}" if path else leaf)
-                touched = True
-        if touched:
-            refit(module)
+    for module in model.modules() if changed else ():  # all of them: a tensor may be shared
+        refit(module)
     return changed
 
 
 def _holds_parameters(module: nn.Module) -> bool:
-    """Whether it is a module of the user's own with parameters of its own, such as a learned position."""
-    return bool(module._parameters) and not type(module).__module__.startswith("torch.")
+    """Whether it has parameters that are no layer's weights, such as a learned position."""
+    bare = isinstance(module, nn.ParameterList | nn.ParameterDict) or not type(module).__module__.startswith("torch.")
+    return bare and bool(module._parameters)
 
 
 def set_data(store: Any, leaf: str, new: Tensor) -> None:
@@ -142,5 +150,6 @@ def set_data(store: Any, leaf: str, new: Tensor) -> None:
         return
     tensor.grad = None
     # The detour makes autograd forget the node that accumulates gradients, which still has the old shape.
-    tensor.data = new.to(torch.float32 if new.dtype == torch.float64 else torch.float64)
+    wide, narrow = (torch.complex128, torch.complex64) if new.is_complex() else (torch.float64, torch.float32)
+    tensor.data = new.to(narrow if new.dtype == wide else wide)
     tensor.data = new

@@ -78,7 +78,8 @@ class InputMeans:
     def _hook(self, path: str) -> Callable[..., None]:
         def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             given: Tensor = (args[0] if args else kwargs["input"]).detach()
-            axis = given.ndim - 1 if isinstance(module, nn.Linear) else 1
+            # Counted from the end: a convolution may be given a single sample without a batch axis.
+            axis = given.ndim - 1 - len(getattr(module, "kernel_size", ()))
             wide = given.to(_wide(given.device))
             total = wide.sum([a for a in range(given.ndim) if a != axis]) if given.ndim > 1 else wide
             self.sums[path] = self.sums.get(path, 0) + total

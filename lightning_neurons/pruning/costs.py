@@ -64,12 +64,12 @@ def costs_of(model: nn.Module, example: Example) -> Costs:
     """
     positions: dict[str, float] = {}
     samples = batch_size_of(example.inputs) if tensors_of(example.inputs) else 1
-    hooks = []
-    for path, module in modules_by_name(model).items():
-        if isinstance(module, _ConvNd | nn.Linear):
-            hooks.append(
-                module.register_forward_hook(_counter(f"{path}.weight" if path else "weight", positions, samples))
-            )
+    names = {id(p): public_name(name) for name, p in model.named_parameters()}  # one name for what is shared
+    hooks = [
+        module.register_forward_hook(_counter(names[id(module.weight)], positions, samples), with_kwargs=True)
+        for module in modules_by_name(model).values()
+        if isinstance(module, _ConvNd | nn.Linear) and id(module.weight) in names
+    ]
     try:
         example.run(model)
     finally:
@@ -80,9 +80,9 @@ def costs_of(model: nn.Module, example: Example) -> Costs:
 
 
 def _counter(name: str, positions: dict[str, float], samples: int) -> Any:
-    def count(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def count(module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
         if isinstance(module, _ConvTransposeNd):
-            applied = inputs[0].numel() / module.in_channels
+            applied = (args[0] if args else kwargs["input"]).numel() / module.in_channels
         else:
             applied = output.numel() / module.weight.shape[0]
         positions[name] = positions.get(name, 0.0) + applied / samples

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_neurons.network.coupling import Group
 from lightning_neurons.network.layer import public_name
@@ -108,6 +109,11 @@ def cut(
             for module in {id(one.module): one.module for one in smaller}.values():
                 sizes = {name: getattr(module, name) for name in _SIZES if name in vars(module)}
                 operation.do(partial(refit, module), partial(vars(module).update, sizes))
+            for norm, width in _bare_norms((model, *copies), cuts):
+                operation.do(
+                    partial(setattr, norm, "num_features", width),
+                    partial(setattr, norm, "num_features", norm.num_features),
+                )
             for state, new in states:
                 operation.do(partial(_refill, state, new), partial(_refill, state, dict(state)))
     except BaseException:
@@ -138,10 +144,13 @@ class _Smaller:
 
     def select(self, tensor: Tensor) -> Tensor:
         """What stays of a tensor of the old shape, or of one that has size 1 where that has more."""
+        found = tensor
         for axis, stays in self.stays.items():
             if tensor.shape[axis] != 1 or self.old.shape[axis] == 1:
-                tensor = tensor.index_select(axis, stays.to(tensor.device))
-        return tensor.clone()  # memory of its own, also where nothing was cut
+                found = found.index_select(axis, stays.to(tensor.device))
+        if tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
+            found = found.contiguous(memory_format=torch.channels_last)
+        return found.clone()  # memory of its own, also where nothing was cut
 
     def put(self) -> None:
         self._set(self.new, self.gradient)
@@ -179,6 +188,18 @@ def _smaller(model: nn.Module, cuts: Sequence[Cut], shifts: Mapping[str, Tensor]
         )
         for (owner, leaf), by_axis in places.items()
     ]
+
+
+def _bare_norms(models: Iterable[nn.Module], cuts: Sequence[Cut]) -> list[tuple[_NormBase, int]]:
+    """Norm layers without tensors, which know their width by an attribute alone, and what it will be."""
+    found = []
+    for model in models:
+        modules = modules_by_name(model)
+        for one in cuts:
+            module = modules.get(one.path)
+            if isinstance(module, _NormBase) and not axes(module, one.role):
+                found.append((module, module.num_features - len(one.places)))
+    return found
 
 
 def _rest(tensor: Tensor, axis: int, gone: Iterable[int]) -> Tensor:

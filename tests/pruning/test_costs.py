@@ -1,0 +1,209 @@
+"""Parameters and operations, counted by hand and on models that were really cut."""
+
+import copy
+import math
+import random
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from lightning_neurons.network.groups import Group, Part
+from lightning_neurons.pruning.costs import Costs, costs_of, effects, removed_by
+from lightning_neurons.pruning.example import Example
+from lightning_neurons.pruning.structure import Structure, discover
+from lightning_neurons.pruning.surgery import Cut, cut, cuts_of
+from tests.models import NETS, CharTransformer, pictures
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.start, self.again, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.again(self.again(self.start(x)).relu()).mean((2, 3)))
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(9, 4), nn.Linear(4, 9, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, codes: Tensor) -> Tensor:
+        return self.head(self.embed(codes))
+
+
+class ByKeyword(nn.Module):
+    """Names the inputs of its layers."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(input=x)
+
+
+PICTURE = (3, 9, 9)
+BY_HAND: dict[str, tuple[Any, Any, int, int]] = {  # a model, the shape of a sample, parameters, MACs
+    "conv": (lambda: nn.Conv2d(3, 8, 3), PICTURE, 8 * 27 + 8, 7 * 7 * 8 * 27),
+    "conv without bias": (lambda: nn.Conv2d(3, 8, 3, bias=False), PICTURE, 8 * 27, 7 * 7 * 8 * 27),
+    "stride and padding": (lambda: nn.Conv2d(3, 8, 3, 2, 1), PICTURE, 224, 5 * 5 * 8 * 27),
+    "oblong": (lambda: nn.Conv2d(3, 8, (1, 5), padding=(0, 2), stride=(3, 1)), PICTURE, 8 * 15 + 8, 3 * 9 * 8 * 15),
+    "dilation": (lambda: nn.Conv2d(3, 8, 3, dilation=2), PICTURE, 224, 5 * 5 * 8 * 27),
+    "depthwise": (lambda: nn.Conv2d(3, 3, 3, groups=3), PICTURE, 27 + 3, 7 * 7 * 27),
+    "two groups": (lambda: nn.Conv2d(4, 6, 3, groups=2), (4, 9, 9), 6 * 18 + 6, 7 * 7 * 6 * 18),
+    "sequence": (lambda: nn.Conv1d(3, 8, 4, 2), (3, 10), 8 * 12 + 8, 4 * 8 * 12),
+    "space": (lambda: nn.Conv3d(3, 2, 2), (3, 4, 4, 4), 2 * 24 + 2, 27 * 2 * 24),
+    "transposed": (lambda: nn.ConvTranspose2d(3, 5, 4, 2), PICTURE, 3 * 5 * 16 + 5, 81 * 3 * 5 * 16),
+    "transposed, groups": (lambda: nn.ConvTranspose2d(4, 6, 2, 2, groups=2), (4, 3, 3), 4 * 3 * 4 + 6, 9 * 4 * 3 * 4),
+    "linear": (lambda: nn.Linear(4, 5), (4,), 25, 20),
+    "tokens": (lambda: nn.Linear(4, 5), (7, 4), 25, 7 * 20),
+    "norms": (
+        lambda: nn.Sequential(nn.BatchNorm2d(3), nn.InstanceNorm2d(3, affine=True), nn.PReLU(3)), PICTURE, 15, 0
+    ),
+    "a whole net": (
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(196, 2)),
+        PICTURE, 112 + 8 + 394, 49 * 108 + 392,
+    ),
+    "one layer twice": (Twice, PICTURE, 112 + 148 + 10, 49 * 108 + 2 * 49 * 144 + 8),
+    "tied weights": (Tied, (5,), 36, 5 * 36),
+    "named inputs": (lambda: ByKeyword(nn.Conv2d(3, 8, 3)), PICTURE, 224, 49 * 8 * 27),
+    "named inputs, transposed": (lambda: ByKeyword(nn.ConvTranspose2d(3, 5, 2, 2)), PICTURE, 65, 81 * 60),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", BY_HAND)
+def test_parameters_and_operations_are_those_counted_by_hand(name, batch):
+    make, shape, parameters, macs = BY_HAND[name]
+    x = torch.zeros(batch, *shape, dtype=torch.long if name == "tied weights" else torch.float)
+    net = make().eval().requires_grad_(False)
+    costs = costs_of(net, Example(x))
+    assert (costs.parameters(), costs.macs()) == (parameters, macs)
+    assert not any(module._forward_hooks for module in net.modules())
+
+
+def test_operations_are_known_by_layer():
+    costs = costs_of(Twice().eval(), Example(torch.zeros(2, *PICTURE)))
+    assert [costs.macs_of(f"{name}.weight") for name in ("start", "again", "head", "unknown")] == [5292, 14112, 8, 0]
+
+
+@pytest.mark.parametrize("form", [lambda x: x, lambda x: (x,), lambda x: {"input": x}], ids=["tensor", "tuple", "dict"])
+def test_inputs_of_any_form_count_the_same(form):
+    assert costs_of(nn.Conv2d(3, 8, 3), Example(form(torch.zeros(2, *PICTURE)))).macs() == 49 * 216
+
+
+def test_hooks_are_gone_when_the_forward_fails():
+    net = nn.Sequential(nn.Linear(3, 2))
+    with pytest.raises(RuntimeError):
+        costs_of(net, Example(torch.zeros(2, 4)))
+    assert not net[0]._forward_hooks
+
+
+class Depthwise(nn.Module):
+    """Depthwise, a sum, slopes, and a norm without tensors of its own to cut but statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.deep = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1, groups=6)
+        self.norm, self.slopes = nn.BatchNorm2d(6, affine=False), nn.PReLU(6)
+        self.up, self.out = nn.ConvTranspose2d(6, 5, 2, 2), nn.Conv2d(5, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        return self.out(F.relu(self.up(self.slopes(x + self.norm(self.deep(x))))))
+
+
+class Joined(nn.Module):
+    """Two layers side by side; scaled by a parameter; flattened."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 5, 3)
+        self.scale = nn.Parameter(torch.rand(6, 1, 1))
+        self.join, self.hidden, self.head = nn.Conv2d(9, 6, 3), nn.Linear(96, 7), nn.Linear(7, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([self.left(x), self.right(x)], 1)
+        x = F.relu(self.join(x)) * self.scale
+        return self.head(F.relu(self.hidden(x.flatten(1))))
+
+
+EXAMPLES = {name: (make, pictures()[0]) for name, make in [*NETS.items(), ("depthwise", Depthwise), ("joined", Joined)]}
+EXAMPLES["one layer twice"] = (Twice, pictures()[0])
+EXAMPLES["transformer"] = (lambda: CharTransformer(9), torch.arange(24).reshape(2, 12) % 9)
+
+
+def recount(net: nn.Module, x: Tensor) -> tuple[int, int]:
+    """From what each layer says of itself, instead of from its tensors."""
+    macs: list[int] = []
+
+    def count(module: Any, args: Any, out: Tensor) -> None:
+        if isinstance(module, nn.Linear):
+            macs.append(out.numel() * module.in_features)
+        elif isinstance(module, nn.ConvTranspose2d):
+            macs.append(args[0].numel() * module.out_channels * math.prod(module.kernel_size))
+        else:
+            macs.append(out.numel() * module.in_channels // module.groups * math.prod(module.kernel_size))
+
+    kinds = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
+    hooks = [m.register_forward_hook(count) for m in net.modules() if isinstance(m, kinds)]
+    with torch.no_grad():
+        net(x)
+    for hook in hooks:
+        hook.remove()
+    return sum(p.numel() for p in net.parameters()), sum(macs) // len(x)
+
+
+def some_units(structure: Structure, seed: int) -> dict[str, list[int]]:
+    choose, units = random.Random(seed), {}
+    for root, group in structure.offered.items():
+        count = choose.randint(0, group.size - group.least)
+        if count:
+            units[root] = choose.sample(range(group.size), count)
+    return units
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_costs_without_units_are_those_of_a_model_that_was_really_cut(name):
+    make, x = EXAMPLES[name]
+    net = make().eval()
+    structure = discover(net, Example(x))
+    assert structure.offered
+    assert (structure.costs.parameters(), structure.costs.macs()) == recount(net, x) == structure.costs_without({})
+    for seed in range(12):
+        units = some_units(structure, seed)
+        smaller = copy.deepcopy(net)
+        cut(smaller, cuts_of(structure.groups.values(), units))
+        assert structure.costs_without(units) == recount(smaller, x), units
+
+
+def test_what_goes_is_counted_once_for_each_tensor_and_axis():
+    group = Group(
+        "conv", 3, (Part("conv", "makes", ((0,), (1,), (2,))), Part("fc", "reads", ((0, 1), (2, 3), (4, 5)))), {}
+    )
+    held = Group("scale", 2, (Part("scale", "holds", ((0,), (1,)), 0), Part("fc", "reads", ((6,), (7,)))), {})
+    modules = {"conv": nn.Conv2d(3, 3, 3), "fc": nn.Linear(8, 2)}
+    by_root = {"conv": effects(group, modules), "scale": effects(held, modules)}
+    removed = removed_by(by_root, {"conv": [0, 2], "scale": [1]})
+    assert removed == {("conv.weight", 0): 2, ("conv.bias", 0): 2, ("fc.weight", 1): 5, ("scale", 0): 1}
+    costs = Costs({"conv.weight": (3, 3, 3, 3), "fc.weight": (2, 8), "scale": (2,)}, {"fc.weight": 1.0})
+    assert (costs.parameters(), costs.parameters(removed)) == (99, 27 + 6 + 1)
+    assert (costs.macs(), costs.macs(removed)) == (16, 6)
+
+
+def test_units_of_several_groups_become_one_cut_per_module_and_role():
+    one = Group("a", 2, (Part("a", "makes", ((0,), (1,))), Part("c", "reads", ((0, 1), (2, 3)))), {})
+    other = Group("b", 2, (Part("b", "makes", ((0,), (1,))), Part("c", "reads", ((4,), (5,)))), {})
+    held = Group("d", 1, (Part("d.scale", "holds", ((2,),), 1),), {})
+    assert cuts_of([one, other, held], {"a": [1], "b": [1, 0], "c": [], "d": [0]}) == [
+        Cut("a", "makes", (1,)),
+        Cut("c", "reads", (2, 3, 4, 5)),
+        Cut("b", "makes", (0, 1)),
+        Cut("d.scale", "holds", (2,), 1),
+    ]
