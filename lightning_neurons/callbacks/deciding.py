@@ -12,8 +12,8 @@ from lightning_neurons.pruning.budget import PruningBudget
 from lightning_neurons.pruning.compensation import Compensation, InputMeans, fold_means, readers_of
 from lightning_neurons.pruning.plan import PruningPlan
 from lightning_neurons.pruning.planning import choose, decide, units_of
+from lightning_neurons.pruning.reach import Dense
 from lightning_neurons.pruning.rounds import Pending, Rounds
-from lightning_neurons.pruning.selection import Dense
 from lightning_neurons.pruning.structure import Structure, discover
 from lightning_neurons.pruning.surgery import Cut, cuts_of
 from lightning_neurons.results.neuron_report import NeuronReport

@@ -92,7 +92,8 @@ class PruningBudget:
         check_threshold(self.activation_threshold, "activation_threshold")
         if not isinstance(self.relative_threshold, bool):
             raise ArgumentError.of("relative_threshold", self.relative_threshold, "True or False")
-        if isinstance(self.ignore, str) or not all(isinstance(pattern, str) for pattern in self.ignore):
+        listed = isinstance(self.ignore, Sequence) and not isinstance(self.ignore, str)
+        if not listed or not all(isinstance(pattern, str) for pattern in self.ignore):
             raise ArgumentError.of("ignore", self.ignore, 'a list of patterns of layers, such as ["net.stem*"]')
         self._check_criterion()
 

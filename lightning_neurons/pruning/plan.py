@@ -1,6 +1,7 @@
 """What to remove and why: a plain value that can be looked at, saved, changed and applied."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -85,34 +86,30 @@ class PruningPlan:
         layers = [*self.neurons, *(layer for layer in lifted.neurons if layer not in self.neurons)]
         both = {n: tuple(sorted({*self.neurons.get(n, ()), *lifted.neurons.get(n, ())})) for n in layers}
         reasons = {n: {**self.reasons.get(n, {}), **lifted.reasons.get(n, {})} for n in layers}
-        cost = later.cost
+        cost = None if self else later.cost
         if self.cost is not None and later.cost is not None:
             cost = replace(later.cost, parameters=self.cost.parameters, macs=self.cost.macs)
         return PruningPlan(both, self.widths or later.widths, reasons, cost, (*self.notes, *later.notes))
 
     def lifted(self, before: "PruningPlan") -> "PruningPlan":
-        """This plan for the model that ``before`` leaves, in the indices of the model that ``before`` was made for."""
-        if not before.widths:
-            return self
-        stays = {layer: before.remaining(layer) for layer in self.neurons}
-        return replace(
-            self,
-            neurons={layer: tuple(stays[layer][i] for i in gone) for layer, gone in self.neurons.items()},
-            reasons={n: {stays[n][i]: why for i, why in by.items()} for n, by in self.reasons.items()},
-            widths=before.widths,
-        )
+        """This plan for the model that ``before`` leaves, in the indices of the model that ``before`` was made for.
+
+        Raises:
+            ArgumentError: If the plan does not fit the model that ``before`` leaves.
+        """
+        moved = _moved(self, before, _lift)
+        for layer, neurons in moved.neurons.items():
+            width = before.widths.get(layer)
+            if width is not None and neurons and neurons[-1] >= width:
+                left = width - len(before.neurons.get(layer, ()))
+                raise ArgumentError.of("plan", {layer: self.neurons[layer][-1]}, f"neurons of the {left} in {layer!r}")
+        return replace(moved, widths=before.widths or self.widths)
 
     def lowered(self, before: "PruningPlan") -> "PruningPlan":
         """This plan in the indices of the model that ``before`` leaves. What has gone already is left out."""
-        if not before.widths:
-            return self
-        place = {n: {origin: i for i, origin in enumerate(before.remaining(n))} for n in self.neurons}
-        return replace(
-            self,
-            neurons={n: tuple(place[n][i] for i in gone if i in place[n]) for n, gone in self.neurons.items()},
-            reasons={n: {place[n][i]: w for i, w in by.items() if i in place[n]} for n, by in self.reasons.items()},
-            widths={n: width - len(before.neurons.get(n, ())) for n, width in before.widths.items()},
-        )
+        widths = before.widths or self.widths
+        left = {n: width - len(before.neurons.get(n, ())) for n, width in widths.items()}
+        return replace(_moved(self, before, _lower), widths=left)
 
     def check(self, widths: Mapping[str, int]) -> None:
         """Make sure that the plan is one for a model.
@@ -161,6 +158,32 @@ class PruningPlan:
             ArgumentError: If the file is no plan, of a newer version, or contradicts itself.
         """
         return cls.from_dict(plan_json.read(Path(path)))
+
+
+def _moved(plan: PruningPlan, before: PruningPlan, move: Callable[[int, Sequence[int]], int | None]) -> PruningPlan:
+    """A plan in other indices; what has none is left out."""
+
+    def of(layer: str, neurons: Iterable[int]) -> dict[int, int]:
+        gone = before.neurons.get(layer, ())
+        return {i: there for i in neurons if (there := move(i, gone)) is not None}
+
+    return replace(
+        plan,
+        neurons={layer: tuple(of(layer, neurons).values()) for layer, neurons in plan.neurons.items()},
+        reasons={n: {there: by[i] for i, there in of(n, by).items()} for n, by in plan.reasons.items()},
+    )
+
+
+def _lift(neuron: int, gone: Sequence[int]) -> int:
+    """The index that a neuron had before others went; ``gone`` is sorted."""
+    for earlier in gone:
+        neuron += earlier <= neuron
+    return neuron
+
+
+def _lower(neuron: int, gone: Sequence[int]) -> int | None:
+    """The index that a neuron has when others have gone, or None if it has gone itself."""
+    return None if neuron in gone else neuron - bisect_left(gone, neuron)
 
 
 def _checked(layer: str, indices: Any) -> tuple[int, ...]:

@@ -2,12 +2,13 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning_neurons.errors import ArgumentError, is_number
 
+_AS_SAVED = "a plan as PruningPlan.save wrote it"
 FORMAT, VERSION = "lightning_neurons pruning plan", 1
 
 
@@ -67,25 +68,38 @@ def fields(
         raise ArgumentError.of("plan", f"version {document.get('version')!r}", f"version 1 to {VERSION}")
     neurons = {layer: checked(layer, indices) for layer, indices in document["neurons"].items()}
     widths, reasons, cost = document.get("widths") or {}, document.get("reasons") or {}, document.get("cost")
-    if not _is_map(widths) or not all(isinstance(w, int) and w > 0 for w in widths.values()):
+    if not _is_map(widths) or not all(is_number(w) and isinstance(w, int) and w > 0 for w in widths.values()):
         raise ArgumentError.of("plan", widths, "widths that are positive whole numbers by layer")
     for layer, indices in neurons.items():
         if layer in widths and indices and indices[-1] >= widths[layer]:
             raise ArgumentError.of(
                 "plan", {layer: indices[-1]}, f"neurons below the width {widths[layer]} in {layer!r}"
             )
+    _check_reasons(reasons, neurons)
+    if not (cost is None or (_is_map(cost) and all(map(is_number, cost.values())))):
+        raise ArgumentError.of("plan", cost, f"a cost of numbers, in {_AS_SAVED}")
+    if not isinstance(document.get("notes", []), list):
+        raise ArgumentError.of("plan", document["notes"], f"a list of notes, in {_AS_SAVED}")
     try:
         return {
             "neurons": neurons,
             "widths": widths,
             "reasons": {layer: {int(i): str(why) for i, why in by.items()} for layer, by in reasons.items()},
             "cost": None if cost is None else cost_type(**cost),
-            "notes": tuple(map(str, document.get("notes") or ())),
+            "notes": tuple(map(str, document.get("notes", []))),
         }
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ArgumentError.of(
-            "plan", f"{type(error).__name__}: {error}", "a plan as PruningPlan.save wrote it"
-        ) from error
+    except TypeError as error:
+        raise ArgumentError.of("plan", str(error), _AS_SAVED) from error
+
+
+def _check_reasons(reasons: Any, neurons: Mapping[str, tuple[int, ...]]) -> None:
+    by_layer: dict[str, Any] = reasons if _is_map(reasons) else {"": None}
+    for layer, by in by_layer.items():
+        if not _is_map(by) or not all(i.isdecimal() for i in by):
+            raise ArgumentError.of("plan", reasons, f"reasons by layer and neuron, in {_AS_SAVED}")
+        strange = [i for i in by if int(i) not in neurons.get(layer, ())]
+        if strange:
+            raise ArgumentError.of("plan", {layer: strange[0]}, "reasons for neurons that it removes")
 
 
 def _is_map(value: Any) -> bool:

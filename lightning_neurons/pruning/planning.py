@@ -7,8 +7,9 @@ from lightning_neurons.errors import PruningError, UnknownNameError
 from lightning_neurons.network.coupling import Group
 from lightning_neurons.pruning.budget import PruningBudget
 from lightning_neurons.pruning.plan import PlanCost, PruningPlan
+from lightning_neurons.pruning.reach import Dense
 from lightning_neurons.pruning.scoring import GroupScores, group_scores, neuron_scores, random_scores
-from lightning_neurons.pruning.selection import Dense, Selection, select
+from lightning_neurons.pruning.selection import Selection, select
 from lightning_neurons.pruning.structure import Structure
 from lightning_neurons.results.neuron_report import NeuronReport
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Any, get_args
 
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from lightning_neurons.errors import ArgumentError, check_choice, is_number
 from lightning_neurons.network.batches import inputs_of, targets_of
@@ -104,6 +105,8 @@ def prune(
     check_choice("compensation", compensation, get_args(Compensation))
     wanted = _wanted(plan_or_budget)
     optimizers = checked_optimizers(optimizer, model)
+    if batches is not None and (isinstance(batches, Tensor | Dataset) or not isinstance(batches, Iterable)):
+        raise ArgumentError.of("batches", type(batches).__name__, "an iterable of batches: a DataLoader, or [batch]")
     kept = None if batches is None else list(batches)
     if compensation == "mean" and not kept:
         raise ArgumentError.of("batches", batches, 'some batches to average over, with compensation="mean"')

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_neurons.pruning.plan import PruningPlan
-from lightning_neurons.pruning.selection import Dense
+from lightning_neurons.pruning.reach import Dense
 from lightning_neurons.pruning.surgery import Cut
 
 

@@ -67,9 +67,9 @@ class PruningSchedule:
             number: The round, counted from 1.
             removed: The share that is removed in the end.
         """
-        way = number / self.rounds
+        way = 1.0 if self.shape == "one_shot" else number / self.rounds
         if self.shape == "cubic":
             return 1 - (1 - way) ** 3
-        if self.shape == "geometric":
+        if self.shape == "geometric" and removed > 0:
             return float((1 - (1 - removed) ** way) / removed)
         return way

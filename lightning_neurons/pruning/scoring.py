@@ -52,13 +52,14 @@ def group_scores(
         scores: By layer, ``(neuron,)``.
         budget: Says how to aggregate.
     """
-    how: Aggregate = "max" if budget.agreement == "all" else budget.aggregate
+    strict = budget.agreement == "all"
+    how: Aggregate = "max" if strict else budget.aggregate
     found = {}
     for root, group in groups.items():
-        rows = [_of_units(scores[layer], units, how) for layer, units in group.layers.items() if layer in scores]
+        rows = [_of_units(scores[n], units, how, strict) for n, units in group.layers.items() if n in scores]
         by_layer = torch.stack(rows) if rows else torch.zeros(0, group.size, dtype=torch.float64)
         value = _reduced(by_layer, how)
-        if budget.agreement == "all":
+        if strict:
             value = torch.where(by_layer.isnan().any(0), torch.nan, value)
         found[root] = GroupScores(value, by_layer)
     return found
@@ -74,11 +75,19 @@ def random_scores(groups: Mapping[str, Group], seed: int) -> dict[str, GroupScor
     return found
 
 
-def _of_units(scores: Tensor, units: tuple[tuple[int, ...], ...], how: Aggregate) -> Tensor:
+def _of_units(scores: Tensor, units: tuple[tuple[int, ...], ...], how: Aggregate, strict: bool) -> Tensor:
+    """What a layer says of each unit; where it has no neuron in one, it agrees to everything."""
     if all(len(unit) == 1 for unit in units):
         return scores[[unit[0] for unit in units]]
-    nothing = scores.new_full((), torch.nan)
-    return torch.stack([_reduced(scores[list(unit)][:, None], how)[0] if unit else nothing for unit in units])
+    nothing = scores.new_full((), -torch.inf if strict else torch.nan)
+    found = []
+    for unit in units:
+        own = scores[list(unit)]
+        unknown = strict and bool(own.isnan().any())
+        found.append(
+            nothing if not unit else own.new_full((), torch.nan) if unknown else _reduced(own[:, None], how)[0]
+        )
+    return torch.stack(found)
 
 
 def _reduced(rows: Tensor, how: Aggregate) -> Tensor:

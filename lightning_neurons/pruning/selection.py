@@ -1,7 +1,7 @@
 """Which units go: an order of all candidates, and how far along it the budget reaches."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,32 +9,9 @@ from torch import Tensor
 
 from lightning_neurons.network.coupling import Group
 from lightning_neurons.pruning.budget import PruningBudget
+from lightning_neurons.pruning.reach import Dense, bucket_of, by_root, reach, rounded
 from lightning_neurons.pruning.scoring import GroupScores
 from lightning_neurons.pruning.structure import Structure
-
-
-@dataclass(frozen=True)
-class Dense:
-    """The model before anything was cut; budgets are shares of it.
-
-    Attributes:
-        widths: Neurons by layer.
-        parameters: Parameters.
-        macs: Multiply-accumulate operations per sample.
-    """
-
-    widths: Mapping[str, int]
-    parameters: int
-    macs: int
-
-    @classmethod
-    def of(cls, structure: Structure) -> "Dense":
-        """A model that has not been cut."""
-        return cls(structure.widths, structure.costs.parameters(), structure.costs.macs())
-
-    def size(self, group: Group, structure: Structure) -> int:
-        """How many units a group had."""
-        return group.size + self.widths.get(group.root, 0) - structure.widths[group.root]
 
 
 @dataclass(frozen=True)
@@ -80,14 +57,18 @@ def select(
     room = _room(structure, groups, budget, dense)
     order = _order(structure, candidates, scores, budget, room)
 
-    def units_of(chosen: Sequence[tuple[str, int]]) -> dict[str, list[int]]:
-        found: dict[str, list[int]] = {}
-        for root, unit in chosen:
-            found.setdefault(root, []).append(unit)
-        return _rounded(found, groups, budget.round_to)
+    def units_of(some: Sequence[tuple[str, int]]) -> dict[str, list[int]]:
+        return rounded(by_root(some), groups, budget.round_to)
 
-    chosen = units_of(_reach(structure, groups, order, scores, budget, dense, units_of, notes))
-    places = {root: {unit: place for place, unit in enumerate(units)} for root, units in candidates.items()}
+    reached = reach(structure, groups, order, budget, dense, units_of, notes)
+    taken, chosen = by_root(reached), units_of(reached)
+    lost = sum(map(len, taken.values())) - sum(map(len, chosen.values()))
+    if lost:
+        notes.append(f"{lost} neurons stay, so that widths are multiples of round_to={budget.round_to}")
+    held = sum(map(len, candidates.values())) - len(order)
+    if held and budget.rule[0] == "threshold":
+        notes.append(f"{held} neurons stay, as min_neurons and max_amount ask for")
+    places = {root: _places(scores[root].value) for root in candidates if root in scores}
     gone = structure.neurons(chosen)
     full = [layer for layer, neurons in gone.items() if len(neurons) >= room[layer]]
     if full and budget.rule[0] != "threshold":
@@ -110,9 +91,10 @@ def _candidates(root: str, scores: Mapping[str, GroupScores], budget: PruningBud
     if name == "threshold":
         allowed &= given.value <= (-value if budget.by_deadness else value)
     elif name == "amount" and budget.agreement == "all":
-        lowest = round(value * len(given.value))
-        ranks = given.by_layer.argsort(dim=1, stable=True).argsort(dim=1, stable=True)
-        agreed = (ranks < lowest).all(0)
+        present = given.by_layer > -torch.inf  # a layer may have no neuron in a unit
+        ranks = given.by_layer.argsort(dim=1, stable=True).argsort(dim=1, stable=True) - (~present).sum(1, keepdim=True)
+        lowest = torch.tensor([[round(value * int(count))] for count in (present | given.by_layer.isnan()).sum(1)])
+        agreed = (~present | (ranks < lowest.reshape(-1, 1))).all(0) & ~given.by_layer.isnan().any(0)
         if (allowed & ~agreed).any():
             notes.append(f"{root}: {int((allowed & ~agreed).sum())} neurons stay, as not all of its layers agree")
         allowed &= agreed
@@ -173,67 +155,6 @@ def _order(
     return found
 
 
-def bucket_of(structure: Structure, budget: PruningBudget) -> dict[str, str]:
-    """By root, the name of the set whose neurons compete with one another."""
-    if budget.scope == "global":
-        return dict.fromkeys(structure.groups, "the model")
-    if budget.scope == "layer":
-        return {root: root for root in structure.groups}
-    return {root: structure.blocks[root] for root in structure.groups}
-
-
-def _reach(
-    structure: Structure,
-    groups: Mapping[str, Group],
-    order: list[tuple[str, int]],
-    scores: Mapping[str, GroupScores],
-    budget: PruningBudget,
-    dense: Dense,
-    units_of: Callable[[Sequence[tuple[str, int]]], dict[str, list[int]]],
-    notes: list[str],
-) -> list[tuple[str, int]]:
-    """How far along the order the budget goes."""
-    name, value = budget.rule
-    if name == "threshold":
-        return order
-    if name == "amount":
-        buckets = bucket_of(structure, budget)
-        left: dict[str, int] = {}
-        for bucket in dict.fromkeys(buckets[root] for root in groups):
-            inside = [group for root, group in groups.items() if buckets[root] == bucket]
-            before = sum(dense.size(group, structure) for group in inside)
-            left[bucket] = max(round(value * before) - (before - sum(group.size for group in inside)), 0)
-        chosen = []
-        for root, unit in order:
-            if left[buckets[root]] > 0:
-                left[buckets[root]] -= 1
-                chosen.append((root, unit))
-        missing = {bucket: count for bucket, count in left.items() if count}
-        if missing:
-            listed = ", ".join(f"{count} neurons of {bucket}" for bucket, count in missing.items())
-            notes.append(f"amount={value:g} is not reached: {listed} more would have to go than may")
-        return chosen
-    total = dense.macs if name == "target_macs" else dense.parameters
-
-    def share(count: int) -> float:
-        parameters, macs = structure.costs_without(units_of(order[:count]))
-        return (macs if name == "target_macs" else parameters) / total
-
-    low, high = 0, len(order)
-    if share(high) > value:
-        notes.append(f"{name}={value:g} is not reached: {share(high):.3f} remain when all goes that may")
-        return order
-    while low < high:  # the shortest beginning of the order that meets the target
-        middle = (low + high) // 2
-        low, high = (low, middle) if share(middle) <= value else (middle + 1, high)
-    return order[:low]
-
-
-def _rounded(units: Mapping[str, list[int]], groups: Mapping[str, Group], round_to: int) -> dict[str, list[int]]:
-    """Give units back, the most important first, until each width is a multiple of ``round_to``."""
-    found = {}
-    for root, chosen in units.items():
-        back = -(groups[root].size - len(chosen)) % round_to
-        if len(chosen) > back:
-            found[root] = chosen[: len(chosen) - back]
-    return found
+def _places(value: Tensor) -> dict[int, int]:
+    """By unit, its place in the order of its group."""
+    return {unit: place for place, unit in enumerate(torch.sort(value, stable=True).indices.tolist())}

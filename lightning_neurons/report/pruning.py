@@ -7,8 +7,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lightning_neurons.pruning.reach import Dense
 from lightning_neurons.pruning.rounds import PruningRound
-from lightning_neurons.pruning.selection import Dense
 
 
 def start_scalars(dense: Dense) -> dict[str, float]:

@@ -65,8 +65,9 @@ class MeasurementSettings:
         if not isinstance(relative_threshold, bool):
             raise ArgumentError.of("relative_threshold", relative_threshold, "True or False")
         asked = near_zero(check_threshold(threshold), relative=relative_threshold)
+        by_name = {c for c in criteria if isinstance(c, str)}  # a criterion of one's own has its own threshold
         return cls(
-            criteria=tuple(asked if c.name == asked.name else c for c in resolve(criteria)),
+            criteria=tuple(asked if c.name == asked.name and c.name in by_name else c for c in resolve(criteria)),
             layers=None if layers is None else tuple(layers),
             per_class=per_class,
             threshold=float(threshold),
