@@ -20,6 +20,19 @@ def fit_widths(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: A
         )
 
 
+def follow_checkpoints(module: nn.Module) -> None:
+    """Let a module take the widths of whatever is loaded into it, until ``stop_following``."""
+    stop_following(module)
+    module.register_load_state_dict_pre_hook(fit_widths)
+
+
+def stop_following(module: nn.Module) -> None:
+    """Remove the hook, also one that a copy has inherited."""
+    hooks = module._load_state_dict_pre_hooks
+    for key in [key for key, hook in hooks.items() if getattr(hook, "hook", hook) is fit_widths]:
+        del hooks[key]
+
+
 class PrunedCheckpointMixin:
     """Put before ``LightningModule`` in a class's bases, this makes ``load_from_checkpoint`` accept pruned checkpoints.
 

@@ -1,5 +1,6 @@
 """What to cut, decided by one process for all."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +42,12 @@ class Verdict:
     norm_behind: dict[str, str]
     notes: tuple[str, ...]
 
+    @property
+    def problems(self) -> list[str]:
+        """What keeps the budget from being met."""
+        unmet = [note for note in self.notes if "not reached" in note]
+        return [*(f"cannot cut {reason}" for reason in self.unprunable), *unmet]
+
 
 def look(pl_module: Any, runner: Runner, budget: PruningBudget) -> tuple[Structure, tuple[str, ...]]:
     """The structure of a module, and what of it cannot be cut although it is not to be ignored."""
@@ -56,7 +63,7 @@ def look(pl_module: Any, runner: Runner, budget: PruningBudget) -> tuple[Structu
 def judge(
     pl_module: Any,
     runner: Runner,
-    budget: PruningBudget,
+    budgets: Sequence[PruningBudget],
     report: NeuronReport | None,
     rounds: Rounds,
     is_due: bool,
@@ -68,18 +75,20 @@ def judge(
     Args:
         pl_module: The module.
         runner: How to run it.
-        budget: What is due.
+        budgets: What is due now, and what is due in the end; by that, measurements vote.
         report: The latest measurement; None for random scores.
         rounds: What has happened so far.
         is_due: Whether a round is due; else only the vote counts.
         patience: How many measurements must agree.
         seed: Of random scores.
     """
+    budget, final = budgets[0], budgets[-1]
     structure, unprunable = look(pl_module, runner, budget)
     dense = rounds.dense or Dense.of(structure)
     before = Rounds(dense, rounds.done).plan
     choice = choose(structure, budget, report, dense=dense, seed=seed)
-    mine = PruningPlan({n: tuple(v) for n, v in structure.neurons(choice.units).items()}).lifted(before)
+    last = choice if patience == 1 else choose(structure, final, report, dense=dense, seed=seed)
+    mine = PruningPlan({n: tuple(v) for n, v in structure.neurons(last.units).items()}).lifted(before)
     vote = {layer: list(neurons) for layer, neurons in mine.neurons.items()}
     norms = dict(structure.coupling.norm_behind)
     votes = rounds.votes[len(rounds.votes) - patience + 1 :] if patience > 1 else []

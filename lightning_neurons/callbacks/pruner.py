@@ -4,7 +4,7 @@ Between decision and cut the plan is pending and goes into every checkpoint, so 
 to its weights, and a resumed run goes on as the uninterrupted one would have.
 """
 
-from dataclasses import replace
+import weakref
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_neurons.callbacks import suitability
-from lightning_neurons.callbacks.checkpoint import fit_widths
+from lightning_neurons.callbacks.checkpoint import follow_checkpoints, stop_following
 from lightning_neurons.callbacks.cutting import averages_of, carry_out, reset_early_stopping
 from lightning_neurons.callbacks.deciding import Verdict, in_one_process, judge, prepare
 from lightning_neurons.callbacks.observer import NeuronObserver
@@ -43,7 +43,8 @@ class NeuronPruner(NeuronObserver):
         self._seed: int | None = None
         self._runner: Runner | None = None
         self._kept = KeptBatches(0)
-        self._load_hooks: list[Any] = []
+        self._fitted: Any = None  # a weak reference to the module of the last fit
+        self._restored = self._validated = False
 
     @property
     def plan(self) -> PruningPlan:
@@ -63,25 +64,34 @@ class NeuronPruner(NeuronObserver):
         """Continue with the rounds of a checkpoint."""
         super().load_state_dict(state_dict)
         self.rounds, self._seed = Rounds.from_state(state_dict["rounds"]), state_dict["seed"]
+        self._restored = True
 
     # -- before anything runs
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse what cannot work, and let checkpoints of other widths be loaded, in every stage."""
         if stage == "fit":
+            schedule, following = self.pruning.schedule, self.rounds.number + 1
+            start = schedule.epoch_of(following) if following <= schedule.rounds else None
             suitability.refuse_strategy(type(self).__name__, trainer)
-            suitability.refuse_run(type(self).__name__, trainer, self.pruning.schedule.start_epoch)
+            suitability.refuse_run(type(self).__name__, trainer, start)
+            suitability.refuse_company(type(self).__name__, trainer, NeuronPruner)
+            suitability.refuse_patterns(pl_module, self.pruning.budget)
             self._seed = torch.initial_seed() % 2**31 if self._seed is None else self._seed
-        # An average that was copied before has no such hook yet.
-        roots = [pl_module, *averages_of(trainer)]
-        self._load_hooks = [root.register_load_state_dict_pre_hook(fit_widths) for root in roots]
+            self._validated = False
         super().setup(trainer, pl_module, stage)
+        for module in (pl_module, *averages_of(trainer)):  # an average may have been copied before
+            follow_checkpoints(module)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Refuse optimizers that cannot go on, and rounds of another model."""
         suitability.refuse_optimizers(type(self).__name__, trainer)
+        known = self._restored or (self._fitted is not None and self._fitted() is pl_module)
+        self._fitted, self._restored = weakref.ref(pl_module), False
         if suitability.is_fresh(type(self).__name__, pl_module, self.rounds):
             self.rounds = Rounds()
+        elif not known:  # what was decided was decided for another module
+            self.rounds.pending, self.rounds.votes = None, []
 
     # -- measuring
 
@@ -112,11 +122,8 @@ class NeuronPruner(NeuronObserver):
         """Whether this validation counts: as a trial, for a round, or for the patience of one."""
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return bool(trainer.sanity_checking)
-        following = self.rounds.number + 1
-        if following > self.pruning.schedule.rounds or trainer.fast_dev_run:
-            return False
-        lead = (self.pruning.patience - 1) * (trainer.check_val_every_n_epoch or 1)
-        return bool(trainer.current_epoch + 1 + lead >= self.pruning.schedule.epoch_of(following))
+        every = trainer.check_val_every_n_epoch or 1
+        return bool(trainer.fast_dev_run) or self.pruning.is_near(self.rounds.number + 1, trainer.current_epoch, every)
 
     # -- deciding
 
@@ -126,7 +133,7 @@ class NeuronPruner(NeuronObserver):
         super().on_validation_epoch_end(trainer, pl_module)
         if self._runner is None:
             return
-        if trainer.sanity_checking:
+        if trainer.sanity_checking or trainer.fast_dev_run:
             self._ask(trainer, pl_module, self.pruning.trial(), is_due=False)
         elif self.pruning.budget.measured is None or self.report is not None:
             self._decide(trainer, pl_module)
@@ -138,7 +145,7 @@ class NeuronPruner(NeuronObserver):
         if is_due and suitability.is_over(trainer):
             self._warn(f"round {number} of {schedule.rounds} is not made: no epoch follows {trainer.current_epoch}")
             return
-        verdict = self._ask(trainer, pl_module, self.pruning.due(number), is_due=is_due)
+        verdict = self._ask(trainer, pl_module, self.pruning.due(number), self.pruning.budget, is_due=is_due)
         if verdict is None:
             return
         self.rounds.votes = [*self.rounds.votes, verdict.vote][1 - patience :] if patience > 1 else []
@@ -147,18 +154,17 @@ class NeuronPruner(NeuronObserver):
         assert self._runner is not None, "there was a batch"
         how = self.pruning.compensation
         self.rounds.pending = prepare(trainer, pl_module, self._runner, self._kept, verdict, number, how)
-        if not verdict.plan:
+        if not verdict.plan and not any("met already" in note for note in verdict.notes):
             self._warn(f"nothing is cut in round {number}: {'; '.join(verdict.plan.notes)}")
 
-    def _ask(self, trainer: Any, pl_module: Any, budget: PruningBudget, *, is_due: bool) -> Verdict | None:
+    def _ask(self, trainer: Any, pl_module: Any, *budgets: PruningBudget, is_due: bool) -> Verdict | None:
         """Ask the first process; what fails before training begins is an error, later it costs a round."""
         runner, seed = self._runner, (self._seed or 0) + self.rounds.number
         assert runner is not None, "there was a batch"
         report, patience = self.report, self.pruning.patience
         try:
             verdict: Verdict = in_one_process(
-                trainer,
-                lambda: judge(pl_module, runner, budget, report, self.rounds, is_due, patience, seed),
+                trainer, lambda: judge(pl_module, runner, budgets, report, self.rounds, is_due, patience, seed)
             )
         except PruningError as error:
             if trainer.global_step == 0:
@@ -166,11 +172,9 @@ class NeuronPruner(NeuronObserver):
             self._warn(f"no plan could be made after epoch {trainer.current_epoch}: {error}", once=str(error))
             return None
         self.rounds.dense = verdict.dense
-        unmet = [note for note in verdict.notes if "not reached" in note]
-        problems = [*(f"cannot cut {reason}" for reason in verdict.unprunable), *unmet]
-        if problems and self.pruning.on_unprunable == "raise":
-            raise MisconfigurationException(f"{type(self).__name__}: {'; '.join(problems)}")
-        for problem in problems:
+        if verdict.problems and self.pruning.on_unprunable == "raise":
+            raise MisconfigurationException(f"{type(self).__name__}: {'; '.join(verdict.problems)}")
+        for problem in verdict.problems:
             self._warn(problem)
         return verdict
 
@@ -184,28 +188,19 @@ class NeuronPruner(NeuronObserver):
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Carry out what is pending: after every checkpoint of the last epoch, and before the first batch of this."""
         monitor, metrics = self.pruning.monitor, trainer.callback_metrics
-        if monitor is not None and trainer.current_epoch > 0 and metrics and monitor not in metrics:
+        if monitor is not None and self._validated and monitor not in metrics:
             unknown = UnknownNameError.among("monitor", monitor, list(metrics))
             raise MisconfigurationException(f"{type(self).__name__}: {unknown}")
-        self._note_recovery(trainer)
         pending, rounds = self.rounds.pending, self.rounds
         if pending is None:
             return
         made = carry_out(trainer, pl_module, pending, self._runner, self._kept, monitor)
-        rounds.done, rounds.pending = [*rounds.done, made], None
+        rounds.finish(made)
         self._kept, self._runner = KeptBatches(0), None
         if self.pruning.reset_early_stopping and pending.cuts:
             reset_early_stopping(trainer)
         self._write(trainer, round_scalars(made, rounds.widths()))
         rank_zero_info(f"{type(self).__name__}: {made.summary}")
-
-    def _note_recovery(self, trainer: Any) -> None:
-        """Note the metric at the first validation after a cut."""
-        done, monitor = self.rounds.done, self.pruning.monitor
-        value = trainer.callback_metrics.get(monitor) if monitor is not None else None
-        if value is not None and done and done[-1].after is None:
-            done[-1] = replace(done[-1], after=float(value))
-            self._write(trainer, {"pruning/metric_after": float(value)})
 
     def _write(self, trainer: Any, values: dict[str, float]) -> None:
         if trainer.is_global_zero:
@@ -214,14 +209,19 @@ class NeuronPruner(NeuronObserver):
     # -- the end
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """Say early that the metric is not among what validation logs."""
+        """Note the metric at the first validation after a cut; say early if it is not among what validation logs."""
         monitor, metrics = self.pruning.monitor, trainer.callback_metrics
-        if trainer.sanity_checking and monitor is not None and metrics and monitor not in metrics:
+        if trainer.state.fn != "fit" or monitor is None:
+            return
+        if trainer.sanity_checking and metrics and monitor not in metrics:
             self._warn(f"{UnknownNameError.among('monitor', monitor, list(metrics))} Fine if training logs it.")
+        elif not trainer.sanity_checking:
+            self._validated = True
+            if monitor in metrics and self.rounds.note_recovery(float(metrics[monitor])):
+                self._write(trainer, {"pruning/metric_after": float(metrics[monitor])})
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Show what has been done, and what has not."""
-        self._note_recovery(trainer)
         if self.pending is not None:
             self._warn(
                 f"training ended before a plan for {len(self.pending)} neurons was carried out; it is in checkpoints, "
@@ -229,15 +229,23 @@ class NeuronPruner(NeuronObserver):
             )
         if not self.rounds.done and not trainer.fast_dev_run:
             self._warn("nothing has been cut")
-        elif self.rounds.dense is not None and trainer.is_global_zero:
+        elif self.rounds.done and self.rounds.dense is not None and trainer.is_global_zero:
             print_rounds(self.rounds.done, self.rounds.dense, self.rounds.widths(), self.pruning.monitor)
 
     def on_test_end(self, trainer: Any, pl_module: Any) -> None:
         """Nothing was measured."""
 
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Leave nothing behind."""
+        self._release(trainer, pl_module)
+        super().on_exception(trainer, pl_module, exception)
+
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Leave nothing behind."""
-        for hook in self._load_hooks:
-            hook.remove()
-        self._load_hooks, self._runner, self._kept = [], None, KeptBatches(0)
+        self._release(trainer, pl_module)
         super().teardown(trainer, pl_module, stage)
+
+    def _release(self, trainer: Any, pl_module: Any) -> None:
+        for module in (pl_module, *averages_of(trainer)):
+            stop_following(module)
+        self._runner, self._kept = None, KeptBatches(0)

@@ -34,6 +34,17 @@ class PruningSettings:
     on_unprunable: OnUnprunable
     example_inputs: Any
 
+    def is_near(self, number: int, epoch: int, every: int) -> bool:
+        """Whether a validation at the end of an epoch matters for a round, itself or for patience.
+
+        Args:
+            number: The round.
+            epoch: The epoch.
+            every: How many epochs lie between validations.
+        """
+        lead = (self.patience - 1) * every
+        return number <= self.schedule.rounds and epoch + 1 + lead >= self.schedule.epoch_of(number)
+
     def due(self, number: int) -> PruningBudget:
         """The budget of a round of the schedule."""
         rule, value = self.budget.rule
@@ -44,5 +55,5 @@ class PruningSettings:
 
     def trial(self) -> PruningBudget:
         """The budget by which is tried, before anything has been measured, whether it can be met."""
-        given = {"amount": 1.0, "threshold": None} if self.budget.threshold is not None else {}
+        given = {"amount": 1e-9, "threshold": None} if self.budget.threshold is not None else {}
         return replace(self.budget, criterion="random", **given)  # type: ignore[arg-type]

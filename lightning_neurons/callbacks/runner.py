@@ -115,11 +115,12 @@ def metric_on(trainer: Any, pl_module: Any, kept: KeptBatches, monitor: str) -> 
         monitor: The name under which it is logged.
     """
     replay = StepReplay(trainer, pl_module, "validation_step", None)
+    name = monitor.removesuffix("/dataloader_idx_0")  # the samples are those of the first dataloader
     total, count, metric = 0.0, 0, None
     with replay.isolated(), torch.no_grad(), eager():
         for batch in kept.on(pl_module.device):
             replay.run(batch)
-            value = replay.logged.get(monitor)
+            value = replay.logged.get(name)
             if isinstance(value, Metric):
                 metric = value
             elif value is not None:

@@ -4,8 +4,11 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from lightning_neurons.callbacks.arguments import lightning_errors
+from lightning_neurons.callbacks.checks import overrides
 from lightning_neurons.network.families import family_of
 from lightning_neurons.network.layer import candidates
+from lightning_neurons.pruning.budget import PruningBudget
 from lightning_neurons.pruning.optimizers import why_not
 from lightning_neurons.pruning.rounds import Rounds
 
@@ -33,8 +36,13 @@ def refuse_strategy(who: str, trainer: Any) -> None:
         )
 
 
-def refuse_run(who: str, trainer: Any, start_epoch: int) -> None:
+def refuse_run(who: str, trainer: Any, start_epoch: int | None) -> None:
     """Refuse runs in which nothing could be cut.
+
+    Args:
+        who: The callback.
+        trainer: The Trainer.
+        start_epoch: When the next round is due; None if all have been made.
 
     Raises:
         MisconfigurationException: Saying what is missing.
@@ -45,7 +53,8 @@ def refuse_run(who: str, trainer: Any, start_epoch: int) -> None:
             "validation_step, no validation data, or limit_val_batches=0); prune() works without."
         )
     last = trainer.max_epochs
-    if last is not None and last != -1 and start_epoch >= last and not trainer.fast_dev_run:
+    endless = last is None or last == -1 or trainer.fast_dev_run
+    if start_epoch is not None and not endless and start_epoch >= last:
         raise MisconfigurationException(
             f"{who}(start_epoch={start_epoch}): the first cut would be made at the beginning of epoch {start_epoch}, "
             f"and max_epochs={last} ends before it; expected a start_epoch below {last}"
@@ -55,6 +64,30 @@ def refuse_run(who: str, trainer: Any, start_epoch: int) -> None:
         raise MisconfigurationException(
             f"{who} cannot cut layers whose weights are masked by {type(masks[0]).__name__}; use one of the two"
         )
+
+
+def refuse_company(who: str, trainer: Any, kind: type) -> None:
+    """Refuse a second callback that cuts: each would hold the indices of a model that the other has changed.
+
+    Raises:
+        MisconfigurationException: If there is another one.
+    """
+    if sum(isinstance(callback, kind) for callback in trainer.callbacks) > 1:
+        raise MisconfigurationException(
+            f"{who}: a Trainer can have one pruning callback; use one with several rounds (schedule=, end_epoch=), or "
+            "prune() between two fits"
+        )
+
+
+def refuse_patterns(pl_module: Any, budget: PruningBudget) -> None:
+    """Refuse patterns that match no layer.
+
+    Raises:
+        CallbackArgumentError: Naming the nearest layers.
+    """
+    if not overrides(pl_module, "configure_model"):  # else there may be no layers yet
+        with lightning_errors():
+            budget.ignores(list(candidates(pl_module)))
 
 
 def refuse_optimizers(who: str, trainer: Any) -> None:

@@ -31,7 +31,9 @@ class Example:
         """Run a model on a copy of the inputs, always with the same random numbers."""
         devices = {t.device.index for t in model.parameters() if t.device.type == "cuda"}
         with torch.random.fork_rng(devices=sorted(d for d in devices if d is not None)), eager():
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)  # torch.manual_seed would also look after devices that are not used
+            if devices:
+                torch.cuda.manual_seed_all(0)
             return self.forward(model, map_tensors(self.inputs, Tensor.clone))
 
     def to(self, dtype: torch.dtype) -> "Example":

@@ -51,7 +51,7 @@ def choose(
     Raises:
         UnknownNameError: If a pattern of ``budget.ignore`` matches no layer.
     """
-    if report is None:
+    if report is None or budget.measured is None:
         scores = random_scores(structure.offered, seed)
     else:
         scores = group_scores(structure.offered, neuron_scores(report, budget), budget)

@@ -76,6 +76,9 @@ def reach(
         return (macs if name == "target_macs" else parameters) / total
 
     low, high = 0, len(order)
+    if share(0) <= value:
+        notes.append(f"nothing is cut: {name}={value:g} is met already")
+        return []
     if share(high) > value:
         notes.append(f"{name}={value:g} is not reached: {share(high):.3f} remain when all goes that may")
         return order
@@ -100,11 +103,13 @@ def _reach_amount(
         inside = [group for group in (*groups.values(), *spent) if buckets[group.root] == bucket]
         before, now = sum(dense.size(group, structure) for group in inside), sum(group.size for group in inside)
         left[bucket] = max(round(budget.rule[1] * before) - (before - now), 0)
-    chosen = []
+    asked, chosen = any(left.values()), []
     for root, unit in order:
         if left[buckets[root]] > 0:
             left[buckets[root]] -= 1
             chosen.append((root, unit))
+    if left and not asked:
+        notes.append(f"nothing is cut: amount={budget.rule[1]:g} is met already")
     missing = ", ".join(f"{count} neurons of {bucket}" for bucket, count in left.items() if count)
     if missing:
         notes.append(f"amount={budget.rule[1]:g} is not reached: {missing} more would have to go than may")

@@ -105,6 +105,17 @@ class Rounds:
             total = replace(total, cost=cost)
         return total
 
+    def finish(self, made: PruningRound) -> None:
+        """The pending round has been made."""
+        self.done, self.pending = [*self.done, made], None
+
+    def note_recovery(self, value: float) -> bool:
+        """Note the metric after the last round; False if there is none, or it has been noted."""
+        if not self.done or self.done[-1].after is not None:
+            return False
+        self.done[-1] = replace(self.done[-1], after=value)
+        return True
+
     def widths(self) -> dict[str, int]:
         """Neurons by layer as they should be now."""
         plan = self.plan
