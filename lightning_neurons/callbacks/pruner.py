@@ -159,12 +159,11 @@ class NeuronPruner(NeuronObserver):
 
     def _ask(self, trainer: Any, pl_module: Any, *budgets: PruningBudget, is_due: bool) -> Verdict | None:
         """Ask the first process; what fails before training begins is an error, later it costs a round."""
-        runner, seed = self._runner, (self._seed or 0) + self.rounds.number
+        runner, patience, seed = self._runner, self.pruning.patience, (self._seed or 0) + self.rounds.number
         assert runner is not None, "there was a batch"
-        report, patience = self.report, self.pruning.patience
         try:
             verdict: Verdict = in_one_process(
-                trainer, lambda: judge(pl_module, runner, budgets, report, self.rounds, is_due, patience, seed)
+                trainer, lambda: judge(pl_module, runner, budgets, self.report, self.rounds, is_due, patience, seed)
             )
         except PruningError as error:
             if trainer.global_step == 0:
