@@ -109,7 +109,9 @@ def _reach_amount(
             left[buckets[root]] -= 1
             chosen.append((root, unit))
     if left and not asked:
-        notes.append(f"nothing is cut: amount={budget.rule[1]:g} is met already")
+        gone = any(dense.size(group, structure) > group.size for group in (*groups.values(), *spent))
+        why = "is met already" if gone else "is less than one neuron"
+        notes.append(f"nothing is cut: amount={budget.rule[1]:g} {why}")
     missing = ", ".join(f"{count} neurons of {bucket}" for bucket, count in left.items() if count)
     if missing:
         notes.append(f"amount={budget.rule[1]:g} is not reached: {missing} more would have to go than may")

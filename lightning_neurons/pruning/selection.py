@@ -73,7 +73,7 @@ def select(
     full = [layer for layer, neurons in gone.items() if len(neurons) >= room[layer]]
     if full and budget.rule[0] != "threshold":
         notes.append(f"as narrow as min_neurons, max_amount and round_to allow: {', '.join(full)}")
-    if not chosen and not any("not reached" in note or "met already" in note for note in notes):
+    if not chosen and not any("not reached" in note or "nothing is cut" in note for note in notes):
         notes.append("nothing is cut: no neuron fits the budget")
     return Selection({root: sorted(units) for root, units in chosen.items() if units}, places, tuple(notes))
 

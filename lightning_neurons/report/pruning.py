@@ -60,8 +60,8 @@ def print_rounds(
 def rounds_table(done: Sequence[PruningRound], dense: Dense, monitor: str | None) -> Table:
     """One line per round."""
     table = Table(title="Pruning", caption=_caption(monitor))
-    for heading in ("epoch", "removed", "parameters", "MACs", "ms"):
-        table.add_column(heading, justify="right")
+    for heading in ("epoch", "removed", "params", "MACs", "ms"):
+        table.add_column(heading, justify="right", no_wrap=True)
     if monitor is not None:
         for heading in ("before", "cut", "after"):
             table.add_column(heading, justify="right")

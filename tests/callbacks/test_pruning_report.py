@@ -189,7 +189,7 @@ def test_the_tables_at_the_end_show_every_round_and_every_width(capsys):
     fit(Plain(), [callback], max_epochs=3)
     lines = [re.sub(r"[│┃]", " ", line).split() for line in capsys.readouterr().out.splitlines()]
     headings = next(line for line in lines if "removed" in line)
-    assert headings[:4] == ["epoch", "removed", "parameters", "MACs"]
+    assert headings[:4] == ["epoch", "removed", "params", "MACs"]
     for made in callback.rounds.done:
         cost = made.plan.cost
         row = next(line for line in lines if line[:1] == [str(made.epoch)])

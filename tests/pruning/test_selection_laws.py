@@ -128,7 +128,7 @@ TOO_LITTLE = [
 def test_where_nothing_goes_it_is_said(options):
     selection = choose(scores_of(**ASCENDING), **options)
     assert selection.units == {}
-    assert "nothing is cut: no neuron fits the budget" in selection.notes
+    assert sum("nothing is cut: " in note for note in selection.notes) == 1
 
 
 @pytest.mark.parametrize("rule", ["target_params", "target_macs"])
