@@ -135,6 +135,7 @@ class NeuronPruner(NeuronObserver):
             return
         if trainer.sanity_checking or trainer.fast_dev_run:
             self._ask(trainer, pl_module, self.pruning.trial(), is_due=False)
+            self._kept = KeptBatches(0)  # a resumed run must not take these few for a validation
         elif self.pruning.budget.measured is None or self.report is not None:
             self._decide(trainer, pl_module)
 
@@ -181,8 +182,11 @@ class NeuronPruner(NeuronObserver):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin the curves with the whole model."""
+        pending = self.rounds.pending
         if self.rounds.dense is not None and not self.rounds.done:
             self._write(trainer, start_scalars(self.rounds.dense))
+        if pending is not None and self.pruning.schedule.due(trainer.current_epoch) >= pending.number:
+            self.on_train_epoch_start(trainer, pl_module)  # a resume from the last batch of an epoch leaves it out
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Carry out what is pending: after every checkpoint of the last epoch, and before the first batch of this."""
@@ -234,17 +238,9 @@ class NeuronPruner(NeuronObserver):
     def on_test_end(self, trainer: Any, pl_module: Any) -> None:
         """Nothing was measured."""
 
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Leave nothing behind."""
-        self._release(trainer, pl_module)
-        super().on_exception(trainer, pl_module, exception)
-
-    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Leave nothing behind."""
-        self._release(trainer, pl_module)
-        super().teardown(trainer, pl_module, stage)
-
-    def _release(self, trainer: Any, pl_module: Any) -> None:
-        for module in (pl_module, *averages_of(trainer)):
-            stop_following(module)
+    def _drop(self, trainer: Any) -> None:
+        for module in (trainer.lightning_module, *averages_of(trainer)):
+            if module is not None:  # an exception may come before there is one
+                stop_following(module)
         self._runner, self._kept = None, KeptBatches(0)
+        super()._drop(trainer)
