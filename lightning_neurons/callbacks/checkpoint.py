@@ -1,5 +1,6 @@
 """Checkpoints of models that have become smaller: the file tells the widths."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,11 @@ class PrunedCheckpointMixin:
         ...     pass
     """
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the widths of the checkpoint, before the weights are loaded."""
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Take the widths of what is loaded, then load it."""
         assert isinstance(self, nn.Module), "the mixin of a LightningModule"
-        conform(self, checkpoint["state_dict"])
-        super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
+        conform(self, state_dict)
+        return super().load_state_dict(state_dict, *args, **kwargs)  # type: ignore[misc]
 
 
 def load_pruned(module_class: type[nn.Module], path: str | Path, **kwargs: Any) -> Any:
@@ -81,10 +82,7 @@ def load_pruned(module_class: type[nn.Module], path: str | Path, **kwargs: Any) 
     if not (isinstance(module_class, type) and issubclass(module_class, nn.Module)):
         raise ArgumentError.of("module_class", module_class, "a LightningModule class, or another module class")
     if hasattr(module_class, "load_from_checkpoint"):
-        loading = type(module_class.__name__, (PrunedCheckpointMixin, module_class), {})
-        module: Any = loading.load_from_checkpoint(path, **kwargs)  # type: ignore[attr-defined]
-        module.__class__ = module_class
-        return module
+        return _from_checkpoint(module_class, path, kwargs)
     state = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ArgumentError.of("path", str(path), f"a file with the state dict of a {module_class.__name__}")
@@ -92,3 +90,28 @@ def load_pruned(module_class: type[nn.Module], path: str | Path, **kwargs: Any) 
     conform(model, state)
     model.load_state_dict(state)
     return model
+
+
+def _from_checkpoint(module_class: Any, path: str | Path, kwargs: dict[str, Any]) -> Any:
+    own = vars(module_class).get("load_state_dict")
+    load = module_class.load_state_dict
+
+    def load_state_dict(module: nn.Module, state_dict: Mapping[str, Any], *args: Any, **options: Any) -> Any:
+        conform(module, state_dict)
+        return load(module, state_dict, *args, **options)
+
+    # On the class itself: it builds the module, and a class made for this would not be the one that it asks for.
+    module_class.load_state_dict = load_state_dict
+    try:
+        return module_class.load_from_checkpoint(path, **kwargs)
+    except (KeyError, IndexError, TypeError) as error:
+        content = torch.load(path, map_location="cpu", weights_only=kwargs.get("weights_only", True))
+        if isinstance(content, dict) and "state_dict" in content:
+            raise
+        allowed = f"a checkpoint of a {module_class.__name__}; for a plain state dict, the class of the network itself"
+        raise ArgumentError.of("path", str(path), allowed) from error
+    finally:
+        if own is None:
+            del module_class.load_state_dict
+        else:
+            module_class.load_state_dict = own

@@ -27,6 +27,8 @@ def carry_out(
         kept: Validation samples.
         monitor: The metric.
     """
+    # What all processes do together must not depend on what one of them has seen.
+    looked = monitor is not None and trainer.strategy.broadcast(kept.samples > 0, 0)
     before = trainer.callback_metrics.get(monitor) if monitor is not None else None
     earlier = None if runner is None else latency(pl_module, runner.example)
     if pending.cuts:
@@ -39,7 +41,7 @@ def carry_out(
         latency_before=earlier,
         latency=None if runner is None else latency(pl_module, runner.example),
         before=None if before is None else float(before),
-        cut=None if monitor is None or not kept.samples else metric_on(trainer, pl_module, kept, monitor),
+        cut=metric_on(trainer, pl_module, kept, monitor) if looked and monitor is not None else None,
     )
 
 

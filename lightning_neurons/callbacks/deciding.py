@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -62,7 +63,7 @@ def look(pl_module: Any, runner: Runner, budget: PruningBudget) -> tuple[Structu
 
 def judge(
     pl_module: Any,
-    runner: Runner,
+    runner: Runner | None,
     budgets: Sequence[PruningBudget],
     report: NeuronReport | None,
     rounds: Rounds,
@@ -74,7 +75,7 @@ def judge(
 
     Args:
         pl_module: The module.
-        runner: How to run it.
+        runner: How to run it; the deciding process has one.
         budgets: What is due now, and what is due in the end; by that, measurements vote.
         report: The latest measurement; None for random scores.
         rounds: What has happened so far.
@@ -82,6 +83,7 @@ def judge(
         patience: How many measurements must agree.
         seed: Of random scores.
     """
+    assert runner is not None, "the first process has had a batch"
     budget, final = budgets[0], budgets[-1]
     structure, unprunable = look(pl_module, runner, budget)
     dense = rounds.dense or Dense.of(structure)
@@ -122,7 +124,7 @@ def in_one_process(trainer: Any, action: Any) -> Any:
 def prepare(
     trainer: Any,
     pl_module: Any,
-    runner: Runner,
+    runner: Runner | None,
     kept: KeptBatches,
     verdict: Verdict,
     number: int,
@@ -137,7 +139,8 @@ def prepare(
         with isolated(pl_module), eager():
             pl_module.eval()
             for batch in kept.on(pl_module.device):
-                found.observe(lambda batch=batch: runner(pl_module, batch))  # type: ignore[misc]
+                assert runner is not None, "samples were kept, so there was a batch"
+                found.observe(partial(runner, pl_module, batch))
         means = found.means(lambda tensor: trainer.strategy.reduce(tensor, reduce_op="sum"))
         repair = fold_means(pl_module, verdict.cuts, means, verdict.norm_behind)
         shifts = {name: shift.cpu() for name, shift in repair.shifts.items()}

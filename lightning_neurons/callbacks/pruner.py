@@ -131,12 +131,15 @@ class NeuronPruner(NeuronObserver):
         """Decide what is due; while training has not begun, only try."""
         self.report = None
         super().on_validation_epoch_end(trainer, pl_module)
-        if self._runner is None:
+        trial = trainer.sanity_checking or trainer.fast_dev_run
+        measured = self.pruning.budget.measured is None or self.report is not None
+        # The first process decides for all: another one may have had no data.
+        if not trainer.strategy.broadcast(self._runner is not None and (trial or measured), 0):
             return
-        if trainer.sanity_checking or trainer.fast_dev_run:
+        if trial:
             self._ask(trainer, pl_module, self.pruning.trial(), is_due=False)
             self._kept = KeptBatches(0)  # a resumed run must not take these few for a validation
-        elif self.pruning.budget.measured is None or self.report is not None:
+        else:
             self._decide(trainer, pl_module)
 
     def _decide(self, trainer: Any, pl_module: Any) -> None:
@@ -152,7 +155,6 @@ class NeuronPruner(NeuronObserver):
         self.rounds.votes = [*self.rounds.votes, verdict.vote][1 - patience :] if patience > 1 else []
         if verdict.plan is None:
             return
-        assert self._runner is not None, "there was a batch"
         how = self.pruning.compensation
         self.rounds.pending = prepare(trainer, pl_module, self._runner, self._kept, verdict, number, how)
         if not verdict.plan and not any("met already" in note for note in verdict.notes):
@@ -161,7 +163,6 @@ class NeuronPruner(NeuronObserver):
     def _ask(self, trainer: Any, pl_module: Any, *budgets: PruningBudget, is_due: bool) -> Verdict | None:
         """Ask the first process; what fails before training begins is an error, later it costs a round."""
         runner, patience, seed = self._runner, self.pruning.patience, (self._seed or 0) + self.rounds.number
-        assert runner is not None, "there was a batch"
         try:
             verdict: Verdict = in_one_process(
                 trainer, lambda: judge(pl_module, runner, budgets, self.report, self.rounds, is_due, patience, seed)
@@ -191,7 +192,7 @@ class NeuronPruner(NeuronObserver):
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Carry out what is pending: after every checkpoint of the last epoch, and before the first batch of this."""
         monitor, metrics = self.pruning.monitor, trainer.callback_metrics
-        if monitor is not None and self._validated and monitor not in metrics:
+        if monitor is not None and self._validated and trainer.strategy.broadcast(monitor not in metrics, 0):
             unknown = UnknownNameError.among("monitor", monitor, list(metrics))
             raise MisconfigurationException(f"{type(self).__name__}: {unknown}")
         pending, rounds = self.rounds.pending, self.rounds

@@ -123,11 +123,12 @@ def metric_on(trainer: Any, pl_module: Any, kept: KeptBatches, monitor: str) -> 
             value = replay.logged.get(name)
             if isinstance(value, Metric):
                 metric = value
+                metric._to_sync = False  # here; a process without samples could not join in
             elif value is not None:
                 total += float(value) * batch_size_of(batch)
                 count += batch_size_of(batch)
         if metric is not None:
-            total, count = float(metric.compute()), 1
+            total, count = float(metric.compute()) * kept.samples, kept.samples
     sums = torch.tensor([total, float(count)], dtype=torch.float32, device=pl_module.device)
     sums = trainer.strategy.reduce(sums, reduce_op="sum")
     return float(sums[0] / sums[1]) if sums[1] > 0 else None

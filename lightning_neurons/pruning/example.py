@@ -14,6 +14,8 @@ from lightning_neurons.network.batches import map_tensors
 from lightning_neurons.network.isolate import eager
 from lightning_neurons.network.neurons import call
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
 
 @dataclass(frozen=True)
 class Example:
@@ -47,11 +49,16 @@ def twin_of(model: nn.Module) -> nn.Module:
     Raises:
         PruningError: If the model cannot be copied.
     """
+    # Values that a forward has left behind belong to its graph, and would not let themselves be copied.
+    left = [v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor) and not v.is_leaf]
+    hooks = [vars(m)[name] for m in model.modules() for name in _HOOKS]
     try:
         with torch.inference_mode(False), torch.no_grad():
-            # Values that a forward has left behind belong to its graph, and would not let themselves be copied.
-            left = [v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor) and not v.is_leaf]
-            return copy.deepcopy(model, {id(value): value.detach().clone() for value in left}).eval()
+            own: dict[int, Any] = {id(value): value.detach().clone() for value in left}
+            try:
+                return copy.deepcopy(model, dict(own)).eval()
+            except (RuntimeError, TypeError):  # what a profiler has hung on the modules cannot be copied either
+                return copy.deepcopy(model, own | {id(hook): type(hook)() for hook in hooks}).eval()
     except Exception as error:
         raise PruningError(
             f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}), so a cut cannot be tried "

@@ -2,6 +2,7 @@
 
 import copy
 import cProfile
+import gc
 import itertools
 import sys
 import threading
@@ -245,3 +246,10 @@ def test_it_works_under_a_profiler_which_goes_on_after():
     profiler = cProfile.Profile()
     assert profiler.runcall(trace_and_count) == 5
     assert any("sorted" in str(entry.code) for entry in profiler.getstats())
+
+
+def test_the_graph_is_dropped_as_it_would_keep_the_activations_of_a_forward_alive():
+    structure = discover(seeded(LeNet), Example(pictures(2)[0]))
+    gc.collect()
+    assert not any(isinstance(thing, torch_pruning.DependencyGraph) for thing in gc.get_objects())
+    assert structure.offered
