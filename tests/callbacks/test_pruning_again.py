@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from lightning.pytorch.callbacks import Callback, EarlyStopping
+from lightning.pytorch.profilers import PyTorchProfiler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
@@ -221,3 +222,10 @@ def test_an_exception_in_another_callback_leaves_nothing_and_a_later_fit_works(h
     trainer = fit(module.train(), [callback], max_epochs=3, logger=MemoryLogger())
     assert_sound(trainer, module, callback)
     assert_usable(module)
+
+
+def test_what_a_profiler_hangs_on_modules_does_not_keep_them_from_being_cut():
+    module = Plain()
+    with pytest.warns(UserWarning, match="default schedule will be overridden"):
+        fit(module, [pruner()], max_epochs=3, profiler=PyTorchProfiler(export_to_chrome=False))
+    assert widths(module) != WHOLE

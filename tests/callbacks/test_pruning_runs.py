@@ -129,7 +129,6 @@ SCENARIOS = {
     "layers that are made late": Scenario(MadeLate),
     "groups of parameters and a scheduler": Scenario(Scheduled),
     "profiler=advanced": Scenario(trainer={"profiler": "advanced"}),
-    "profiler=pytorch": Scenario(trainer={"profiler": "pytorch"}),
     "metrics": Scenario(modules.WithMetrics, callback={"monitor": "accuracy"}),
 } | {
     module.__name__: Scenario(module)
