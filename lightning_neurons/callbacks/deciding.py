@@ -44,10 +44,15 @@ class Verdict:
     notes: tuple[str, ...]
 
     @property
+    def unmet(self) -> list[str]:
+        """How close the budget comes, if it cannot be met, and what limits it."""
+        found = [note for note in self.notes if "not reached" in note]
+        return found + [note for note in self.notes if found and note.startswith("as narrow as")]
+
+    @property
     def problems(self) -> list[str]:
         """What keeps the budget from being met."""
-        unmet = [note for note in self.notes if "not reached" in note]
-        return [*(f"cannot cut {reason}" for reason in self.unprunable), *unmet]
+        return [*(f"cannot cut {reason}" for reason in self.unprunable), *self.unmet]
 
 
 def look(pl_module: Any, runner: Runner, budget: PruningBudget) -> tuple[Structure, tuple[str, ...]]:

@@ -74,7 +74,9 @@ class NeuronPruner(NeuronObserver):
             schedule, following = self.pruning.schedule, self.rounds.number + 1
             start = schedule.epoch_of(following) if following <= schedule.rounds else None
             suitability.refuse_strategy(type(self).__name__, trainer)
-            suitability.refuse_run(type(self).__name__, trainer, start)
+            suitability.refuse_run(type(self).__name__, trainer, pl_module, start, self.pruning.patience)
+            if start is not None and start < (trainer.max_epochs or -1) <= schedule.epoch_of(schedule.rounds):
+                self._warn(f"training ends before the last round, of epoch {schedule.epoch_of(schedule.rounds)}")
             suitability.refuse_company(type(self).__name__, trainer, NeuronPruner)
             suitability.refuse_patterns(pl_module, self.pruning.budget)
             self._seed = torch.initial_seed() % 2**31 if self._seed is None else self._seed
@@ -173,9 +175,10 @@ class NeuronPruner(NeuronObserver):
             self._warn(f"no plan could be made after epoch {trainer.current_epoch}: {error}", once=str(error))
             return None
         self.rounds.dense = verdict.dense
-        if verdict.problems and self.pruning.on_unprunable == "raise":
+        hopeless = trainer.global_step == 0 and verdict.unmet and budgets[0].amount is None
+        if hopeless or (verdict.problems and self.pruning.on_unprunable == "raise"):
             raise MisconfigurationException(f"{type(self).__name__}: {'; '.join(verdict.problems)}")
-        for problem in verdict.problems:
+        for problem in (*verdict.problems, *(note for note in verdict.notes if note.startswith("MACs are counted"))):
             self._warn(problem)
         return verdict
 
@@ -231,9 +234,9 @@ class NeuronPruner(NeuronObserver):
                 f"training ended before a plan for {len(self.pending)} neurons was carried out; it is in checkpoints, "
                 "and is carried out when training is resumed"
             )
-        if not self.rounds.done and not trainer.fast_dev_run:
+        if not self.plan and not trainer.fast_dev_run:
             self._warn("nothing has been cut")
-        elif self.rounds.done and self.rounds.dense is not None and trainer.is_global_zero:
+        elif self.plan and self.rounds.dense is not None and trainer.is_global_zero:
             print_rounds(self.rounds.done, self.rounds.dense, self.rounds.widths(), self.pruning.monitor)
 
     def on_test_end(self, trainer: Any, pl_module: Any) -> None:

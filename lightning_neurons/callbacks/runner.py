@@ -37,7 +37,7 @@ class Runner:
         if given is not None:
             given = map_tensors(given, lambda t: t.to(pl_module.device))
             self.example = Example(trainer.precision_plugin.convert_input(given))
-            self._try(pl_module, self.example, "example_inputs")
+            self._try(pl_module, self.example, "example_input_array" if example_inputs is None else "example_inputs")
             return
         size = batch_size_of(batch)
         few = rows_of(batch, torch.arange(min(_FEW, size)), size)

@@ -36,13 +36,15 @@ def refuse_strategy(who: str, trainer: Any) -> None:
         )
 
 
-def refuse_run(who: str, trainer: Any, start_epoch: int | None) -> None:
+def refuse_run(who: str, trainer: Any, pl_module: Any, start_epoch: int | None, patience: int) -> None:
     """Refuse runs in which nothing could be cut.
 
     Args:
         who: The callback.
         trainer: The Trainer.
+        pl_module: Its module.
         start_epoch: When the next round is due; None if all have been made.
+        patience: How many measurements it takes.
 
     Raises:
         MisconfigurationException: Saying what is missing.
@@ -52,12 +54,24 @@ def refuse_run(who: str, trainer: Any, start_epoch: int | None) -> None:
             f"{who} measures and decides on validation data, and this Trainer runs no validation (no "
             "validation_step, no validation data, or limit_val_batches=0); prune() works without."
         )
+    if getattr(pl_module, "_compiler_ctx", None) is not None:
+        raise MisconfigurationException(
+            f"{who} cannot cut a module that has been compiled as a whole, as its copies would run the original; "
+            "compile the network in it: self.net.compile() or self.net = torch.compile(self.net)"
+        )
     last = trainer.max_epochs
     endless = last is None or last == -1 or trainer.fast_dev_run
     if start_epoch is not None and not endless and start_epoch >= last:
         raise MisconfigurationException(
             f"{who}(start_epoch={start_epoch}): the first cut would be made at the beginning of epoch {start_epoch}, "
             f"and max_epochs={last} ends before it; expected a start_epoch below {last}"
+        )
+    measured = patience * (trainer.check_val_every_n_epoch or 1)
+    once = trainer.val_check_interval == 1.0  # else an epoch may have several validations
+    if start_epoch is not None and not endless and once and measured >= last:
+        raise MisconfigurationException(
+            f"{who}(patience={patience}): the first cut could be made at the beginning of epoch {measured}, after as "
+            f"many measurements, and max_epochs={last} ends before it"
         )
     masks = [c for c in trainer.callbacks if any(b.__name__ == "ModelPruning" for b in type(c).__mro__)]
     if masks:

@@ -76,8 +76,8 @@ def _limited(seconds: float) -> Iterator[None]:
         if time.monotonic() > end:
             sys.setprofile(None)
             raise PruningError(
-                f"its graph was not complete after {seconds:g} s; prune a smaller part of it, such as "
-                "prune(model.backbone, ...), as large concatenations of concatenations take very long"
+                f"its graph was not complete after {seconds:g} s, which happens where values are sliced, concatenated "
+                "and added over and over; prune a smaller part of it, such as prune(model.backbone, ...)"
             )
 
     sys.setprofile(check)

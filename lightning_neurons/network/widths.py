@@ -105,10 +105,10 @@ def refit(module: nn.Module) -> None:
 
 
 def conform(model: nn.Module, state: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Give a model the widths of a state dict, so that it can be loaded; narrower or wider, no forward needed.
+    """Give a model the widths of a state dict, so that it can be loaded; no forward needed.
 
-    Only modules whose width can be changed are touched, and only in their sizes: a tensor of another rank, or a key
-    that is missing, is left for ``load_state_dict`` to complain about.
+    Only widths are touched. Where a file differs in anything else, says different widths in one module, or lacks a key,
+    the module is left as it is, for ``load_state_dict`` to complain about.
 
     Args:
         model: What is going to load ``state``.
@@ -122,18 +122,35 @@ def conform(model: nn.Module, state: Mapping[str, Any], prefix: str = "") -> lis
     for path, module in model.named_modules():
         if not axes(module, "makes") and not _holds_parameters(module):
             continue
-        for store in (module._parameters, module._buffers):
-            for leaf, tensor in store.items():
-                given = state.get(f"{prefix}{path}.{leaf}" if path else f"{prefix}{leaf}")
-                if not isinstance(given, Tensor) or tensor is None or is_lazy(tensor):
-                    continue
-                if given.shape == tensor.shape or given.ndim != tensor.ndim:
-                    continue
-                set_data(store, leaf, torch.empty(given.shape, dtype=tensor.dtype, device=tensor.device))
-                changed.append(f"{path}.{leaf}" if path else leaf)
+        before = f"{prefix}{path}." if path else prefix
+        for leaf, shape in _new_shapes(module, state, before).items():
+            store = module._parameters if leaf in module._parameters else module._buffers
+            tensor = getattr(module, leaf)
+            set_data(store, leaf, torch.empty(shape, dtype=tensor.dtype, device=tensor.device))
+            changed.append(f"{path}.{leaf}" if path else leaf)
     for module in model.modules() if changed else ():  # all of them: a tensor may be shared
         refit(module)
     return changed
+
+
+def _new_shapes(module: nn.Module, state: Mapping[str, Any], before: str) -> dict[str, torch.Size]:
+    """The tensors of a module that differ from a file in nothing but their widths; none if they contradict."""
+    makes, reads = axes(module, "makes"), axes(module, "reads")
+    found, widths = {}, set()
+    for leaf, tensor in {**module._parameters, **module._buffers}.items():
+        given = state.get(before + leaf)
+        if not isinstance(given, Tensor) or tensor is None or is_lazy(tensor) or given.ndim != tensor.ndim:
+            continue
+        if leaf in makes:
+            widths.add(given.shape[makes[leaf]])
+        free = {axis % tensor.ndim for axis in (makes.get(leaf), reads.get(leaf)) if axis is not None}
+        free = free or (set(range(tensor.ndim)) if _holds_parameters(module) else set())
+        other = {axis for axis, (a, b) in enumerate(zip(tensor.shape, given.shape, strict=True)) if a != b}
+        if not other <= free:
+            return {}
+        if other:
+            found[leaf] = given.shape
+    return found if len(widths) <= 1 else {}
 
 
 def _holds_parameters(module: nn.Module) -> bool:

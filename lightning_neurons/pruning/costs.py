@@ -33,10 +33,12 @@ class Costs:
     Attributes:
         shapes: By parameter.
         positions: By weight, at how many positions it is applied per sample.
+        uncounted: Modules whose MACs are not counted, as they compute inside of a function.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     positions: Mapping[str, float]
+    uncounted: tuple[str, ...] = ()
 
     def parameters(self, removed: Removed | None = None) -> int:
         """How many parameters there are, when something has been removed."""
@@ -76,7 +78,9 @@ def costs_of(model: nn.Module, example: Example) -> Costs:
         for hook in hooks:
             hook.remove()
     shapes = {public_name(name): tuple(p.shape) for name, p in model.named_parameters()}
-    return Costs(shapes, {name: count for name, count in positions.items() if name in shapes})
+    inside = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Bilinear)
+    uncounted = tuple(path for path, module in modules_by_name(model).items() if isinstance(module, inside))
+    return Costs(shapes, {name: count for name, count in positions.items() if name in shapes}, uncounted)
 
 
 def _counter(name: str, positions: dict[str, float], samples: int) -> Any:

@@ -19,7 +19,9 @@ def describe_structure(model: nn.Module, example_inputs: Any, *, path: str | Pat
     """Describe a model's blocks, the role of each layer in its block, and which neurons can only go together.
 
     Roles: ``"expand"``, ``"depthwise"`` and ``"project"`` of an inverted residual; ``"squeeze-and-excitation"`` for
-    both layers of one; ``"head"`` for what makes the output; ``"layer"`` for everything else.
+    both layers of one; ``"head"`` for what makes the output; ``"layer"`` for everything else. A block is an entry of a
+    container, or one of several modules of a type; a layer outside of any is a block of its own. Layers that run inside
+    of a function, as in ``nn.MultiheadAttention``, are not seen.
 
     Args:
         model: Any module; it is only read.

@@ -1,6 +1,7 @@
 """What to remove and why: a plain value that can be looked at, saved, changed and applied."""
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -52,7 +53,11 @@ class PruningPlan:
         """
         if not isinstance(neurons, Mapping):
             raise ArgumentError.of("neurons", neurons, 'a mapping of layers to neurons, such as {"net.conv1": [0, 3]}')
-        return cls({str(layer): _checked(str(layer), indices) for layer, indices in neurons.items()})
+        return cls({str(layer): indices for layer, indices in neurons.items()})  # type: ignore[misc]
+
+    def __post_init__(self) -> None:
+        checked = {layer: _checked(layer, indices) for layer, indices in self.neurons.items()}
+        object.__setattr__(self, "neurons", checked)
 
     def __len__(self) -> int:
         return sum(map(len, self.neurons.values()))
@@ -188,11 +193,12 @@ def _lower(neuron: int, gone: Sequence[int]) -> int | None:
 
 def _checked(layer: str, indices: Any) -> tuple[int, ...]:
     allowed = "a list of whole numbers of at least 0, each of them once"
+    indices = indices.tolist() if hasattr(indices, "tolist") else indices  # tensors and arrays
     if isinstance(indices, str | Mapping) or not isinstance(indices, Iterable):
         raise ArgumentError.of(f"neurons[{layer!r}]", indices, allowed)
     found = list(indices)
     wrong = [i for i in found if not is_number(i) or not hasattr(i, "__index__") or i < 0]
-    twice: Sequence[Any] = [] if wrong else sorted({i for i in found if found.count(i) > 1})
-    if wrong or twice:
-        raise ArgumentError.of(f"neurons[{layer!r}]", (wrong or list(twice))[0], allowed)
-    return tuple(sorted(int(i) for i in found))
+    wrong = wrong or [i for i, count in Counter(found).items() if count > 1]
+    if wrong:
+        raise ArgumentError.of(f"neurons[{layer!r}]", wrong[0], allowed)
+    return tuple(sorted(map(int, found)))

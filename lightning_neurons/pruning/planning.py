@@ -133,7 +133,8 @@ def complete(structure: Structure, plan: PruningPlan) -> PruningPlan:
                 "must stay"
             )
     verify(structure, units)
-    return _plan(structure, units, reasons, plan.notes)
+    notes = plan.notes if units else (*plan.notes, "nothing is cut: the plan is empty")
+    return _plan(structure, units, reasons, notes)
 
 
 def units_of(structure: Structure, plan: PruningPlan) -> Units:

@@ -81,7 +81,9 @@ class Preflight:
         try:
             got = self._outputs(self.example)
         except Exception as error:  # noqa: BLE001
-            return f"the forward fails without them ({type(error).__name__}: {str(error).splitlines()[0]})"
+            first = (str(error).splitlines() or [""])[0]
+            why = f"{type(error).__name__}: {first}"
+            return f"the forward fails without them ({why}): something that is not cut depends on their number"
         finally:
             operation.roll_back()
         return _compare(expected, got, self.tolerance)

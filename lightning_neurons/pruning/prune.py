@@ -1,14 +1,14 @@
 """Pruning without a Trainer."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, get_args
 
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from lightning_neurons.errors import ArgumentError, check_choice, is_number
-from lightning_neurons.network.batches import inputs_of, targets_of
+from lightning_neurons.errors import ArgumentError, PruningError, UnknownNameError, check_choice, is_number
+from lightning_neurons.network.batches import inputs_of, targets_of, tensors_of
 from lightning_neurons.network.isolate import eager, isolated
 from lightning_neurons.network.neurons import call, find_neurons
 from lightning_neurons.pruning.budget import PruningBudget
@@ -80,7 +80,8 @@ def prune(
             L2 norm of their weights.
         batches: Model inputs or ``(inputs, target)`` pairs: what criteria and compensations are measured on. Needed by
             criteria that look at more than weights, and by ``compensation="mean"``.
-        optimizer: One that holds the model's parameters, or several.
+        optimizer: All optimizers that hold the model's parameters, one or a list: what is not passed would go on
+            with state of the old shapes.
         compensation: ``"mean"`` folds the mean of what goes into biases and norm statistics.
         loss_fn: From the model and a batch to a loss, for criteria that need gradients; by default the cross entropy of
             ``(inputs, class number)`` pairs.
@@ -90,7 +91,7 @@ def prune(
 
     Raises:
         ArgumentError: If an argument is out of range, contradicts another, or a plan is for another model.
-        PruningError: If the model cannot be traced, or a plan cannot be carried out.
+        PruningError: If the model cannot be traced, a plan cannot be carried out, or a target cannot be met.
         MeasurementError: If ``batches`` cannot be measured.
 
     Example:
@@ -108,15 +109,18 @@ def prune(
     if batches is not None and (isinstance(batches, Tensor | Dataset) or not isinstance(batches, Iterable)):
         raise ArgumentError.of("batches", type(batches).__name__, "an iterable of batches: a DataLoader, or [batch]")
     kept = None if batches is None else list(batches)
+    _check_inputs(example_inputs, kept or [])
     if compensation == "mean" and not kept:
         raise ArgumentError.of("batches", batches, 'some batches to average over, with compensation="mean"')
     structure = discover(model, Example(example_inputs))
     if isinstance(wanted, PruningPlan):
         plan = complete(structure, wanted)
     else:
-        plan = decide(
-            structure, wanted, choose(structure, wanted, _measured(model, example_inputs, wanted, kept, loss_fn))
-        )
+        report = _measured(model, example_inputs, wanted, kept, loss_fn)
+        plan = decide(structure, wanted, choose(structure, wanted, report))
+        unmet = [note for note in plan.notes if "not reached" in note and wanted.amount is None]
+        if unmet:  # to cut down to the bone would help nobody
+            raise PruningError("; ".join([*unmet, *(note for note in plan.notes if note not in unmet)]))
     cuts = cuts_of(structure.groups.values(), units_of(structure, plan))
     repair = _repair(model, structure, cuts, kept or []) if compensation == "mean" else Repair()
     cut(model, cuts, optimizers=optimizers, shifts=repair.shifts)
@@ -124,16 +128,33 @@ def prune(
     return PruningReport(plan, widths, (*plan.notes, *repair.notes))
 
 
+def _check_inputs(example: Any, batches: Sequence[Any]) -> None:
+    if not tensors_of(example) or any(t.ndim and not len(t) for t in tensors_of(example)):
+        got = type(example).__name__ if not tensors_of(example) else [tuple(t.shape) for t in tensors_of(example)]
+        allowed = "a batch of at least one sample: a tensor, a tuple of arguments or a dict of keyword arguments"
+        raise ArgumentError.of("example_inputs", got, allowed)
+    several = isinstance(example, Mapping) or (isinstance(example, list | tuple) and len(example) > 1)
+    strange = [type(batch).__name__ for batch in batches if several and not isinstance(batch, Mapping)]
+    if strange:
+        allowed = 'dicts of keyword arguments, with targets under "label", as the model takes several inputs'
+        raise ArgumentError.of("batches", strange[0], allowed)
+
+
 def _wanted(given: Any) -> PruningPlan | PruningBudget:
     if isinstance(given, PruningPlan | PruningBudget):
         return given
     if is_number(given):
+        if given == 1:  # a slip that would leave one neuron in each layer
+            raise ArgumentError.of("plan_or_budget", given, "a share of neurons below 1, such as 0.3")
         return PruningBudget("weight_l2", amount=given)
     if isinstance(given, Mapping):
-        names = {field.name for field in fields(PruningBudget)}
-        if given and all(name in names for name in given):
-            return PruningBudget(**given)
-        return PruningPlan.from_indices(given)
+        names = [field.name for field in fields(PruningBudget)]
+        if not any(name in names for name in given):
+            return PruningPlan.from_indices(given)
+        unknown = [name for name in given if name not in names]
+        if unknown:
+            raise UnknownNameError.among("plan_or_budget", str(unknown[0]), names)
+        return PruningBudget(**given)
     allowed = "a PruningPlan, a PruningBudget, a mapping of layers to neurons, or a share of neurons"
     raise ArgumentError.of("plan_or_budget", given, allowed)
 

@@ -114,7 +114,7 @@ def _reach_amount(
         notes.append(f"nothing is cut: amount={budget.rule[1]:g} {why}")
     missing = ", ".join(f"{count} neurons of {bucket}" for bucket, count in left.items() if count)
     if missing:
-        notes.append(f"amount={budget.rule[1]:g} is not reached: {missing} more would have to go than may")
+        notes.append(f"amount={budget.rule[1]:g} is not reached: {missing} should go as well, and may not")
     return chosen
 
 

@@ -99,6 +99,7 @@ class Rounds:
                 neurons={n: tuple(sorted({*total.neurons.get(n, ()), *plan.neurons.get(n, ())})) for n in layers},
                 reasons={n: {**total.reasons.get(n, {}), **plan.reasons.get(n, {})} for n in layers},
                 cost=plan.cost,
+                notes=tuple(dict.fromkeys((*total.notes, *plan.notes))),
             )
         if total.cost is not None and self.dense is not None:
             cost = replace(total.cost, parameters=self.dense.parameters, macs=self.dense.macs)

@@ -74,8 +74,24 @@ def select(
     if full and budget.rule[0] != "threshold":
         notes.append(f"as narrow as min_neurons, max_amount and round_to allow: {', '.join(full)}")
     if not chosen and not any("not reached" in note or "nothing is cut" in note for note in notes):
-        notes.append("nothing is cut: no neuron fits the budget")
+        notes.append(f"nothing is cut: {_why_nothing(groups, scores, budget)}")
+    if budget.rule[0] == "target_macs" and structure.costs.uncounted:
+        listed = ", ".join(structure.costs.uncounted)
+        notes.append(f"MACs are counted in convolutional and linear layers only, not in {listed}")
     return Selection({root: sorted(units) for root, units in chosen.items() if units}, places, tuple(notes))
+
+
+def _why_nothing(groups: Mapping[str, Group], scores: Mapping[str, GroupScores], budget: PruningBudget) -> str:
+    known = [s.value[~s.value.isnan()] for root, s in scores.items() if root in groups]
+    values = torch.cat(known) if known else torch.zeros(0)
+    name, value = budget.rule
+    if not groups:
+        return "there is no layer that may be cut"
+    if name != "threshold" or not len(values) or budget.measured is None:
+        return "no neuron fits the budget"
+    nearest = float(values.min())
+    end = f"more (the highest is {0.0 - nearest:.3g})" if budget.by_deadness else f"less (the lowest is {nearest:.3g})"
+    return f"no neuron has a {budget.measured.name} of {value:g} or {end}"
 
 
 def _candidates(root: str, scores: Mapping[str, GroupScores], budget: PruningBudget, notes: list[str]) -> list[int]:
@@ -95,8 +111,9 @@ def _candidates(root: str, scores: Mapping[str, GroupScores], budget: PruningBud
         ranks = given.by_layer.argsort(dim=1, stable=True).argsort(dim=1, stable=True) - (~present).sum(1, keepdim=True)
         lowest = torch.tensor([[round(value * int(count))] for count in (present | given.by_layer.isnan()).sum(1)])
         agreed = (~present | (ranks < lowest.reshape(-1, 1))).all(0) & ~given.by_layer.isnan().any(0)
-        if (allowed & ~agreed).any():
-            notes.append(f"{root}: {int((allowed & ~agreed).sum())} neurons stay, as not all of its layers agree")
+        disputed = int((allowed & ~agreed & (present & (ranks < lowest.reshape(-1, 1))).any(0)).sum())
+        if disputed:
+            notes.append(f"{root}: {disputed} neurons stay, as not all of its layers agree")
         allowed &= agreed
     order = torch.sort(given.value, stable=True).indices.tolist()
     return [unit for unit in order if allowed[unit]]

@@ -208,7 +208,6 @@ def test_the_metrics_of_rounds_are_after_a_resume_those_of_the_whole_run_or_unkn
 
 @pytest.mark.parametrize("name", ["fisher", "deadness", "random"])
 def test_resuming_from_the_last_batch_before_a_decision_decides_at_the_next_validation(tmp_path, name):
-    # Lightning leaves the validation out that the uninterrupted run had there.
     setting = SETTINGS[name]
     study = Study(setting, tmp_path, train(setting, tmp_path))
     files = [path for path in study.files() if study.before_a_decision(path)]

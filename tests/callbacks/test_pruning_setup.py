@@ -150,3 +150,22 @@ def test_a_metric_that_is_logged_by_a_later_validation_is_waited_for(kwargs):
         kwargs = kwargs | {"check_val_every_n_epoch": None}
     fit(module, [callback], max_epochs=3, **kwargs)
     assert callback.rounds.done[0].before is not None
+
+
+def test_a_module_that_is_compiled_as_a_whole_is_refused_with_what_to_compile_instead():
+    module = torch.compile(Plain(), backend="eager")
+    with pytest.raises(MisconfigurationException, match=r"compile the network in it: self\.net\.compile\(\)"):
+        fit(module, [pruner()], max_epochs=3)
+
+
+def test_patience_that_takes_longer_than_training_is_refused():
+    assert_refused(
+        Plain(), r"patience=3\): the first cut could be made at the beginning of epoch 3", [pruner(patience=3)]
+    )
+
+
+def test_the_plan_of_a_callback_says_why_less_was_removed():
+    callback = pruner(amount=0.5, min_neurons=4)
+    with pytest.warns(UserWarning, match="3 neurons of the model should go as well, and may not"):
+        fit(Plain(), [callback], max_epochs=2)
+    assert any("as narrow as min_neurons" in note for note in callback.plan.notes)

@@ -149,7 +149,7 @@ def test_a_target_out_of_reach_takes_all_that_may_go_and_says_what_remains(rule)
 def test_an_amount_out_of_reach_takes_all_that_may_go_and_says_what_is_missing(scope, missing):
     selection = choose(shuffled(structure_of()), scope=scope, amount=0.9, min_neurons=4)
     assert [lost(selection, root) for root in SIZES] == [2, 1, 3]
-    assert f"amount=0.9 is not reached: {missing} more would have to go than may" in selection.notes
+    assert f"amount=0.9 is not reached: {missing} should go as well, and may not" in selection.notes
 
 
 @pytest.mark.parametrize(
