@@ -85,7 +85,7 @@ def load_pruned(module_class: type[nn.Module], path: str | Path, **kwargs: Any) 
         return _from_checkpoint(module_class, path, kwargs)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (KeyError, EOFError, RuntimeError) as error:
+    except (LookupError, EOFError, RuntimeError) as error:
         got = f"{path} ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
         raise ArgumentError.of("path", got, f"a file with the state dict of a {module_class.__name__}") from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):

@@ -47,7 +47,8 @@ class Verdict:
     def unmet(self) -> list[str]:
         """How close the budget comes, if it cannot be met, and what limits it."""
         found = [note for note in self.notes if "not reached" in note]
-        return found + [note for note in self.notes if found and note.startswith("as narrow as")]
+        limits = [note for note in self.notes if note.startswith("as narrow as")]
+        return ["; ".join([*found, *limits])] if found else []
 
     @property
     def problems(self) -> list[str]:
