@@ -86,7 +86,8 @@ def equal_cuts(nets: Mapping[str, tuple[Callable[[], nn.Module], Tensor]]) -> No
 
 
 def time_of_a_cut(nets: Mapping[str, tuple[Callable[[], nn.Module], Tensor]], repeats: int = 5) -> None:
-    """Seconds for finding groups and trying each of them, for trying the whole plan, and for the cut itself."""
+    """Seconds for finding and trying groups, for trying the plan, for the cut, and for wrapping it in DDP."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     for name, (make, x) in nets.items():
         seconds: list[list[float]] = []
         for _ in range(repeats):
@@ -102,9 +103,14 @@ def time_of_a_cut(nets: Mapping[str, tuple[Callable[[], nn.Module], Tensor]], re
             times.append(time.perf_counter())
             cut(model, cuts_of(structure.groups.values(), units_of(structure, plan)), optimizers=[optimizer])
             times.append(time.perf_counter())
+            torch.nn.parallel.DistributedDataParallel(model)
+            times.append(time.perf_counter())
             seconds.append([b - a for a, b in pairwise(times)])
-        found, tried, made = (statistics.median(column) for column in zip(*seconds, strict=True))
-        print(f"{name}: structure {found:.2f} s, trial of the plan {tried:.2f} s, cut with AdamW state {made:.3f} s")
+        found, tried, made, wrapped = (statistics.median(column) for column in zip(*seconds, strict=True))
+        print(
+            f"{name}: structure {found:.2f} s, trial of the plan {tried:.2f} s, cut with AdamW state {made:.3f} s, "
+            f"wrapping in DDP again {wrapped:.3f} s"
+        )
 
 
 def main() -> None:

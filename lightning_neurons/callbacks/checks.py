@@ -17,17 +17,23 @@ NO_VALIDATION = (
 )
 
 
+def sharding_of(strategy: Any, *more: str) -> str | None:
+    """The name of a strategy that splits layers over processes (or is one of ``more``), or None."""
+    # By name: Lightning's two namespaces have two classes of each.
+    names = {base.__name__ for base in type(strategy).__mro__}
+    return next(iter(sorted(names & (_SHARDED | {*more}))), None)
+
+
 def refuse_sharded(who: str, strategy: Any) -> None:
     """Refuse strategies that split layers over processes.
 
     Raises:
         MisconfigurationException: Naming the strategy and what works instead.
     """
-    # Lightning's two namespaces have two classes of each name.
-    sharded = sorted(_SHARDED & {base.__name__ for base in type(strategy).__mro__})
+    sharded = sharding_of(strategy)
     if sharded:
         raise MisconfigurationException(
-            f"{who} cannot see whole layers under {sharded[0]}, which splits them over processes; use "
+            f"{who} cannot see whole layers under {sharded}, which splits them over processes; use "
             'strategy="ddp" or "auto", or measure() on the gathered model.'
         )
 

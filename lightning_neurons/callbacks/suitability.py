@@ -5,14 +5,11 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_neurons.callbacks.arguments import lightning_errors
-from lightning_neurons.callbacks.checks import overrides
-from lightning_neurons.network.families import family_of
-from lightning_neurons.network.layer import candidates
+from lightning_neurons.callbacks.checks import overrides, sharding_of
+from lightning_neurons.network.layer import candidates, widths_of
 from lightning_neurons.pruning.budget import PruningBudget
 from lightning_neurons.pruning.optimizers import why_not
 from lightning_neurons.pruning.rounds import Rounds
-
-_SHARDED = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAFSDPStrategy", "XLAStrategy"}
 
 
 def refuse_strategy(who: str, trainer: Any) -> None:
@@ -22,11 +19,10 @@ def refuse_strategy(who: str, trainer: Any) -> None:
         MisconfigurationException: Naming the strategy and what works instead.
     """
     strategy = trainer.strategy
-    # By name: Lightning's two namespaces have two classes of each.
-    sharded = sorted(_SHARDED & {base.__name__ for base in type(strategy).__mro__})
+    sharded = sharding_of(strategy, "XLAStrategy")
     if sharded:
         raise MisconfigurationException(
-            f'{who} cannot reshape the parameters that {sharded[0]} spreads over processes; use strategy="ddp" or '
+            f'{who} cannot reshape the parameters that {sharded} spreads over processes; use strategy="ddp" or '
             '"auto", or prune() the gathered model before or after training.'
         )
     if type(strategy.launcher).__name__ == "_MultiProcessingLauncher":
@@ -122,7 +118,7 @@ def is_fresh(who: str, pl_module: Any, rounds: Rounds) -> bool:
     Raises:
         MisconfigurationException: If the rounds are those of another model.
     """
-    found = {name: f.neurons(module) for name, module in candidates(pl_module).items() if (f := family_of(module))}
+    found = widths_of(pl_module)
     if rounds.dense is None or found == rounds.widths():
         return False
     if found != dict(rounds.dense.widths):

@@ -18,7 +18,7 @@ from lightning_neurons.errors import PruningError
 from lightning_neurons.network.batches import tensors_of
 from lightning_neurons.network.coupling import Coupling, Group, Part
 from lightning_neurons.network.isolate import differentiable
-from lightning_neurons.network.layer import candidates, public_name
+from lightning_neurons.network.layer import candidates, modules_by_name, public_name
 from lightning_neurons.network.widths import Role, is_depthwise, why_fixed
 
 Forward = Callable[[nn.Module], Any]
@@ -104,7 +104,7 @@ def _read(model: nn.Module, graph: Any) -> Coupling:
         try:
             found = graph.get_pruning_group(module, pruner.prune_out_channels, fresh)
         except (IndexError, KeyError, TypeError, ValueError) as error:
-            fixed = _fixed_readers(nodes[module], paths, {public_name(n): m for n, m in model.named_modules()})
+            fixed = _fixed_readers(nodes[module], paths, modules_by_name(model))
             lost[name] = fixed or f"its neurons cannot be followed ({type(error).__name__}: {error})"
             found = []
         group = _group(name, fresh, found, graph, paths, layers)

@@ -98,6 +98,21 @@ def public_name(path: str) -> str:
     return ".".join(part for part in path.split(".") if part != "_orig_mod")
 
 
+def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules by their path, without what ``torch.compile`` puts into it."""
+    return {public_name(path): module for path, module in model.named_modules()}
+
+
+def widths_of(model: nn.Module) -> dict[str, int]:
+    """Neurons by layer, in the order of the model.
+
+    Example:
+        >>> widths_of(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)))
+        {'0': 3, '2': 1}
+    """
+    return {name: family.neurons(m) for name, m in candidates(model).items() if (family := family_of(m))}
+
+
 def candidates(model: nn.Module, patterns: Sequence[Pattern] | None = None) -> dict[str, nn.Module]:
     """The modules that make neurons, by path, in the order of the model; all of them or those that match.
 

@@ -4,14 +4,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_neurons.criteria.contract import LayerTraits
-from lightning_neurons.network.layer import Layer, public_name
+from lightning_neurons.network.layer import Layer, modules_by_name, public_name
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def traits_of(layer: Layer, model: nn.Module) -> LayerTraits:
     """Everything that criteria may know of ``layer`` in ``model``."""
-    modules = {public_name(path): module for path, module in model.named_modules()}
+    modules = modules_by_name(model)
     readers = [outgoing_weight(modules[name], spread) for name, spread in layer.readers or ()]
     outgoing = None
     if readers and all(r is not None and len(r) == layer.neurons for r in readers):

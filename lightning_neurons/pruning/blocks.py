@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from lightning_neurons.network.layer import candidates, public_name
+from lightning_neurons.network.layer import candidates, modules_by_name
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -21,7 +21,7 @@ def blocks_of(model: nn.Module) -> dict[str, str]:
         {'0': '0'}
     """
     layers = list(candidates(model))
-    modules = {public_name(path): module for path, module in model.named_modules()}
+    modules = modules_by_name(model)
 
     def count(path: str) -> int:
         return sum(name.startswith(path + ".") for name in layers)

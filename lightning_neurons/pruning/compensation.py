@@ -13,8 +13,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
+from lightning_neurons.network.layer import modules_by_name
 from lightning_neurons.network.widths import axes
-from lightning_neurons.pruning.surgery import Cut, modules_by_name
+from lightning_neurons.pruning.surgery import Cut
 
 Compensation = Literal["none", "mean"]
 

@@ -14,10 +14,9 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lightning_neurons.network.batches import batch_size_of, tensors_of
 from lightning_neurons.network.coupling import Group
-from lightning_neurons.network.layer import public_name
+from lightning_neurons.network.layer import modules_by_name, public_name
 from lightning_neurons.network.widths import axes
 from lightning_neurons.pruning.example import Example
-from lightning_neurons.pruning.surgery import modules_by_name
 
 Removed = Mapping[tuple[str, int], int]
 """By tensor and axis, how many places go."""

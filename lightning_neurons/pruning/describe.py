@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import nn
 
+from lightning_neurons.network.layer import modules_by_name
 from lightning_neurons.network.widths import is_depthwise
 from lightning_neurons.pruning.example import Example
 from lightning_neurons.pruning.structure import Structure, discover
-from lightning_neurons.pruning.surgery import modules_by_name
+from lightning_neurons.results.whole_file import write_whole
 
 FORMAT, VERSION = "lightning_neurons structure", 1
 
@@ -63,8 +64,7 @@ def describe_structure(model: nn.Module, example_inputs: Any, *, path: str | Pat
         },
     }
     if path is not None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(json.dumps(document, indent=1))
+        write_whole(Path(path), json.dumps(document, indent=1))
     return document
 
 

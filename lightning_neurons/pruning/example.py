@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_neurons.errors import PruningError
 from lightning_neurons.network.batches import map_tensors
-from lightning_neurons.network.isolate import eager
+from lightning_neurons.network.isolate import eager, kept_random_state
 from lightning_neurons.network.neurons import call
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -31,10 +31,9 @@ class Example:
 
     def run(self, model: nn.Module) -> Any:
         """Run a model on a copy of the inputs, always with the same random numbers."""
-        devices = {t.device.index for t in model.parameters() if t.device.type == "cuda"}
-        with torch.random.fork_rng(devices=sorted(d for d in devices if d is not None)), eager():
+        with kept_random_state(model), eager():
             torch.default_generator.manual_seed(0)  # torch.manual_seed would also look after devices that are not used
-            if devices:
+            if any(parameter.device.type == "cuda" for parameter in model.parameters()):
                 torch.cuda.manual_seed_all(0)
             return self.forward(model, map_tensors(self.inputs, Tensor.clone))
 

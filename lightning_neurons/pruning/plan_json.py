@@ -1,12 +1,12 @@
 """A plan as JSON and back, checked on the way in: such files are written by hand too."""
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning_neurons.errors import ArgumentError, is_number
+from lightning_neurons.results.whole_file import write_whole
 
 _AS_SAVED = "a plan as PruningPlan.save wrote it"
 FORMAT, VERSION = "lightning_neurons pruning plan", 1
@@ -26,14 +26,8 @@ def to_dict(plan: Any) -> dict[str, Any]:
 
 
 def save(plan: Any, path: Path) -> None:
-    """Write to a file beside ``path`` first, so that a reader never finds half a plan."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        unfinished.write_text(json.dumps(to_dict(plan), indent=1))
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    """Write a plan, whole or not at all."""
+    write_whole(path, json.dumps(to_dict(plan), indent=1))
 
 
 def read(path: Path) -> Any:

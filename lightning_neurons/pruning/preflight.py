@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from lightning_neurons.errors import PruningError
 from lightning_neurons.network.batches import tensors_of
 from lightning_neurons.network.coupling import Group
+from lightning_neurons.network.layer import modules_by_name
 from lightning_neurons.network.widths import axes
 from lightning_neurons.pruning.example import Example
-from lightning_neurons.pruning.surgery import Cut, cut, cuts_of, modules_by_name
+from lightning_neurons.pruning.surgery import Cut, cut, cuts_of
 
 _TOLERANCES = ((torch.float64, 1e-8), (torch.float32, 1e-4))
 

@@ -9,15 +9,13 @@ from torch import nn
 
 from lightning_neurons.errors import PruningError
 from lightning_neurons.network.coupling import Coupling, Group, Part
-from lightning_neurons.network.families import family_of
 from lightning_neurons.network.groups import find_coupling
-from lightning_neurons.network.layer import candidates, public_name, require_materialized
+from lightning_neurons.network.layer import candidates, modules_by_name, public_name, require_materialized, widths_of
 from lightning_neurons.network.widths import axes, why_fixed
 from lightning_neurons.pruning.blocks import blocks_of
 from lightning_neurons.pruning.costs import Costs, Effects, costs_of, effects, removed_by
 from lightning_neurons.pruning.example import Example, scramble, twin_of
 from lightning_neurons.pruning.preflight import Preflight
-from lightning_neurons.pruning.surgery import modules_by_name
 
 Units = Mapping[str, list[int]]
 """By a group's root, units of it."""
@@ -114,8 +112,7 @@ def discover(model: nn.Module, example: Example, *, time_limit: float = 60.0) ->
     for seed in range(2):  # one choice alone might happen to have the symmetry that a wrong group needs
         tried = {root: _some(group, seed) for root, group in groups.items() if root not in refused}
         refused |= preflight.failing([groups[root] for root in tried], tried)
-    widths = {name: family.neurons(m) for name, m in candidates(twin).items() if (family := family_of(m))}
-    return Structure(groups, refused, coupling, widths, blocks_of(twin), costs, preflight)
+    return Structure(groups, refused, coupling, widths_of(twin), blocks_of(twin), costs, preflight)
 
 
 def _some(group: Group, seed: int) -> list[int]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_neurons.network.coupling import Group
-from lightning_neurons.network.layer import public_name
+from lightning_neurons.network.layer import modules_by_name
 from lightning_neurons.network.widths import Role, axes, refit, set_data
 
 _SIZES = (
@@ -120,11 +120,6 @@ def cut(
         operation.roll_back()
         raise
     return operation
-
-
-def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules by their path, without what ``torch.compile`` puts into it."""
-    return {public_name(path): module for path, module in model.named_modules()}
 
 
 @dataclass(eq=False)

@@ -3,7 +3,6 @@
 import base64
 import json
 import math
-import os
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from lightning_neurons.errors import ArgumentError
 from lightning_neurons.network.layer import Layer, Link
+from lightning_neurons.results.whole_file import write_whole
 
 FORMAT, VERSION = "lightning_neurons report", 1
 
@@ -47,7 +47,7 @@ def neurons(report: Any) -> list[dict[str, Any]]:
 
 
 def save(report: Any, path: Path) -> None:
-    """Write to a file beside ``path`` first, so that a reader never finds half a report."""
+    """Write a report, whole or not at all."""
     document = {
         "format": FORMAT,
         "version": VERSION,
@@ -64,13 +64,7 @@ def save(report: Any, path: Path) -> None:
         "refused": {name: dict(reasons) for name, reasons in report.refused.items()},
         "counts": {name: _counts(counts) for name, counts in report.counts.items()},
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        unfinished.write_text(json.dumps(_plain(document), allow_nan=False))
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    write_whole(path, json.dumps(_plain(document), allow_nan=False))
 
 
 def load(path: Path, counts_type: Callable[..., Any]) -> dict[str, Any]:
