@@ -84,6 +84,17 @@ def check_count(name: str, value: int, *, least: int = 1) -> int:
     return int(value)
 
 
+def check_flag(name: str, value: bool) -> bool:
+    """Return ``value`` if it is True or False.
+
+    Raises:
+        ArgumentError: Otherwise.
+    """
+    if not isinstance(value, bool):
+        raise ArgumentError.of(name, value, "True or False")
+    return value
+
+
 def check_choice(name: str, value: str, allowed: Collection[str]) -> str:
     """Return ``value`` if it is among ``allowed``.
 

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from cutting import accuracy
 
 from lightning_neurons import NeuronReport, PruningBudget, PruningPlan, describe_structure, measure, prune
+from lightning_neurons.pruning.decision import score
 from lightning_neurons.pruning.example import Example
 from lightning_neurons.pruning.planning import choose, decide
 from lightning_neurons.pruning.structure import Structure, discover
@@ -31,9 +32,11 @@ def deadness(model: nn.Module, pictures: Tensor, budget: PruningBudget) -> Neuro
     return measure(model, pictures.split(50), criteria=[budget.measured])
 
 
-def block_plans(structure: Structure, report: NeuronReport, budget: PruningBudget) -> dict[str, PruningPlan]:
+def block_plans(
+    structure: Structure, model: nn.Module, report: NeuronReport, budget: PruningBudget
+) -> dict[str, PruningPlan]:
     """By block, a plan for the groups that begin in it."""
-    whole = decide(structure, budget, choose(structure, budget, report))
+    whole = decide(structure, budget, choose(structure, budget, score(structure, model, budget, report=report)[0]))
     found: dict[str, dict[str, list[int]]] = {}
     for root in structure.groups:
         if whole.neurons.get(root):
@@ -41,9 +44,11 @@ def block_plans(structure: Structure, report: NeuronReport, budget: PruningBudge
     return {block: PruningPlan.from_indices(neurons) for block, neurons in found.items()}
 
 
-def careful(structure: Structure, reports: Sequence[NeuronReport], budget: PruningBudget) -> PruningPlan:
+def careful(
+    structure: Structure, model: nn.Module, reports: Sequence[NeuronReport], budget: PruningBudget
+) -> PruningPlan:
     """What all layers of a group and all measurements agree on."""
-    choices = [choose(structure, budget, report) for report in reports]
+    choices = [choose(structure, budget, score(structure, model, budget, report=r)[0]) for r in reports]
     earlier = [structure.neurons(choice.units) for choice in choices[:-1]]
     return decide(structure, budget, choices[-1], earlier)
 
@@ -75,7 +80,7 @@ def main() -> None:
         f"top-1 {accuracy(model, test, answers):.1f} %"
     )
     budget = PruningBudget("deadness", **rule)
-    plans = block_plans(discover(model, Example(x[:2])), deadness(model, seen, budget), budget)
+    plans = block_plans(discover(model, Example(x[:2])), model, deadness(model, seen, budget), budget)
     for block, plan in plans.items():
         plan.save(arguments.folder / f"{block}.json")
         report = prune(
@@ -91,7 +96,7 @@ def main() -> None:
     structure = discover(model, Example(x[:2]))
     budget = PruningBudget("deadness", agreement="all", **rule)
     parts = seen.split(-(-len(seen) // 3))
-    plan = careful(structure, [deadness(model, part, budget) for part in parts], budget)
+    plan = careful(structure, model, [deadness(model, part, budget) for part in parts], budget)
     report = prune(model, x[:2], plan, seen.split(50), compensation="mean")
     print(
         f"careful: {len(plan)} neurons, MACs {report.cost.macs:,} -> {report.cost.macs_after:,}, "

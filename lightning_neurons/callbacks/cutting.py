@@ -68,14 +68,14 @@ def cut_in_fit(trainer: Any, pl_module: Any, cuts: Sequence[Cut], shifts: Mappin
 
 def averages_of(trainer: Any) -> list[nn.Module]:
     """The copies that weight-averaging callbacks (EMA, SWA) keep of the model."""
-    found = []
-    for callback in trainer.callbacks:
-        average = getattr(callback, "_average_model", None)
-        if isinstance(average, torch.optim.swa_utils.AveragedModel):
-            average = average.module
-        if isinstance(average, nn.Module):
-            found.append(average)
-    return found
+    averaged = torch.optim.swa_utils.AveragedModel
+    return [one.module if isinstance(one, averaged) else one for one in average_models(trainer)]
+
+
+def average_models(trainer: Any) -> list[nn.Module]:
+    """The same with what is wrapped around them to average."""
+    found = [getattr(callback, "_average_model", None) for callback in trainer.callbacks]
+    return [average for average in found if isinstance(average, nn.Module)]
 
 
 def reset_early_stopping(trainer: Any) -> None:

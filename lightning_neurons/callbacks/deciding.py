@@ -1,46 +1,53 @@
-"""What to cut, decided by one process for all."""
+"""What to cut, decided by one process for all, from what all of them have seen."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor
-
-from lightning_neurons.callbacks.runner import KeptBatches, Runner
-from lightning_neurons.errors import ArgumentError, PruningError
-from lightning_neurons.network.isolate import eager, isolated
+from lightning_neurons.callbacks.agreement import costing_a_round, in_one_process
+from lightning_neurons.callbacks.pruning_settings import PruningSettings
+from lightning_neurons.callbacks.runner import Runner
 from lightning_neurons.pruning.budget import PruningBudget
-from lightning_neurons.pruning.compensation import Compensation, InputMeans, fold_means, readers_of
+from lightning_neurons.pruning.compensation.calibration import Calibration
+from lightning_neurons.pruning.compensation.repair import Wiring
+from lightning_neurons.pruning.decision import Evidence, candidates_of, gather, score
+from lightning_neurons.pruning.lossless import without_loss
 from lightning_neurons.pruning.plan import PruningPlan
-from lightning_neurons.pruning.planning import choose, decide, units_of
+from lightning_neurons.pruning.planning import allocations, choose
+from lightning_neurons.pruning.preparation import Candidate, prepare
 from lightning_neurons.pruning.reach import Dense
 from lightning_neurons.pruning.rounds import Pending, Rounds
 from lightning_neurons.pruning.structure import Structure, discover
-from lightning_neurons.pruning.surgery import Cut, cuts_of
 from lightning_neurons.results.neuron_report import NeuronReport
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What the deciding process tells the others.
+class Survey:
+    """What the deciding process tells the others of the model.
 
     Attributes:
         dense: The model before any cut.
         unprunable: What cannot be cut, with the reason; without the layers that make the output.
-        vote: What this measurement alone would remove, in original indices.
-        plan: What goes, in original indices; None if it is not time yet.
-        cuts: The same for every tensor.
-        norm_behind: By layer, the norm layer that alone reads it.
-        notes: What limits the choice.
+        wiring: How its layers follow one another.
     """
 
     dense: Dense
     unprunable: tuple[str, ...]
+    wiring: Wiring
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the deciding process tells the others of a measurement.
+
+    Attributes:
+        vote: What this measurement alone would remove, in original indices.
+        candidates: What could go, with plans in original indices; none if it is not time yet.
+        notes: What limits the choice.
+    """
+
     vote: dict[str, list[int]]
-    plan: PruningPlan | None
-    cuts: tuple[Cut, ...]
-    norm_behind: dict[str, str]
+    candidates: tuple[Candidate, ...]
     notes: tuple[str, ...]
 
     @property
@@ -50,105 +57,99 @@ class Verdict:
         limits = [note for note in self.notes if note.startswith("as narrow as")]
         return ["; ".join([*found, *limits])] if found else []
 
-    @property
-    def problems(self) -> list[str]:
-        """What keeps the budget from being met."""
-        return [*(f"cannot cut {reason}" for reason in self.unprunable), *self.unmet]
 
-
-def look(pl_module: Any, runner: Runner, budget: PruningBudget) -> tuple[Structure, tuple[str, ...]]:
-    """The structure of a module, and what of it cannot be cut although it is not to be ignored."""
-    structure = discover(pl_module, runner.example)
-    found, ignored = [], budget.ignores(list(structure.widths))
-    for root, reason in structure.refused.items():
-        layers = structure.groups[root].layers
-        if not {*layers} & {*structure.coupling.ends, *ignored}:
-            found.append(f"{root}: {reason}")
-    return structure, (*found, *(f"{name}: it is not in the model's graph" for name in structure.coupling.unseen))
-
-
-def judge(
-    pl_module: Any,
-    runner: Runner | None,
-    budgets: Sequence[PruningBudget],
-    report: NeuronReport | None,
-    rounds: Rounds,
-    is_due: bool,
-    patience: int,
-    seed: int,
-) -> Verdict:
-    """Choose what goes now.
+class Decision:
+    """One decision of all processes together.
 
     Args:
-        pl_module: The module.
+        trainer: The Trainer.
+        pl_module: Its module.
         runner: How to run it; the deciding process has one.
-        budgets: What is due now, and what is due in the end; by that, measurements vote.
-        report: The latest measurement; None for random scores.
+        settings: What the callback was told.
         rounds: What has happened so far.
-        is_due: Whether a round is due; else only the vote counts.
-        patience: How many measurements must agree.
-        seed: Of random scores.
     """
-    assert runner is not None, "the first process has had a batch"
-    budget, final = budgets[0], budgets[-1]
-    structure, unprunable = look(pl_module, runner, budget)
-    dense = rounds.dense or Dense.of(structure)
-    before = Rounds(dense, rounds.done).plan
-    choice = choose(structure, budget, report, dense=dense, seed=seed)
-    last = choice if patience == 1 else choose(structure, final, report, dense=dense, seed=seed)
-    mine = PruningPlan({n: tuple(v) for n, v in structure.neurons(last.units).items()}).lifted(before)
-    vote = {layer: list(neurons) for layer, neurons in mine.neurons.items()}
-    norms = dict(structure.coupling.norm_behind)
-    votes = rounds.votes[len(rounds.votes) - patience + 1 :] if patience > 1 else []
-    if not is_due or len(votes) < patience - 1:
-        return Verdict(dense, unprunable, vote, None, (), norms, choice.selection.notes)
-    earlier = [PruningPlan({n: tuple(v) for n, v in old.items()}).lowered(before).neurons for old in votes]
-    plan = decide(structure, budget, choice, earlier)
-    cuts = cuts_of(structure.groups.values(), units_of(structure, plan))
-    return Verdict(dense, unprunable, vote, plan.lifted(before), tuple(cuts), norms, plan.notes)
 
+    def __init__(
+        self, trainer: Any, pl_module: Any, runner: Runner | None, settings: PruningSettings, rounds: Rounds
+    ) -> None:
+        self.trainer, self.pl_module, self.runner = trainer, pl_module, runner
+        self.settings, self.rounds = settings, rounds
+        self._structure: Structure | None = None  # of the deciding process
+        self.survey: Survey = in_one_process(trainer, self._look)
+        self._evidence = Evidence()
 
-def in_one_process(trainer: Any, action: Any) -> Any:
-    """Do something in the first process and tell all of them, also how it failed.
+    def gather(self, budget: PruningBudget, calibration: Calibration) -> None:
+        """Look at what readers read, if the budget goes by that."""
+        with costing_a_round(self.trainer):
+            lossless = self.settings.lossless
+            self._evidence = gather(self.pl_module, budget, calibration, self.survey.wiring, lossless=lossless)
 
-    Raises:
-        PruningError: If it failed, in every process.
-    """
-    answer: Any = None
-    if trainer.is_global_zero:
-        try:
-            answer = action()
-        except Exception as error:  # noqa: BLE001 (else the other processes would wait for ever)
-            known = isinstance(error, ArgumentError | PruningError)
-            answer = PruningError(str(error) if known else f"{type(error).__name__}: {error}")
-    answer = trainer.strategy.broadcast(answer, 0)
-    if isinstance(answer, PruningError):
-        raise answer
-    return answer
+    def judge(
+        self, budgets: Sequence[PruningBudget], report: NeuronReport | None, seed: int, *, is_due: bool
+    ) -> Verdict:
+        """Choose what could go now.
 
+        Args:
+            budgets: What is due now, and what is due in the end; by that, measurements vote.
+            report: The latest measurement, if there is one.
+            seed: Of random scores.
+            is_due: Whether a round is due; else only the vote counts.
 
-def prepare(
-    trainer: Any,
-    pl_module: Any,
-    runner: Runner | None,
-    kept: KeptBatches,
-    verdict: Verdict,
-    number: int,
-    compensation: Compensation,
-) -> Pending:
-    """Make a decided plan ready to be carried out: measure what compensates for it, in all processes."""
-    assert verdict.plan is not None, "only what is decided is prepared"
-    shifts: dict[str, Tensor] = {}
-    plan = verdict.plan
-    if compensation == "mean" and verdict.cuts:
-        found = InputMeans(pl_module, readers_of(verdict.cuts))
-        with isolated(pl_module), eager():
-            pl_module.eval()
-            for batch in kept.on(pl_module.device):
-                assert runner is not None, "samples were kept, so there was a batch"
-                found.observe(partial(runner, pl_module, batch))
-        means = found.means(lambda tensor: trainer.strategy.reduce(tensor, reduce_op="sum"))
-        repair = fold_means(pl_module, verdict.cuts, means, verdict.norm_behind)
-        shifts = {name: shift.cpu() for name, shift in repair.shifts.items()}
-        plan = PruningPlan(plan.neurons, plan.widths, plan.reasons, plan.cost, (*plan.notes, *repair.notes))
-    return Pending(number, plan, verdict.cuts, shifts)
+        Raises:
+            PruningError: If the deciding process failed, in every process.
+        """
+        verdict: Verdict = in_one_process(self.trainer, lambda: self._judge(budgets, report, seed, is_due))
+        return verdict
+
+    def prepare(self, verdict: Verdict, calibration: Calibration, number: int) -> Pending:
+        """Make what is decided ready to be carried out: compensate for it, compare, and take the best.
+
+        Raises:
+            PruningError: If a lossless cut would change the outputs.
+        """
+        settings, wiring = self.settings, self.survey.wiring
+        with costing_a_round(self.trainer):
+            if settings.lossless:
+                only = verdict.candidates[0]
+                prepared = without_loss(self.pl_module, only, self._evidence.constants, calibration, wiring)
+            else:
+                prepared = prepare(
+                    self.pl_module,
+                    verdict.candidates,
+                    calibration,
+                    wiring,
+                    how=settings.compensation,
+                    reestimate_norms=settings.reestimate_norms,
+                )
+        return Pending(number, prepared.plan, prepared.cuts, prepared.shifts)
+
+    def _look(self) -> Survey:
+        assert self.runner is not None, "the first process has had a batch"
+        self._structure = structure = discover(self.pl_module, self.runner.example)
+        found, ignored = [], self.settings.budget.ignores(list(structure.widths))
+        for root, reason in structure.refused.items():
+            layers = structure.groups[root].layers
+            if not {*layers} & {*structure.coupling.ends, *ignored}:
+                found.append(f"{root}: {reason}")
+        unseen = (f"{name}: it is not in the model's graph" for name in structure.coupling.unseen)
+        return Survey(self.rounds.dense or Dense.of(structure), (*found, *unseen), structure.wiring)
+
+    def _judge(self, budgets: Sequence[PruningBudget], report: NeuronReport | None, seed: int, is_due: bool) -> Verdict:
+        structure, dense, patience = self._structure, self.survey.dense, self.settings.patience
+        assert structure is not None, "the deciding process has looked"
+        budget, final = budgets[0], budgets[-1]
+        if patience > 1:  # measurements are compared neuron by neuron
+            budget = replace(budget, scope=budget.scopes[0])
+        before = Rounds(dense, self.rounds.done).plan
+        scores, notes = score(structure, self.pl_module, budget, report=report, evidence=self._evidence, seed=seed)
+        choices = allocations(structure, budget, scores, dense=dense)
+        last = choices[0] if patience == 1 else choose(structure, final, scores, dense=dense)
+        mine = PruningPlan({n: tuple(v) for n, v in structure.neurons(last.units).items()}).lifted(before)
+        vote = {layer: list(neurons) for layer, neurons in mine.neurons.items()}
+        votes = self.rounds.votes[len(self.rounds.votes) - patience + 1 :] if patience > 1 else []
+        if not is_due or len(votes) < patience - 1:
+            return Verdict(vote, (), (*choices[0].selection.notes, *notes))
+        earlier = [PruningPlan({n: tuple(v) for n, v in old.items()}).lowered(before).neurons for old in votes]
+        found = candidates_of(structure, budget, choices, earlier)
+        lifted = (replace(one, plan=replace(one.plan.lifted(before), notes=(*one.plan.notes, *notes))) for one in found)
+        return Verdict(vote, tuple(lifted), (*found[0].plan.notes, *notes))

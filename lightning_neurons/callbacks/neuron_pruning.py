@@ -1,23 +1,31 @@
 """The pruning callback as people use it: its arguments, checked at once."""
 
 from collections.abc import Sequence
-from typing import Any, get_args
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 from lightning_neurons.callbacks.arguments import lightning_errors
-from lightning_neurons.callbacks.pruner import NeuronPruner
-from lightning_neurons.callbacks.pruning_settings import OnUnprunable, PruningSettings
+from lightning_neurons.callbacks.keeper import NeuronKeeper
+from lightning_neurons.callbacks.pruning_settings import (
+    OnUnprunable,
+    PruningSettings,
+    budget_of,
+    compensation_of,
+    refuse_overlap,
+)
+from lightning_neurons.callbacks.recovery_settings import Mode, OnViolation, distillation_of, guard_of
 from lightning_neurons.criteria import CRITERIA, Criterion
 from lightning_neurons.criteria.ranking import Normalization
-from lightning_neurons.errors import ArgumentError, check_choice, check_count
-from lightning_neurons.pruning.budget import Aggregate, Agreement, PruningBudget, Scope
-from lightning_neurons.pruning.compensation import Compensation
+from lightning_neurons.errors import ArgumentError, check_choice, check_count, check_flag
+from lightning_neurons.pruning.budget import Aggregate, Agreement, Scope
+from lightning_neurons.pruning.compensation.repair import Compensation
 from lightning_neurons.pruning.schedule import PruningSchedule, Shape
 from lightning_neurons.studies.losses import LossReduction
 from lightning_neurons.studies.measure import LossFunction
 from lightning_neurons.studies.settings import MeasurementSettings
 
 
-class NeuronPruningCallback(NeuronPruner):
+class NeuronPruningCallback(NeuronKeeper):
     """Removes neurons while training goes on: the layers become narrower, and the optimizer keeps its state.
 
     Neurons are scored on validation data when a round is due; the plan is made when that validation ends, goes into the
@@ -26,8 +34,8 @@ class NeuronPruningCallback(NeuronPruner):
     Checkpoints of any round can be resumed and validated; ``load_pruned`` loads them without a Trainer.
 
     Args:
-        criterion: By what neurons are chosen: the name of any criterion, ``"deadness"``, ``"random"``, or a
-            ``Criterion``.
+        criterion: By what neurons are chosen: the name of any criterion, ``"deadness"``, ``"reconstruction"`` (what
+            the layers behind cannot make up for), ``"random"``, or a ``Criterion``; None is ``"fisher"``.
         amount: The share of neurons to remove; give exactly one of this and the next three.
         target_params: The share of parameters that may stay.
         target_macs: The share of multiply-accumulate operations that may stay.
@@ -37,7 +45,8 @@ class NeuronPruningCallback(NeuronPruner):
         end_epoch: The last epoch at whose beginning a cut may be made, for several rounds.
         every_n_epochs: Epochs between rounds.
         scope: Whether neurons compete within a ``"layer"`` (each then loses the same share), within a ``"block"``, or
-            over the whole model, ``"global"``.
+            over the whole model, ``"global"``. None is ``"layer"``; for ``"reconstruction"`` it is ``"layer"`` or
+            ``"global"``, whichever has the lower validation loss.
         aggregate: How the scores of coupled layers become one: ``"mean"``, ``"sum"`` or ``"max"``.
         agreement: ``"all"`` removes a coupled neuron only where all layers of its group agree.
         patience: How many measurements in a row must choose a neuron before it goes.
@@ -46,8 +55,28 @@ class NeuronPruningCallback(NeuronPruner):
         max_amount: The largest share that a layer may lose in all.
         round_to: Widths become multiples of this.
         ignore: Patterns of layers that keep all their neurons. Layers that make the output always do.
-        compensation: ``"mean"`` folds the mean of what goes into biases and norm statistics.
+        compensation: How the cut is made up for, before training goes on: ``"least_squares"`` solves what reads the
+            neurons that go again, over channels (the default); ``"patch_least_squares"`` over whole receptive patches,
+            which is better and dearer; ``"mean"`` folds the mean of what goes into biases and norm statistics;
+            ``"none"``.
+        reestimate_norms: Estimate running statistics of norm layers anew, where that lowers the validation loss.
+        lossless: Remove neurons that are dead or constant on validation samples, and nothing else; a cut that would
+            change the outputs there by more than 1e-5 of the largest is not made.
         monitor: A logged metric, to be reported before and after each cut.
+        mode: Whether more of it is better, ``"max"``, or less, ``"min"``.
+        max_drop: How much worse the metric may be than before the first cut, when a cut has had ``recovery_epochs``,
+            and when ``fit`` ends. If it is, the last good model, optimizers, schedulers and averages come back.
+        relative_drop: Whether ``max_drop`` is a share of the metric before the first cut.
+        recovery_epochs: How many epochs a cut has to recover, and distillation goes on.
+        on_violation: ``"stop"`` pruning after a cut that was taken back, or try again with ``"halve"`` the step.
+        recovery: ``"distill"`` lets the model before the first cut teach the one after it: the Kullback-Leibler
+            divergence of their logits is added to the gradient of whatever loss ``training_step`` has.
+        output: The module whose output are the logits; None is the module's forward, or its one network if it has none.
+        temperature: What logits are divided by; the loss is multiplied by its square.
+        distillation_weight: What the distillation loss is multiplied by.
+        class_axis: The axis of the logits on which the classes lie.
+        teacher: A checkpoint of the module to learn from, also a larger one; None takes the model before the first cut,
+            which then goes into checkpoints.
         reset_early_stopping: Let ``EarlyStopping`` forget its best score after a cut.
         on_unprunable: ``"raise"`` stops before training if a layer cannot be cut or the budget cannot be met.
         example_inputs: What the module's forward takes; None uses ``example_input_array`` or a validation batch.
@@ -62,14 +91,15 @@ class NeuronPruningCallback(NeuronPruner):
 
     Example:
         >>> from lightning_neurons import NeuronPruningCallback
-        >>> half = NeuronPruningCallback("fisher", target_macs=0.5, schedule="cubic", start_epoch=2, end_epoch=8)
+        >>> half = NeuronPruningCallback("reconstruction", target_macs=0.5, monitor="val_acc", max_drop=0.01)
+        >>> slow = NeuronPruningCallback("fisher", target_macs=0.5, schedule="cubic", start_epoch=2, end_epoch=8)
         >>> dead = NeuronPruningCallback(criterion="deadness", threshold=1.0, patience=3, agreement="all")
         >>> # trainer = Trainer(callbacks=[half]); trainer.fit(module); half.plan.save("plan.json")
     """
 
     def __init__(
         self,
-        criterion: str | Criterion = "fisher",
+        criterion: str | Criterion | None = None,
         *,
         amount: float | None = None,
         target_params: float | None = None,
@@ -79,7 +109,7 @@ class NeuronPruningCallback(NeuronPruner):
         start_epoch: int = 1,
         end_epoch: int | None = None,
         every_n_epochs: int = 1,
-        scope: Scope = "layer",
+        scope: Scope | None = None,
         aggregate: Aggregate = "mean",
         agreement: Agreement = "mean",
         patience: int = 1,
@@ -88,8 +118,21 @@ class NeuronPruningCallback(NeuronPruner):
         max_amount: float = 1.0,
         round_to: int = 1,
         ignore: Sequence[str] = (),
-        compensation: Compensation = "none",
+        compensation: Compensation | None = None,
+        reestimate_norms: bool = False,
+        lossless: bool = False,
         monitor: str | None = None,
+        mode: Mode = "max",
+        max_drop: float | None = None,
+        relative_drop: bool = False,
+        recovery_epochs: int = 1,
+        on_violation: OnViolation = "stop",
+        recovery: Literal["distill"] | None = None,
+        output: str | None = None,
+        temperature: float = 2.0,
+        distillation_weight: float = 1.0,
+        class_axis: int = 1,
+        teacher: str | Path | None = None,
         reset_early_stopping: bool = False,
         on_unprunable: OnUnprunable = "warn",
         example_inputs: Any = None,
@@ -100,32 +143,37 @@ class NeuronPruningCallback(NeuronPruner):
         relative_threshold: bool = True,
     ) -> None:
         with lightning_errors():
-            budget = PruningBudget(
-                criterion, amount=amount, target_params=target_params, target_macs=target_macs, threshold=threshold,
-                scope=scope, aggregate=aggregate, agreement=agreement, normalize=normalize, min_neurons=min_neurons,
-                max_amount=max_amount, round_to=round_to, ignore=ignore, activation_threshold=activation_threshold,
-                relative_threshold=relative_threshold,
-            )  # fmt: skip
-            if schedule == "one_shot" and end_epoch is not None and threshold is None:
+            rules = {
+                "criterion": criterion, "amount": amount, "target_params": target_params, "target_macs": target_macs,
+                "threshold": threshold, "scope": scope, "aggregate": aggregate, "agreement": agreement,
+                "normalize": normalize, "min_neurons": min_neurons, "max_amount": max_amount, "round_to": round_to,
+                "ignore": ignore, "activation_threshold": activation_threshold,
+                "relative_threshold": relative_threshold,
+            }  # fmt: skip
+            budget = budget_of(lossless, rules)
+            if schedule == "one_shot" and end_epoch is not None and budget.threshold is None:
                 raise ArgumentError.of("end_epoch", end_epoch, 'None with schedule="one_shot", which has one round')
+            if loss_fn is not None and not callable(loss_fn):
+                raise ArgumentError.of("loss_fn", loss_fn, "a function (module, batch) -> loss")
+            can_halve = budget.threshold is None
             pruning = PruningSettings(
                 budget=budget,
                 schedule=PruningSchedule(schedule, start_epoch, end_epoch, every_n_epochs),
-                compensation=check_choice("compensation", compensation, get_args(Compensation)),  # type: ignore[arg-type]
+                compensation=compensation_of(compensation, lossless),
+                reestimate_norms=check_flag("reestimate_norms", reestimate_norms),
+                lossless=lossless,
                 patience=check_count("patience", patience),
                 monitor=monitor,
-                reset_early_stopping=reset_early_stopping,
+                recovery_epochs=check_count("recovery_epochs", recovery_epochs),
+                guard=guard_of(monitor, mode, max_drop, relative_drop, on_violation, can_halve=can_halve),
+                distillation=distillation_of(recovery, output, temperature, distillation_weight, class_axis, teacher),
+                reset_early_stopping=check_flag("reset_early_stopping", reset_early_stopping),
                 on_unprunable=check_choice("on_unprunable", on_unprunable, get_args(OnUnprunable)),  # type: ignore[arg-type]
                 example_inputs=example_inputs,
             )
-            if monitor is not None and not isinstance(monitor, str):
-                raise ArgumentError.of("monitor", monitor, "the name of a logged metric")
-            if not isinstance(reset_early_stopping, bool):
-                raise ArgumentError.of("reset_early_stopping", reset_early_stopping, "True or False")
-            if loss_fn is not None and not callable(loss_fn):
-                raise ArgumentError.of("loss_fn", loss_fn, "a function (module, batch) -> loss")
+            refuse_overlap(pruning)
             settings = MeasurementSettings.checked(
-                # Random scores are not measured; some criterion has to stand here.
+                # Scores that are not measured neuron by neuron: some criterion has to stand here.
                 criteria=[budget.measured or CRITERIA["weight_l2"]], layers=None, per_class=False,
                 threshold=activation_threshold, relative_threshold=relative_threshold, normalize="none",
                 inputs="clean", eps=0.0, loss_reduction=loss_reduction,
@@ -139,5 +187,4 @@ class NeuronPruningCallback(NeuronPruner):
         """Tells callbacks of different settings apart in a checkpoint."""
         budget = self.pruning.budget
         plain = {name: value for name, value in vars(budget).items() if name != "criterion"}
-        name = "random" if budget.measured is None else budget.measured.name
-        return self._generate_state_key(criterion=name, **{**plain, "ignore": list(budget.ignore)})
+        return self._generate_state_key(criterion=budget.label, **{**plain, "ignore": list(budget.ignore)})

@@ -12,13 +12,14 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_neurons.callbacks import suitability
+from lightning_neurons.callbacks.calibrating import calibration_of
 from lightning_neurons.callbacks.checkpoint import follow_checkpoints, stop_following
 from lightning_neurons.callbacks.cutting import averages_of, carry_out, reset_early_stopping
-from lightning_neurons.callbacks.deciding import Verdict, in_one_process, judge, prepare
+from lightning_neurons.callbacks.deciding import Decision, Survey, Verdict
 from lightning_neurons.callbacks.observer import NeuronObserver
 from lightning_neurons.callbacks.pruning_settings import PruningSettings
 from lightning_neurons.callbacks.runner import KeptBatches, Runner
-from lightning_neurons.errors import PruningError, UnknownNameError
+from lightning_neurons.errors import PruningError
 from lightning_neurons.pruning.budget import PruningBudget
 from lightning_neurons.pruning.plan import PruningPlan
 from lightning_neurons.pruning.rounds import Rounds
@@ -100,7 +101,7 @@ class NeuronPruner(NeuronObserver):
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin to measure, if a round is due or near."""
         self._runner, near = None, self._is_near(trainer)
-        wanted = self.pruning.compensation != "none" or self.pruning.monitor is not None
+        wanted = self.pruning.calibrates or self.pruning.monitor is not None
         self._kept = KeptBatches(self.max_samples if wanted and near else 0)
         super().on_validation_epoch_start(trainer, pl_module)
 
@@ -118,7 +119,7 @@ class NeuronPruner(NeuronObserver):
         """Nothing is measured on test data."""
 
     def _due(self, trainer: Any) -> bool:
-        return self._is_near(trainer) and self.pruning.budget.measured is not None
+        return self._is_near(trainer) and self.pruning.measures
 
     def _is_near(self, trainer: Any) -> bool:
         """Whether this validation counts: as a trial, for a round, or for the patience of one."""
@@ -134,53 +135,54 @@ class NeuronPruner(NeuronObserver):
         self.report = None
         super().on_validation_epoch_end(trainer, pl_module)
         trial = trainer.sanity_checking or trainer.fast_dev_run
-        measured = self.pruning.budget.measured is None or self.report is not None
+        measured = not self.pruning.measures or self.report is not None
         # The first process decides for all: another one may have had no data.
         if not trainer.strategy.broadcast(self._runner is not None and (trial or measured), 0):
             return
-        if trial:
-            self._ask(trainer, pl_module, self.pruning.trial(), is_due=False)
-            self._kept = KeptBatches(0)  # a resumed run must not take these few for a validation
-        else:
-            self._decide(trainer, pl_module)
-
-    def _decide(self, trainer: Any, pl_module: Any) -> None:
-        schedule, patience = self.pruning.schedule, self.pruning.patience
-        number = schedule.due(trainer.current_epoch + 1)
-        is_due = number > self.rounds.number
-        if is_due and suitability.is_over(trainer):
-            self._warn(f"round {number} of {schedule.rounds} is not made: no epoch follows {trainer.current_epoch}")
-            return
-        verdict = self._ask(trainer, pl_module, self.pruning.due(number), self.pruning.budget, is_due=is_due)
-        if verdict is None:
-            return
-        self.rounds.votes = [*self.rounds.votes, verdict.vote][1 - patience :] if patience > 1 else []
-        if verdict.plan is None:
-            return
-        how = self.pruning.compensation
-        self.rounds.pending = prepare(trainer, pl_module, self._runner, self._kept, verdict, number, how)
-        if not verdict.plan and not any("met already" in note for note in verdict.notes):
-            self._warn(f"nothing is cut in round {number}: {'; '.join(verdict.plan.notes)}")
-
-    def _ask(self, trainer: Any, pl_module: Any, *budgets: PruningBudget, is_due: bool) -> Verdict | None:
-        """Ask the first process; what fails before training begins is an error, later it costs a round."""
-        runner, patience, seed = self._runner, self.pruning.patience, (self._seed or 0) + self.rounds.number
         try:
-            verdict: Verdict = in_one_process(
-                trainer, lambda: judge(pl_module, runner, budgets, self.report, self.rounds, is_due, patience, seed)
-            )
-        except PruningError as error:
+            (self._try if trial else self._decide)(trainer, pl_module)
+        except PruningError as error:  # before training begins it is an error, later it costs a round
             if trainer.global_step == 0:
                 raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
             self._warn(f"no plan could be made after epoch {trainer.current_epoch}: {error}", once=str(error))
-            return None
-        self.rounds.dense = verdict.dense
-        hopeless = trainer.global_step == 0 and verdict.unmet and budgets[0].amount is None
-        if hopeless or (verdict.problems and self.pruning.on_unprunable == "raise"):
-            raise MisconfigurationException(f"{type(self).__name__}: {'; '.join(verdict.problems)}")
-        for problem in (*verdict.problems, *(note for note in verdict.notes if note.startswith("MACs are counted"))):
+
+    def _try(self, trainer: Any, pl_module: Any) -> None:
+        self._kept = KeptBatches(0)  # a resumed run must not take these few for a validation
+        decision = Decision(trainer, pl_module, self._runner, self.pruning, self.rounds)
+        verdict = decision.judge([self.pruning.trial()], None, 0, is_due=False)
+        self._note(decision.survey, verdict, fatal=self.pruning.budget.amount is None)
+
+    def _decide(self, trainer: Any, pl_module: Any) -> None:
+        schedule, patience = self.pruning.schedule, self.pruning.patience
+        is_due = (number := schedule.due(trainer.current_epoch + 1)) > self.rounds.number
+        if is_due and suitability.is_over(trainer):
+            self._warn(f"round {number} of {schedule.rounds} is not made: no epoch follows {trainer.current_epoch}")
+            return
+        decision = Decision(trainer, pl_module, self._runner, self.pruning, self.rounds)
+        calibration = calibration_of(trainer, pl_module, self._runner, self._kept, self.loss_fn)
+        budgets = [self._due_budget(number), self.pruning.budget]
+        decision.gather(budgets[0], calibration)
+        verdict = decision.judge(budgets, self.report, (self._seed or 0) + self.rounds.number, is_due=is_due)
+        self._note(decision.survey, verdict)
+        self.rounds.votes = [*self.rounds.votes, verdict.vote][1 - patience :] if patience > 1 else []
+        if not verdict.candidates:
+            return
+        pending = self.rounds.pending = decision.prepare(verdict, calibration, number)
+        if not pending.plan and not any("met already" in note for note in verdict.notes):
+            self._warn(f"nothing is cut in round {number}: {'; '.join(pending.plan.notes)}")
+
+    def _due_budget(self, number: int) -> PruningBudget:
+        """What is due in a round of the schedule."""
+        return self.pruning.budget.at(self.pruning.progress(number))
+
+    def _note(self, survey: Survey, verdict: Verdict, fatal: bool = False) -> None:
+        """Remember what the model was, and say what stands in the way."""
+        self.rounds.dense = survey.dense
+        problems = [*(f"cannot cut {reason}" for reason in survey.unprunable), *verdict.unmet]
+        if (problems and self.pruning.on_unprunable == "raise") or (fatal and verdict.unmet):
+            raise MisconfigurationException(f"{type(self).__name__}: {'; '.join(problems)}")
+        for problem in (*problems, *(note for note in verdict.notes if note.startswith("MACs are counted"))):
             self._warn(problem)
-        return verdict
 
     # -- cutting
 
@@ -194,14 +196,12 @@ class NeuronPruner(NeuronObserver):
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Carry out what is pending: after every checkpoint of the last epoch, and before the first batch of this."""
-        monitor, metrics = self.pruning.monitor, trainer.callback_metrics
-        if monitor is not None and self._validated and trainer.strategy.broadcast(monitor not in metrics, 0):
-            unknown = UnknownNameError.among("monitor", monitor, list(metrics))
-            raise MisconfigurationException(f"{type(self).__name__}: {unknown}")
+        if self._validated:
+            suitability.require_monitor(type(self).__name__, trainer, self.pruning.monitor)
         pending, rounds = self.rounds.pending, self.rounds
         if pending is None:
             return
-        made = carry_out(trainer, pl_module, pending, self._runner, self._kept, monitor)
+        made = carry_out(trainer, pl_module, pending, self._runner, self._kept, self.pruning.monitor)
         rounds.finish(made)
         self._kept, self._runner = KeptBatches(0), None
         if self.pruning.reset_early_stopping and pending.cuts:
@@ -221,7 +221,7 @@ class NeuronPruner(NeuronObserver):
         if trainer.state.fn != "fit" or monitor is None:
             return
         if trainer.sanity_checking and metrics and monitor not in metrics:
-            self._warn(f"{UnknownNameError.among('monitor', monitor, list(metrics))} Fine if training logs it.")
+            self._warn(suitability.unknown_monitor(trainer, monitor))
         elif not trainer.sanity_checking:
             self._validated = True
             if monitor in metrics and self.rounds.note_recovery(float(metrics[monitor])):

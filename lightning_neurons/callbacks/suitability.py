@@ -6,6 +6,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_neurons.callbacks.arguments import lightning_errors
 from lightning_neurons.callbacks.checks import overrides, sharding_of
+from lightning_neurons.errors import UnknownNameError
 from lightning_neurons.network.layer import candidates, widths_of
 from lightning_neurons.pruning.budget import PruningBudget
 from lightning_neurons.pruning.optimizers import why_not
@@ -135,3 +136,19 @@ def is_over(trainer: Any) -> bool:
     steps = trainer.max_steps is not None and trainer.max_steps != -1
     last = epochs and trainer.current_epoch + 1 >= trainer.max_epochs
     return bool(last or (steps and trainer.global_step >= trainer.max_steps))
+
+
+def require_monitor(who: str, trainer: Any, monitor: str | None) -> None:
+    """Refuse to go on without the metric that is monitored; the first process has the say.
+
+    Raises:
+        MisconfigurationException: Naming what is logged.
+    """
+    if monitor is not None and trainer.strategy.broadcast(monitor not in trainer.callback_metrics, 0):
+        unknown = UnknownNameError.among("monitor", monitor, list(trainer.callback_metrics))
+        raise MisconfigurationException(f"{who}: {unknown}")
+
+
+def unknown_monitor(trainer: Any, monitor: str) -> str:
+    """What to say when validation has not logged a metric before training has begun."""
+    return f"{UnknownNameError.among('monitor', monitor, list(trainer.callback_metrics))} Fine if training logs it."

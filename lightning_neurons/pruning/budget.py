@@ -30,13 +30,16 @@ class PruningBudget:
     """How much to remove, by exactly one of ``amount``, ``target_params``, ``target_macs`` and ``threshold``.
 
     Attributes:
-        criterion: A name, a ``Criterion``, ``"deadness"`` (the measure ``near_zero``), or ``"random"``, the control.
+        criterion: A name, a ``Criterion``, ``"deadness"`` (the measure ``near_zero``), ``"reconstruction"`` (what the
+            layers behind cannot make up for), or ``"random"``, the control.
         amount: The share of neurons to remove; coupled neurons count once.
         target_params: The share of parameters that may stay.
         target_macs: The share of multiply-accumulate operations that may stay.
-        threshold: Remove what is at least so dead, or for other criteria at most so important.
-        scope: Whether only neurons of one layer compete (each layer then loses the same share), those of a block, or
-            those of the whole model.
+        threshold: Remove what is at least so dead, or for other criteria at most so important; for
+            ``"reconstruction"``, as long as readers lose at most this share of their variance.
+        scope: Whether only neurons of one ``"layer"`` compete (each layer then loses the same share), those of a
+            ``"block"``, or those of the whole model, ``"global"``. None is ``"layer"``; with ``"reconstruction"`` it is
+            ``"layer"`` or ``"global"``, whichever has the lower loss on the calibration data.
         aggregate: How the scores of coupled layers become one.
         agreement: ``"all"`` removes a coupled neuron only where every layer of its group agrees: the layer that needs
             it most decides, and with ``amount`` it must be in the lowest share of every layer.
@@ -62,7 +65,7 @@ class PruningBudget:
     target_params: float | None = None
     target_macs: float | None = None
     threshold: float | None = None
-    scope: Scope = "layer"
+    scope: Scope | None = None
     aggregate: Aggregate = "mean"
     agreement: Agreement = "mean"
     normalize: Normalization | None = None
@@ -81,7 +84,8 @@ class PruningBudget:
             value = getattr(self, name)
             if value is not None:
                 check_share(name, value, zero=False)
-        check_choice("scope", self.scope, get_args(Scope))
+        if self.scope is not None:
+            check_choice("scope", self.scope, get_args(Scope))
         check_choice("aggregate", self.aggregate, get_args(Aggregate))
         check_choice("agreement", self.agreement, get_args(Agreement))
         if self.normalize is not None:
@@ -103,11 +107,13 @@ class PruningBudget:
             return
         if not is_number(self.threshold) or math.isnan(self.threshold):
             raise ArgumentError.of("threshold", self.threshold, "a number")
-        if criterion is None:
+        if self.criterion == "random":
             raise ArgumentError.of(
                 "threshold", self.threshold, "amount, target_params or target_macs with random scores"
             )
-        if criterion.kind == "deadness" and not 0 < self.threshold <= 1:
+        if self.by_reconstruction and self.threshold < 0:
+            raise ArgumentError.of("threshold", self.threshold, "a share of the variance of at least 0")
+        if criterion is not None and criterion.kind == "deadness" and not 0 < self.threshold <= 1:
             raise ArgumentError.of("threshold", self.threshold, "a deadness in (0, 1]; 1 removes what never fires")
 
     @property
@@ -117,15 +123,34 @@ class PruningBudget:
 
     @property
     def measured(self) -> Criterion | None:
-        """The criterion that has to be measured, or None for random scores."""
+        """The criterion that has to be measured, or None for random scores and reconstruction."""
         if isinstance(self.criterion, str):
-            if self.criterion == "random":
+            if self.criterion in ("random", "reconstruction"):
                 return None
             if self.criterion in ("deadness", "near_zero"):
                 return near_zero(self.activation_threshold, relative=self.relative_threshold)
             if self.criterion not in CRITERIA:
-                raise UnknownNameError.among("criterion", self.criterion, ["deadness", "random", *CRITERIA])
+                raise UnknownNameError.among(
+                    "criterion", self.criterion, ["deadness", "random", "reconstruction", *CRITERIA]
+                )
         return resolve([self.criterion], name="criterion")[0]
+
+    @property
+    def label(self) -> str:
+        """The criterion's name."""
+        return str(self.criterion) if self.measured is None else self.measured.name
+
+    @property
+    def by_reconstruction(self) -> bool:
+        """Whether what readers cannot make up for decides."""
+        return self.criterion == "reconstruction"
+
+    @property
+    def scopes(self) -> tuple[Scope, ...]:
+        """The scopes to choose from."""
+        if self.scope is not None:
+            return (self.scope,)
+        return ("layer", "global") if self.by_reconstruction and self.threshold is None else ("layer",)
 
     @property
     def by_deadness(self) -> bool:
@@ -140,7 +165,7 @@ class PruningBudget:
         criterion = self.measured
         comparable = criterion is None or criterion.in_loss_units or criterion.kind == "deadness"
         # A threshold is meant in the criterion's own units, and within a layer nothing has to be compared.
-        return "none" if comparable or self.threshold is not None or self.scope == "layer" else "l2"
+        return "none" if comparable or self.threshold is not None or self.scopes == ("layer",) else "l2"
 
     def at(self, progress: float) -> "PruningBudget":
         """What is due when a part of the way has been gone: ``progress`` of the share to be removed."""

@@ -1,10 +1,10 @@
-"""Which optimizers can go on after a cut."""
+"""Which optimizers can go on after a cut, and what of their state follows a parameter's shape."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_neurons.errors import ArgumentError
 
@@ -43,3 +43,22 @@ def why_not(optimizer: torch.optim.Optimizer) -> str | None:
     if hasattr(optimizer, "consolidate_state_dict"):
         return "an optimizer that is whole in each process; this one spreads its state over processes"
     return None
+
+
+def is_large(value: Any) -> bool:
+    """Whether an entry of an optimizer's state has a shape that may follow the parameter's."""
+    return isinstance(value, Tensor) and value.numel() > 1
+
+
+def fits(value: Any, like: Tensor) -> bool:
+    """A number; or element by element; or summed over some axes, as in Adafactor."""
+    if not isinstance(value, Tensor):
+        return not isinstance(value, list | tuple | dict)
+    same = value.ndim == like.ndim and all(a in (1, b) for a, b in zip(value.shape, like.shape, strict=True))
+    return value.numel() == 1 or same
+
+
+def refill(state: dict[str, Any], content: Mapping[str, Any]) -> None:
+    """Give a dict other content; whoever holds it sees it."""
+    state.clear()
+    state.update(content)

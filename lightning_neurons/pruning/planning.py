@@ -1,17 +1,19 @@
 """From a budget or a list of neurons to a plan that is known to be right for a model."""
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
 
 from lightning_neurons.errors import PruningError, UnknownNameError
 from lightning_neurons.network.coupling import Group
 from lightning_neurons.pruning.budget import PruningBudget
 from lightning_neurons.pruning.plan import PlanCost, PruningPlan
 from lightning_neurons.pruning.reach import Dense
-from lightning_neurons.pruning.scoring import GroupScores, group_scores, neuron_scores, random_scores
+from lightning_neurons.pruning.scoring import GroupScores
 from lightning_neurons.pruning.selection import Selection, select
 from lightning_neurons.pruning.structure import Structure
-from lightning_neurons.results.neuron_report import NeuronReport
 
 Units = dict[str, list[int]]
 
@@ -34,29 +36,52 @@ class Choice:
 def choose(
     structure: Structure,
     budget: PruningBudget,
-    report: NeuronReport | None,
+    scores: Mapping[str, GroupScores],
     *,
     dense: Dense | None = None,
-    seed: int = 0,
 ) -> Choice:
     """Choose what to remove by a budget.
 
     Args:
         structure: The model.
         budget: What is asked.
-        report: A measurement with the budget's criterion; None for random scores.
+        scores: By root.
         dense: The model before earlier cuts.
-        seed: Of random scores.
 
     Raises:
         UnknownNameError: If a pattern of ``budget.ignore`` matches no layer.
     """
-    if report is None or budget.measured is None:
-        scores = random_scores(structure.offered, seed)
-    else:
-        scores = group_scores(structure.offered, neuron_scores(report, budget), budget)
     selection = select(structure, scores, budget, dense)
     return Choice(dict(selection.units), scores, selection)
+
+
+def allocations(
+    structure: Structure, budget: PruningBudget, scores: Mapping[str, GroupScores], *, dense: Dense | None = None
+) -> list[Choice]:
+    """What to remove by a budget in each of its scopes.
+
+    A choice over all layers can overdo it with the one that looks cheapest: there, half of what a layer keeps when all
+    lose the same share goes last.
+
+    Args:
+        structure: The model.
+        budget: What is asked.
+        scores: By root.
+        dense: The model before earlier cuts.
+    """
+    first, *others = budget.scopes
+    even = choose(structure, replace(budget, scope=first), scores, dense=dense)
+    if not others:
+        return [even]
+    floored = {}
+    for root, given in scores.items():
+        stays = given.value.numel() - len(even.units.get(root, ()))
+        last = given.value.argsort(stable=True)[given.value.numel() - math.ceil(stays / 2) :]
+        floored[root] = GroupScores(given.value.index_fill(0, last, torch.inf), given.by_layer)
+    return [
+        even,
+        *(choose(structure, replace(budget, scope=scope), floored, dense=dense) for scope in others),
+    ]
 
 
 def decide(
@@ -174,7 +199,7 @@ def _plan(
 
 
 def _reasons(structure: Structure, units: Units, choice: Choice, budget: PruningBudget) -> dict[str, dict[int, str]]:
-    name = "random score" if budget.measured is None else budget.measured.name
+    name = "random score" if budget.criterion == "random" else budget.label
     end = "of the most silent" if budget.by_deadness else "from below"
     found: dict[str, dict[int, str]] = {}
     for root, chosen in units.items():

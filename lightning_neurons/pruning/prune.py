@@ -1,24 +1,29 @@
 """Pruning without a Trainer."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, get_args
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
-from lightning_neurons.errors import ArgumentError, PruningError, UnknownNameError, check_choice, is_number
+from lightning_neurons.errors import ArgumentError, PruningError
 from lightning_neurons.network.batches import inputs_of, targets_of, tensors_of
-from lightning_neurons.network.isolate import eager, isolated
+from lightning_neurons.network.isolate import isolated
 from lightning_neurons.network.neurons import call, find_neurons
 from lightning_neurons.pruning.budget import PruningBudget
-from lightning_neurons.pruning.compensation import Compensation, InputMeans, Repair, fold_means, readers_of
+from lightning_neurons.pruning.compensation.calibration import Calibration
+from lightning_neurons.pruning.compensation.repair import Compensation
+from lightning_neurons.pruning.decision import candidates_of, gather, score
 from lightning_neurons.pruning.example import Example
+from lightning_neurons.pruning.lossless import without_loss
 from lightning_neurons.pruning.optimizers import checked_optimizers
 from lightning_neurons.pruning.plan import PlanCost, PruningPlan
-from lightning_neurons.pruning.planning import choose, complete, decide, units_of
-from lightning_neurons.pruning.structure import Structure, discover
-from lightning_neurons.pruning.surgery import Cut, cut, cuts_of
+from lightning_neurons.pruning.planning import allocations, complete, units_of
+from lightning_neurons.pruning.preparation import Candidate, prepare
+from lightning_neurons.pruning.request import check_inputs, check_model, chosen_compensation, kept_batches, wanted
+from lightning_neurons.pruning.structure import discover
+from lightning_neurons.pruning.surgery import cut, cuts_of
 from lightning_neurons.results.neuron_report import NeuronReport
 from lightning_neurons.studies.measure import LossFunction, measure
 from lightning_neurons.studies.measurement import Measurement
@@ -60,11 +65,13 @@ class PruningReport:
 def prune(
     model: nn.Module,
     example_inputs: Any,
-    plan_or_budget: PruningPlan | PruningBudget | Mapping[str, Any] | float,
+    plan_or_budget: PruningPlan | PruningBudget | Mapping[str, Any] | float | None = None,
     batches: Iterable[Any] | None = None,
     optimizer: Any = None,
-    compensation: Compensation = "none",
+    compensation: Compensation | None = None,
     *,
+    lossless: bool = False,
+    reestimate_norms: bool = False,
     loss_fn: LossFunction | None = None,
 ) -> PruningReport:
     """Make a model smaller, in place, and with it the state of its optimizer.
@@ -76,15 +83,21 @@ def prune(
         model: Any module.
         example_inputs: One small batch: a tensor, a tuple of positional arguments or a dict of keyword arguments.
         plan_or_budget: A plan; or a mapping of layers to neurons; or a ``PruningBudget``, or a mapping of its arguments
-            such as ``{"criterion": "fisher", "target_macs": 0.5}``; or a number, the share of neurons to remove by the
-            L2 norm of their weights.
-        batches: Model inputs or ``(inputs, target)`` pairs: what criteria and compensations are measured on. Needed by
-            criteria that look at more than weights, and by ``compensation="mean"``.
+            such as ``{"criterion": "reconstruction", "target_macs": 0.5}``; or a number, the share of neurons to remove
+            by the L2 norm of their weights.
+        batches: Model inputs or ``(inputs, target)`` pairs: what criteria and compensations are measured on. They are
+            kept in memory; a few hundred samples do.
         optimizer: All optimizers that hold the model's parameters, one or a list: what is not passed would go on
             with state of the old shapes.
-        compensation: ``"mean"`` folds the mean of what goes into biases and norm statistics.
-        loss_fn: From the model and a batch to a loss, for criteria that need gradients; by default the cross entropy of
-            ``(inputs, class number)`` pairs.
+        compensation: ``"least_squares"`` solves what reads the neurons that go again, over channels;
+            ``"patch_least_squares"`` over whole receptive patches, which is better and dearer; ``"mean"`` folds the
+            mean of what goes into biases and norm statistics; ``"none"``. None takes the first where there are
+            ``batches``.
+        lossless: Remove the neurons that are dead or constant on ``batches``, and nothing else; outputs that would
+            change by more than 1e-5 of the largest are an error.
+        reestimate_norms: Estimate running statistics of norm layers anew, where that lowers the loss on ``batches``.
+        loss_fn: From the model and a batch to a loss, for criteria that need gradients and to compare by; by default
+            the cross entropy of ``(inputs, class number)`` pairs, else the distance from the outputs before the cut.
 
     Returns:
         What has been removed and what was left alone.
@@ -101,78 +114,58 @@ def prune(
         >>> net[0].out_features, net[2].in_features, report.cost.parameters_after
         (6, 6, 44)
     """
-    if not isinstance(model, nn.Module):
-        raise ArgumentError.of("model", type(model).__name__, "a torch.nn.Module (an instance, not its class)")
-    check_choice("compensation", compensation, get_args(Compensation))
-    wanted = _wanted(plan_or_budget)
+    check_model(model)
+    asked = wanted(plan_or_budget, lossless)
+    kept = kept_batches(batches)
+    how = chosen_compensation(compensation, kept, lossless)
+    if reestimate_norms and not kept:
+        raise ArgumentError.of("batches", batches, "some batches, with reestimate_norms=True")
     optimizers = checked_optimizers(optimizer, model)
-    if batches is not None and (isinstance(batches, Tensor | Dataset) or not isinstance(batches, Iterable)):
-        raise ArgumentError.of("batches", type(batches).__name__, "an iterable of batches: a DataLoader, or [batch]")
-    kept = None if batches is None else list(batches)
-    _check_inputs(example_inputs, kept or [])
-    if compensation == "mean" and not kept:
-        raise ArgumentError.of("batches", batches, 'some batches to average over, with compensation="mean"')
+    check_inputs(example_inputs, kept)
     structure = discover(model, Example(example_inputs))
-    if isinstance(wanted, PruningPlan):
-        plan = complete(structure, wanted)
+    calibration = Calibration(kept, lambda module, batch: call(module, inputs_of(batch)), _loss(model, kept, loss_fn))
+    if isinstance(asked, PruningPlan):
+        plan = complete(structure, asked)
+        candidates = [Candidate(plan, tuple(cuts_of(structure.groups.values(), units_of(structure, plan))))]
+        prepared = prepare(model, candidates, calibration, structure.wiring, how=how, reestimate_norms=reestimate_norms)
     else:
-        report = _measured(model, example_inputs, wanted, kept, loss_fn)
-        plan = decide(structure, wanted, choose(structure, wanted, report))
-        unmet = [note for note in plan.notes if "not reached" in note and wanted.amount is None]
-        if unmet:  # to cut down to the bone would help nobody
-            raise PruningError("; ".join([*unmet, *(note for note in plan.notes if note not in unmet)]))
-    cuts = cuts_of(structure.groups.values(), units_of(structure, plan))
-    repair = _repair(model, structure, cuts, kept or []) if compensation == "mean" else Repair()
-    cut(model, cuts, optimizers=optimizers, shifts=repair.shifts)
-    widths = {layer: len(plan.remaining(layer)) for layer in structure.widths}
-    return PruningReport(plan, widths, (*plan.notes, *repair.notes))
+        evidence = gather(model, asked, calibration, structure.wiring, lossless=lossless)
+        report = None if lossless else _measured(model, example_inputs, asked, kept, loss_fn)
+        scores, notes = score(structure, model, asked, report=report, evidence=evidence)
+        candidates = candidates_of(structure, asked, allocations(structure, asked, scores))
+        _refuse_unmet(asked, candidates)
+        if lossless:
+            prepared = without_loss(model, candidates[0], evidence.constants, calibration, structure.wiring)
+            prepared = replace(prepared, plan=replace(prepared.plan, notes=(*prepared.plan.notes, *notes)))
+        else:
+            prepared = prepare(
+                model, candidates, calibration, structure.wiring, how=how, reestimate_norms=reestimate_norms
+            )
+    cut(model, prepared.cuts, optimizers=optimizers, shifts=prepared.shifts)
+    widths = {layer: len(prepared.plan.remaining(layer)) for layer in structure.widths}
+    return PruningReport(prepared.plan, widths, prepared.plan.notes)
 
 
-def _check_inputs(example: Any, batches: Sequence[Any]) -> None:
-    if not tensors_of(example) or any(t.ndim and not len(t) for t in tensors_of(example)):
-        got = type(example).__name__ if not tensors_of(example) else [tuple(t.shape) for t in tensors_of(example)]
-        allowed = "a batch of at least one sample: a tensor, a tuple of arguments or a dict of keyword arguments"
-        raise ArgumentError.of("example_inputs", got, allowed)
-    several = isinstance(example, Mapping) or (isinstance(example, list | tuple) and len(example) > 1)
-    strange = [type(batch).__name__ for batch in batches if several and not isinstance(batch, Mapping)]
-    if strange:
-        allowed = 'dicts of keyword arguments, with targets under "label", as the model takes several inputs'
-        raise ArgumentError.of("batches", strange[0], allowed)
-
-
-def _wanted(given: Any) -> PruningPlan | PruningBudget:
-    if isinstance(given, PruningPlan | PruningBudget):
-        return given
-    if is_number(given):
-        if given == 1:  # a slip that would leave one neuron in each layer
-            raise ArgumentError.of("plan_or_budget", given, "a share of neurons below 1, such as 0.3")
-        return PruningBudget("weight_l2", amount=given)
-    if isinstance(given, Mapping):
-        names = [field.name for field in fields(PruningBudget)]
-        if not any(name in names for name in given):
-            return PruningPlan.from_indices(given)
-        unknown = [name for name in given if name not in names]
-        if unknown:
-            raise UnknownNameError.among("plan_or_budget", str(unknown[0]), names)
-        return PruningBudget(**given)
-    allowed = "a PruningPlan, a PruningBudget, a mapping of layers to neurons, or a share of neurons"
-    raise ArgumentError.of("plan_or_budget", given, allowed)
+def _refuse_unmet(budget: PruningBudget, candidates: Sequence[Candidate]) -> None:
+    """To cut down to the bone would help nobody."""
+    notes = candidates[0].plan.notes
+    unmet = [note for note in notes if "not reached" in note and budget.amount is None]
+    if unmet:
+        raise PruningError("; ".join([*unmet, *(note for note in notes if note not in unmet)]))
 
 
 def _measured(
-    model: nn.Module, example: Any, budget: PruningBudget, batches: list[Any] | None, loss_fn: LossFunction | None
+    model: nn.Module, example: Any, budget: PruningBudget, batches: list[Any], loss_fn: LossFunction | None
 ) -> NeuronReport | None:
     criterion = budget.measured
+    if not batches and (budget.by_reconstruction or (criterion is not None and criterion.statistics)):
+        raise ArgumentError.of("batches", None, f"some batches, which the criterion {budget.label!r} is measured on")
     if criterion is None:
         return None
     if not criterion.statistics:  # weights alone
         measurement = Measurement(model, [criterion])
         measurement.learn({layer.name: layer for layer in find_neurons(model, example)})
         return measurement.report(settings={})
-    if not batches:
-        raise ArgumentError.of(
-            "batches", batches, f"some batches, which the criterion {criterion.name!r} is measured on"
-        )
     if criterion.needs & _NEEDS_LOSS and loss_fn is None:
         loss_fn = _cross_entropy
     return measure(model, batches, loss_fn=loss_fn, criteria=[criterion])
@@ -187,14 +180,19 @@ def _cross_entropy(model: nn.Module, batch: Any) -> Tensor:
     return nn.functional.cross_entropy(call(model, inputs_of(batch)), targets)
 
 
-def _repair(model: nn.Module, structure: Structure, cuts: list[Cut], batches: list[Any]) -> Repair:
-    found = InputMeans(model, readers_of(cuts))
-    with isolated(model), eager():
-        model.eval()
-        for batch in batches:
-            found.observe(_running(model, batch))
-    return fold_means(model, cuts, found.means(), structure.coupling.norm_behind)
+def _loss(model: nn.Module, batches: Sequence[Any], loss_fn: LossFunction | None) -> LossFunction:
+    """What candidates are compared by."""
+    if loss_fn is not None:
+        return loss_fn
 
+    def distance(other: nn.Module, batch: Any) -> Tensor:
+        pairs = zip(*(tensors_of(call(m, inputs_of(batch))) for m in (model, other)), strict=True)
+        return torch.stack([(a - b).square().mean() for a, b in pairs if a.is_floating_point()]).sum()
 
-def _running(model: nn.Module, batch: Any) -> Callable[[], Any]:
-    return lambda: call(model, inputs_of(batch))
+    try:
+        with isolated(model), torch.no_grad():
+            model.eval()
+            _cross_entropy(model, batches[0])
+    except Exception:  # noqa: BLE001 (no batches, no targets, or no class numbers: whatever it is, it is no such loss)
+        return distance
+    return _cross_entropy

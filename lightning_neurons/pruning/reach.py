@@ -37,9 +37,9 @@ class Dense:
 
 def bucket_of(structure: Structure, budget: PruningBudget) -> dict[str, str]:
     """By root, the name of the set whose neurons compete with one another."""
-    if budget.scope == "global":
+    if budget.scopes[0] == "global":
         return dict.fromkeys(structure.groups, "the model")
-    if budget.scope == "layer":
+    if budget.scopes[0] == "layer":
         return {root: root for root in structure.groups}
     return {root: structure.blocks[root] for root in structure.groups}
 

@@ -75,12 +75,14 @@ class Rounds:
         done: The rounds so far.
         pending: What is decided and not yet made.
         votes: By layer, in original indices, what each of the latest measurements would have removed.
+        undone: Rounds that were taken back.
     """
 
     dense: Dense | None = None
     done: list[PruningRound] = field(default_factory=list)
     pending: Pending | None = None
     votes: list[dict[str, list[int]]] = field(default_factory=list)
+    undone: list[PruningRound] = field(default_factory=list)
 
     @property
     def number(self) -> int:
@@ -110,6 +112,12 @@ class Rounds:
         """The pending round has been made."""
         self.done, self.pending = [*self.done, made], None
 
+    def take_back(self, kept: int) -> int:
+        """All rounds but the first ``kept`` have been taken back, and nothing is decided; how many there were."""
+        undone, self.done = self.done[kept:], self.done[:kept]
+        self.undone, self.pending, self.votes = [*self.undone, *undone], None, []
+        return len(undone)
+
     def note_recovery(self, value: float) -> bool:
         """Note the metric after the last round; False if there is none, or it has been noted."""
         if not self.done or self.done[-1].after is not None:
@@ -137,6 +145,7 @@ class Rounds:
                 "shifts": dict(pending.shifts),
             },
             "votes": self.votes,
+            "undone": [{**vars(one), "plan": one.plan.to_dict()} for one in self.undone],
         }
 
     @classmethod
@@ -145,7 +154,8 @@ class Rounds:
         pending = state["pending"]
         return cls(
             dense=None if state["dense"] is None else Dense(**state["dense"]),
-            done=[PruningRound(**{**one, "plan": PruningPlan.from_dict(one["plan"])}) for one in state["done"]],
+            done=[_round(one) for one in state["done"]],
+            undone=[_round(one) for one in state["undone"]],
             pending=None
             if pending is None
             else Pending(
@@ -156,3 +166,7 @@ class Rounds:
             ),
             votes=[dict(vote) for vote in state["votes"]],
         )
+
+
+def _round(state: Mapping[str, Any]) -> PruningRound:
+    return PruningRound(**{**state, "plan": PruningPlan.from_dict(state["plan"])})

@@ -87,11 +87,11 @@ def _why_nothing(groups: Mapping[str, Group], scores: Mapping[str, GroupScores],
     name, value = budget.rule
     if not groups:
         return "there is no layer that may be cut"
-    if name != "threshold" or not len(values) or budget.measured is None:
+    if name != "threshold" or not len(values) or budget.criterion == "random":
         return "no neuron fits the budget"
     nearest = float(values.min())
     end = f"more (the highest is {0.0 - nearest:.3g})" if budget.by_deadness else f"less (the lowest is {nearest:.3g})"
-    return f"no neuron has a {budget.measured.name} of {value:g} or {end}"
+    return f"no neuron has a {budget.label} of {value:g} or {end}"
 
 
 def _candidates(root: str, scores: Mapping[str, GroupScores], budget: PruningBudget, notes: list[str]) -> list[int]:
@@ -155,9 +155,9 @@ def _order(
         for place, unit in enumerate(units):
             value = float(scores[root].value[unit])
             fraction = (place + 1) / len(scores[root].value)
-            if budget.scope == "global":
+            if budget.scopes[0] == "global":
                 key = value
-            elif budget.scope == "layer":
+            elif budget.scopes[0] == "layer":
                 key = fraction
             else:
                 rivals = sorted_values[buckets[root]]

@@ -13,6 +13,8 @@ from lightning_neurons.network.groups import find_coupling
 from lightning_neurons.network.layer import candidates, modules_by_name, public_name, require_materialized, widths_of
 from lightning_neurons.network.widths import axes, why_fixed
 from lightning_neurons.pruning.blocks import blocks_of
+from lightning_neurons.pruning.compensation.lockstep import calls_of
+from lightning_neurons.pruning.compensation.repair import Wiring
 from lightning_neurons.pruning.costs import Costs, Effects, costs_of, effects, removed_by
 from lightning_neurons.pruning.example import Example, scramble, twin_of
 from lightning_neurons.pruning.preflight import Preflight
@@ -64,6 +66,13 @@ class Structure:
         """Parameters and MACs when units have gone."""
         removed = removed_by(self._effects, units)
         return self.costs.parameters(removed), self.costs.macs(removed)
+
+    @cached_property
+    def wiring(self) -> Wiring:
+        """The readers in the order in which they run, and the norm layers behind layers."""
+        readers = {part.path: None for group in self.groups.values() for part in group.parts if part.role == "reads"}
+        calls = calls_of(self.preflight.twin, readers, self.preflight.example.run)
+        return Wiring(calls, dict(self.coupling.norm_behind))
 
     @cached_property
     def _owners(self) -> dict[tuple[str, int], tuple[str, int]]:

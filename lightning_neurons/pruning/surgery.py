@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from lightning_neurons.network.coupling import Group
 from lightning_neurons.network.layer import modules_by_name
 from lightning_neurons.network.widths import Role, axes, refit, set_data
+from lightning_neurons.pruning.optimizers import fits, is_large, refill
 
 _SIZES = (
     "in_channels", "out_channels", "groups", "in_features", "out_features", "num_features", "normalized_shape",
@@ -115,7 +116,7 @@ def cut(
                     partial(setattr, norm, "num_features", norm.num_features),
                 )
             for state, new in states:
-                operation.do(partial(_refill, state, new), partial(_refill, state, dict(state)))
+                operation.do(partial(refill, state, new), partial(refill, state, dict(state)))
     except BaseException:
         operation.roll_back()
         raise
@@ -161,9 +162,15 @@ class _Smaller:
             self.module._buffers[self.leaf] = self.owner if data is self.old else data
 
 
-def _smaller(model: nn.Module, cuts: Sequence[Cut], shifts: Mapping[str, Tensor]) -> list[_Smaller]:
+def stays_of(model: nn.Module, cuts: Sequence[Cut]) -> dict[str, dict[int, Tensor]]:
+    """By name of a tensor and by axis, the places that stay.
+
+    Args:
+        model: As it is before the cut.
+        cuts: What goes.
+    """
     modules = modules_by_name(model)
-    places: dict[tuple[str, str], dict[int, set[int]]] = {tuple(name.rpartition(".")[::2]): {} for name in shifts}  # type: ignore[misc]
+    places: dict[tuple[str, str], dict[int, set[int]]] = {}
     for one in cuts:
         if one.role == "holds":
             owner, _, leaf = one.path.rpartition(".")
@@ -174,15 +181,21 @@ def _smaller(model: nn.Module, cuts: Sequence[Cut], shifts: Mapping[str, Tensor]
         for leaf, axis in found.items():
             tensor = getattr(modules[owner], leaf)
             places.setdefault((owner, leaf), {}).setdefault(axis % tensor.ndim, set()).update(one.places)
-    return [
-        _Smaller(
-            modules[owner],
-            leaf,
-            {axis: _rest(getattr(modules[owner], leaf), axis, gone) for axis, gone in by_axis.items()},
-            shifts.get(f"{owner}.{leaf}" if owner else leaf),
-        )
+    return {
+        f"{owner}.{leaf}" if owner else leaf: {
+            axis: _rest(getattr(modules[owner], leaf), axis, gone) for axis, gone in by_axis.items()
+        }
         for (owner, leaf), by_axis in places.items()
-    ]
+    }
+
+
+def _smaller(model: nn.Module, cuts: Sequence[Cut], shifts: Mapping[str, Tensor]) -> list[_Smaller]:
+    modules, stays = modules_by_name(model), stays_of(model, cuts)
+    found = []
+    for name in dict.fromkeys((*shifts, *stays)):
+        owner, _, leaf = name.rpartition(".")
+        found.append(_Smaller(modules[owner], leaf, stays.get(name, {}), shifts.get(name)))
+    return found
 
 
 def _bare_norms(models: Iterable[nn.Module], cuts: Sequence[Cut]) -> list[tuple[_NormBase, int]]:
@@ -212,7 +225,7 @@ def _states(
         state = optimizer.state.get(one.owner)
         if not state or not one.stays:
             continue
-        strange = [name for name, value in state.items() if not _fits(value, one.old)]
+        strange = [name for name, value in state.items() if not fits(value, one.old)]
         if strange:
             warnings.warn(
                 f"{type(optimizer).__name__} keeps {strange[0]!r} in a form that does not follow the shape of a "
@@ -221,22 +234,5 @@ def _states(
             )
             found.append((state, {}))
         else:
-            found.append((state, {n: one.select(v) if _is_large(v) else v for n, v in state.items()}))
+            found.append((state, {n: one.select(v) if is_large(v) else v for n, v in state.items()}))
     return found
-
-
-def _is_large(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.numel() > 1
-
-
-def _fits(value: Any, like: Tensor) -> bool:
-    """A number; or element by element; or summed over some axes, as in Adafactor."""
-    if not isinstance(value, Tensor):
-        return not isinstance(value, list | tuple | dict)
-    same = value.ndim == like.ndim and all(a in (1, b) for a, b in zip(value.shape, like.shape, strict=True))
-    return value.numel() == 1 or same
-
-
-def _refill(state: dict[str, Any], content: Mapping[str, Any]) -> None:
-    state.clear()
-    state.update(content)

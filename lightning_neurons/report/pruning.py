@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lightning_neurons.pruning.reach import Dense
-from lightning_neurons.pruning.rounds import PruningRound
+from lightning_neurons.pruning.rounds import PruningRound, Rounds
 
 
 def start_scalars(dense: Dense) -> dict[str, float]:
@@ -29,6 +29,15 @@ def round_scalars(made: PruningRound, widths: Mapping[str, int]) -> dict[str, fl
     found["pruning/latency_ms"] = None if made.latency is None else 1000 * made.latency
     found |= {"pruning/metric_before": made.before, "pruning/metric_cut": made.cut, "pruning/metric_after": made.after}
     return {name: value for name, value in found.items() if value is not None}
+
+
+def taken_back_scalars(rounds: Rounds) -> dict[str, float]:
+    """The series of a model to which an earlier state has come back."""
+    cost, widths = rounds.plan.cost, rounds.widths()
+    dense = rounds.dense
+    assert dense is not None, "a round has been made"
+    parameters, macs = (dense.parameters, dense.macs) if cost is None else (cost.parameters_after, cost.macs_after)
+    return {"pruning/taken_back": float(len(rounds.undone)), **_sizes(parameters, macs, widths)}
 
 
 def write_scalars(loggers: Sequence[Any], values: Mapping[str, float], step: int) -> None:

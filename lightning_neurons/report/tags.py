@@ -46,6 +46,7 @@ TAGS = (
     Tag("pruning/metric_before", "scalar", "the monitored metric at the validation before a cut"),
     Tag("pruning/metric_cut", "scalar", "the same right after the cut, on kept samples"),
     Tag("pruning/metric_after", "scalar", "the same at the next validation"),
+    Tag("pruning/taken_back", "scalar", "rounds that were taken back so far, as the metric did not recover"),
     Tag("neurons/ranking", "text", "layers, global ranking, deadness by threshold (shown as .../text_summary)"),
 )
 

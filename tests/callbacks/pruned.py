@@ -58,7 +58,7 @@ def tags(module: nn.Module) -> dict[str, list[int]]:
 def pruner(criterion: Any = "fisher", **kwargs: Any) -> NeuronPruningCallback:
     """A callback that removes a third of all neurons, unless told otherwise."""
     rule = {} if {"amount", "target_params", "target_macs", "threshold"} & kwargs.keys() else {"amount": 0.33}
-    return NeuronPruningCallback(criterion, **({"scope": "global"} | rule | kwargs))
+    return NeuronPruningCallback(criterion, **({"scope": "global", "compensation": "none"} | rule | kwargs))
 
 
 def plain_name(name: str) -> str:

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_neurons import prune
-from lightning_neurons.pruning.compensation import InputMeans, fold_means, readers_of
+from lightning_neurons.pruning.compensation.means import InputMeans, fold_means
+from lightning_neurons.pruning.compensation.repair import readers_of
 from lightning_neurons.pruning.surgery import Cut, cut
 from tests.models import ConvNet, pictures, seeded
 

@@ -1,0 +1,132 @@
+"""What a pruning callback is told of the time after a cut: what must not be lost, and who teaches."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from lightning_neurons.errors import ArgumentError, check_choice, check_flag, check_share, is_number
+
+Mode = Literal["max", "min"]
+OnViolation = Literal["stop", "halve"]
+
+DEFAULTS = {"output": None, "teacher": None, "temperature": 2.0, "distillation_weight": 1.0, "class_axis": 1}
+
+SMALLEST_STEP = 1 / 16
+"""Of the step that was asked for; below it, nothing is tried again."""
+
+
+@dataclass(frozen=True)
+class Guard:
+    """A contract about a metric.
+
+    Attributes:
+        monitor: The metric.
+        mode: Whether more of it is better, or less.
+        max_drop: How much worse it may become than before the first cut.
+        relative: Whether that is a share of what it was.
+        on_violation: Whether to stop after a cut that was taken back, or to try half the step.
+    """
+
+    monitor: str
+    mode: Mode
+    max_drop: float
+    relative: bool
+    on_violation: OnViolation
+
+    def bound(self, baseline: float) -> float:
+        """The worst value that is allowed.
+
+        Example:
+            >>> Guard("val_acc", "max", 0.25, True, "stop").bound(0.5)
+            0.375
+        """
+        drop = self.max_drop * abs(baseline) if self.relative else self.max_drop
+        return baseline - drop if self.mode == "max" else baseline + drop
+
+    def holds(self, value: float | None, baseline: float) -> bool:
+        """Whether a value is allowed; none at all and NaN are not."""
+        if value is None or math.isnan(value):
+            return False
+        return value >= self.bound(baseline) if self.mode == "max" else value <= self.bound(baseline)
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """How the model before the first cut teaches the one after it (Hinton et al. 2015).
+
+    Attributes:
+        output: The module whose output are the logits; None is the module's forward.
+        temperature: What logits are divided by.
+        weight: What the distillation loss is multiplied by before it is added.
+        class_axis: The axis of the logits on which the classes lie.
+        teacher: A checkpoint of the teacher; None takes the model before the first cut.
+    """
+
+    output: str | None
+    temperature: float
+    weight: float
+    class_axis: int
+    teacher: Path | None
+
+
+def guard_of(
+    monitor: Any, mode: Any, max_drop: Any, relative_drop: Any, on_violation: Any, *, can_halve: bool
+) -> Guard | None:
+    """The contract that arguments of a callback ask for, if any.
+
+    Raises:
+        ArgumentError: If they contradict one another or are out of range.
+    """
+    if monitor is not None and not isinstance(monitor, str):
+        raise ArgumentError.of("monitor", monitor, "the name of a logged metric")
+    check_choice("mode", mode, get_args(Mode))
+    check_choice("on_violation", on_violation, get_args(OnViolation))
+    check_flag("relative_drop", relative_drop)
+    if max_drop is None:
+        for name, value, default in (("relative_drop", relative_drop, False), ("on_violation", on_violation, "stop")):
+            if value != default:
+                raise ArgumentError.of(name, value, f"{default!r} without max_drop=")
+        return None
+    if monitor is None:
+        raise ArgumentError.of("monitor", None, f"the metric that may fall by max_drop={max_drop}, such as 'val_acc'")
+    if relative_drop:
+        check_share("max_drop", max_drop)
+    elif not is_number(max_drop) or not 0 <= max_drop < math.inf:
+        raise ArgumentError.of("max_drop", max_drop, "a number of at least 0, in units of the metric")
+    if on_violation == "halve" and not can_halve:
+        raise ArgumentError.of(
+            "on_violation", "halve", '"stop" with a threshold or lossless=True: there is no half step'
+        )
+    return Guard(monitor, mode, float(max_drop), relative_drop, on_violation)
+
+
+def distillation_of(
+    recovery: Any, output: Any, temperature: Any, weight: Any, class_axis: Any, teacher: Any
+) -> Distillation | None:
+    """How arguments of a callback ask for distillation, if they do.
+
+    Raises:
+        ArgumentError: If they contradict one another or are out of range.
+    """
+    if recovery is None:
+        given = {"output": output, "teacher": teacher, "temperature": temperature, "distillation_weight": weight}
+        for name, value in {**given, "class_axis": class_axis}.items():
+            if value != DEFAULTS[name]:
+                raise ArgumentError.of(name, value, f'{DEFAULTS[name]!r} without recovery="distill"')
+        return None
+    check_choice("recovery", recovery, ("distill",))
+    if output is not None and not isinstance(output, str):
+        raise ArgumentError.of("output", output, 'the path of the module whose output are the logits, such as "net"')
+    if not is_number(temperature) or not 0 < temperature < math.inf:
+        raise ArgumentError.of("temperature", temperature, "a number above 0")
+    if not is_number(weight) or not 0 <= weight < math.inf:
+        raise ArgumentError.of("distillation_weight", weight, "a number of at least 0")
+    if not isinstance(class_axis, int) or isinstance(class_axis, bool) or class_axis == 0:
+        raise ArgumentError.of("class_axis", class_axis, "an axis of the logits behind the batch: 1, or -1")
+    if teacher is not None and not isinstance(teacher, str | Path):
+        raise ArgumentError.of("teacher", type(teacher).__name__, "the path of a checkpoint of the module")
+    path = None if teacher is None else Path(teacher)
+    if path is not None and not path.is_file():
+        raise ArgumentError.of("teacher", str(path), "the path of a checkpoint of the module; there is no such file")
+    return Distillation(output, float(temperature), float(weight), class_axis, path)

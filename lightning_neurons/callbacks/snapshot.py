@@ -1,0 +1,134 @@
+"""The state of a training run that is put aside before a cut, and put back if the cut was a mistake.
+
+Everything is kept on the CPU in plain values and tensors, so that it can go into checkpoints. Putting back happens
+whole or not at all.
+"""
+
+import copy
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_neurons.callbacks.cutting import average_models
+from lightning_neurons.network.batches import map_tensors
+from lightning_neurons.network.widths import refit, set_data
+from lightning_neurons.pruning.surgery import Operation
+
+Snapshot = dict[str, Any]
+
+
+def take_snapshot(trainer: Any, pl_module: nn.Module) -> Snapshot:
+    """Copy model, averages of it, optimizers, schedulers and the state of the precision plugin."""
+    return {
+        "model": _tensors(pl_module),
+        "averages": [_tensors(average) for average in average_models(trainer)],
+        "optimizers": [_copy(optimizer.state_dict()) for optimizer in trainer.optimizers],
+        "schedulers": [_copy(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs],
+        "precision": _copy(trainer.precision_plugin.state_dict()),
+    }
+
+
+def restore_snapshot(trainer: Any, pl_module: nn.Module, snapshot: Snapshot) -> None:
+    """Put a snapshot back, also into layers that have become narrower; parameters stay the same objects.
+
+    Args:
+        trainer: Between two epochs, or after the last.
+        pl_module: Its module.
+        snapshot: What was put aside.
+
+    Raises:
+        Exception: Whatever went wrong; everything is then as it was.
+    """
+    strategy, operation = trainer.strategy, Operation()
+    wrapped = isinstance(strategy.model, DistributedDataParallel)
+    if wrapped:
+        strategy.model = strategy.lightning_module  # the wrapper knows the shapes of the cut model
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            pairs = [(pl_module, snapshot["model"])]
+            pairs += zip(average_models(trainer), snapshot["averages"], strict=True)
+            for model, saved in pairs:
+                _put(model, saved, operation)
+            for optimizer, saved in zip(trainer.optimizers, snapshot["optimizers"], strict=True):
+                before = _shallow(optimizer)
+                operation.do(partial(_load_optimizer, optimizer, _copy(saved)), partial(_put_back, optimizer, before))
+            for config, saved in zip(trainer.lr_scheduler_configs, snapshot["schedulers"], strict=True):
+                _exchange(config.scheduler, _copy(saved), operation)
+            _exchange(trainer.precision_plugin, _copy(snapshot["precision"]), operation)
+    except BaseException:
+        operation.roll_back()
+        raise
+    finally:
+        if wrapped:
+            strategy.configure_ddp()
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers, also those that are not saved in checkpoints."""
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in named}
+
+
+def _copy(state: Any) -> Any:
+    """A copy that shares nothing, with tensors on the CPU."""
+    return copy.deepcopy(map_tensors(state, lambda t: t.detach().to("cpu", copy=True)))
+
+
+def _put(model: nn.Module, saved: Mapping[str, Tensor], operation: Operation) -> None:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, value in saved.items():
+        owner, _, leaf = name.rpartition(".")
+        module = modules[owner]
+        store: Any = module._parameters if leaf in module._parameters else module._buffers
+        old, gradient = store[leaf], store[leaf].grad
+        new = value.to(old.device, old.dtype, copy=True)
+        data = old.data
+
+        def put(store: Any = store, leaf: str = leaf, new: Tensor = new) -> None:
+            set_data(store, leaf, new)
+
+        def put_back(
+            store: Any = store, leaf: str = leaf, old: Tensor = old, data: Tensor = data, gradient: Any = gradient
+        ) -> None:
+            set_data(store, leaf, data if isinstance(old, nn.Parameter) else old)
+            store[leaf].grad = gradient
+
+        operation.do(put, put_back)
+    everything = partial(_refit_all, model)
+    operation.do(everything, lambda: None)
+
+
+def _refit_all(model: nn.Module) -> None:
+    for module in model.modules():
+        refit(module)
+
+
+def _shallow(optimizer: torch.optim.Optimizer) -> tuple[list[dict[str, Any]], dict[Any, Any]]:
+    return [dict(group) for group in optimizer.param_groups], {p: dict(s) for p, s in optimizer.state.items()}
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    groups = optimizer.param_groups  # the objects that schedulers and Lightning's wrapper hold
+    optimizer.load_state_dict(saved)
+    for group, new in zip(groups, optimizer.param_groups, strict=True):
+        group.clear()
+        group.update(new)
+    optimizer.param_groups = groups
+
+
+def _put_back(optimizer: torch.optim.Optimizer, before: tuple[list[dict[str, Any]], dict[Any, Any]]) -> None:
+    groups, state = before
+    for group, old in zip(optimizer.param_groups, groups, strict=True):
+        group.clear()
+        group.update(old)
+    optimizer.state.clear()
+    optimizer.state.update(state)
+
+
+def _exchange(target: Any, state: Any, operation: Operation) -> None:
+    before = _copy(target.state_dict())
+    operation.do(partial(target.load_state_dict, state), partial(target.load_state_dict, before))

@@ -1,0 +1,81 @@
+"""Weights that reproduce, from the inputs that are left, what was computed from all of them.
+
+Affine least squares with a ridge on the *change* of the weights. So no cut means no change, and the error never exceeds
+that of folding means into biases, which is the case of no change.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lightning_neurons.pruning.compensation.moments import Moments
+
+RIDGE = 1e-3
+"""Relative to the mean diagonal of the inputs' covariance."""
+
+FEW = 1e-1
+"""The same with fewer positions than inputs, when the covariance is singular."""
+
+_SINGULAR = 1e8
+
+
+@dataclass(frozen=True, eq=False)
+class Refined:
+    """A solution.
+
+    Attributes:
+        matrix: ``(target, input)``.
+        ridge: What was added to the diagonal, relative to its mean.
+    """
+
+    matrix: Float[Tensor, "target input"]
+    ridge: float
+
+
+def refine(
+    moments: Moments, start: Float[Tensor, "target input"], *, ridge: float | None = None, centred: bool = True
+) -> Refined:
+    """The matrix ``M`` next to ``start`` for which ``M x`` (and a constant) comes closest to ``y``.
+
+    Minimises ``E |y - M x - c|^2 + ridge * mean(diag(S)) * |M - start|^2`` with ``S`` the covariance of ``x``, in
+    closed form: ``M = start + (S_yx - start S_xx) (S_xx + ridge)^-1``.
+
+    Args:
+        moments: Of inputs ``x`` and targets ``y``.
+        start: What there would be without a correction.
+        ridge: None takes 0.001, or 0.1 where there are fewer positions than inputs.
+        centred: False leaves the constant out, for a layer that has none.
+    """
+    if centred:
+        s_xx, s_yx = moments.covariance_xx, moments.covariance_yx
+    else:
+        s_xx, s_yx = moments.xx / moments.count.clamp(min=1), moments.yx / moments.count.clamp(min=1)
+    start = start.to(s_xx)
+    few = float(moments.count) < len(s_xx)
+    ridge = (FEW if few else RIDGE) if ridge is None else ridge
+    scale = float(s_xx.diagonal().mean()) if len(s_xx) else 0.0
+    if not scale > 0:  # constant inputs cannot tell anything
+        return Refined(start, ridge)
+    residual = s_yx - start @ s_xx
+    while True:
+        damped = s_xx + ridge * scale * torch.eye(len(s_xx), dtype=s_xx.dtype, device=s_xx.device)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if not int(failed) and float(factor.diagonal().min()) ** 2 * _SINGULAR**2 > float(damped.diagonal().max()):
+            return Refined(start + torch.cholesky_solve(residual.T, factor).T, ridge)
+        ridge = max(10 * ridge, 1e-12)
+
+
+def error_of(
+    moments: Moments, matrix: Float[Tensor, "target input"], variance_y: Float[Tensor, "target target"]
+) -> Float[Tensor, " target"]:
+    """The mean square of ``y - M x - c`` with the best constant, by target.
+
+    Args:
+        moments: Of inputs and targets.
+        matrix: ``M``.
+        variance_y: The targets' covariance; its diagonal is used.
+    """
+    s_xx, s_yx = moments.covariance_xx, moments.covariance_yx
+    return variance_y.diagonal() - 2 * (matrix * s_yx).sum(1) + ((matrix @ s_xx) * matrix).sum(1)

@@ -1,0 +1,110 @@
+"""From what has been measured to what could be removed; the same with and without a Trainer."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from lightning_neurons.network.isolate import isolated
+from lightning_neurons.pruning.budget import PruningBudget
+from lightning_neurons.pruning.compensation.calibration import Calibration
+from lightning_neurons.pruning.compensation.moments import Moments
+from lightning_neurons.pruning.compensation.repair import Wiring
+from lightning_neurons.pruning.evidence import Constant, constants, first_read, second_moments
+from lightning_neurons.pruning.lossless import lossless_scores
+from lightning_neurons.pruning.planning import Choice, decide, units_of
+from lightning_neurons.pruning.preparation import Candidate
+from lightning_neurons.pruning.reconstruction import reconstruction_scores
+from lightning_neurons.pruning.scoring import GroupScores, group_scores, neuron_scores, random_scores
+from lightning_neurons.pruning.structure import Structure
+from lightning_neurons.pruning.surgery import cuts_of
+from lightning_neurons.results.neuron_report import NeuronReport
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What readers were seen to read.
+
+    Attributes:
+        moments: By reader; for the criterion ``"reconstruction"``.
+        constants: By reader; for a lossless cut.
+    """
+
+    moments: Mapping[str, Moments] = field(default_factory=dict)
+    constants: Mapping[str, Constant] = field(default_factory=dict)
+
+
+def gather(
+    model: nn.Module, budget: PruningBudget, calibration: Calibration, wiring: Wiring, *, lossless: bool
+) -> Evidence:
+    """Look at what readers read, as far as it is needed. Every process has to take part.
+
+    Args:
+        model: The model; it is left as it was.
+        budget: What is asked.
+        calibration: The data.
+        wiring: How the model's layers follow one another.
+        lossless: Whether only constant neurons may go.
+    """
+    readers = list(wiring.calls)
+    if lossless:
+        first: dict[str, Tensor] = {}
+        for batch in calibration.batches[:1]:
+            with isolated(model):
+                model.eval()
+                first = first_read(model, readers, lambda module: calibration.run(module, batch))  # noqa: B023
+        return Evidence(constants=constants(model, readers, calibration.agree(first), calibration))
+    if budget.by_reconstruction:
+        return Evidence(moments=second_moments(model, readers, calibration))
+    return Evidence()
+
+
+def score(
+    structure: Structure,
+    model: nn.Module,
+    budget: PruningBudget,
+    *,
+    report: NeuronReport | None = None,
+    evidence: Evidence | None = None,
+    seed: int = 0,
+) -> tuple[dict[str, GroupScores], tuple[str, ...]]:
+    """By root, what each unit is worth, by whatever the budget goes; and what is to be said about it.
+
+    Args:
+        structure: The model's groups.
+        model: The model.
+        budget: What is asked.
+        report: A measurement of the budget's criterion.
+        evidence: What readers were seen to read.
+        seed: Of random scores.
+    """
+    evidence = evidence or Evidence()
+    if evidence.constants:
+        return lossless_scores(structure, model, evidence.constants)
+    if budget.by_reconstruction:
+        return reconstruction_scores(structure, model, evidence.moments, budget), ()
+    if report is None or budget.measured is None:
+        return random_scores(structure.offered, seed), ()
+    return group_scores(structure.offered, neuron_scores(report, budget), budget), ()
+
+
+def candidates_of(
+    structure: Structure,
+    budget: PruningBudget,
+    choices: Sequence[Choice],
+    earlier: Sequence[Mapping[str, Sequence[int]]] = (),
+) -> list[Candidate]:
+    """Each choice as a plan that has been tried on a copy.
+
+    Args:
+        structure: The model's groups.
+        budget: What was asked.
+        choices: One for each scope of the budget.
+        earlier: As in ``decide``.
+    """
+    found = []
+    for scope, choice in zip(budget.scopes, choices, strict=True):
+        plan = decide(structure, budget, choice, earlier)
+        cuts = cuts_of(structure.groups.values(), units_of(structure, plan))
+        found.append(Candidate(plan, tuple(cuts), scope))
+    return found

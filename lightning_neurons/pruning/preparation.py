@@ -1,0 +1,103 @@
+"""From what could be removed to a cut that is ready to be made: each candidate is compensated, the best is taken."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+
+from lightning_neurons.network.isolate import isolated
+from lightning_neurons.pruning.compensation.calibration import Calibration
+from lightning_neurons.pruning.compensation.compensate import compensate
+from lightning_neurons.pruning.compensation.norms import reestimate, together
+from lightning_neurons.pruning.compensation.rehearsal import Rehearsal
+from lightning_neurons.pruning.compensation.repair import Compensation, Repair, Wiring
+from lightning_neurons.pruning.plan import PruningPlan
+from lightning_neurons.pruning.surgery import Cut
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Something that could be removed.
+
+    Attributes:
+        plan: What would go.
+        cuts: The same for every tensor.
+        name: How it was chosen.
+    """
+
+    plan: PruningPlan
+    cuts: tuple[Cut, ...]
+    name: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A cut that is ready to be made.
+
+    Attributes:
+        plan: What goes, with notes on what was found out on the way.
+        cuts: The same for every tensor.
+        shifts: By parameter or buffer, what is added to it before the cut.
+    """
+
+    plan: PruningPlan
+    cuts: tuple[Cut, ...]
+    shifts: Mapping[str, Tensor]
+
+
+def prepare(
+    model: nn.Module,
+    candidates: Sequence[Candidate],
+    calibration: Calibration,
+    wiring: Wiring,
+    *,
+    how: Compensation,
+    reestimate_norms: bool = False,
+) -> Prepared:
+    """Compensate for each candidate, and take the one with the lowest loss. Every process has to take part.
+
+    Args:
+        model: As it is; it is left so.
+        candidates: At least one.
+        calibration: Where all of it is measured.
+        wiring: How the model's layers follow one another.
+        how: The compensation.
+        reestimate_norms: Whether running statistics are estimated anew, where that lowers the loss.
+    """
+    repairs = [compensate(model, one.cuts, calibration, wiring, how) for one in candidates]
+    best, notes = 0, []
+    if len({one.cuts for one in candidates}) > 1:
+        losses = [_loss(model, one, repair, calibration) for one, repair in zip(candidates, repairs, strict=True)]
+        best = min(range(len(losses)), key=lambda i: (losses[i] != losses[i], losses[i]))
+        listed = ", ".join(f"{one.name} {loss:.4g}" for one, loss in zip(candidates, losses, strict=True))
+        notes.append(f"calibration loss by scope: {listed}; {candidates[best].name} was taken")
+    chosen, repair = candidates[best], repairs[best]
+    shifts = dict(repair.shifts)
+    if reestimate_norms and chosen.cuts:
+        shifts, note = _with_new_norms(model, chosen, shifts, calibration)
+        notes.append(note)
+    plan = replace(chosen.plan, notes=(*chosen.plan.notes, *repair.notes, *notes))
+    return Prepared(plan, chosen.cuts, calibration.agree(shifts))
+
+
+def _loss(model: nn.Module, candidate: Candidate, repair: Repair, calibration: Calibration) -> float:
+    with isolated(model):
+        model.eval()
+        return calibration.loss_of(Rehearsal(model, candidate.cuts, repair.shifts).twin)
+
+
+def _with_new_norms(
+    model: nn.Module, chosen: Candidate, shifts: dict[str, Tensor], calibration: Calibration
+) -> tuple[dict[str, Tensor], str]:
+    with isolated(model):
+        model.eval()
+        rehearsal = Rehearsal(model, chosen.cuts, shifts)
+        before = calibration.loss_of(rehearsal.twin)
+        more = reestimate(rehearsal, calibration)
+        if not more:
+            return shifts, "there are no running statistics to estimate anew"
+        after = calibration.loss_of(rehearsal.twin)
+    told = f"calibration loss {before:.4g} without, {after:.4g} with running statistics estimated anew"
+    if not after < before:
+        return shifts, f"{told}: left as they were"
+    return together(shifts, more), f"{told}: taken"
