@@ -117,7 +117,8 @@ def test_the_demo_of_pruning_compares_with_chance_and_saves_its_plan(tmp_path):
     for words in (
         "neurons chosen by",
         "random",
-        "fisher",
+        "weight_l2",
+        "reconstruction",
         "dense",
         "cut",
         "recovered",

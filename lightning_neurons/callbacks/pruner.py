@@ -191,8 +191,9 @@ class NeuronPruner(NeuronObserver):
         pending = self.rounds.pending
         if self.rounds.dense is not None and not self.rounds.done:
             self._write(trainer, start_scalars(self.rounds.dense))
-        if pending is not None and self.pruning.schedule.due(trainer.current_epoch) >= pending.number:
-            self.on_train_epoch_start(trainer, pl_module)  # a resume from the last batch of an epoch leaves it out
+        due = pending is not None and self.pruning.schedule.due(trainer.current_epoch) >= pending.number
+        if due and suitability.leaves_out_epoch_start(trainer):
+            self.on_train_epoch_start(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Carry out what is pending: after every checkpoint of the last epoch, and before the first batch of this."""

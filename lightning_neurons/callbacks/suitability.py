@@ -152,3 +152,8 @@ def require_monitor(who: str, trainer: Any, monitor: str | None) -> None:
 def unknown_monitor(trainer: Any, monitor: str) -> str:
     """What to say when validation has not logged a metric before training has begun."""
     return f"{UnknownNameError.among('monitor', monitor, list(trainer.callback_metrics))} Fine if training logs it."
+
+
+def leaves_out_epoch_start(trainer: Any) -> bool:
+    """Whether a resumed run goes on behind ``on_train_epoch_start``, as from the last batch of an epoch."""
+    return bool(trainer.fit_loop.restarted_mid_epoch or trainer.fit_loop.restarted_on_epoch_end)

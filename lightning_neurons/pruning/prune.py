@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_neurons.errors import ArgumentError, PruningError
+from lightning_neurons.errors import ArgumentError, PruningError, check_flag
 from lightning_neurons.network.batches import inputs_of, targets_of, tensors_of
 from lightning_neurons.network.isolate import isolated
 from lightning_neurons.network.neurons import call, find_neurons
@@ -116,10 +116,12 @@ def prune(
     """
     check_model(model)
     asked = wanted(plan_or_budget, lossless)
-    kept = kept_batches(batches)
-    how = chosen_compensation(compensation, kept, lossless)
-    if reestimate_norms and not kept:
-        raise ArgumentError.of("batches", batches, "some batches, with reestimate_norms=True")
+    given = kept_batches(batches)
+    how = chosen_compensation(compensation, given, lossless)
+    if check_flag("reestimate_norms", reestimate_norms) and not given:
+        raise ArgumentError.of("batches", given, "some batches, with reestimate_norms=True")
+    _refuse_unmeasurable(asked, given)
+    kept = given or []
     optimizers = checked_optimizers(optimizer, model)
     check_inputs(example_inputs, kept)
     structure = discover(model, Example(example_inputs))
@@ -154,12 +156,19 @@ def _refuse_unmet(budget: PruningBudget, candidates: Sequence[Candidate]) -> Non
         raise PruningError("; ".join([*unmet, *(note for note in notes if note not in unmet)]))
 
 
+def _refuse_unmeasurable(asked: PruningPlan | PruningBudget, batches: Sequence[Any] | None) -> None:
+    """Refuse what has to be measured, and has nothing to be measured on."""
+    if isinstance(asked, PruningPlan) or batches:
+        return
+    criterion = asked.measured
+    if asked.by_reconstruction or (criterion is not None and criterion.statistics):
+        raise ArgumentError.of("batches", batches, f"some batches, which the criterion {asked.label!r} is measured on")
+
+
 def _measured(
     model: nn.Module, example: Any, budget: PruningBudget, batches: list[Any], loss_fn: LossFunction | None
 ) -> NeuronReport | None:
     criterion = budget.measured
-    if not batches and (budget.by_reconstruction or (criterion is not None and criterion.statistics)):
-        raise ArgumentError.of("batches", None, f"some batches, which the criterion {budget.label!r} is measured on")
     if criterion is None:
         return None
     if not criterion.statistics:  # weights alone

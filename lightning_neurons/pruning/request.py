@@ -23,28 +23,28 @@ def check_model(model: Any) -> None:
         raise ArgumentError.of("model", type(model).__name__, "a torch.nn.Module (an instance, not its class)")
 
 
-def kept_batches(batches: Any) -> list[Any]:
-    """The batches as a list, as they are run several times; none if none are given."""
+def kept_batches(batches: Any) -> list[Any] | None:
+    """The batches as a list, as they are run several times."""
     if batches is None:
-        return []
+        return None
     if isinstance(batches, Tensor | Dataset) or not isinstance(batches, Iterable):
         raise ArgumentError.of("batches", type(batches).__name__, "an iterable of batches: a DataLoader, or [batch]")
     return list(batches)
 
 
-def chosen_compensation(how: Compensation | None, batches: Sequence[Any], lossless: bool) -> Compensation:
+def chosen_compensation(how: Compensation | None, batches: Sequence[Any] | None, lossless: bool) -> Compensation:
     """The compensation that is asked for, or the best one that there is data for."""
     if lossless:
         if how is not None:
             raise ArgumentError.of("compensation", how, "nothing with lossless=True, which folds constants")
         if not batches:
-            raise ArgumentError.of("batches", None, "some batches to prove it on, with lossless=True")
+            raise ArgumentError.of("batches", batches, "some batches to prove it on, with lossless=True")
         return "none"
     if how is None:
         return "least_squares" if batches else "none"
     check_choice("compensation", how, get_args(Compensation))
     if how != "none" and not batches:
-        raise ArgumentError.of("batches", None, f"some batches to calibrate on, with compensation={how!r}")
+        raise ArgumentError.of("batches", batches, f"some batches to calibrate on, with compensation={how!r}")
     return how
 
 

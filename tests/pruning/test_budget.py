@@ -57,7 +57,7 @@ def test_a_share_may_be_all_and_as_small_as_one_likes(name, value):
         ({"round_to": -8}, "round_to=-8"),
         ({"round_to": "8"}, "round_to='8'"),
         ({"scope": "globl"}, "did you mean 'global'?"),
-        ({"scope": None}, "scope=None"),
+        ({"scope": 1}, "scope=1"),
         ({"aggregate": "average"}, "aggregate='average' is not allowed: expected one of 'mean', 'sum', 'max'"),
         ({"agreement": "al"}, "did you mean 'all'?"),
         ({"normalize": "l1"}, "normalize='l1'"),

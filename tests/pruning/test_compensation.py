@@ -203,7 +203,7 @@ def test_readers_are_those_of_what_goes_and_only_they_are_given_something():
     net = seeded(ConvNet)
     cuts = [Cut("conv1", "makes", GONE), Cut("bn1", "passes", GONE), Cut("conv2", "reads", GONE)]
     means = {"conv2": torch.arange(6.0).double()}
-    assert readers_of(cuts) == ["conv2"]
+    assert readers_of(cuts) == {"conv2": GONE}
     repair = fold_means(net, cuts, means, {"conv1": "bn1", "conv2": "bn2"})
     assert set(repair.shifts) == {"conv2.bias"}
     expected = net.conv2.weight[:, 1].sum((1, 2)) * 1 + net.conv2.weight[:, 4].sum((1, 2)) * 4

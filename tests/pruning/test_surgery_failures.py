@@ -153,7 +153,7 @@ def count(monkeypatch: pytest.MonkeyPatch, step: str) -> int:
 
 
 # Eleven parameters of seven modules are cut, in the model and in its average; the average has no optimizer.
-STEPS = {"set_data": 2 * 11, "refit": 2 * 7, "_refill": 11}
+STEPS = {"set_data": 2 * 11, "refit": 2 * 7, "refill": 11}
 
 
 @pytest.mark.parametrize("step", STEPS)
