@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lightning_neurons.callbacks.replay import StepReplay
 from lightning_neurons.callbacks.runner import KeptBatches, Runner
 from lightning_neurons.errors import MeasurementError
-from lightning_neurons.network.batches import tensors_of
+from lightning_neurons.network.batches import map_tensors, tensors_of
 from lightning_neurons.pruning.compensation.calibration import Calibration
 from lightning_neurons.studies.measure import LossFunction
 
@@ -28,7 +28,7 @@ def calibration_of(
 
     def run(module: nn.Module, batch: Any) -> Any:
         assert runner is not None, "samples were kept, so there was a batch"
-        return runner(module, batch)
+        return runner(module, map_tensors(batch, Tensor.clone))  # a forward may change it
 
     def loss(module: nn.Module, batch: Any) -> Tensor:
         if module is not pl_module and getattr(module, "_trainer", None) is None:

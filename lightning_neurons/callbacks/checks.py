@@ -58,7 +58,8 @@ def check_layers(who: str, pl_module: Any, patterns: tuple[Pattern, ...] | None)
 def overrides(pl_module: Any, method: str) -> bool:
     """Whether a module has a method of its own. Lightning's ``is_overridden`` knows one of its two namespaces only."""
     base = next(t for t in type(pl_module).__mro__ if t.__name__ == "LightningModule")
-    return method in vars(pl_module) or getattr(type(pl_module), method, None) is not getattr(base, method, None)
+    own = vars(pl_module).get(method, getattr(type(pl_module), method, None))  # DDP leaves one in the instance
+    return getattr(own, "__func__", own) is not getattr(base, method, None)
 
 
 def is_due(epoch: int, every: int, measured: Sequence[int | None]) -> bool:

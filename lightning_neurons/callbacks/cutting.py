@@ -78,6 +78,19 @@ def average_models(trainer: Any) -> list[nn.Module]:
     return [average for average in found if isinstance(average, nn.Module)]
 
 
+def average_again(trainer: Any, pl_module: nn.Module, who: Any) -> None:
+    """Let what is averaged end in the module, after another state has come back into both.
+
+    Args:
+        trainer: At the end of training.
+        pl_module: Its module.
+        who: The callback that has put the state back; averaging callbacks before it had ended already.
+    """
+    for callback in trainer.callbacks[: trainer.callbacks.index(who)]:
+        if isinstance(getattr(callback, "_average_model", None), torch.optim.swa_utils.AveragedModel):
+            callback.on_train_end(trainer, pl_module)
+
+
 def reset_early_stopping(trainer: Any) -> None:
     """Let early stopping forget what the larger model could do."""
     for callback in trainer.callbacks:

@@ -121,7 +121,7 @@ class Decision:
                     how=settings.compensation,
                     reestimate_norms=settings.reestimate_norms,
                 )
-        return Pending(number, prepared.plan, prepared.cuts, prepared.shifts)
+        return Pending(number, prepared.plan, prepared.cuts, prepared.shifts, self.trainer.current_epoch)
 
     def _look(self) -> Survey:
         assert self.runner is not None, "the first process has had a batch"

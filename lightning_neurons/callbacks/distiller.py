@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_neurons.callbacks.recovery_settings import Distillation
 from lightning_neurons.callbacks.teachers import find_logits, from_state, networks_of, read_teacher, state_of
 from lightning_neurons.errors import PruningError
+from lightning_neurons.network.isolate import kept_random_state
 from lightning_neurons.pruning.distillation import distillation_gradient, logits_in
 from lightning_neurons.pruning.example import twin_of
 
@@ -34,6 +35,7 @@ class Distiller:
         self._teacher: nn.Module | None = None
         self._saved: dict[str, Tensor] | None = None
         self._hooks: list[Any] = []
+        self._watched: list[nn.Module] = []  # copies of them have the hooks, too
         self._inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self._heard = self._teaches = False
         self._inner = ""
@@ -53,6 +55,10 @@ class Distiller:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where a checkpoint left off."""
         self.until, self._saved, self._teacher = state["until"], state["teacher"], None
+
+    def forget(self) -> None:
+        """Another model is trained now."""
+        self.until, self._teacher, self._saved = -1, None, None
 
     def begin(self, pl_module: Any) -> None:
         """Find the module that makes the logits, and read the teacher.
@@ -76,17 +82,19 @@ class Distiller:
         """Hang the hooks on the module; nothing happens before the first cut."""
         self.leave()
         self._trainer, self._heard = trainer, False
+        self._teaches = trainer.current_epoch <= self.until  # a resume may leave the beginning of the epoch out
         source, inner = find_logits(self.who, pl_module, self.how.output)
+        self._watched = [source, source.get_submodule(inner)]
         self._hooks = [
             source.register_forward_pre_hook(self._on_inputs, with_kwargs=True),
-            source.get_submodule(inner).register_forward_hook(self._on_output),
+            self._watched[1].register_forward_hook(self._on_output),
         ]
 
     def leave(self) -> None:
         """Take the hooks off."""
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self._inputs, self._trainer = [], None, None
+        self._hooks, self._watched, self._inputs, self._trainer = [], [], None, None
 
     def on_epoch(self, epoch: int, *, is_over: bool) -> None:
         """Teach in this epoch or not.
@@ -118,7 +126,8 @@ class Distiller:
 
     def _on_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # Under DDP the whole training_step is run in the place of forward, and is given a batch.
-        if self._is_training(module) and "forward" not in vars(module):
+        own = vars(module).get("forward")
+        if self._is_training(module) and "_ForwardRedirection" not in getattr(own, "__qualname__", ""):
             self._inputs = args, kwargs
 
     def _on_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -151,14 +160,14 @@ class Distiller:
         module = teacher.get_submodule(self._inner)
         handle = module.register_forward_hook(lambda _, inputs, output: caught.append(output))
         try:
-            with torch.no_grad():
+            with torch.no_grad(), kept_random_state(teacher):
                 teacher(*args, **kwargs)
         finally:
             handle.remove()
         return logits_in(caught[-1], self.how.class_axis)
 
     def _is_training(self, module: nn.Module) -> bool:
-        running = self._trainer is not None and bool(self._trainer.training)
+        running = any(module is one for one in self._watched) and bool(self._trainer.training)
         return running and module.training and torch.is_grad_enabled()
 
     def _scale(self) -> float:

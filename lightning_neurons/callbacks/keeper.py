@@ -6,12 +6,13 @@ weights. A checkpoint that is written during a recovery also holds the last good
 
 from typing import Any
 
+from lightning_neurons.callbacks.cutting import average_again
 from lightning_neurons.callbacks.distiller import Distiller
 from lightning_neurons.callbacks.keeping import Keeping
 from lightning_neurons.callbacks.pruner import NeuronPruner
 from lightning_neurons.callbacks.pruning_settings import PruningSettings
 from lightning_neurons.callbacks.recovery_settings import SMALLEST_STEP
-from lightning_neurons.callbacks.snapshot import restore_snapshot, take_snapshot
+from lightning_neurons.callbacks.snapshot import restore_model, restore_snapshot, take_snapshot
 from lightning_neurons.pruning.budget import PruningBudget
 from lightning_neurons.report.pruning import taken_back_scalars
 from lightning_neurons.studies.settings import MeasurementSettings
@@ -45,24 +46,36 @@ class NeuronKeeper(NeuronPruner):
     # -- before anything runs
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Forget the contract about another model; find the logits, and a teacher that is given as a file."""
-        had = len(self.rounds.done)
+        """Find the logits, and a teacher that is given as a file."""
+        was_restored = self._restored
         super().on_fit_start(trainer, pl_module)
-        if had and not self.rounds.done:
-            self.keeping = Keeping()
+        good = self.keeping.good
+        if self.keeping.judge_after is not None and good is not None and not was_restored:  # a fit has failed
+            self._warn("the fit before ended in the middle of a recovery: the model before that cut comes back")
+            restore_model(pl_module, good)
+            self.rounds.take_back(self.keeping.good_rounds)
+        if not was_restored:
+            self.keeping.judge_after, self.keeping.good = None, None
         if self._distiller is not None:
             self._distiller.begin(pl_module)
+
+    def _forget(self, is_fresh: bool) -> None:
+        super()._forget(is_fresh)
+        self.keeping = Keeping()
+        if self._distiller is not None:
+            self._distiller.forget()
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Say early if training will end before a cut has recovered."""
         super().setup(trainer, pl_module, stage)
-        pruning = self.pruning
-        if stage == "fit" and (pruning.guard or pruning.distillation) and (trainer.max_epochs or -1) > 0:
+        pruning, epochs = self.pruning, trainer.max_epochs or -1
+        open_ends = self.keeping.judge_after is not None or self.rounds.number < pruning.schedule.rounds
+        if stage == "fit" and (pruning.guard or pruning.distillation) and open_ends and not self.keeping.stopped:
             end = pruning.schedule.epoch_of(pruning.schedule.rounds) + pruning.recovery_epochs
-            if end > trainer.max_epochs:
+            if 0 < epochs < end:
                 self._warn(
                     f"training ends before the {pruning.recovery_epochs} epochs of recovery after the last round do: "
-                    f"max_epochs is {trainer.max_epochs}, and it would take {end}"
+                    f"max_epochs is {epochs}, and it would take {end}"
                 )
 
     # -- deciding
@@ -91,12 +104,14 @@ class NeuronKeeper(NeuronPruner):
         """Let the teacher listen, from the first batch on: logits that cannot be found are an error now, not later."""
         if self._distiller is not None:
             self._distiller.listen(trainer, pl_module)
+        if self.keeping.baseline is not None and self.keeping.good is None:  # what a fit before has left was good
+            self._remember(trainer, pl_module)
         super().on_train_start(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Judge a cut that has recovered; then make the next, if there is one."""
         if self.pruning.guard is not None:
-            self._read_metric(trainer)
+            self._look(trainer, trainer.current_epoch - 1)
             self._judge(trainer, pl_module)
             self._prepare_to_cut(trainer, pl_module)
         rounds = len(self.rounds.done)
@@ -104,15 +119,13 @@ class NeuronKeeper(NeuronPruner):
         if self._distiller is not None and pending is not None and pending.cuts:
             self._distiller.learn(pl_module)
         super().on_train_epoch_start(trainer, pl_module)
-        made = self.rounds.done[-1] if len(self.rounds.done) > rounds else None
+        made = any(one.plan for one in self.rounds.done[rounds:])
         last = trainer.current_epoch + self.pruning.recovery_epochs - 1
-        if made is not None and made.plan and self.pruning.guard is not None:
-            self.keeping.judge_after = last
+        if made and self.pruning.guard is not None:
+            self.keeping.judge_after, self.keeping.measured = last, False
         if self._distiller is not None:
-            if made is not None and made.plan:
-                self._distiller.until = last
-            over = self.rounds.number >= self.pruning.schedule.rounds or self.keeping.stopped
-            self._distiller.on_epoch(trainer.current_epoch, is_over=over and self.keeping.judge_after is None)
+            self._distiller.until = last if made else self._distiller.until
+            self._distiller.on_epoch(trainer.current_epoch, is_over=self._is_over())
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """See whether the teacher has heard anything."""
@@ -120,43 +133,44 @@ class NeuronKeeper(NeuronPruner):
         if self._distiller is not None:
             self._distiller.check(pl_module)
 
-    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """Note the metric."""
-        super().on_validation_end(trainer, pl_module)
-        if trainer.state.fn == "fit" and not trainer.sanity_checking and self.pruning.guard is not None:
-            self.keeping.validated = trainer.current_epoch
-            self._read_metric(trainer)
-
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """A model that breaks the contract does not leave training."""
+        super().on_train_end(trainer, pl_module)
+        if self._end(trainer, pl_module):
+            average_again(trainer, pl_module, self)
         if self._distiller is not None:
             self._distiller.leave()
-        super().on_train_end(trainer, pl_module)
-        self._end(trainer, pl_module)
+            self._distiller.on_epoch(trainer.current_epoch, is_over=self._is_over())
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """The same for a resumed run that had no epoch left; then show what has been done."""
         self._end(trainer, pl_module)
         super().on_fit_end(trainer, pl_module)
 
-    def _end(self, trainer: Any, pl_module: Any) -> None:
-        if self.pruning.guard is None or self.keeping.good is None or self.keeping.baseline is None:
-            return
-        self._read_metric(trainer)
-        cut_at = self.rounds.done[-1].epoch if self.rounds.done else -1
-        known = self.keeping.latest if self.keeping.validated >= cut_at else None
-        if not self.pruning.guard.holds(known, self.keeping.baseline):
-            self._take_back(trainer, pl_module)
-        self.keeping.judge_after, self.keeping.good = None, None
+    def _is_over(self) -> bool:
+        """Whether no other cut will follow."""
+        over = self.rounds.number >= self.pruning.schedule.rounds or self.keeping.stopped
+        return over and self.keeping.judge_after is None
 
     # -- the contract
 
-    def _read_metric(self, trainer: Any) -> None:
-        """The latest value of the metric; the first process has the say, as it may not have been synchronised."""
-        assert self.pruning.guard is not None, "asked before"
-        value = trainer.callback_metrics.get(self.pruning.guard.monitor)
-        mine = self.keeping.latest if value is None else float(value)
-        self.keeping.latest = trainer.strategy.broadcast(mine, 0)
+    def _hear(self, trainer: Any, value: float, epoch: int) -> None:
+        super()._hear(trainer, value, epoch)
+        self.keeping.latest, self.keeping.validated, self.keeping.measured = value, epoch, True
+
+    def _end(self, trainer: Any, pl_module: Any) -> bool:
+        """Make sure that the contract holds when training has ended; whether something had to be taken back."""
+        keeping, guard = self.keeping, self.pruning.guard
+        if guard is None or keeping.good is None or keeping.baseline is None:
+            return False
+        self._look(trainer, trainer.current_epoch)
+        broken = not guard.holds(keeping.latest if keeping.measured else None, keeping.baseline)
+        if broken:
+            self._take_back(trainer, pl_module)
+        elif self.rounds.number:
+            keeping.progress = self._reach(self.pruning.progress(self.rounds.number))
+        keeping.judge_after, keeping.good = None, None
+        return broken
 
     def _judge(self, trainer: Any, pl_module: Any) -> None:
         keeping, guard = self.keeping, self.pruning.guard
@@ -167,13 +181,12 @@ class NeuronKeeper(NeuronPruner):
             self._take_back(trainer, pl_module)
             return
         keeping.judge_after = None
+        keeping.progress = self._reach(self.pruning.progress(self.rounds.number))
         self._remember(trainer, pl_module)
 
     def _remember(self, trainer: Any, pl_module: Any) -> None:
         """What is now is good."""
-        keeping, number = self.keeping, self.rounds.number
-        keeping.progress = self._reach(self.pruning.progress(number)) if number else 0.0
-        keeping.good, keeping.good_rounds = take_snapshot(trainer, pl_module), len(self.rounds.done)
+        self.keeping.good, self.keeping.good_rounds = take_snapshot(trainer, pl_module), len(self.rounds.done)
 
     def _prepare_to_cut(self, trainer: Any, pl_module: Any) -> None:
         """Put aside what is there; or do not cut what cannot be guarded."""
@@ -192,26 +205,20 @@ class NeuronKeeper(NeuronPruner):
             self.rounds.pending = None
             self._warn(f"round {pending.number} is not made at epoch {trainer.current_epoch}: {why}")
             return
-        if keeping.baseline is None:
-            keeping.baseline = keeping.latest
-            keeping.good, keeping.good_rounds = take_snapshot(trainer, pl_module), len(self.rounds.done)
-        elif keeping.good_rounds == len(self.rounds.done):
-            keeping.good = take_snapshot(trainer, pl_module)
+        keeping.baseline = keeping.latest if keeping.baseline is None else keeping.baseline
+        self._remember(trainer, pl_module)
 
     def _take_back(self, trainer: Any, pl_module: Any) -> None:
         """Put the last good state back, and go on without the rounds since."""
         keeping, guard = self.keeping, self.pruning.guard
-        assert guard is not None, "asked before"
-        assert keeping.good is not None, "put aside before the first cut"
-        assert keeping.baseline is not None, "noted before the first cut"
+        assert guard is not None and keeping.good is not None and keeping.baseline is not None, "asked before"
         restore_snapshot(trainer, pl_module, keeping.good)
         undone = self.rounds.take_back(keeping.good_rounds)
-        keeping.judge_after, bound = None, guard.bound(keeping.baseline)
-        self._warn(
-            f"{guard.monitor} was {keeping.latest:.4g} after {self.pruning.recovery_epochs} epochs of recovery, and "
-            f"{bound:.4g} is the worst that is allowed: {undone} round{'s' * (undone != 1)} taken back"
-        )
-        keeping.latest = None  # it was that of the model that has gone
+        now = f"was {keeping.latest:.4g}" if keeping.measured and keeping.latest is not None else "was not measured"
+        what = f"{undone} round{'s' * (undone != 1)} taken back" if undone else "its last good state comes back"
+        least = f"{guard.bound(keeping.baseline):.4g} is the worst that is allowed"
+        self._warn(f"{guard.monitor} {now} before epoch {trainer.current_epoch}, and {least}: {what}")
+        keeping.judge_after, keeping.latest = None, None  # it was that of the model that has gone
         self._write(trainer, taken_back_scalars(self.rounds))
         if guard.on_violation == "stop" or keeping.step / 2 < SMALLEST_STEP:
             keeping.stopped = True

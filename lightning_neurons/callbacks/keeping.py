@@ -16,8 +16,9 @@ class Keeping:
         good_rounds: How many rounds had been made in it.
         progress: How much of the way had been gone in it.
         judge_after: The last epoch of the recovery of the latest cut; None if it has been judged.
-        latest: The metric at the latest validation.
-        validated: The epoch of that validation.
+        latest: The metric as it was logged last.
+        validated: The epoch of that.
+        measured: Whether that was after the latest cut.
         step: The share of a round's step that is tried.
         stopped: Whether nothing is cut any more.
     """
@@ -29,6 +30,7 @@ class Keeping:
     judge_after: int | None = None
     latest: float | None = None
     validated: int = -1
+    measured: bool = True
     step: float = 1.0
     stopped: bool = False
 

@@ -11,6 +11,7 @@ from lightning_neurons.callbacks.pruning_settings import (
     PruningSettings,
     budget_of,
     compensation_of,
+    reestimation_of,
     refuse_overlap,
 )
 from lightning_neurons.callbacks.recovery_settings import Mode, OnViolation, distillation_of, guard_of
@@ -160,7 +161,7 @@ class NeuronPruningCallback(NeuronKeeper):
                 budget=budget,
                 schedule=PruningSchedule(schedule, start_epoch, end_epoch, every_n_epochs),
                 compensation=compensation_of(compensation, lossless),
-                reestimate_norms=check_flag("reestimate_norms", reestimate_norms),
+                reestimate_norms=reestimation_of(reestimate_norms, lossless),
                 lossless=lossless,
                 patience=check_count("patience", patience),
                 monitor=monitor,

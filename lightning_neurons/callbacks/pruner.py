@@ -16,7 +16,7 @@ from lightning_neurons.callbacks.calibrating import calibration_of
 from lightning_neurons.callbacks.checkpoint import follow_checkpoints, stop_following
 from lightning_neurons.callbacks.cutting import averages_of, carry_out, reset_early_stopping
 from lightning_neurons.callbacks.deciding import Decision, Survey, Verdict
-from lightning_neurons.callbacks.observer import NeuronObserver
+from lightning_neurons.callbacks.monitored import MonitoredObserver
 from lightning_neurons.callbacks.pruning_settings import PruningSettings
 from lightning_neurons.callbacks.runner import KeptBatches, Runner
 from lightning_neurons.errors import PruningError
@@ -27,7 +27,7 @@ from lightning_neurons.report.pruning import print_rounds, round_scalars, start_
 from lightning_neurons.studies.settings import MeasurementSettings
 
 
-class NeuronPruner(NeuronObserver):
+class NeuronPruner(MonitoredObserver):
     """Common base of the pruning callbacks.
 
     Attributes:
@@ -39,7 +39,7 @@ class NeuronPruner(NeuronObserver):
 
     def __init__(self, settings: MeasurementSettings, pruning: PruningSettings) -> None:
         super().__init__(settings, 1)
-        self.pruning = pruning
+        self.pruning, self._monitored = pruning, pruning.monitor
         self.rounds = Rounds()
         self._seed: int | None = None
         self._runner: Runner | None = None
@@ -91,10 +91,12 @@ class NeuronPruner(NeuronObserver):
         suitability.refuse_optimizers(type(self).__name__, trainer)
         known = self._restored or (self._fitted is not None and self._fitted() is pl_module)
         self._fitted, self._restored = weakref.ref(pl_module), False
-        if suitability.is_fresh(type(self).__name__, pl_module, self.rounds):
-            self.rounds = Rounds()
-        elif not known:  # what was decided was decided for another module
-            self.rounds.pending, self.rounds.votes = None, []
+        if (is_fresh := suitability.is_fresh(type(self).__name__, pl_module, self.rounds)) or not known:
+            self._forget(is_fresh)  # what was decided was decided for another module
+
+    def _forget(self, is_fresh: bool) -> None:
+        self.rounds = Rounds() if is_fresh else self.rounds
+        self.rounds.pending, self.rounds.votes = None, []
 
     # -- measuring
 
@@ -117,6 +119,8 @@ class NeuronPruner(NeuronObserver):
 
     def on_test_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Nothing is measured on test data."""
+
+    on_test_end = on_test_epoch_start
 
     def _due(self, trainer: Any) -> bool:
         return self._is_near(trainer) and self.pruning.measures
@@ -188,22 +192,20 @@ class NeuronPruner(NeuronObserver):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin the curves with the whole model."""
-        pending = self.rounds.pending
-        if self.rounds.dense is not None and not self.rounds.done:
-            self._write(trainer, start_scalars(self.rounds.dense))
-        due = pending is not None and self.pruning.schedule.due(trainer.current_epoch) >= pending.number
+        if (dense := self.rounds.dense) is not None and not self.rounds.done:
+            self._write(trainer, start_scalars(dense))
+        due = self.rounds.pending is not None and trainer.current_epoch > self.rounds.pending.decided
         if due and suitability.leaves_out_epoch_start(trainer):
             self.on_train_epoch_start(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Carry out what is pending: after every checkpoint of the last epoch, and before the first batch of this."""
+        self._look(trainer, trainer.current_epoch - 1)
         if self._validated:
             suitability.require_monitor(type(self).__name__, trainer, self.pruning.monitor)
-        pending, rounds = self.rounds.pending, self.rounds
-        if pending is None:
+        if (pending := (rounds := self.rounds).pending) is None:
             return
-        made = carry_out(trainer, pl_module, pending, self._runner, self._kept, self.pruning.monitor)
-        rounds.finish(made)
+        rounds.finish(made := carry_out(trainer, pl_module, pending, self._runner, self._kept, self.pruning.monitor))
         self._kept, self._runner = KeptBatches(0), None
         if self.pruning.reset_early_stopping and pending.cuts:
             reset_early_stopping(trainer)
@@ -217,16 +219,16 @@ class NeuronPruner(NeuronObserver):
     # -- the end
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """Note the metric at the first validation after a cut; say early if it is not among what validation logs."""
+        """Look at the metric; say early if it is not among what validation logs."""
+        super().on_validation_end(trainer, pl_module)
         monitor, metrics = self.pruning.monitor, trainer.callback_metrics
-        if trainer.state.fn != "fit" or monitor is None:
-            return
-        if trainer.sanity_checking and metrics and monitor not in metrics:
+        if monitor is not None and trainer.sanity_checking and metrics and monitor not in metrics:
             self._warn(suitability.unknown_monitor(trainer, monitor))
-        elif not trainer.sanity_checking:
-            self._validated = True
-            if monitor in metrics and self.rounds.note_recovery(float(metrics[monitor])):
-                self._write(trainer, {"pruning/metric_after": float(metrics[monitor])})
+        self._validated = self._validated or not trainer.sanity_checking
+
+    def _hear(self, trainer: Any, value: float, epoch: int) -> None:
+        if self.rounds.note_recovery(value):
+            self._write(trainer, {"pruning/metric_after": value})
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Show what has been done, and what has not."""
@@ -239,9 +241,6 @@ class NeuronPruner(NeuronObserver):
             self._warn("nothing has been cut")
         elif self.plan and self.rounds.dense is not None and trainer.is_global_zero:
             print_rounds(self.rounds.done, self.rounds.dense, self.rounds.widths(), self.pruning.monitor)
-
-    def on_test_end(self, trainer: Any, pl_module: Any) -> None:
-        """Nothing was measured."""
 
     def _drop(self, trainer: Any) -> None:
         for module in (trainer.lightning_module, *averages_of(trainer)):

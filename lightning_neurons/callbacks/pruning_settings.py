@@ -125,3 +125,14 @@ def refuse_overlap(settings: PruningSettings) -> None:
     if not wanted and epochs != 1:
         allowed = 'max_drop= (with monitor=) or recovery="distill" beside it; nothing else looks at it'
         raise ArgumentError.of("recovery_epochs", epochs, allowed)
+
+
+def reestimation_of(given: bool, lossless: bool) -> bool:
+    """Whether running statistics are to be estimated anew.
+
+    Raises:
+        ArgumentError: If that contradicts ``lossless``.
+    """
+    if check_flag("reestimate_norms", given) and lossless:
+        raise ArgumentError.of("reestimate_norms", given, "False with lossless=True, which changes nothing else")
+    return given

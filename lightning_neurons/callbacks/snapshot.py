@@ -5,7 +5,8 @@ whole or not at all.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -54,8 +55,8 @@ def restore_snapshot(trainer: Any, pl_module: nn.Module, snapshot: Snapshot) -> 
             for model, saved in pairs:
                 _put(model, saved, operation)
             for optimizer, saved in zip(trainer.optimizers, snapshot["optimizers"], strict=True):
-                before = _shallow(optimizer)
-                operation.do(partial(_load_optimizer, optimizer, _copy(saved)), partial(_put_back, optimizer, before))
+                live = _Live.of(optimizer)
+                operation.do(partial(_load_optimizer, optimizer, _copy(saved), live), partial(live.put_back, optimizer))
             for config, saved in zip(trainer.lr_scheduler_configs, snapshot["schedulers"], strict=True):
                 _exchange(config.scheduler, _copy(saved), operation)
             _exchange(trainer.precision_plugin, _copy(snapshot["precision"]), operation)
@@ -65,6 +66,12 @@ def restore_snapshot(trainer: Any, pl_module: nn.Module, snapshot: Snapshot) -> 
     finally:
         if wrapped:
             strategy.configure_ddp()
+
+
+def restore_model(model: nn.Module, snapshot: Snapshot) -> None:
+    """Put only the model back, before there are optimizers."""
+    with torch.inference_mode(False), torch.no_grad():
+        _put(model, snapshot["model"], Operation())
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -80,6 +87,8 @@ def _copy(state: Any) -> Any:
 
 def _put(model: nn.Module, saved: Mapping[str, Tensor], operation: Operation) -> None:
     modules = dict(model.named_modules(remove_duplicate=False))
+    everything = partial(_refit_all, model)
+    operation.do(lambda: None, everything)  # what is taken back goes the other way round: this is then the last
     for name, value in saved.items():
         owner, _, leaf = name.rpartition(".")
         module = modules[owner]
@@ -98,7 +107,6 @@ def _put(model: nn.Module, saved: Mapping[str, Tensor], operation: Operation) ->
             store[leaf].grad = gradient
 
         operation.do(put, put_back)
-    everything = partial(_refit_all, model)
     operation.do(everything, lambda: None)
 
 
@@ -107,26 +115,44 @@ def _refit_all(model: nn.Module) -> None:
         refit(module)
 
 
-def _shallow(optimizer: torch.optim.Optimizer) -> tuple[list[dict[str, Any]], dict[Any, Any]]:
-    return [dict(group) for group in optimizer.param_groups], {p: dict(s) for p, s in optimizer.state.items()}
+@dataclass(frozen=True)
+class _Live:
+    """What an optimizer holds: the list and the dicts that schedulers and others hold as well, and their contents."""
+
+    groups: list[dict[str, Any]]
+    members: list[dict[str, Any]]
+    contents: list[dict[str, Any]]
+    state: dict[Any, Any]
+
+    @classmethod
+    def of(cls, optimizer: torch.optim.Optimizer) -> "_Live":
+        groups = optimizer.param_groups
+        contents = [dict(group) for group in groups]
+        return cls(groups, list(groups), contents, {p: dict(s) for p, s in optimizer.state.items()})
+
+    def put_back(self, optimizer: torch.optim.Optimizer) -> None:
+        self.refill(optimizer, self.contents)
+        optimizer.state.clear()
+        optimizer.state.update(self.state)
+
+    def refill(self, optimizer: torch.optim.Optimizer, contents: Sequence[Mapping[str, Any]]) -> None:
+        for group, content in zip(self.members, [dict(content) for content in contents], strict=True):
+            group.clear()
+            group.update(content)
+        self.groups[:] = self.members
+        optimizer.param_groups = self.groups
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    groups = optimizer.param_groups  # the objects that schedulers and Lightning's wrapper hold
+def _load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], live: _Live) -> None:
     optimizer.load_state_dict(saved)
-    for group, new in zip(groups, optimizer.param_groups, strict=True):
-        group.clear()
-        group.update(new)
-    optimizer.param_groups = groups
-
-
-def _put_back(optimizer: torch.optim.Optimizer, before: tuple[list[dict[str, Any]], dict[Any, Any]]) -> None:
-    groups, state = before
-    for group, old in zip(optimizer.param_groups, groups, strict=True):
-        group.clear()
-        group.update(old)
-    optimizer.state.clear()
-    optimizer.state.update(state)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    names = [index for group in saved["param_groups"] for index in group["params"]]
+    for parameter, index in zip(parameters, names, strict=True):
+        for key, value in saved["state"].get(index, {}).items():
+            now = optimizer.state[parameter][key]
+            if isinstance(value, Tensor) and now.dtype != value.dtype:  # it was given that of the parameter
+                optimizer.state[parameter][key] = value.to(now.device)
+    live.refill(optimizer, optimizer.param_groups)
 
 
 def _exchange(target: Any, state: Any, operation: Operation) -> None:

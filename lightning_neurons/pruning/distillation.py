@@ -76,7 +76,8 @@ def logits_in(output: Any, class_axis: int) -> Tensor:
             'that returns one, or let it return them as "logits"'
         )
     logits = found[0]
-    if logits.ndim < 2 or logits.shape[class_axis] < 2:
+    known = -logits.ndim <= class_axis < logits.ndim
+    if logits.ndim < 2 or not known or logits.shape[class_axis] < 2:
         raise PruningError(
             f"an output of shape {tuple(logits.shape)} has no logits of several classes on axis {class_axis}; pass "
             "output= or class_axis="

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -32,11 +32,14 @@ class Reading:
 
 
 class _State:
-    """The weights and the inverse covariance of one reader, for the inputs that are left."""
+    """What is left of one reader: the inverse covariance of its inputs, and the products of their weights.
+
+    Errors depend on the weights by ``W W'`` alone, so it does not matter how many outputs there are.
+    """
 
     def __init__(self, reading: Reading) -> None:
         self.places, self.scale = reading.places, reading.scale
-        self.weight = reading.weight.clone()
+        self.products = reading.weight @ reading.weight.T
         self.inverse = torch.linalg.inv(reading.covariance)
         widths = {len(places) for places in self.places}
         self.index = torch.tensor(self.places) if len(widths) == 1 else None
@@ -44,35 +47,33 @@ class _State:
     def errors(self, units: Sequence[int]) -> Tensor:
         """What each of some units would cost, were it to go alone."""
         if self.index is None:
-            return torch.stack([self._error(torch.tensor(self.places[unit])) for unit in units])
-        index = self.index[list(units)]
-        rows = self.weight[index]  # (unit, place, output)
-        if index.shape[1] == 1:
-            found: Tensor = rows.square().sum((1, 2)) / self.inverse[index, index][:, 0]
-        else:
-            blocks = self.inverse[index[:, :, None], index[:, None, :]]
-            found = (rows * torch.linalg.solve(blocks, rows)).sum((1, 2))
-        return found / self.scale
+            return torch.stack([self._errors(torch.tensor([self.places[unit]]).long())[0] for unit in units])
+        return self._errors(self.index[list(units)])
 
     def remove(self, unit: int) -> None:
         """Let a unit go: the others take over what they can."""
         gone = torch.tensor(self.places[unit], dtype=torch.long)
         if not len(gone):
             return
-        block = self.inverse[gone][:, gone]
-        across = torch.linalg.solve(block, self.inverse[gone]).T  # (input, place)
-        self.weight -= across @ self.weight[gone]
-        self.inverse -= across @ self.inverse[gone]
-        self.weight[gone] = 0
-        self.inverse[gone] = 0
-        self.inverse[:, gone] = 0
+        rows, block = self.inverse[gone], self.inverse[gone][:, gone]
+        across = torch.linalg.solve(block, rows).T  # (input, place); W becomes W - across W_P
+        mixed = across @ self.products[gone]
+        self.products += across @ self.products[gone][:, gone] @ across.T - mixed - mixed.T
+        self.inverse -= across @ rows
+        for matrix in (self.products, self.inverse):
+            matrix[gone] = 0
+            matrix[:, gone] = 0
         self.inverse[gone, gone] = 1
 
-    def _error(self, places: Tensor) -> Tensor:
-        if not len(places):
-            return self.weight.new_zeros(())
-        rows = self.weight[places]
-        found: Tensor = (rows * torch.linalg.solve(self.inverse[places][:, places], rows)).sum()
+    def _errors(self, index: Int[Tensor, "unit place"]) -> Float[Tensor, " unit"]:
+        if not index.shape[1]:
+            return self.products.new_zeros(len(index))
+        if index.shape[1] == 1:
+            found: Tensor = (self.products[index, index] / self.inverse[index, index])[:, 0]
+        else:
+            pairs = index[:, :, None], index[:, None, :]
+            solved = torch.linalg.solve(self.inverse[pairs], self.products[pairs])
+            found = solved.diagonal(dim1=1, dim2=2).sum(1)
         return found / self.scale
 
 

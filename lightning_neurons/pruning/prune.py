@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_neurons.errors import ArgumentError, PruningError, check_flag
-from lightning_neurons.network.batches import inputs_of, targets_of, tensors_of
+from lightning_neurons.network.batches import inputs_of, map_tensors, targets_of, tensors_of
 from lightning_neurons.network.isolate import isolated
 from lightning_neurons.network.neurons import call, find_neurons
 from lightning_neurons.pruning.budget import PruningBudget
@@ -118,14 +118,16 @@ def prune(
     asked = wanted(plan_or_budget, lossless)
     given = kept_batches(batches)
     how = chosen_compensation(compensation, given, lossless)
-    if check_flag("reestimate_norms", reestimate_norms) and not given:
+    if check_flag("reestimate_norms", reestimate_norms) and lossless:
+        raise ArgumentError.of("reestimate_norms", True, "False with lossless=True, which changes nothing else")
+    if reestimate_norms and not given:
         raise ArgumentError.of("batches", given, "some batches, with reestimate_norms=True")
     _refuse_unmeasurable(asked, given)
     kept = given or []
     optimizers = checked_optimizers(optimizer, model)
     check_inputs(example_inputs, kept)
     structure = discover(model, Example(example_inputs))
-    calibration = Calibration(kept, lambda module, batch: call(module, inputs_of(batch)), _loss(model, kept, loss_fn))
+    calibration = Calibration(kept, _run, _loss(model, kept, loss_fn))
     if isinstance(asked, PruningPlan):
         plan = complete(structure, asked)
         candidates = [Candidate(plan, tuple(cuts_of(structure.groups.values(), units_of(structure, plan))))]
@@ -146,6 +148,11 @@ def prune(
     cut(model, prepared.cuts, optimizers=optimizers, shifts=prepared.shifts)
     widths = {layer: len(prepared.plan.remaining(layer)) for layer in structure.widths}
     return PruningReport(prepared.plan, widths, prepared.plan.notes)
+
+
+def _run(model: nn.Module, batch: Any) -> Any:
+    """On a copy: what a forward changes in place must not be seen by the next."""
+    return call(model, map_tensors(inputs_of(batch), Tensor.clone))
 
 
 def _refuse_unmet(budget: PruningBudget, candidates: Sequence[Candidate]) -> None:
@@ -186,7 +193,7 @@ def _cross_entropy(model: nn.Module, batch: Any) -> Tensor:
         raise ArgumentError.of(
             "loss_fn", None, "a function (model, batch) -> loss, as the batches show no class numbers"
         )
-    return nn.functional.cross_entropy(call(model, inputs_of(batch)), targets)
+    return nn.functional.cross_entropy(_run(model, batch), targets)
 
 
 def _loss(model: nn.Module, batches: Sequence[Any], loss_fn: LossFunction | None) -> LossFunction:
@@ -195,7 +202,7 @@ def _loss(model: nn.Module, batches: Sequence[Any], loss_fn: LossFunction | None
         return loss_fn
 
     def distance(other: nn.Module, batch: Any) -> Tensor:
-        pairs = zip(*(tensors_of(call(m, inputs_of(batch))) for m in (model, other)), strict=True)
+        pairs = zip(*(tensors_of(_run(m, batch)) for m in (model, other)), strict=True)
         return torch.stack([(a - b).square().mean() for a, b in pairs if a.is_floating_point()]).sum()
 
     try:

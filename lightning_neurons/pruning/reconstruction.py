@@ -15,7 +15,7 @@ from lightning_neurons.network.coupling import Coupling, Group
 from lightning_neurons.network.layer import modules_by_name
 from lightning_neurons.network.widths import axes
 from lightning_neurons.pruning.budget import PruningBudget
-from lightning_neurons.pruning.compensation.least_squares import FEW, RIDGE
+from lightning_neurons.pruning.compensation.least_squares import FEW, RIDGE, varies
 from lightning_neurons.pruning.compensation.moments import Moments
 from lightning_neurons.pruning.elimination import Reading, eliminate
 from lightning_neurons.pruning.scoring import GroupScores
@@ -86,7 +86,7 @@ def _readings(
             return None
         covariance = seen.covariance_xx.cpu()
         scale = float(covariance.diagonal().mean())
-        if not scale > 0:  # it reads nothing that ever changes
+        if not varies(seen, scale):  # it reads nothing that ever changes
             continue
         few = float(seen.count) < len(covariance)
         covariance = covariance + (FEW if few else RIDGE) * scale * torch.eye(len(covariance), dtype=covariance.dtype)

@@ -58,12 +58,14 @@ class Pending:
         plan: What is to go, in the indices of the original model.
         cuts: The same for every tensor, in the indices of the model as it is.
         shifts: What compensates for it.
+        decided: In which epoch.
     """
 
     number: int
     plan: PruningPlan
     cuts: tuple[Cut, ...]
     shifts: Mapping[str, Tensor]
+    decided: int = -1
 
 
 @dataclass
@@ -143,6 +145,7 @@ class Rounds:
                 "plan": pending.plan.to_dict(),
                 "cuts": [asdict(one) for one in pending.cuts],
                 "shifts": dict(pending.shifts),
+                "decided": pending.decided,
             },
             "votes": self.votes,
             "undone": [{**vars(one), "plan": one.plan.to_dict()} for one in self.undone],
@@ -163,6 +166,7 @@ class Rounds:
                 PruningPlan.from_dict(pending["plan"]),
                 tuple(Cut(**{**one, "places": tuple(one["places"])}) for one in pending["cuts"]),
                 pending["shifts"],
+                pending["decided"],
             ),
             votes=[dict(vote) for vote in state["votes"]],
         )

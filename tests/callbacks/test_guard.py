@@ -167,7 +167,7 @@ def test_training_that_ends_before_any_validation_after_the_cut_ends_with_the_mo
 def test_a_metric_that_falls_after_a_recovery_that_was_fine_brings_the_last_good_model_back():
     callback, module = guard(), Scored(by_epoch(0.75, 0.75, 0.75, 0.25))
     judged = Probe("on_train_epoch_start", state_of)
-    with pytest.warns(UserWarning, match="taken back"):
+    with pytest.warns(UserWarning, match="last good state comes back"):
         trainer = fit(module, [callback, judged], max_epochs=4)
     assert differing(state_of(trainer, module), judged.seen[2]) == []
     assert made(callback) == [(1, 1, 6)]

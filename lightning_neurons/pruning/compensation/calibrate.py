@@ -21,7 +21,8 @@ from lightning_neurons.pruning.compensation.repair import Repair, Wiring, consta
 from lightning_neurons.pruning.compensation.views import batched
 from lightning_neurons.pruning.surgery import Cut
 
-_ROUNDING = 1e-7
+_ROUNDING = 1e-6
+"""Of float32 sums of some hundred terms."""
 
 
 def least_squares(

@@ -56,7 +56,7 @@ def refine(
     few = float(moments.count) < len(s_xx)
     ridge = (FEW if few else RIDGE) if ridge is None else ridge
     scale = float(s_xx.diagonal().mean()) if len(s_xx) else 0.0
-    if not scale > 0:  # constant inputs cannot tell anything
+    if not varies(moments, scale):  # constant inputs cannot tell anything
         return Refined(start, ridge)
     residual = s_yx - start @ s_xx
     while True:
@@ -65,6 +65,12 @@ def refine(
         if not int(failed) and float(factor.diagonal().min()) ** 2 * _SINGULAR**2 > float(damped.diagonal().max()):
             return Refined(start + torch.cholesky_solve(residual.T, factor).T, ridge)
         ridge = max(10 * ridge, 1e-12)
+
+
+def varies(moments: Moments, variance: float) -> bool:
+    """Whether a variance is more than what rounding leaves of the squares that it is the difference of."""
+    squares = float(moments.xx.diagonal().mean() / moments.count.clamp(min=1))
+    return variance > 1e-12 * squares
 
 
 def error_of(

@@ -64,6 +64,8 @@ class Walk:
 
     def stop(self, path: str, inputs: Tensor) -> None:
         """Called in the walk's own thread, before a module runs."""
+        if self._ending:  # a model's own clean-up may run more of it
+            raise _Enough
         self.at, self.inputs = path, inputs
         self._back.release()
         self._turn.acquire()
