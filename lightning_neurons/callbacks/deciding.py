@@ -10,7 +10,7 @@ from lightning_neurons.callbacks.runner import Runner
 from lightning_neurons.pruning.budget import PruningBudget
 from lightning_neurons.pruning.compensation.calibration import Calibration
 from lightning_neurons.pruning.compensation.repair import Wiring
-from lightning_neurons.pruning.decision import Evidence, candidates_of, gather, score
+from lightning_neurons.pruning.decision import Evidence, candidates_of, gather, lossless_candidates, score
 from lightning_neurons.pruning.lossless import without_loss
 from lightning_neurons.pruning.plan import PruningPlan
 from lightning_neurons.pruning.planning import allocations, choose
@@ -110,8 +110,8 @@ class Decision:
         settings, wiring = self.settings, self.survey.wiring
         with costing_a_round(self.trainer):
             if settings.lossless:
-                only = verdict.candidates[0]
-                prepared = without_loss(self.pl_module, only, self._evidence.constants, calibration, wiring)
+                constants = self._evidence.constants
+                prepared = without_loss(self.pl_module, verdict.candidates, constants, calibration, wiring)
             else:
                 prepared = prepare(
                     self.pl_module,
@@ -150,6 +150,10 @@ class Decision:
         if not is_due or len(votes) < patience - 1:
             return Verdict(vote, (), (*choices[0].selection.notes, *notes))
         earlier = [PruningPlan({n: tuple(v) for n, v in old.items()}).lowered(before).neurons for old in votes]
-        found = candidates_of(structure, budget, choices, earlier)
+        if self.settings.lossless:
+            options: dict[str, Any] = {"dense": dense, "earlier": earlier}
+            found, _ = lossless_candidates(structure, self.pl_module, budget, self._evidence, report, **options)
+        else:
+            found = candidates_of(structure, budget, choices, earlier)
         lifted = (replace(one, plan=replace(one.plan.lifted(before), notes=(*one.plan.notes, *notes))) for one in found)
         return Verdict(vote, tuple(lifted), (*found[0].plan.notes, *notes))

@@ -51,7 +51,7 @@ class PruningSettings:
     @property
     def measures(self) -> bool:
         """Whether scores come from a measurement of neurons."""
-        return self.budget.measured is not None and not self.lossless
+        return self.budget.measured is not None
 
     @property
     def calibrates(self) -> bool:

@@ -1,7 +1,7 @@
 """From what has been measured to what could be removed; the same with and without a Trainer."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
@@ -11,9 +11,10 @@ from lightning_neurons.pruning.compensation.calibration import Calibration
 from lightning_neurons.pruning.compensation.moments import Moments
 from lightning_neurons.pruning.compensation.repair import Wiring
 from lightning_neurons.pruning.evidence import Constant, constants, first_read, second_moments
-from lightning_neurons.pruning.lossless import lossless_scores
-from lightning_neurons.pruning.planning import Choice, decide, units_of
+from lightning_neurons.pruning.lossless import lossless_scores, still_layers
+from lightning_neurons.pruning.planning import Choice, allocations, decide, units_of
 from lightning_neurons.pruning.preparation import Candidate
+from lightning_neurons.pruning.reach import Dense
 from lightning_neurons.pruning.reconstruction import reconstruction_scores
 from lightning_neurons.pruning.scoring import GroupScores, group_scores, neuron_scores, random_scores
 from lightning_neurons.pruning.structure import Structure
@@ -28,10 +29,12 @@ class Evidence:
     Attributes:
         moments: By reader; for the criterion ``"reconstruction"``.
         constants: By reader; for a lossless cut.
+        still: Readers that put out the same whatever they read.
     """
 
     moments: Mapping[str, Moments] = field(default_factory=dict)
     constants: Mapping[str, Constant] = field(default_factory=dict)
+    still: frozenset[str] = frozenset()
 
 
 def gather(
@@ -80,12 +83,42 @@ def score(
     """
     evidence = evidence or Evidence()
     if evidence.constants:
-        return lossless_scores(structure, model, evidence.constants)
+        return lossless_scores(structure, model, evidence.constants, evidence.still)
     if budget.by_reconstruction:
         return reconstruction_scores(structure, model, evidence.moments, budget), ()
     if report is None or budget.measured is None:
         return random_scores(structure.offered, seed), ()
     return group_scores(structure.offered, neuron_scores(report, budget), budget), ()
+
+
+def lossless_candidates(
+    structure: Structure,
+    model: nn.Module,
+    budget: PruningBudget,
+    evidence: Evidence,
+    report: NeuronReport | None,
+    *,
+    dense: Dense | None = None,
+    earlier: Sequence[Mapping[str, Sequence[int]]] = (),
+) -> tuple[list[Candidate], tuple[str, ...]]:
+    """What could go without loss: first with what saturated layers read, then without; and what keeps constants.
+
+    Args:
+        structure: The model's groups.
+        model: The model.
+        budget: Limits that it gives are kept.
+        evidence: Which inputs of readers never change.
+        report: Says which layers never change.
+        dense: The model before earlier cuts.
+        earlier: As in ``decide``.
+    """
+    still = frozenset() if report is None else still_layers(report)
+    found: list[Candidate] = []
+    notes: tuple[str, ...] = ()
+    for one in dict.fromkeys((still, frozenset[str]())):
+        scores, notes = score(structure, model, budget, evidence=replace(evidence, still=one))
+        found += candidates_of(structure, budget, allocations(structure, budget, scores, dense=dense), earlier)
+    return found, notes
 
 
 def candidates_of(

@@ -20,13 +20,24 @@ from lightning_neurons.pruning.preparation import Candidate, Prepared
 from lightning_neurons.pruning.scoring import GroupScores
 from lightning_neurons.pruning.structure import Structure
 from lightning_neurons.pruning.surgery import Cut
+from lightning_neurons.results.neuron_report import NeuronReport
 
 TOLERANCE = 1e-5
 """By how much outputs may differ, relative to the largest of them: the order of sums is another one."""
 
 
+def still_layers(report: NeuronReport) -> frozenset[str]:
+    """The layers none of whose neurons ever changes, such as saturated gates: what they read makes no difference.
+
+    Args:
+        report: A measurement with the criterion ``"constant"``.
+    """
+    measured = report.deadness_by["constant"]
+    return frozenset(layer for layer, constant in measured.items() if len(constant) and bool((constant == 1).all()))
+
+
 def lossless_scores(
-    structure: Structure, model: nn.Module, constants: Mapping[str, Constant]
+    structure: Structure, model: nn.Module, constants: Mapping[str, Constant], still: frozenset[str] = frozenset()
 ) -> tuple[dict[str, GroupScores], tuple[str, ...]]:
     """By root, -1 for the units without which nothing changes and 0 for all others; and what keeps constants.
 
@@ -34,6 +45,7 @@ def lossless_scores(
         structure: The model's groups.
         model: The model.
         constants: By reader, which of its inputs never change.
+        still: Readers that put out the same whatever they read.
     """
     modules, notes = modules_by_name(model), []
     found = {}
@@ -41,7 +53,7 @@ def lossless_scores(
         value = torch.zeros(group.size, dtype=torch.float64)
         kept: dict[str, int] = {}
         for unit in range(group.size):
-            why = _why_not(group, unit, modules, constants, structure.coupling.norm_behind)
+            why = _why_not(group, unit, modules, constants, still, structure.coupling.norm_behind)
             if why is None:
                 value[unit] = -1.0
             elif why:
@@ -56,12 +68,14 @@ def _why_not(
     unit: int,
     modules: Mapping[str, nn.Module],
     constants: Mapping[str, Constant],
+    still: frozenset[str],
     norm_behind: Mapping[str, str],
 ) -> str | None:
     """Why a unit has to stay: "" if it is not constant at all; None if it can go."""
     reading = [part for part in group.parts if part.role == "reads"]
     if not reading or any(part.path not in constants for part in reading):
         return ""
+    reading = [part for part in reading if part.path not in still]
     for part in reading:
         places = list(part.indices[unit])
         if not bool(constants[part.path].is_constant()[places].all()):
@@ -87,7 +101,7 @@ def _pads_with_zeros(module: nn.Module) -> bool:
 
 def without_loss(
     model: nn.Module,
-    candidate: Candidate,
+    candidates: Sequence[Candidate],
     constants: Mapping[str, Constant],
     calibration: Calibration,
     wiring: Wiring,
@@ -96,7 +110,7 @@ def without_loss(
 
     Args:
         model: As it is before the cut; it is left as it is.
-        candidate: What goes.
+        candidates: What could go; the first for which the proof succeeds does.
         constants: By reader, its constant inputs.
         calibration: What it is proven on.
         wiring: How the model's layers follow one another.
@@ -105,10 +119,13 @@ def without_loss(
         PruningError: If the outputs would change.
     """
     values = {path: constant.value for path, constant in constants.items()}
-    shifts = fold_means(model, candidate.cuts, values, wiring.norm_behind).shifts
-    shifts = {name: shift.cpu() for name, shift in shifts.items() if bool((shift != 0).any())}
-    found = difference(model, candidate.cuts, shifts, calibration)
-    if not found <= TOLERANCE:
+    for candidate in candidates:
+        shifts = dict(fold_means(model, candidate.cuts, values, wiring.norm_behind).shifts)
+        shifts = {name: shift.cpu() for name, shift in shifts.items() if bool((shift != 0).any())}
+        found = difference(model, candidate.cuts, shifts, calibration)
+        if found <= TOLERANCE:
+            break
+    else:
         raise PruningError(
             f"nothing was changed: without the constant neurons, outputs would differ by {found:.1e} of the largest, "
             f"and lossless=True allows {TOLERANCE:g}"

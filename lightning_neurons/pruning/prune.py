@@ -14,7 +14,7 @@ from lightning_neurons.network.neurons import call, find_neurons
 from lightning_neurons.pruning.budget import PruningBudget
 from lightning_neurons.pruning.compensation.calibration import Calibration
 from lightning_neurons.pruning.compensation.repair import Compensation
-from lightning_neurons.pruning.decision import candidates_of, gather, score
+from lightning_neurons.pruning.decision import candidates_of, gather, lossless_candidates, score
 from lightning_neurons.pruning.example import Example
 from lightning_neurons.pruning.lossless import without_loss
 from lightning_neurons.pruning.optimizers import checked_optimizers
@@ -134,14 +134,15 @@ def prune(
         prepared = prepare(model, candidates, calibration, structure.wiring, how=how, reestimate_norms=reestimate_norms)
     else:
         evidence = gather(model, asked, calibration, structure.wiring, lossless=lossless)
-        report = None if lossless else _measured(model, example_inputs, asked, kept, loss_fn)
-        scores, notes = score(structure, model, asked, report=report, evidence=evidence)
-        candidates = candidates_of(structure, asked, allocations(structure, asked, scores))
-        _refuse_unmet(asked, candidates)
+        report = _measured(model, example_inputs, asked, kept, loss_fn)
         if lossless:
-            prepared = without_loss(model, candidates[0], evidence.constants, calibration, structure.wiring)
+            candidates, notes = lossless_candidates(structure, model, asked, evidence, report)
+            prepared = without_loss(model, candidates, evidence.constants, calibration, structure.wiring)
             prepared = replace(prepared, plan=replace(prepared.plan, notes=(*prepared.plan.notes, *notes)))
         else:
+            scores, _ = score(structure, model, asked, report=report, evidence=evidence)
+            candidates = candidates_of(structure, asked, allocations(structure, asked, scores))
+            _refuse_unmet(asked, candidates)
             prepared = prepare(
                 model, candidates, calibration, structure.wiring, how=how, reestimate_norms=reestimate_norms
             )

@@ -4,6 +4,7 @@ Affine least squares with a ridge on the *change* of the weights. So no cut mean
 that of folding means into biases, which is the case of no change.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,9 @@ RIDGE = 1e-3
 
 FEW = 1e-1
 """The same with fewer positions than inputs, when the covariance is singular."""
+
+RIDGES = (RIDGE, 1e-2, FEW, 1.0, math.inf)
+"""Of which one is chosen; the last changes no weight, so only means are made up for."""
 
 _SINGULAR = 1e8
 
@@ -56,7 +60,7 @@ def refine(
     few = float(moments.count) < len(s_xx)
     ridge = (FEW if few else RIDGE) if ridge is None else ridge
     scale = float(s_xx.diagonal().mean()) if len(s_xx) else 0.0
-    if not varies(moments, scale):  # constant inputs cannot tell anything
+    if not varies(moments, scale) or math.isinf(ridge):  # constant inputs cannot tell anything
         return Refined(start, ridge)
     residual = s_yx - start @ s_xx
     while True:
@@ -65,6 +69,53 @@ def refine(
         if not int(failed) and float(factor.diagonal().min()) ** 2 * _SINGULAR**2 > float(damped.diagonal().max()):
             return Refined(start + torch.cholesky_solve(residual.T, factor).T, ridge)
         ridge = max(10 * ridge, 1e-12)
+
+
+def choose_ridge(
+    first: Moments,
+    second: Moments,
+    start: Float[Tensor, "target input"],
+    metric: Float[Tensor, "target target"] | None = None,
+    *,
+    centred: bool = True,
+) -> float:
+    """The ridge with which each half of the samples predicts the other best.
+
+    Args:
+        first: Moments of one half.
+        second: Moments of the other.
+        start: As in ``refine``.
+        metric: How errors of targets are weighed, ``e' metric e``; None weighs them alike.
+        centred: As in ``refine``.
+    """
+    few = min(float(first.count), float(second.count)) < len(first.xx)
+    ridges = [ridge for ridge in RIDGES if ridge >= (FEW if few else RIDGE)]
+    if not float(first.count) or not float(second.count):
+        return ridges[0]
+
+    def loss(ridge: float) -> float:
+        found = 0.0
+        for seen, unseen in ((first, second), (second, first)):
+            matrix = refine(seen, start, ridge=ridge, centred=centred).matrix
+            found += _held_out(seen, unseen, matrix, metric, centred=centred)
+        return found
+
+    return min(ridges, key=loss)
+
+
+def _held_out(
+    seen: Moments,
+    unseen: Moments,
+    matrix: Float[Tensor, "target input"],
+    metric: Float[Tensor, "target target"] | None,
+    *,
+    centred: bool,
+) -> float:
+    """The mean square of ``y - M x - c`` where it was not fitted, but for a term that does not depend on ``M``."""
+    offset = seen.mean_y - matrix @ seen.mean_x if centred else torch.zeros_like(seen.mean_y)
+    weighed, turned = (matrix, offset) if metric is None else (metric @ matrix, metric @ offset)
+    squares = (weighed * (matrix @ unseen.xx - 2 * unseen.yx)).sum() / unseen.count
+    return float(squares + turned @ (offset - 2 * (unseen.mean_y - matrix @ unseen.mean_x)))
 
 
 def varies(moments: Moments, variance: float) -> bool:

@@ -74,6 +74,12 @@ class Moments:
             self.sum_y += y.sum(1)
             self.yx.addmm_(y, x.T)
 
+    def __add__(self, other: "Moments") -> "Moments":
+        """Those of two sets of positions together."""
+        mine = self.count, self.sum_x, self.sum_y, self.xx, self.yx
+        theirs = other.count, other.sum_x, other.sum_y, other.xx, other.yx
+        return Moments(*(a + b for a, b in zip(mine, theirs, strict=True)))
+
     def reduced(self, reduce: Reduce) -> "Moments":
         """Those of all processes together."""
         return Moments(*(reduce(t) for t in (self.count, self.sum_x, self.sum_y, self.xx, self.yx)))

@@ -1,12 +1,13 @@
 """One reader of neurons that go: what it reads with and without them, and its weights solved again."""
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from lightning_neurons.network.widths import axes
-from lightning_neurons.pruning.compensation.least_squares import RIDGE, refine
+from lightning_neurons.pruning.compensation.least_squares import choose_ridge, refine
 from lightning_neurons.pruning.compensation.moments import Moments, OutputMean, Reduce, applied, wide
 from lightning_neurons.pruning.compensation.views import channels, has_patches, patches
 
@@ -43,10 +44,11 @@ class Reader:
         if self.patchwise and len(self.keep) * taps > LARGEST:
             self.patchwise = False
             self.notes.append(f"{path} reads patches of more than {LARGEST} values: its channels were regressed")
-        self.moments: Moments | None = None
+        self.halves: tuple[Moments, Moments] | None = None  # of the samples
         if max(len(stays), len(self.keep) * taps if self.patchwise else 0) <= LARGEST:
             inputs = len(self.keep) * (taps if self.patchwise else 1)
-            self.moments = Moments.empty(inputs, len(weight) if self.patchwise else len(stays), weight.device)
+            targets = len(weight) if self.patchwise else len(stays)
+            self.halves = Moments.empty(inputs, targets, weight.device), Moments.empty(inputs, targets, weight.device)
         else:
             self.notes.append(f"{path} reads more than {LARGEST} values: only their mean was compensated")
         self.dense_mean, self.mean = OutputMean(module), OutputMean(module)
@@ -60,13 +62,14 @@ class Reader:
         """
         self.dense_mean.add(dense)
         self.mean.add(inputs)
-        if self.moments is None:
-            return
-        if self.patchwise:
-            targets = channels(self.module, applied(self.module, self.weight, dense))
-            self.moments.add(patches(self.module, inputs), targets)
-        else:
-            self.moments.add(channels(self.module, inputs), channels(self.module, dense))
+        for half, moments in enumerate(self.halves or ()):
+            middle = (len(dense) + 1) // 2
+            part = slice(middle * half, middle if half == 0 else None)
+            x, y = inputs[part], dense[part]
+            if self.patchwise and len(x):
+                moments.add(patches(self.module, x), channels(self.module, applied(self.module, self.weight, y)))
+            elif len(x):
+                moments.add(channels(self.module, x), channels(self.module, y))
 
     def kept(self, inputs: Tensor) -> Tensor:
         """What stays of inputs."""
@@ -80,16 +83,15 @@ class Reader:
         """
         weight = self.weight.to(wide(self.weight.device))
         new = old = weight.index_select(self.axis, self.keep)
-        if self.moments is not None:
-            moments = self.moments.reduced(reduce)
+        if self.halves is not None:
+            first, second = (moments.reduced(reduce) for moments in self.halves)
             if self.patchwise:
-                refined = refine(moments, old.flatten(1), centred=self.has_constant)
-                new = refined.matrix.reshape(old.shape)
+                new = self._refined(first, second, old.flatten(1), None).reshape(old.shape)
             else:
                 start = torch.eye(weight.shape[self.axis], dtype=weight.dtype, device=weight.device)[:, self.keep]
-                refined = refine(moments, start, centred=self.has_constant)
-                new = torch.tensordot(weight.movedim(self.axis, -1), refined.matrix, 1).movedim(-1, self.axis)
-            self._note_ridge(moments, refined.ridge)
+                rows = weight.movedim(self.axis, 0).flatten(1)
+                mixing = self._refined(first, second, start, rows @ rows.T)
+                new = torch.tensordot(weight.movedim(self.axis, -1), mixing, 1).movedim(-1, self.axis)
         wanted, count = self.dense_mean.total(weight)
         got, _ = self.mean.total(new)
         change = torch.zeros_like(weight).index_copy(self.axis, self.keep, new - old)
@@ -100,11 +102,20 @@ class Reader:
         """The largest mean of what it reads."""
         return self.dense_mean.largest
 
-    def _note_ridge(self, moments: Moments, ridge: float) -> None:
-        if float(moments.count) < len(moments.xx):
+    def _refined(self, first: Moments, second: Moments, start: Tensor, metric: Tensor | None) -> Tensor:
+        """The solution for all samples, with the ridge that holds best from one half of them to the other."""
+        ridge = choose_ridge(first, second, start, metric, centred=self.has_constant)
+        both = first + second
+        refined = refine(both, start, ridge=ridge, centred=self.has_constant)
+        if float(both.count) < len(both.xx):
             self.notes.append(
-                f"{self.path} was solved with a larger ridge ({ridge:g} of the mean variance), as there were "
-                f"{int(moments.count)} positions for {len(moments.xx)} inputs; give more samples"
+                f"{self.path} was solved with a larger ridge ({refined.ridge:g} of the mean variance), as there were "
+                f"{int(both.count)} positions for {len(both.xx)} inputs; give more samples"
             )
-        elif ridge > RIDGE:
-            self.notes.append(f"{self.path} was solved with a larger ridge ({ridge:g}), as its inputs are singular")
+        elif math.isinf(ridge):
+            self.notes.append(f"{self.path}: only means were compensated, as more did not hold for other samples")
+        elif refined.ridge > ridge:
+            self.notes.append(
+                f"{self.path} was solved with a larger ridge ({refined.ridge:g}), as its inputs are singular"
+            )
+        return refined.matrix
