@@ -6,13 +6,14 @@ weights. A checkpoint that is written during a recovery also holds the last good
 
 from typing import Any
 
-from lightning_neurons.callbacks.cutting import average_again
+from lightning_neurons.callbacks import suitability
+from lightning_neurons.callbacks.cutting import average_again, averages_of, reset_early_stopping
 from lightning_neurons.callbacks.distiller import Distiller
 from lightning_neurons.callbacks.keeping import Keeping
 from lightning_neurons.callbacks.pruner import NeuronPruner
 from lightning_neurons.callbacks.pruning_settings import PruningSettings
 from lightning_neurons.callbacks.recovery_settings import SMALLEST_STEP
-from lightning_neurons.callbacks.snapshot import restore_model, restore_snapshot, take_snapshot
+from lightning_neurons.callbacks.snapshot import restore_models, restore_snapshot, take_snapshot
 from lightning_neurons.pruning.budget import PruningBudget
 from lightning_neurons.report.pruning import taken_back_scalars
 from lightning_neurons.studies.settings import MeasurementSettings
@@ -29,7 +30,7 @@ class NeuronKeeper(NeuronPruner):
         super().__init__(settings, pruning)
         self.keeping = Keeping()
         how = pruning.distillation
-        self._distiller = None if how is None or how.weight == 0 else Distiller(type(self).__name__, how)
+        self._distiller = None if how is None else Distiller(type(self).__name__, how)
 
     def state_dict(self) -> dict[str, Any]:
         """That of the pruner, the last good state and the teacher, as plain values and tensors."""
@@ -39,9 +40,11 @@ class NeuronKeeper(NeuronPruner):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where a checkpoint left off."""
         super().load_state_dict(state_dict)
-        self.keeping = Keeping(**state_dict["keeping"])
-        if self._distiller is not None and state_dict["distillation"] is not None:
+        self.keeping = Keeping(**state_dict.get("keeping", {}))
+        if self._distiller is not None and state_dict.get("distillation") is not None:
             self._distiller.load_state_dict(state_dict["distillation"])
+        if self.pruning.guard is not None and self.rounds.done and self.keeping.baseline is None:
+            self._warn("the checkpoint was written without max_drop=: what it has lost already is not known")
 
     # -- before anything runs
 
@@ -51,9 +54,9 @@ class NeuronKeeper(NeuronPruner):
         super().on_fit_start(trainer, pl_module)
         good = self.keeping.good
         if self.keeping.judge_after is not None and good is not None and not was_restored:  # a fit has failed
-            self._warn("the fit before ended in the middle of a recovery: the model before that cut comes back")
-            restore_model(pl_module, good)
+            restore_models((pl_module, *averages_of(trainer)), good)  # an average has been copied before
             self.rounds.take_back(self.keeping.good_rounds)
+            self._warn("the fit before ended in the middle of a recovery: the model before that cut comes back")
         if not was_restored:
             self.keeping.judge_after, self.keeping.good = None, None
         if self._distiller is not None:
@@ -95,8 +98,7 @@ class NeuronKeeper(NeuronPruner):
 
     def _reach(self, way: float) -> float:
         """How far to go of a way that is due; after a violation, only part of the step."""
-        done = self.keeping.progress
-        return done + self.keeping.step * max(way - done, 0.0)
+        return self.keeping.progress + self.keeping.step * max(way - self.keeping.progress, 0.0)
 
     # -- epochs
 
@@ -104,12 +106,14 @@ class NeuronKeeper(NeuronPruner):
         """Let the teacher listen, from the first batch on: logits that cannot be found are an error now, not later."""
         if self._distiller is not None:
             self._distiller.listen(trainer, pl_module)
-        if self.keeping.baseline is not None and self.keeping.good is None:  # what a fit before has left was good
-            self._remember(trainer, pl_module)
+        if self.keeping.baseline is not None and self.rounds.done and self.keeping.good is None:
+            self._remember(trainer, pl_module)  # what a fit before has left was good
         super().on_train_start(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Judge a cut that has recovered; then make the next, if there is one."""
+        if self._validated:
+            suitability.require_monitor(type(self).__name__, trainer, self.pruning.monitor)
         if self.pruning.guard is not None:
             self._look(trainer, trainer.current_epoch - 1)
             self._judge(trainer, pl_module)
@@ -133,6 +137,12 @@ class NeuronKeeper(NeuronPruner):
         if self._distiller is not None:
             self._distiller.check(pl_module)
 
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """See whether the teacher has heard anything in this epoch."""
+        super().on_train_epoch_end(trainer, pl_module)
+        if self._distiller is not None:
+            self._distiller.check(pl_module, is_last=True)
+
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """A model that breaks the contract does not leave training."""
         super().on_train_end(trainer, pl_module)
@@ -148,7 +158,6 @@ class NeuronKeeper(NeuronPruner):
         super().on_fit_end(trainer, pl_module)
 
     def _is_over(self) -> bool:
-        """Whether no other cut will follow."""
         over = self.rounds.number >= self.pruning.schedule.rounds or self.keeping.stopped
         return over and self.keeping.judge_after is None
 
@@ -157,13 +166,15 @@ class NeuronKeeper(NeuronPruner):
     def _hear(self, trainer: Any, value: float, epoch: int) -> None:
         super()._hear(trainer, value, epoch)
         self.keeping.latest, self.keeping.validated, self.keeping.measured = value, epoch, True
+        self.keeping.step_of_latest = trainer.global_step
 
     def _end(self, trainer: Any, pl_module: Any) -> bool:
         """Make sure that the contract holds when training has ended; whether something had to be taken back."""
         keeping, guard = self.keeping, self.pruning.guard
-        if guard is None or keeping.good is None or keeping.baseline is None:
+        if guard is None or keeping.good is None or keeping.baseline is None or not self.rounds.done:
             return False
         self._look(trainer, trainer.current_epoch)
+        keeping.measured = keeping.measured and keeping.step_of_latest == trainer.global_step
         broken = not guard.holds(keeping.latest if keeping.measured else None, keeping.baseline)
         if broken:
             self._take_back(trainer, pl_module)
@@ -173,23 +184,27 @@ class NeuronKeeper(NeuronPruner):
         return broken
 
     def _judge(self, trainer: Any, pl_module: Any) -> None:
+        """Take a cut back that has had its time and is not good; else what is now is the last good state."""
         keeping, guard = self.keeping, self.pruning.guard
-        if keeping.judge_after is None or keeping.validated < keeping.judge_after or guard is None:
+        if guard is None or keeping.baseline is None or not self.rounds.done or not keeping.measured:
             return
-        assert keeping.baseline is not None, "there was a cut"
-        if not guard.holds(keeping.latest, keeping.baseline):
+        is_judged = keeping.judge_after is None
+        if not is_judged and keeping.validated < (keeping.judge_after or 0):
+            return
+        if guard.holds(keeping.latest, keeping.baseline):
+            keeping.judge_after = None
+            keeping.progress = (
+                self._reach(self.pruning.progress(self.rounds.number)) if not is_judged else keeping.progress
+            )
+            self._remember(trainer, pl_module)
+        elif not is_judged:
             self._take_back(trainer, pl_module)
-            return
-        keeping.judge_after = None
-        keeping.progress = self._reach(self.pruning.progress(self.rounds.number))
-        self._remember(trainer, pl_module)
 
     def _remember(self, trainer: Any, pl_module: Any) -> None:
         """What is now is good."""
         self.keeping.good, self.keeping.good_rounds = take_snapshot(trainer, pl_module), len(self.rounds.done)
 
     def _prepare_to_cut(self, trainer: Any, pl_module: Any) -> None:
-        """Put aside what is there; or do not cut what cannot be guarded."""
         keeping, guard, pending = self.keeping, self.pruning.guard, self.rounds.pending
         if guard is None or pending is None or not pending.cuts:
             return
@@ -209,7 +224,6 @@ class NeuronKeeper(NeuronPruner):
         self._remember(trainer, pl_module)
 
     def _take_back(self, trainer: Any, pl_module: Any) -> None:
-        """Put the last good state back, and go on without the rounds since."""
         keeping, guard = self.keeping, self.pruning.guard
         assert guard is not None and keeping.good is not None and keeping.baseline is not None, "asked before"
         restore_snapshot(trainer, pl_module, keeping.good)
@@ -219,6 +233,9 @@ class NeuronKeeper(NeuronPruner):
         least = f"{guard.bound(keeping.baseline):.4g} is the worst that is allowed"
         self._warn(f"{guard.monitor} {now} before epoch {trainer.current_epoch}, and {least}: {what}")
         keeping.judge_after, keeping.latest = None, None  # it was that of the model that has gone
+        keeping.good = keeping.good if self.rounds.done else None  # without a cut there is no contract
+        if self.pruning.reset_early_stopping:
+            reset_early_stopping(trainer)
         self._write(trainer, taken_back_scalars(self.rounds))
         if guard.on_violation == "stop" or keeping.step / 2 < SMALLEST_STEP:
             keeping.stopped = True

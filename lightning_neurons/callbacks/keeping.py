@@ -19,6 +19,7 @@ class Keeping:
         latest: The metric as it was logged last.
         validated: The epoch of that.
         measured: Whether that was after the latest cut.
+        step_of_latest: How many optimizer steps had been made then.
         step: The share of a round's step that is tried.
         stopped: Whether nothing is cut any more.
     """
@@ -31,6 +32,7 @@ class Keeping:
     latest: float | None = None
     validated: int = -1
     measured: bool = True
+    step_of_latest: int = -1
     step: float = 1.0
     stopped: bool = False
 

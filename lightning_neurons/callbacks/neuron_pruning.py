@@ -64,7 +64,8 @@ class NeuronPruningCallback(NeuronKeeper):
         lossless: Remove neurons that are dead or constant on validation samples, and nothing else; a cut that would
             change the outputs there by more than 1e-5 of the largest is not made.
         monitor: A logged metric, to be reported before and after each cut.
-        mode: Whether more of it is better, ``"max"``, or less, ``"min"``.
+        mode: Whether more of it is better, ``"max"``, or less, ``"min"``; None goes by its name: less of a loss, error
+            or perplexity, more of anything else.
         max_drop: How much worse the metric may be than before the first cut, when a cut has had ``recovery_epochs``,
             and when ``fit`` ends. If it is, the last good model, optimizers, schedulers and averages come back.
         relative_drop: Whether ``max_drop`` is a share of the metric before the first cut.
@@ -123,7 +124,7 @@ class NeuronPruningCallback(NeuronKeeper):
         reestimate_norms: bool = False,
         lossless: bool = False,
         monitor: str | None = None,
-        mode: Mode = "max",
+        mode: Mode | None = None,
         max_drop: float | None = None,
         relative_drop: bool = False,
         recovery_epochs: int = 1,

@@ -28,12 +28,7 @@ from lightning_neurons.studies.settings import MeasurementSettings
 
 
 class NeuronPruner(MonitoredObserver):
-    """Common base of the pruning callbacks.
-
-    Attributes:
-        pruning: What it was told.
-        rounds: What has been done and what is decided.
-    """
+    """Common base of the pruning callbacks: ``pruning`` is what it was told, ``rounds`` what has been done."""
 
     publishes = False
 
@@ -46,6 +41,9 @@ class NeuronPruner(MonitoredObserver):
         self._kept = KeptBatches(0)
         self._fitted: Any = None  # a weak reference to the module of the last fit
         self._restored = self._validated = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_fitted": None, "_runner": None}  # they belong to a running fit
 
     @property
     def plan(self) -> PruningPlan:
@@ -96,7 +94,7 @@ class NeuronPruner(MonitoredObserver):
 
     def _forget(self, is_fresh: bool) -> None:
         self.rounds = Rounds() if is_fresh else self.rounds
-        self.rounds.pending, self.rounds.votes = None, []
+        self.rounds.pending, self.rounds.votes, self.rounds.undone = None, [], []
 
     # -- measuring
 
@@ -201,8 +199,6 @@ class NeuronPruner(MonitoredObserver):
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Carry out what is pending: after every checkpoint of the last epoch, and before the first batch of this."""
         self._look(trainer, trainer.current_epoch - 1)
-        if self._validated:
-            suitability.require_monitor(type(self).__name__, trainer, self.pruning.monitor)
         if (pending := (rounds := self.rounds).pending) is None:
             return
         rounds.finish(made := carry_out(trainer, pl_module, pending, self._runner, self._kept, self.pruning.monitor))
@@ -237,10 +233,11 @@ class NeuronPruner(MonitoredObserver):
                 f"training ended before a plan for {len(self.pending)} neurons was carried out; it is in checkpoints, "
                 "and is carried out when training is resumed"
             )
+        rounds = self.rounds
         if not self.plan and not trainer.fast_dev_run:
-            self._warn("nothing has been cut")
-        elif self.plan and self.rounds.dense is not None and trainer.is_global_zero:
-            print_rounds(self.rounds.done, self.rounds.dense, self.rounds.widths(), self.pruning.monitor)
+            self._warn("all cuts have been taken back" if rounds.undone else "nothing has been cut")
+        elif self.plan and rounds.dense is not None and trainer.is_global_zero:
+            print_rounds(rounds.done, rounds.dense, rounds.widths(), self.pruning.monitor, undone=rounds.undone)
 
     def _drop(self, trainer: Any) -> None:
         for module in (trainer.lightning_module, *averages_of(trainer)):

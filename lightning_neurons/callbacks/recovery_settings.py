@@ -1,6 +1,7 @@
 """What a pruning callback is told of the time after a cut: what must not be lost, and who teaches."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -11,6 +12,8 @@ Mode = Literal["max", "min"]
 OnViolation = Literal["stop", "halve"]
 
 DEFAULTS = {"output": None, "teacher": None, "temperature": 2.0, "distillation_weight": 1.0, "class_axis": 1}
+
+_LESS_IS_BETTER = ("loss", "error", "err_", "_err", "perplexity", "ppl", "mse", "mae")
 
 SMALLEST_STEP = 1 / 16
 """Of the step that was asked for; below it, nothing is tried again."""
@@ -78,15 +81,15 @@ def guard_of(
     Raises:
         ArgumentError: If they contradict one another or are out of range.
     """
-    if monitor is not None and not isinstance(monitor, str):
+    if monitor is not None and (not isinstance(monitor, str) or not monitor):
         raise ArgumentError.of("monitor", monitor, "the name of a logged metric")
-    check_choice("mode", mode, get_args(Mode))
+    if mode is not None:
+        check_choice("mode", mode, get_args(Mode))
     check_choice("on_violation", on_violation, get_args(OnViolation))
     check_flag("relative_drop", relative_drop)
     if max_drop is None:
-        for name, value, default in (("relative_drop", relative_drop, False), ("on_violation", on_violation, "stop")):
-            if value != default:
-                raise ArgumentError.of(name, value, f"{default!r} without max_drop=")
+        _refuse_given({"mode": (mode, None), "relative_drop": (relative_drop, False)}, "max_drop=")
+        _refuse_given({"on_violation": (on_violation, "stop")}, "max_drop=")
         return None
     if monitor is None:
         raise ArgumentError.of("monitor", None, f"the metric that may fall by max_drop={max_drop}, such as 'val_acc'")
@@ -98,7 +101,7 @@ def guard_of(
         raise ArgumentError.of(
             "on_violation", "halve", '"stop" with a threshold or lossless=True: there is no half step'
         )
-    return Guard(monitor, mode, float(max_drop), relative_drop, on_violation)
+    return Guard(monitor, mode or _mode_of(monitor), float(max_drop), relative_drop, on_violation)
 
 
 def distillation_of(
@@ -111,9 +114,8 @@ def distillation_of(
     """
     if recovery is None:
         given = {"output": output, "teacher": teacher, "temperature": temperature, "distillation_weight": weight}
-        for name, value in {**given, "class_axis": class_axis}.items():
-            if value != DEFAULTS[name]:
-                raise ArgumentError.of(name, value, f'{DEFAULTS[name]!r} without recovery="distill"')
+        given["class_axis"] = class_axis
+        _refuse_given({name: (value, DEFAULTS[name]) for name, value in given.items()}, 'recovery="distill"')
         return None
     check_choice("recovery", recovery, ("distill",))
     if output is not None and not isinstance(output, str):
@@ -130,3 +132,15 @@ def distillation_of(
     if path is not None and not path.is_file():
         raise ArgumentError.of("teacher", str(path), "the path of a checkpoint of the module; there is no such file")
     return Distillation(output, float(temperature), float(weight), class_axis, path)
+
+
+def _mode_of(monitor: str) -> Mode:
+    """What the name of a metric says of its direction."""
+    return "min" if any(word in monitor.lower() for word in _LESS_IS_BETTER) else "max"
+
+
+def _refuse_given(given: Mapping[str, tuple[Any, Any]], without: str) -> None:
+    """Refuse values that are not the default, and would have no effect."""
+    for name, (value, default) in given.items():
+        if value != default:
+            raise ArgumentError.of(name, value, f"{default!r} without {without}")

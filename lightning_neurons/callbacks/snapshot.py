@@ -68,10 +68,11 @@ def restore_snapshot(trainer: Any, pl_module: nn.Module, snapshot: Snapshot) -> 
             strategy.configure_ddp()
 
 
-def restore_model(model: nn.Module, snapshot: Snapshot) -> None:
-    """Put only the model back, before there are optimizers."""
+def restore_models(models: Sequence[nn.Module], snapshot: Snapshot) -> None:
+    """Put only the model back, and into copies of it, before anything has been trained."""
     with torch.inference_mode(False), torch.no_grad():
-        _put(model, snapshot["model"], Operation())
+        for model in models:
+            _put(model, snapshot["model"], Operation())
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -13,13 +13,17 @@ from lightning_neurons.network.widths import conform
 from lightning_neurons.pruning.example import twin_of
 
 
-def find_logits(who: str, pl_module: Any, output: str | None) -> tuple[nn.Module, str]:
-    """The module that is given a batch, and the path in it of the module whose output are the logits ("" is itself).
+def find_logits(who: str, pl_module: Any, output: str | None) -> tuple[nn.Module, list[str], str]:
+    """Where logits come from: the module that the teacher stands in for, and in it, what is given batches, and logits.
 
     Args:
         who: The callback, for messages.
-        pl_module: The LightningModule; it is given the batch if it has a forward, else one of its children.
+        pl_module: The LightningModule; the teacher stands in for it if it has a forward, else for one of its children.
         output: What the user has said.
+
+    Returns:
+        The module; the paths in it of modules of which the outermost that runs is given the batch; and the path in it
+        of the module whose output are the logits. "" is itself.
 
     Raises:
         MisconfigurationException: If there is no such module, or it has to be said which it is.
@@ -27,19 +31,21 @@ def find_logits(who: str, pl_module: Any, output: str | None) -> tuple[nn.Module
     whole: nn.Module = pl_module
     if output is None:
         if overrides(pl_module, "forward"):
-            return whole, ""
+            return whole, [""], ""
         networks = networks_of(pl_module)
         if len(networks) != 1:
             raise MisconfigurationException(
                 f'{who}(recovery="distill"): {type(pl_module).__name__} has no forward, so it is not known where the '
                 f"logits come from; pass output= the path of the module whose output they are, such as {networks}"
             )
-        return whole.get_submodule(networks[0]), ""
+        return whole.get_submodule(networks[0]), [""], ""
     known = [name for name, _ in whole.named_modules() if name]
     if output not in known:
         raise MisconfigurationException(f"{who}: {UnknownNameError.among('output', output, known)}")
     child, _, inner = output.partition(".")
-    return (whole, output) if overrides(pl_module, "forward") else (whole.get_submodule(child), inner)
+    if overrides(pl_module, "forward"):  # which training_step may call, or leave aside
+        return whole, ["", child], output
+    return whole.get_submodule(child), [""], inner
 
 
 def networks_of(pl_module: nn.Module) -> list[str]:
@@ -78,8 +84,9 @@ def read_teacher(who: str, path: Path, pl_module: nn.Module, source: nn.Module) 
         state = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     except Exception as error:
         raise MisconfigurationException(
-            f"{who}: expected teacher={str(path)!r} to be a checkpoint of a {type(pl_module).__name__}, and it could "
-            f"not be read ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
+            f"{who}: expected teacher={str(path)!r} to be a checkpoint of a {type(pl_module).__name__} with nothing "
+            f"but tensors and plain values, and it could not be read ({type(error).__name__}); of another checkpoint, "
+            "save the state_dict alone"
         ) from error
     prefix = next((f"{name}." for name, module in pl_module.named_modules() if module is source and name), "")
     own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)} or state

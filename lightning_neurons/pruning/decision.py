@@ -85,7 +85,7 @@ def score(
     if evidence.constants:
         return lossless_scores(structure, model, evidence.constants, evidence.still)
     if budget.by_reconstruction:
-        return reconstruction_scores(structure, model, evidence.moments, budget), ()
+        return reconstruction_scores(structure, model, evidence.moments, budget)
     if report is None or budget.measured is None:
         return random_scores(structure.offered, seed), ()
     return group_scores(structure.offered, neuron_scores(report, budget), budget), ()

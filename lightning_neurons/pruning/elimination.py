@@ -52,18 +52,27 @@ class _State:
 
     def remove(self, unit: int) -> None:
         """Let a unit go: the others take over what they can."""
-        gone = torch.tensor(self.places[unit], dtype=torch.long)
-        if not len(gone):
-            return
-        rows, block = self.inverse[gone], self.inverse[gone][:, gone]
-        across = torch.linalg.solve(block, rows).T  # (input, place); W becomes W - across W_P
-        mixed = across @ self.products[gone]
-        self.products += across @ self.products[gone][:, gone] @ across.T - mixed - mixed.T
-        self.inverse -= across @ rows
+        gone = list(self.places[unit])
+        if len(gone) == 1:
+            self._remove_one(gone[0])
+        elif gone:
+            rows, products = self.inverse[gone], self.products[gone]
+            across = torch.linalg.solve(rows[:, gone], rows).T  # (input, place); W becomes W - across W_P
+            mixed = across @ (0.5 * products[:, gone]) @ across.T - across @ products
+            self.products.add_(mixed).add_(mixed.T)
+            self.inverse.addmm_(across, rows, alpha=-1)
         for matrix in (self.products, self.inverse):
             matrix[gone] = 0
             matrix[:, gone] = 0
         self.inverse[gone, gone] = 1
+
+    def _remove_one(self, place: int) -> None:
+        """The same for a single input, in place: most units have one, and there may be thousands."""
+        row, products = self.inverse[place].clone(), self.products[place].clone()
+        across = row / row[place]
+        mixed = 0.5 * products[place] * across - products
+        self.products.addr_(across, mixed).addr_(mixed, across)
+        self.inverse.addr_(across, row, alpha=-1)
 
     def _errors(self, index: Int[Tensor, "unit place"]) -> Float[Tensor, " unit"]:
         if not index.shape[1]:

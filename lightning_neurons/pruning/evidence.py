@@ -30,7 +30,10 @@ def second_moments(model: nn.Module, readers: Sequence[str], calibration: Calibr
         p: Moments.empty(_width(modules[p]), 0, _device(modules[p])) for p in readers if _width(modules[p]) <= LARGEST
     }
     _watch(model, {path: moments.add for path, moments in found.items()}, calibration)
-    return {path: moments.reduced(calibration.reduce) for path, moments in found.items()}
+    reduced = {path: moments.reduced(calibration.reduce) for path, moments in found.items()}
+    for path, moments in reduced.items():
+        moments.check(path)
+    return reduced
 
 
 class Constant:

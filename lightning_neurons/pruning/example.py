@@ -42,8 +42,12 @@ class Example:
         return replace(self, inputs=map_tensors(self.inputs, lambda t: t.to(dtype) if t.is_floating_point() else t))
 
 
-def twin_of(model: nn.Module) -> nn.Module:
+def twin_of(model: nn.Module, *, shared: bool = False) -> nn.Module:
     """A copy in evaluation mode.
+
+    Args:
+        model: Any module.
+        shared: Whether the copy has the same parameters and buffers, so that only its modules are copied.
 
     Raises:
         PruningError: If the model cannot be copied.
@@ -54,6 +58,7 @@ def twin_of(model: nn.Module) -> nn.Module:
     try:
         with torch.inference_mode(False), torch.no_grad():
             own: dict[int, Any] = {id(value): value.detach().clone() for value in left}
+            own |= {id(t): t for t in (*model.parameters(), *model.buffers())} if shared else {}
             try:
                 return copy.deepcopy(model, dict(own)).eval()
             except (RuntimeError, TypeError):  # what a profiler has hung on the modules cannot be copied either

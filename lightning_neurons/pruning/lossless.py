@@ -1,5 +1,6 @@
 """Removing only what makes no difference: neurons that are dead or constant; constants move into their readers."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -145,20 +146,21 @@ def difference(model: nn.Module, cuts: Sequence[Cut], shifts: Mapping[str, Tenso
         calibration: The data.
     """
     rehearsal = Rehearsal(model, cuts, shifts)
-    worst = torch.zeros(2, dtype=torch.float32)
+    worst = 0.0
     with isolated(model), eager(), torch.no_grad():
         model.eval()
         for batch in calibration.batches:
             expected = tensors_of(calibration.run(model, batch))
             got = tensors_of(calibration.run(rehearsal.twin, batch))
-            for a, b in zip(expected, got, strict=True):
-                worst = torch.maximum(worst, torch.stack([_largest(a - b), _largest(a)]))
+            worst = max([worst, *(_relative(a, b) for a, b in zip(expected, got, strict=True))])
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     # There is no maximum over processes here; the sum is never less.
-    total = calibration.reduce(worst.to(device))
-    return float(calibration.agree(float(total[0]) / max(float(total[1]), 1e-30)))
+    return float(calibration.agree(float(calibration.reduce(torch.tensor(worst, device=device)))))
 
 
-def _largest(tensor: Tensor) -> Tensor:
-    found = tensor.detach().abs().max() if tensor.numel() else tensor.new_zeros(())
-    return found.to(torch.float32).cpu()
+def _relative(expected: Tensor, got: Tensor) -> float:
+    """The largest difference, relative to the largest value; what is not floating-point has to be the same."""
+    if not expected.is_floating_point() or not expected.numel():
+        return 0.0 if torch.equal(expected, got) else math.inf
+    error = float((expected.double() - got.double()).abs().max())
+    return error / max(float(expected.abs().max()), 1e-30) if error == error else math.inf

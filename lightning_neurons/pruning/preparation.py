@@ -1,11 +1,14 @@
 """From what could be removed to a cut that is ready to be made: each candidate is compensated, the best is taken."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 
-from lightning_neurons.network.isolate import isolated
+from lightning_neurons.errors import PruningError
+from lightning_neurons.network.isolate import eager, isolated
 from lightning_neurons.pruning.compensation.calibration import Calibration
 from lightning_neurons.pruning.compensation.compensate import compensate
 from lightning_neurons.pruning.compensation.norms import reestimate, together
@@ -64,10 +67,14 @@ def prepare(
         how: The compensation.
         reestimate_norms: Whether running statistics are estimated anew, where that lowers the loss.
     """
+    for one in candidates:
+        _try_on(model, one, calibration)
     repairs = [compensate(model, one.cuts, calibration, wiring, how) for one in candidates]
     best, notes = 0, []
     if len({one.cuts for one in candidates}) > 1:
         losses = [_loss(model, one, repair, calibration) for one, repair in zip(candidates, repairs, strict=True)]
+        if all(math.isnan(loss) for loss in losses):
+            raise PruningError("the loss on the calibration data is NaN, so candidates cannot be compared")
         best = min(range(len(losses)), key=lambda i: (losses[i] != losses[i], losses[i]))
         listed = ", ".join(f"{one.name} {loss:.4g}" for one, loss in zip(candidates, losses, strict=True))
         notes.append(f"calibration loss by scope: {listed}; {candidates[best].name} was taken")
@@ -78,6 +85,27 @@ def prepare(
         notes.append(note)
     plan = replace(chosen.plan, notes=(*chosen.plan.notes, *repair.notes, *notes))
     return Prepared(plan, chosen.cuts, calibration.agree(shifts))
+
+
+def _try_on(model: nn.Module, candidate: Candidate, calibration: Calibration) -> None:
+    """Run the cut model on the calibration data: it may go where the example does not.
+
+    Raises:
+        PruningError: If it fails there.
+    """
+    if not candidate.cuts or not calibration.batches:
+        return
+    with isolated(model), torch.no_grad(), eager():
+        twin = Rehearsal(model, candidate.cuts).twin
+        for number, batch in enumerate(calibration.batches):
+            try:
+                calibration.run(twin, batch)
+            except Exception as error:
+                why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+                raise PruningError(
+                    f"the cut model fails on batch {number} ({why}): something that the example does not run reads "
+                    "what goes, or the model does not run on the batches at all"
+                ) from error
 
 
 def _loss(model: nn.Module, candidate: Candidate, repair: Repair, calibration: Calibration) -> float:

@@ -126,6 +126,8 @@ def prune(
     kept = given or []
     optimizers = checked_optimizers(optimizer, model)
     check_inputs(example_inputs, kept)
+    if loss_fn is not None and not callable(loss_fn):
+        raise ArgumentError.of("loss_fn", loss_fn, "a function (model, batch) -> loss")
     structure = discover(model, Example(example_inputs))
     calibration = Calibration(kept, _run, _loss(model, kept, loss_fn))
     if isinstance(asked, PruningPlan):
@@ -138,14 +140,14 @@ def prune(
         if lossless:
             candidates, notes = lossless_candidates(structure, model, asked, evidence, report)
             prepared = without_loss(model, candidates, evidence.constants, calibration, structure.wiring)
-            prepared = replace(prepared, plan=replace(prepared.plan, notes=(*prepared.plan.notes, *notes)))
         else:
-            scores, _ = score(structure, model, asked, report=report, evidence=evidence)
+            scores, notes = score(structure, model, asked, report=report, evidence=evidence)
             candidates = candidates_of(structure, asked, allocations(structure, asked, scores))
             _refuse_unmet(asked, candidates)
             prepared = prepare(
                 model, candidates, calibration, structure.wiring, how=how, reestimate_norms=reestimate_norms
             )
+        prepared = replace(prepared, plan=replace(prepared.plan, notes=(*prepared.plan.notes, *notes)))
     cut(model, prepared.cuts, optimizers=optimizers, shifts=prepared.shifts)
     widths = {layer: len(prepared.plan.remaining(layer)) for layer in structure.widths}
     return PruningReport(prepared.plan, widths, prepared.plan.notes)

@@ -24,8 +24,8 @@ from lightning_neurons.pruning.structure import Structure
 
 def reconstruction_scores(
     structure: Structure, model: nn.Module, moments: Mapping[str, Moments], budget: PruningBudget
-) -> dict[str, GroupScores]:
-    """By root, what the readers of each unit lose with it, relative to the variance of what is read next.
+) -> tuple[dict[str, GroupScores], tuple[str, ...]]:
+    """By root, what the readers of each unit lose with it, relative to the variance of what is read next; and notes.
 
     A reader's loss counts behind the norm layer that follows it: what that makes small matters little.
 
@@ -39,10 +39,12 @@ def reconstruction_scores(
         budget: Says by what to divide. Groups with a reader without moments have no scores.
     """
     modules = modules_by_name(model)
-    found = {}
+    found, notes = {}, []
     for root, group in structure.offered.items():
         readings = _readings(group, modules, moments, structure.coupling)
         if readings is None:
+            unknown = [part.path for part in group.parts if part.role == "reads" and part.path not in moments]
+            notes.append(f"{root} is not cut: it is not known what {', '.join(unknown) or 'its readers'} read")
             continue
         order, errors = eliminate(readings, group.size) if readings else (list(range(group.size)), [0.0] * group.size)
         value = torch.empty(group.size, dtype=torch.float64)
@@ -53,7 +55,7 @@ def reconstruction_scores(
             highest = max(highest, error / price)
             value[unit] = total if budget.rule[0] == "threshold" else highest
         found[root] = GroupScores(_strictly(value, order), value[None])
-    return found
+    return found, tuple(notes)
 
 
 def _strictly(value: Tensor, order: list[int]) -> Tensor:

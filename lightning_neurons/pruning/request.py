@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from lightning_neurons.errors import ArgumentError, UnknownNameError, check_choice, is_number
-from lightning_neurons.network.batches import tensors_of
+from lightning_neurons.network.batches import batch_size_of, tensors_of
 from lightning_neurons.pruning.budget import PruningBudget
 from lightning_neurons.pruning.compensation.repair import Compensation
 from lightning_neurons.pruning.plan import PruningPlan
@@ -29,7 +29,11 @@ def kept_batches(batches: Any) -> list[Any] | None:
         return None
     if isinstance(batches, Tensor | Dataset) or not isinstance(batches, Iterable):
         raise ArgumentError.of("batches", type(batches).__name__, "an iterable of batches: a DataLoader, or [batch]")
-    return list(batches)
+    found = list(batches)
+    filled = [batch for batch in found if not tensors_of(batch) or batch_size_of(batch)]
+    if found and not filled:
+        raise ArgumentError.of("batches", f"{len(found)} without a sample", "batches with samples")
+    return filled
 
 
 def chosen_compensation(how: Compensation | None, batches: Sequence[Any] | None, lossless: bool) -> Compensation:

@@ -120,6 +120,8 @@ def cut(
     except BaseException:
         operation.roll_back()
         raise
+    finally:
+        torch.clear_autocast_cache()  # it goes by the identity of parameters, which stays
     return operation
 
 

@@ -57,24 +57,29 @@ def print_rounds(
     widths: Mapping[str, int],
     monitor: str | None = None,
     console: Console | None = None,
+    *,
+    undone: Sequence[PruningRound] = (),
 ) -> None:
     """Print what every round has done, the widths of layers that have changed, and what was left alone."""
     console = console or Console()
-    console.print(rounds_table(done, dense, monitor))
+    console.print(rounds_table(done, dense, monitor, undone))
     console.print(widths_table(dense.widths, widths))
     for note in dict.fromkeys(note for made in done for note in made.plan.notes):
         console.print(note, highlight=False, markup=False)
 
 
-def rounds_table(done: Sequence[PruningRound], dense: Dense, monitor: str | None) -> Table:
-    """One line per round."""
+def rounds_table(
+    done: Sequence[PruningRound], dense: Dense, monitor: str | None, undone: Sequence[PruningRound] = ()
+) -> Table:
+    """One line per round, also for those that were taken back."""
     table = Table(title="Pruning", caption=_caption(monitor))
     for heading in ("epoch", "removed", "params", "MACs", "ms"):
         table.add_column(heading, justify="right", no_wrap=True)
     if monitor is not None:
         for heading in ("before", "cut", "after"):
             table.add_column(heading, justify="right")
-    for made in done:
+    for made in sorted((*done, *undone), key=lambda one: one.step):
+        taken_back = any(made is one for one in undone)
         cost = made.plan.cost
         sizes = ["", ""]
         if cost is not None:
@@ -84,7 +89,7 @@ def rounds_table(done: Sequence[PruningRound], dense: Dense, monitor: str | None
         latency = " > ".join(f"{1000 * t:.2g}" for t in times if t is not None)
         metrics = [made.before, made.cut, made.after] if monitor is not None else []
         cells = ["" if value is None else f"{value:.4g}" for value in metrics]
-        table.add_row(str(made.epoch), str(len(made.plan)), *sizes, latency, *cells)
+        table.add_row(f"{made.epoch}{' (taken back)' * taken_back}", str(len(made.plan)), *sizes, latency, *cells)
     return table
 
 

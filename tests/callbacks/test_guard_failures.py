@@ -224,5 +224,6 @@ def test_after_an_error_in_a_roll_back_a_second_fit_of_the_same_module_works(mon
     run = Run(2, of(PARTS["second optimizer"], 1, True), monkeypatch)
     check(run, 2, monkeypatch)
     run.module.score = by_epoch(0.75)
-    fit(run.module, [run.callback], max_epochs=2)
+    with pytest.warns(UserWarning, match="the model before that cut comes back"):
+        fit(run.module, [run.callback], max_epochs=2)
     assert hidden(run.module) == 12

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_neurons.network.isolate import eager, isolated
 from lightning_neurons.network.layer import modules_by_name
-from lightning_neurons.pruning.compensation.calibration import Calibration, Run
+from lightning_neurons.pruning.compensation.calibration import Calibration, Run, in_few
 from lightning_neurons.pruning.compensation.lockstep import Lockstep
 from lightning_neurons.pruning.compensation.moments import Reduce
 from lightning_neurons.pruning.compensation.reader import Reader
@@ -20,6 +20,9 @@ from lightning_neurons.pruning.compensation.rehearsal import Rehearsal
 from lightning_neurons.pruning.compensation.repair import Repair, Wiring, constant_of, readers_of
 from lightning_neurons.pruning.compensation.views import batched
 from lightning_neurons.pruning.surgery import Cut
+
+_WALKS = 32
+"""Batches that walk at the same time: each takes two threads."""
 
 _ROUNDING = 1e-6
 """Of float32 sums of some hundred terms."""
@@ -43,7 +46,8 @@ def least_squares(
         patchwise: Whether convolutions are solved over whole receptive patches, instead of over channels.
     """
     gone, modules = readers_of(cuts), modules_by_name(model)
-    calls, batches, run, reduce = wiring.calls, calibration.batches, calibration.run, calibration.reduce
+    calls, run, reduce = wiring.calls, calibration.run, calibration.reduce
+    batches = in_few(calibration.batches, _WALKS)
     constants = {path: constant_of(path, modules, wiring.norm_behind) for path in gone}
     readers = {
         path: Reader(path, modules[path], gone[path], patchwise=patchwise, has_constant=constants[path] is not None)

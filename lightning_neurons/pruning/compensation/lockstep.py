@@ -5,6 +5,7 @@ on with the new ones. So a whole model is corrected layer by layer in the time o
 that cannot be left and entered again, except in a thread of its own; only one of them runs at any time.
 """
 
+import contextvars
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from lightning_neurons.network.isolate import eager
 from lightning_neurons.network.layer import modules_by_name
 from lightning_neurons.pruning.compensation.views import batched
+from lightning_neurons.pruning.example import twin_of
 
 
 class _Enough(BaseException):
@@ -34,6 +36,14 @@ class Walk:
         self.at: str | None = None
         self.inputs: Tensor | None = None
         self._run, self._device = run, device
+        kind = device.type
+        self._context = contextvars.copy_context()
+        self._autocast: dict[str, Any] = {
+            "device_type": kind,
+            "dtype": torch.get_autocast_dtype(kind),
+            "enabled": torch.is_autocast_enabled(kind),
+            "cache_enabled": False,  # it would remember weights that are corrected meanwhile
+        }
         self._error: BaseException | None = None
         self._over = self._ending = False
         self._turn, self._back = threading.Semaphore(0), threading.Semaphore(0)
@@ -82,8 +92,8 @@ class Walk:
             if not self._ending:
                 if self._device.type == "cuda":
                     torch.cuda.set_device(self._device)
-                with torch.no_grad():
-                    self._run()
+                with torch.no_grad(), torch.autocast(**self._autocast):
+                    self._context.run(self._run)
         except _Enough:
             pass
         except BaseException as error:  # noqa: BLE001 (raised again in the thread that waits)
@@ -114,10 +124,19 @@ class Lockstep:
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         modules = modules_by_name(self.model)
         for path in self.stops:
-            hook = modules[path].register_forward_pre_hook(self._hook(path), with_kwargs=True, prepend=True)
-            self._hooks.append(hook)
-        self.walks = [Walk(partial(self.run, self.model, batch), device) for batch in self.batches]
+            stop = Stop(self, path)
+            self._hooks.append(modules[path].register_forward_pre_hook(stop, with_kwargs=True, prepend=True))
+        try:
+            for batch in self.batches:
+                self.walks.append(Walk(partial(self.run, self._own_copy(), batch), device))
+        except BaseException:
+            self.__exit__()
+            raise
         return self
+
+    def _own_copy(self) -> nn.Module:
+        """A copy for one forward: the same tensors, but what a forward keeps on a module is its own."""
+        return twin_of(self.model, shared=True)
 
     def __exit__(self, *_: Any) -> None:
         for walk in self.walks:
@@ -143,13 +162,21 @@ class Lockstep:
                 walk.go_on()
         return walk.inputs if walk.at == path else None
 
-    def _hook(self, path: str) -> Callable[..., None]:
-        def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            walk = next((walk for walk in self.walks if walk.is_here()), None)
-            if walk is not None:
-                walk.stop(path, batched(module, args, kwargs))
 
-        return stop
+class Stop:
+    """The hook of a lockstep; copies of the module share it."""
+
+    def __init__(self, lockstep: Lockstep, path: str) -> None:
+        self.lockstep, self.path = lockstep, path
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Stop":
+        return self
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Stop the forward that is asking, if it is one of the lockstep's."""
+        walk = next((walk for walk in self.lockstep.walks if walk.is_here()), None)
+        if walk is not None:
+            walk.stop(self.path, batched(module, args, kwargs))
 
 
 def calls_of(model: nn.Module, paths: Iterable[str], run: Callable[[nn.Module], Any]) -> dict[str, int]:

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
+from lightning_neurons.errors import PruningError
 from lightning_neurons.network.layer import modules_by_name
 from lightning_neurons.network.widths import axes
 from lightning_neurons.pruning.compensation.moments import Reduce, alone, wide
@@ -57,6 +58,8 @@ class InputMeans:
             total = reduce(self.sums.get(path, nothing))
             count = reduce(self.counts.get(path, nothing[:1].sum()))
             found[path] = total / count.clamp(min=1)
+            if not bool(total.isfinite().all()):
+                raise PruningError(f"{path} reads NaN or infinite values on the calibration data, which have no mean")
         return found
 
     def _hook(self, path: str) -> Callable[..., None]:

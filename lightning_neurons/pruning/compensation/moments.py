@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lightning_neurons.errors import PruningError
+
 Reduce = Callable[[Tensor], Tensor]
 """Sums a tensor over processes."""
 
@@ -83,6 +85,18 @@ class Moments:
     def reduced(self, reduce: Reduce) -> "Moments":
         """Those of all processes together."""
         return Moments(*(reduce(t) for t in (self.count, self.sum_x, self.sum_y, self.xx, self.yx)))
+
+    def check(self, path: str) -> None:
+        """Refuse NaN and infinite values.
+
+        Args:
+            path: What reads them.
+
+        Raises:
+            PruningError: If there are any.
+        """
+        if not all(bool(t.isfinite().all()) for t in (self.sum_x, self.sum_y, self.xx, self.yx)):
+            raise PruningError(f"{path} reads NaN or infinite values on the calibration data; nothing can be solved")
 
     @property
     def mean_x(self) -> Float[Tensor, " input"]:

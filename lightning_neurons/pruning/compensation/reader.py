@@ -11,6 +11,9 @@ from lightning_neurons.pruning.compensation.least_squares import choose_ridge, r
 from lightning_neurons.pruning.compensation.moments import Moments, OutputMean, Reduce, applied, wide
 from lightning_neurons.pruning.compensation.views import channels, has_patches, patches
 
+AT_ONCE = 2**23
+"""Values of patches that are looked at together: 64 MB in float64."""
+
 LARGEST = 8192
 """Inputs of a reader up to which their covariance is kept: 0.5 GB in float64."""
 
@@ -44,13 +47,12 @@ class Reader:
         if self.patchwise and len(self.keep) * taps > LARGEST:
             self.patchwise = False
             self.notes.append(f"{path} reads patches of more than {LARGEST} values: its channels were regressed")
-        self.halves: tuple[Moments, Moments] | None = None  # of the samples
-        if max(len(stays), len(self.keep) * taps if self.patchwise else 0) <= LARGEST:
-            inputs = len(self.keep) * (taps if self.patchwise else 1)
-            targets = len(weight) if self.patchwise else len(stays)
-            self.halves = Moments.empty(inputs, targets, weight.device), Moments.empty(inputs, targets, weight.device)
-        else:
+        self.inputs = len(self.keep) * (taps if self.patchwise else 1)
+        self.targets = len(weight) if self.patchwise else len(stays)
+        self.is_large = max(len(stays), self.inputs) > LARGEST
+        if self.is_large:
             self.notes.append(f"{path} reads more than {LARGEST} values: only their mean was compensated")
+        self._halves: list[Moments] | None = None  # of the samples
         self.dense_mean, self.mean = OutputMean(module), OutputMean(module)
 
     def add(self, dense: Tensor, inputs: Tensor) -> None:
@@ -62,14 +64,27 @@ class Reader:
         """
         self.dense_mean.add(dense)
         self.mean.add(inputs)
-        for half, moments in enumerate(self.halves or ()):
-            middle = (len(dense) + 1) // 2
-            part = slice(middle * half, middle if half == 0 else None)
-            x, y = inputs[part], dense[part]
-            if self.patchwise and len(x):
-                moments.add(patches(self.module, x), channels(self.module, applied(self.module, self.weight, y)))
-            elif len(x):
+        if self.is_large:
+            return
+        middle = (len(dense) + 1) // 2
+        for moments, (x, y) in zip(
+            self.halves, ((inputs[:middle], dense[:middle]), (inputs[middle:], dense[middle:])), strict=True
+        ):
+            if not self.patchwise:
                 moments.add(channels(self.module, x), channels(self.module, y))
+                continue
+            few = max(AT_ONCE // max(self.inputs * x[0, 0].numel(), 1), 1) if len(x) else 1
+            for some, wanted in zip(x.split(few), y.split(few), strict=True):
+                moments.add(
+                    patches(self.module, some), channels(self.module, applied(self.module, self.weight, wanted))
+                )
+
+    @property
+    def halves(self) -> list[Moments]:
+        """The moments of each half of the samples; there is no memory for them before its turn."""
+        if self._halves is None:
+            self._halves = [Moments.empty(self.inputs, self.targets, self.weight.device) for _ in range(2)]
+        return self._halves
 
     def kept(self, inputs: Tensor) -> Tensor:
         """What stays of inputs."""
@@ -83,8 +98,10 @@ class Reader:
         """
         weight = self.weight.to(wide(self.weight.device))
         new = old = weight.index_select(self.axis, self.keep)
-        if self.halves is not None:
+        if not self.is_large:
             first, second = (moments.reduced(reduce) for moments in self.halves)
+            self._halves = None
+            (first + second).check(self.path)
             if self.patchwise:
                 new = self._refined(first, second, old.flatten(1), None).reshape(old.shape)
             else:
