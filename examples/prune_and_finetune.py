@@ -13,7 +13,6 @@ from typing import Any
 
 import lightning as L  # noqa: N812
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_neurons import NeuronPruningCallback, load_pruned
 from lightning_neurons.demo import DigitsModule, digits
@@ -31,17 +30,19 @@ def train(criterion: str, seed: int, folder: Path) -> tuple[NeuronPruningCallbac
     pruning = NeuronPruningCallback(
         criterion, target_macs=0.3, start_epoch=DENSE_EPOCHS, monitor="val_acc", **WAYS[criterion]
     )
-    checkpoint = ModelCheckpoint(folder, filename=f"{criterion}-{seed}")
     trainer = L.Trainer(
         max_epochs=DENSE_EPOCHS + RECOVERY_EPOCHS,
         accelerator="cpu",
-        callbacks=[pruning, checkpoint],
+        callbacks=[pruning],
         logger=False,
+        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
     trainer.fit(DigitsModule(), *digits())
-    return pruning, trainer, checkpoint.best_model_path
+    path = folder / f"{criterion}-{seed}.ckpt"
+    trainer.save_checkpoint(path)  # what fit has left: a cut that did not recover has been taken back by then
+    return pruning, trainer, str(path)
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from lightning_neurons.errors import ArgumentError
@@ -107,7 +107,9 @@ def _from_checkpoint(module_class: Any, path: str | Path, kwargs: dict[str, Any]
     # On the class itself: it builds the module, and a class made for this would not be the one that it asks for.
     module_class.load_state_dict = load_state_dict
     try:
-        return module_class.load_from_checkpoint(path, **kwargs)
+        module = module_class.load_from_checkpoint(path, **kwargs)
+        _say_if_unjudged(path)
+        return module
     except (KeyError, IndexError, TypeError) as error:
         content = torch.load(path, map_location="cpu", weights_only=kwargs.get("weights_only", True))
         if isinstance(content, dict) and "state_dict" in content:
@@ -119,3 +121,15 @@ def _from_checkpoint(module_class: Any, path: str | Path, kwargs: dict[str, Any]
             del module_class.load_state_dict
         else:
             module_class.load_state_dict = own
+
+
+def _say_if_unjudged(path: str | Path) -> None:
+    try:
+        callbacks = torch.load(path, map_location="meta", weights_only=True).get("callbacks", {})
+    except Exception:  # noqa: BLE001 (it has been loaded; what else is in it does not matter here)
+        return
+    states = [state.get("keeping", {}) for state in callbacks.values() if isinstance(state, dict)]
+    if any(keeping.get("judge_after") is not None for keeping in states):
+        rank_zero_warn(
+            f"{path} was written while a cut was recovering: whether its metric keeps to max_drop was not known yet"
+        )

@@ -69,17 +69,17 @@ class NeuronKeeper(NeuronPruner):
             self._distiller.forget()
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Say early if training will end before a cut has recovered."""
+        """Say early if training will end before a cut has recovered, or with weights that nobody has validated."""
         super().setup(trainer, pl_module, stage)
         pruning, epochs = self.pruning, trainer.max_epochs or -1
+        if stage == "fit" and pruning.guard is not None:
+            suitability.warn_of_unseen_weights(self._warn, trainer)
         open_ends = self.keeping.judge_after is not None or self.rounds.number < pruning.schedule.rounds
         if stage == "fit" and (pruning.guard or pruning.distillation) and open_ends and not self.keeping.stopped:
             end = pruning.schedule.epoch_of(pruning.schedule.rounds) + pruning.recovery_epochs
             if 0 < epochs < end:
-                self._warn(
-                    f"training ends before the {pruning.recovery_epochs} epochs of recovery after the last round do: "
-                    f"max_epochs is {epochs}, and it would take {end}"
-                )
+                last = f"the {pruning.recovery_epochs} epochs of recovery after the last round"
+                self._warn(f"training ends before {last} do: max_epochs is {epochs}, and it would take {end}")
 
     # -- deciding
 
@@ -153,7 +153,7 @@ class NeuronKeeper(NeuronPruner):
             self._distiller.on_epoch(trainer.current_epoch, is_over=self._is_over())
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """The same for a resumed run that had no epoch left; then show what has been done."""
+        """The same for a resumed run that had no epoch left."""
         self._end(trainer, pl_module)
         super().on_fit_end(trainer, pl_module)
 

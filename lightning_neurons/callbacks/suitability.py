@@ -1,5 +1,6 @@
 """What a Trainer must not be for its model to become smaller, said before anything has run."""
 
+from collections.abc import Callable
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -157,3 +158,9 @@ def unknown_monitor(trainer: Any, monitor: str) -> str:
 def leaves_out_epoch_start(trainer: Any) -> bool:
     """Whether a resumed run goes on behind ``on_train_epoch_start``, as from the last batch of an epoch."""
     return bool(trainer.fit_loop.restarted_mid_epoch or trainer.fit_loop.restarted_on_epoch_end)
+
+
+def warn_of_unseen_weights(warn: Callable[[str], None], trainer: Any) -> None:
+    """Say that the weights at the end of training will be others than those that were validated."""
+    if any(base.__name__ == "StochasticWeightAveraging" for c in trainer.callbacks for base in type(c).__mro__):
+        warn("StochasticWeightAveraging ends with weights that no validation has seen: max_drop does not hold for them")

@@ -16,7 +16,7 @@ from tests.callbacks.two_processes_guard import BATCHES, CASES, EPOCHS, run
 ROOT = Path(__file__).parents[2]
 pytestmark = [
     pytest.mark.usefixtures("without_type_checks"),
-    pytest.mark.filterwarnings("ignore:.*nothing has been cut", "ignore:.*taken back"),
+    pytest.mark.filterwarnings("ignore:.*(nothing has|all cuts have) been", "ignore:.*taken back"),
 ]
 
 BACK = ([18, 12, 18, 18, 18, 18], [], [[1, 1, 6]])

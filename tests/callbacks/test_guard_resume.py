@@ -21,7 +21,7 @@ NAMED: dict[str, Any] = {"auto_insert_metric_name": False}
 DATA = [dataset(16)[8 * number : 8 * number + 8] for number in range(BATCHES)]
 pytestmark = [
     pytest.mark.usefixtures("without_type_checks"),
-    pytest.mark.filterwarnings("ignore:.*nothing has been cut", "ignore:.*taken back"),
+    pytest.mark.filterwarnings("ignore:.*(nothing has|all cuts have) been", "ignore:.*taken back"),
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
     pytest.mark.filterwarnings("ignore:.*there is no last checkpoint available", "ignore:The dirpath has changed"),
     pytest.mark.filterwarnings("ignore:.*training ended before a plan", "ignore:.*has not been judged"),

@@ -18,7 +18,7 @@ from tests.callbacks.pruned import Probe, without_type_checks  # noqa: F401
 
 pytestmark = [
     pytest.mark.usefixtures("without_type_checks"),
-    pytest.mark.filterwarnings("ignore:.*nothing has been cut", "ignore:.*1 round taken back"),
+    pytest.mark.filterwarnings("ignore:.*(nothing has|all cuts have) been", "ignore:.*1 round taken back"),
 ]
 SCORES = by_epoch(0.75, 0.25, 0.75)  # the cut of epoch 1 is taken back when epoch 2 begins
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_neurons import prune
+from lightning_neurons import PruningError, prune
 from lightning_neurons.pruning.compensation.calibration import Calibration
 from lightning_neurons.pruning.compensation.compensate import compensate
 from lightning_neurons.pruning.compensation.lockstep import Lockstep, calls_of
@@ -130,7 +130,7 @@ def test_what_the_caller_raises_in_between_ends_all_walks():
 def test_an_error_on_one_batch_is_that_of_prune_and_leaves_no_trace(how):
     net, x = seeded(Failing).train(), pictures(2)[0]
     before, modes = copy.deepcopy(net.state_dict()), [m.training for m in net.modules()]
-    with pytest.raises(KeyError, match="three pictures"):
+    with pytest.raises(PruningError, match=r"fails on batch 1 .*three pictures"):
         prune(net, x, {"conv1": [1], "fc1": [2]}, BATCHES, compensation=how)
     assert hooks_of(net) == []
     assert [m.training for m in net.modules()] == modes

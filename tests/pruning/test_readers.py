@@ -9,6 +9,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from lightning_neurons import prune
+from lightning_neurons.pruning.compensation import least_squares
 from lightning_neurons.pruning.compensation.moments import OutputMean, applied
 from lightning_neurons.pruning.compensation.views import channels, has_patches, patches
 from tests.models import pictures, seeded
@@ -204,7 +205,7 @@ def test_whole_nets_come_closer_by_least_squares_than_by_means(name):
     layer = root.get(name, "conv" if name == "decoder" else "layer1.0.conv1")
     x, _ = pictures(24, double=True)
     (channel, mean, none), _ = errors(net, {layer: [0, 2]}, x, "least_squares", "mean", "none")
-    assert channel < mean < none * 1.05
+    assert channel <= mean * (1 + 1e-9) < none * 1.05
 
 
 def test_a_residual_group_is_compensated_in_all_its_readers():
@@ -222,7 +223,8 @@ def test_a_residual_group_is_compensated_in_all_its_readers():
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(60, 6), (12, 5, 6)], ids=["samples", "tokens"])
-def test_a_linear_reader_is_given_the_solution_of_numpy(bias, shape):
+def test_a_linear_reader_is_given_the_solution_of_numpy(bias, shape, monkeypatch):
+    monkeypatch.setattr(least_squares, "RIDGES", (1e-3,))
     layers = nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4, bias=bias), nn.Tanh(), nn.Linear(4, 2)
     net, x = seeded(nn.Sequential, *layers, double=True), torch.randn(shape).double()
     with torch.no_grad():
