@@ -169,7 +169,7 @@ def test_a_metric_that_falls_after_a_recovery_that_was_fine_brings_the_last_good
     judged = Probe("on_train_epoch_start", state_of)
     with pytest.warns(UserWarning, match="last good state comes back"):
         trainer = fit(module, [callback, judged], max_epochs=4)
-    assert differing(state_of(trainer, module), judged.seen[2]) == []
+    assert differing(state_of(trainer, module), judged.seen[3]) == []
     assert made(callback) == [(1, 1, 6)]
     assert_sound(trainer, module, callback)
 

@@ -41,7 +41,6 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"on_violation": "halve"}, "on_violation='halve'.*'stop' without max_drop="),
     (GUARD | {"mode": "maxx"}, r"mode='maxx'.*'max', 'min'; did you mean 'max'\?"),
     (GUARD | {"mode": "mim"}, r"mode='mim'.*'max', 'min'; did you mean 'min'\?"),
-    (GUARD | {"mode": None}, "mode=None.*'max', 'min'"),
     ({"mode": "maxx"}, r"mode='maxx'.*did you mean 'max'\?"),
     (GUARD | {"on_violation": "half"}, r"on_violation='half'.*'stop', 'halve'; did you mean 'halve'\?"),
     (GUARD | {"on_violation": "raise"}, "on_violation='raise'.*'stop', 'halve'"),
@@ -101,7 +100,7 @@ def test_a_recovery_may_last_until_the_next_round_and_as_long_as_one_likes_after
 
 
 def test_without_a_bound_a_monitor_is_only_reported():
-    callback = NeuronPruningCallback(amount=0.3, monitor="val_acc", mode="min")
+    callback = NeuronPruningCallback(amount=0.3, monitor="val_acc")
     assert callback.pruning.guard is None
     assert callback.pruning.monitor == "val_acc"
 

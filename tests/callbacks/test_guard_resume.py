@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path."),
     pytest.mark.filterwarnings("ignore:.*Fine if training logs it", "ignore:.*training ends before"),
     pytest.mark.filterwarnings("ignore:.*last good state comes back", "ignore:.*so there is nothing to keep"),
-    pytest.mark.filterwarnings("ignore:.*is not made at epoch"),
+    pytest.mark.filterwarnings("ignore:.*is not made at epoch", "ignore:.*while a cut was recovering"),
 ]
 
 

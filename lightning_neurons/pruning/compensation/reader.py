@@ -66,18 +66,18 @@ class Reader:
         self.mean.add(inputs)
         if self.is_large:
             return
-        middle = (len(dense) + 1) // 2
-        for moments, (x, y) in zip(
-            self.halves, ((inputs[:middle], dense[:middle]), (inputs[middle:], dense[middle:])), strict=True
-        ):
+        second = _in_second_half(dense)
+        for moments, chosen in zip(self.halves, (~second, second), strict=True):
+            x, y = inputs[chosen], dense[chosen]
+            if not len(x):
+                continue
             if not self.patchwise:
                 moments.add(channels(self.module, x), channels(self.module, y))
                 continue
-            few = max(AT_ONCE // max(self.inputs * x[0, 0].numel(), 1), 1) if len(x) else 1
+            few = max(AT_ONCE // max(self.inputs * x[0, 0].numel(), 1), 1)
             for some, wanted in zip(x.split(few), y.split(few), strict=True):
-                moments.add(
-                    patches(self.module, some), channels(self.module, applied(self.module, self.weight, wanted))
-                )
+                out = applied(self.module, self.weight, wanted)
+                moments.add(patches(self.module, some), channels(self.module, out))
 
     @property
     def halves(self) -> list[Moments]:
@@ -136,3 +136,13 @@ class Reader:
                 f"{self.path} was solved with a larger ridge ({refined.ridge:g}), as its inputs are singular"
             )
         return refined.matrix
+
+
+def _in_second_half(dense: Tensor) -> Tensor:
+    """Which samples belong to the second half: told by what they are, so that it does not matter how they are batched.
+
+    Args:
+        dense: ``(batch, ...)``; the sixth bit of the sum of each sample is as good as a coin.
+    """
+    mantissa, _ = torch.frexp(dense.flatten(1).sum(1, dtype=torch.float32) if dense.ndim > 1 else dense)
+    return (mantissa.abs() * 64).long() % 2 == 1
