@@ -170,7 +170,8 @@ def errors(net: nn.Module, plan, x: Tensor, *ways: str) -> tuple[list[float], di
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_readers_of_every_kind_come_closer_by_least_squares_than_by_means(name):
+def test_readers_of_every_kind_come_closer_by_least_squares_than_by_means(name, monkeypatch):
+    monkeypatch.setattr(least_squares, "RIDGES", (1e-3,))  # so few samples may well ask for means alone
     make, plan, shape = KINDS[name]
     net, x = seeded(make, double=True), torch.randn(shape, generator=torch.Generator().manual_seed(3)).double()
     (patch, channel, mean, none), notes = errors(
