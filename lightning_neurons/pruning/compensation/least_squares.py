@@ -88,8 +88,8 @@ def choose_ridge(
         metric: How errors of targets are weighed, ``e' metric e``; None weighs them alike.
         centred: As in ``refine``.
     """
-    few = min(float(first.count), float(second.count)) < len(first.xx)
-    ridges = [ridge for ridge in RIDGES if ridge >= (FEW if few else RIDGE)]
+    few = float(first.count + second.count) < len(first.xx)
+    ridges = [ridge for ridge in RIDGES if ridge >= FEW or not few]
     if not float(first.count) or not float(second.count):
         return ridges[0]
 
