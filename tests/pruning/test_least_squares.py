@@ -11,12 +11,18 @@ from torch import Tensor, nn
 
 from lightning_neurons.pruning.compensation.calibration import Calibration
 from lightning_neurons.pruning.compensation.compensate import compensate
-from lightning_neurons.pruning.compensation.least_squares import FEW, RIDGE, error_of, refine
+from lightning_neurons.pruning.compensation.least_squares import FEW, RIDGE, refine
 from lightning_neurons.pruning.compensation.moments import Moments
 from lightning_neurons.pruning.compensation.repair import Wiring
 from lightning_neurons.pruning.surgery import Cut
 from tests.criteria.streams import laws
 from tests.models import seeded
+
+
+def error_of(moments, matrix, variance_y):
+    """The mean square of ``y - M x - c`` with the best constant, by target."""
+    s_xx, s_yx = moments.covariance_xx, moments.covariance_yx
+    return variance_y.diagonal() - 2 * (matrix * s_yx).sum(1) + ((matrix @ s_xx) * matrix).sum(1)
 
 
 def values(inputs: int = 6, count: int = 200, seed: int = 0) -> Tensor:

@@ -122,17 +122,3 @@ def varies(moments: Moments, variance: float) -> bool:
     """Whether a variance is more than what rounding leaves of the squares that it is the difference of."""
     squares = float(moments.xx.diagonal().mean() / moments.count.clamp(min=1))
     return variance > 1e-12 * squares
-
-
-def error_of(
-    moments: Moments, matrix: Float[Tensor, "target input"], variance_y: Float[Tensor, "target target"]
-) -> Float[Tensor, " target"]:
-    """The mean square of ``y - M x - c`` with the best constant, by target.
-
-    Args:
-        moments: Of inputs and targets.
-        matrix: ``M``.
-        variance_y: The targets' covariance; its diagonal is used.
-    """
-    s_xx, s_yx = moments.covariance_xx, moments.covariance_yx
-    return variance_y.diagonal() - 2 * (matrix * s_yx).sum(1) + ((matrix @ s_xx) * matrix).sum(1)

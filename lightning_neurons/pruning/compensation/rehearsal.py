@@ -24,12 +24,8 @@ class Rehearsal:
         self._wide = {name: self._tensor(name).shape for name in self._stays}
         cut(self.twin, cuts, shifts=shifts)
 
-    def put(self, name: str, value: Tensor) -> None:
-        """Give a parameter or buffer a value that was meant for the model before the cut."""
-        self._tensor(name).copy_(self._narrow(name, value))
-
     def shift(self, name: str, value: Tensor) -> None:
-        """Add such a value to a parameter or buffer."""
+        """Add a value that was meant for the model before the cut to a parameter or buffer."""
         tensor = self._tensor(name)
         tensor.add_(self._narrow(name, value).to(tensor))
 

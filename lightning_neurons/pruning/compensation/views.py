@@ -27,11 +27,6 @@ def channels(module: nn.Module, inputs: Tensor) -> Float[Tensor, "input position
     return inputs.transpose(0, 1).flatten(1)
 
 
-def outputs_of(module: nn.Module, outputs: Tensor) -> Float[Tensor, "output position"]:
-    """Outputs by channel, at the positions of ``patches``."""
-    return channels(module, outputs)
-
-
 def has_patches(module: nn.Module) -> bool:
     """Whether a layer multiplies patches by its weight: a plain convolution."""
     return isinstance(module, _ConvNd) and not isinstance(module, _ConvTransposeNd)
