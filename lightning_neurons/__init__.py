@@ -17,6 +17,7 @@ from lightning_neurons.pruning.describe import describe_structure
 from lightning_neurons.pruning.plan import PruningPlan
 from lightning_neurons.pruning.prune import PruningReport, prune
 from lightning_neurons.results.neuron_report import NeuronReport
+from lightning_neurons.studies.ablation import ablate
 from lightning_neurons.studies.measure import logit, measure, predicted_logit
 
 __version__ = "0.1.0"
@@ -40,6 +41,7 @@ __all__ = [
     "Statistic",
     "Summary",
     "UnknownNameError",
+    "ablate",
     "agreement",
     "describe_structure",
     "find_neurons",

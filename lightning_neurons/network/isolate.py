@@ -128,7 +128,7 @@ def kept_metrics(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def kept_attributes(model: nn.Module) -> Iterator[None]:
     """Put plain attributes of all modules back: containers, arrays and tensors with their contents."""
-    kept = [(m, _attributes(m)) for m in model.modules() if not isinstance(m, Metric)]
+    kept = [(m, plain_attributes(m)) for m in model.modules() if not isinstance(m, Metric)]
     contents = [entry for _, attributes in kept for v in attributes.values() for entry in _contents(v)]
     for module, attributes in kept:
         for name, value in attributes.items():
@@ -141,12 +141,13 @@ def kept_attributes(model: nn.Module) -> Iterator[None]:
         for value, content in contents:
             _refill(value, content)
         for module, attributes in kept:
-            for name in _attributes(module).keys() - attributes.keys():
+            for name in plain_attributes(module).keys() - attributes.keys():
                 del vars(module)[name]
             vars(module).update(attributes)
 
 
-def _attributes(module: nn.Module) -> dict[str, Any]:
+def plain_attributes(module: nn.Module) -> dict[str, Any]:
+    """What a module's own code has set on it, apart from parameters, buffers and modules."""
     return {name: value for name, value in vars(module).items() if name not in _MODULE_ATTRIBUTES}
 
 

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_neurons.network.families import LINKS, ORDER, PASSING, family_of, function_name
 from lightning_neurons.network.layer import Layer, Link, public_name
 from lightning_neurons.network.spread import spread_behind
+from lightning_neurons.network.trees import tensors_in
 from lightning_neurons.network.writes import share_memory, target_of_write
 
 
@@ -78,7 +79,7 @@ class Trace(TorchFunctionMode):
         def start(module: nn.Module, inputs: tuple[Any, ...]) -> None:
             self._modules.append(path)
             if layer is not None:
-                for tensor in _tensors(inputs):
+                for tensor in tensors_in(inputs):
                     if id(tensor) in self._now:
                         value, spread = self._now[id(tensor)]
                         value.readers[layer] = spread
@@ -106,13 +107,13 @@ class Trace(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        read = {id(t): self._now[id(t)] for t in _tensors((args, kwargs)) if id(t) in self._now}
+        read = {id(t): self._now[id(t)] for t in tensors_in((args, kwargs)) if id(t) in self._now}
         target = target_of_write(func, args, kwargs)
         own = read.get(id(target)) if func in LINKS else None
         if own is None or own[0].reads:  # else the value that is overwritten lives on in the next link
             self._copy_before(target)
         out = func(*args, **kwargs)
-        if func is torch.Tensor.detach or not any(True for _ in _tensors(out)):
+        if func is torch.Tensor.detach or not any(True for _ in tensors_in(out)):
             return out  # .shape and the like read nothing
         if target is None and func not in LINKS and args and out is args[0]:
             return out  # .contiguous(), .to(...) and the like that had nothing to do
@@ -213,14 +214,3 @@ def _final(value: _Value) -> tuple[tuple[Link, ...], _Value]:
         assert value.link is not None, "only the layer itself has no link"
         chain.append(value.link)
     return tuple(chain), value
-
-
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, list | tuple):
-        for branch in tree:
-            yield from _tensors(branch)
-    elif isinstance(tree, dict):
-        for branch in tree.values():
-            yield from _tensors(branch)

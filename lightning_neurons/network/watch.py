@@ -20,7 +20,7 @@ Deliver = Callable[[str, Tensor], None]
 DeliverGradient = Callable[[str, Tensor, Tensor], None]
 
 
-class _Follow(TorchFunctionMode):
+class FollowLayers(TorchFunctionMode):
     """Follows each watched layer's output through its chain and hands the last value to ``_arrive``."""
 
     def __init__(self, layers: Mapping[str, Layer], modules: Mapping[str, nn.Module]) -> None:
@@ -32,7 +32,7 @@ class _Follow(TorchFunctionMode):
         """Layers that did not run as they were seen to: their activation points have to be found again."""
         self._handles: list[RemovableHandle] = []
 
-    def __enter__(self) -> "_Follow":
+    def __enter__(self) -> "FollowLayers":
         self._calls.clear()
         for name, module in self._modules.items():
             self._handles.append(module.register_forward_hook(self._layer_hook(name)))
@@ -92,7 +92,7 @@ class _Follow(TorchFunctionMode):
         raise NotImplementedError
 
 
-class WatchActivations(_Follow):
+class WatchActivations(FollowLayers):
     """While active, hands ``(layer, activation)`` to ``deliver`` at each activation point.
 
     Args:
@@ -109,7 +109,7 @@ class WatchActivations(_Follow):
         self._deliver(name, value.detach())
 
 
-class WatchGradients(_Follow):
+class WatchGradients(FollowLayers):
     """While active, makes the forward differentiable with respect to the activations alone.
 
     Freeze the parameters first: a backward then costs a forward instead of two, and stores nothing for them.

@@ -1,19 +1,18 @@
 """The arguments that every way of measuring shares, checked once."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor, nn
 
 from lightning_neurons.criteria import Criterion, resolve
 from lightning_neurons.criteria.deadness import check_threshold, near_zero
 from lightning_neurons.criteria.ranking import Normalization
-from lightning_neurons.errors import ArgumentError, MeasurementError, check_choice
-from lightning_neurons.network.batches import TARGET_KEYS, targets_of
+from lightning_neurons.errors import ArgumentError, check_choice
 from lightning_neurons.network.layer import Pattern
 from lightning_neurons.studies.losses import LOSS_REDUCTIONS, LossReduction
+from lightning_neurons.studies.targets import PerClass, targets_in
 
 Inputs = Literal["clean", "fgsm"]
 
@@ -24,7 +23,7 @@ class MeasurementSettings:
 
     criteria: tuple[Criterion, ...]
     layers: tuple[Pattern, ...] | None
-    per_class: bool | Callable[[Any], Tensor]
+    per_class: PerClass
     threshold: float
     relative_threshold: bool
     normalize: Normalization
@@ -38,7 +37,7 @@ class MeasurementSettings:
         *,
         criteria: Sequence[str | Criterion],
         layers: Sequence[Pattern] | None,
-        per_class: bool | Callable[[Any], Tensor],
+        per_class: PerClass,
         threshold: float,
         relative_threshold: bool,
         normalize: Normalization,
@@ -89,17 +88,7 @@ class MeasurementSettings:
         Raises:
             MeasurementError: If the batch does not show them, or they are no class numbers.
         """
-        found = self.per_class(batch) if callable(self.per_class) else targets_of(batch)
-        if found is None:
-            raise MeasurementError(
-                f"per_class=True: found no targets in a batch of type {type(batch).__name__}; expected a pair (inputs, "
-                f"targets) or one of the keys {', '.join(TARGET_KEYS)} with one whole number per sample, or pass a "
-                "function per_class=lambda batch: ..."
-            )
-        if not isinstance(found, Tensor) or found.ndim != 1 or found.is_floating_point() or (found < 0).any():
-            got = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
-            raise MeasurementError(f"per_class: targets must be one whole number of at least 0 per sample, got {got}")
-        return found.to(torch.int64)
+        return targets_in(batch, self.per_class)
 
     def plain(self) -> dict[str, Any]:
         """The settings as plain values, for reports and checkpoints."""

@@ -1,0 +1,161 @@
+"""What a run of a model calls: which call makes which memory, who reads it last, and who writes into it.
+
+A ``TorchFunctionMode`` sees every call of a torch function. One run in which everything is kept tells all there is to
+know (``learn``); with that, ``tape.py`` records a second run, as far as somebody will need it.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lightning_neurons.network.layer import Layer
+from lightning_neurons.network.shortcut import Narrow
+from lightning_neurons.network.trees import tensors_in
+from lightning_neurons.network.watch import FollowLayers
+
+ALWAYS = 2**62
+"""A call after all others: what the run returns is read then."""
+
+
+@dataclass
+class Calls:
+    """What one run has called, in order.
+
+    Attributes:
+        functions: The functions.
+        memory: By call, the memory (a number) of each tensor in its result; -1 is the model's own, or the batch's.
+        created: By memory, the call that made it.
+        read: By memory, the last call that read it.
+        bytes: By memory, its size.
+        writes: By call, the memory that it writes into.
+        points: By layer, the calls whose results are its activations.
+        twins: For readers of a changed activation; see ``shortcut.py``.
+        parameters: By address of a parameter's memory, the first call that reads it.
+        writes_outside: Whether it wrote into the model's own memory, or the batch's.
+        samples: How many samples the run had.
+    """
+
+    functions: list[Callable[..., Any]] = field(default_factory=list)
+    memory: list[tuple[int, ...]] = field(default_factory=list)
+    created: list[int] = field(default_factory=list)
+    read: list[int] = field(default_factory=list)
+    bytes: list[int] = field(default_factory=list)
+    writes: dict[int, set[int]] = field(default_factory=dict)
+    points: dict[str, list[int]] = field(default_factory=dict)
+    twins: dict[int, dict[int, int]] = field(default_factory=dict)
+    parameters: dict[int, int] = field(default_factory=dict)
+    writes_outside: bool = False
+    samples: int = 1
+
+    def needed(self, start: int) -> list[int]:
+        """The memory that a replay from call ``start`` on reads, and that is there before."""
+        return [m for m, (made, read) in enumerate(zip(self.created, self.read, strict=True)) if made < start <= read]
+
+    def stretches(self, starts: Iterable[int], samples: int, limit: int) -> list[list[int]]:
+        """Starts in groups, each of which needs at most ``limit`` bytes on its tape (or is a single start)."""
+        groups: list[list[int]] = []
+        held: set[int] = set()
+        for start in sorted(set(starts)):
+            wanted = held | set(self.needed(start))
+            size = sum(self.bytes[m] for m in wanted) * samples // self.samples
+            if groups and size <= limit:
+                groups[-1].append(start)
+                held = wanted
+            else:
+                groups.append([start])
+                held = set(self.needed(start))
+        return groups
+
+
+class _Arrivals(FollowLayers):
+    """Watches where activations arrive while ``_Learn`` counts calls."""
+
+    def __init__(self, layers: Mapping[str, Layer], modules: Mapping[str, nn.Module], seen: "_Learn") -> None:
+        super().__init__(layers, modules)
+        self._seen = seen
+
+    def _arrive(self, name: str, value: Tensor) -> None:
+        self._seen.arrive(name, value, self._layers[name].axis)
+
+
+class _Learn(TorchFunctionMode):
+    def __init__(self, own: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.calls = Calls()
+        self._own = {t.untyped_storage().data_ptr() for t in own}
+        self._number: dict[int, int] = {}
+        self._call_of: dict[int, int] = {}
+        self._narrow = Narrow(self.calls.twins)
+        self._alive: list[Tensor] = []  # addresses and ids stay unique while tensors live
+        self._now = -1
+
+    def arrive(self, name: str, value: Tensor, axis: int) -> None:
+        """An activation is final: a result of the call that is going on, or of an earlier one."""
+        inside = self._now if self._now == len(self.calls.memory) else None
+        call = self._call_of.get(id(value)) if inside is None else inside
+        self.calls.points.setdefault(name, []).append(-1 if call is None else call)
+        if call is not None:
+            self._narrow.begin(value, call, axis)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        calls, kwargs = self.calls, kwargs or {}
+        now = self._now = len(calls.functions)
+        calls.functions.append(func)
+        given = [(t, t._version) for t in tensors_in((args, kwargs))]
+        out = func(*args, **kwargs)
+        for tensor, version in given:
+            address = tensor.untyped_storage().data_ptr()
+            number = self._number.get(address, -1)
+            if number >= 0:
+                calls.read[number] = now
+            elif address in self._own:
+                calls.parameters.setdefault(address, now)
+            if tensor._version != version:
+                calls.writes_outside |= number < 0
+                calls.writes.setdefault(now, set()).update({number} - {-1})
+        calls.memory.append(tuple(self._memory(t, now) for t in tensors_in(out)))
+        self._narrow.see(func, args, kwargs, out, now)
+        return out
+
+    def _memory(self, tensor: Tensor, now: int) -> int:
+        self._call_of[id(tensor)] = now
+        self._alive.append(tensor)
+        address = tensor.untyped_storage().data_ptr()
+        if address in self._own:
+            return -1
+        if address not in self._number:
+            self._number[address] = len(self.calls.created)
+            self.calls.created.append(now)
+            self.calls.read.append(now)
+            self.calls.bytes.append(tensor.untyped_storage().nbytes())
+        return self._number[address]
+
+    def returns(self, result: Any) -> None:
+        """What the run has returned is read after all calls."""
+        for tensor in tensors_in(result):
+            number = self._number.get(tensor.untyped_storage().data_ptr(), -1)
+            if number >= 0:
+                self.calls.read[number] = ALWAYS
+
+
+def learn(
+    run: Callable[[], Any], layers: Mapping[str, Layer], modules: Mapping[str, nn.Module], own: Iterable[Tensor]
+) -> Calls:
+    """Learn what a run calls. Keeps every tensor of the run until it ends: give it few samples.
+
+    Args:
+        run: Runs the model and whatever is computed from its output; returns what is wanted of it.
+        layers: What ``trace.py`` found.
+        modules: Their modules.
+        own: Tensors that are there before: parameters, buffers, the batch.
+    """
+    seen = _Learn(own)
+    with _Arrivals(layers, modules, seen), seen:
+        result = run()
+    seen.returns(result)
+    return seen.calls

@@ -1,0 +1,222 @@
+"""One batch, run again and again with changes: by replay where that gives the same numbers, else by whole forwards.
+
+Replay is checked, not assumed. From every start, the unchanged run is replayed once and must give the recorded results
+bit for bit; whatever calls something else, or reads what was not kept, is run as a whole.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_neurons.network.batches import rows_of, tensors_of
+from lightning_neurons.network.calls import Calls, learn
+from lightning_neurons.network.isolate import eager, isolated
+from lightning_neurons.network.layer import Layer
+from lightning_neurons.network.replay import Replay
+from lightning_neurons.network.silence import Edit, Silence
+from lightning_neurons.network.state import ModelState, random_state, set_random_state
+from lightning_neurons.network.tape import DivergedError, Tape
+from lightning_neurons.network.trees import tensors_in
+
+Run = Callable[[Any], Any]
+"""From a batch to what is wanted of it, such as losses and outputs: tensors in tuples, lists or dicts."""
+
+_FEW = 2
+
+
+class Reruns:
+    """What runs of one model on batches of one form have in common: learnt from the first, used by the rest.
+
+    Args:
+        model: The model; isolate it around everything.
+        layers: What ``trace.py`` found.
+        modules: Their modules.
+        run: Runs the model on a batch.
+        memory_limit: How many bytes a tape may take; what does not fit is recorded in several runs.
+        exact: Whether results are those of whole forwards bit for bit; else first readers take a shortcut.
+
+    Attributes:
+        replays: How many runs were answered from a tape, in part.
+        forwards: How many were whole.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, Layer],
+        modules: Mapping[str, nn.Module],
+        run: Run,
+        memory_limit: int,
+        *,
+        exact: bool = True,
+    ) -> None:
+        self.model, self.layers, self.modules, self.run = model, layers, modules, run
+        self.memory_limit, self.exact = memory_limit, exact
+        self.calls: Calls | None = None
+        self.is_stateful = self.draws = False
+        self.trusted: dict[int, bool] = {}
+        self.replays = self.forwards = 0
+
+    def on(self, batch: Any, samples: int) -> "Rerun":
+        """Make ready to run a batch."""
+        if self.calls is None:
+            self._learn(batch, samples)
+        return Rerun(self, batch, samples)
+
+    def _learn(self, batch: Any, samples: int) -> None:
+        few = rows_of(batch, torch.arange(min(_FEW, samples)), samples)
+        with torch.no_grad(), eager(), isolated(self.model):
+            random, state = random_state(), ModelState(self.model)
+            try:
+                self.calls = self._calls_on(few, min(_FEW, samples))
+            except Exception:  # noqa: BLE001 (whatever a model raises on fewer samples than it expects)
+                self.calls = self._calls_on(batch, samples)
+            self.draws = not all(torch.equal(a, b) for a, b in zip(_flat(random), _flat(random_state()), strict=True))
+            self.is_stateful = self.calls.writes_outside or state.has_changed()
+
+    def _calls_on(self, batch: Any, samples: int) -> Calls:
+        own = [*self.model.parameters(), *self.model.buffers(), *tensors_of(batch)]
+        calls = learn(lambda: self.run(batch), self.layers, self.modules, own)
+        calls.samples = samples
+        return calls
+
+
+class Rerun:
+    """One batch of ``Reruns``.
+
+    Attributes:
+        result: What the unchanged run gives.
+    """
+
+    def __init__(self, of: Reruns, batch: Any, samples: int) -> None:
+        self._of, self._batch, self._samples = of, batch, samples
+        self._random = random_state()
+        self._stretches: list[list[int]] = []
+        self._tape: Tape | None = None
+        with self._again():
+            self.result = of.run(batch)
+
+    def plan(self, layers: Sequence[str]) -> list[str]:
+        """Say which layers will be changed; returns them in the order in which that costs the fewest recordings."""
+        calls = self._of.calls
+        assert calls is not None, "learnt before"
+        starts = {name: self._start(name) for name in layers}
+        usable = [start for start in starts.values() if start is not None]
+        self._stretches = calls.stretches(usable, self._samples, self._of.memory_limit)
+        return sorted(layers, key=lambda name: starts[name] or 0)
+
+    def silenced(self, edits: Mapping[str, Edit]) -> Any:
+        """What the run gives with neurons of some layers changed.
+
+        Args:
+            edits: By layer, how.
+        """
+        starts = [self._start(name) for name in edits]
+        start = None if None in starts else min(s for s in starts if s is not None)
+        if start is not None:
+            calls = self._of.calls
+            assert calls is not None, "learnt before"
+            changed = {call: edit for name, edit in edits.items() for call in calls.points[name]}
+            found = self._replay(start, changed)
+            if found is not None:
+                return found[0]
+        return self._whole(edits)
+
+    def from_call(self, start: int | None) -> Any:
+        """What the run gives if something that no call before ``start`` reads has been changed."""
+        found = None if start is None else self._replay(start, {})
+        return self._whole({}) if found is None else found[0]
+
+    def activation(self, layer: str) -> Tensor | None:
+        """The layer's activation as recorded, if it ran once and is on the tape."""
+        calls, tape, start = self._of.calls, self._tape, self._start(layer)
+        if calls is None or tape is None or start not in tape.starts or len(calls.points[layer]) != 1:
+            return None
+        found = tape.answer(calls.points[layer][0], start, {})
+        return found if isinstance(found, Tensor) and found.numel() else None
+
+    def prepare(self, layer: str) -> bool:
+        """Record what is needed to change a layer; whether that is possible."""
+        start = self._start(layer)
+        return start is not None and self._trusted(start)
+
+    def _start(self, layer: str) -> int | None:
+        calls = self._of.calls
+        points = calls.points.get(layer, []) if calls is not None else []
+        return min(points) + 1 if points and min(points) >= 0 else None
+
+    def _replay(self, start: int, edits: Mapping[int, Edit]) -> tuple[Any] | None:
+        if not self._trusted(start):
+            return None
+        try:
+            return (self._run(start, edits),)
+        except DivergedError:
+            return None
+        except Exception:  # noqa: BLE001 (what a model raises if a replay does not fit: the whole forward will tell)
+            return None
+
+    def _run(self, start: int, edits: Mapping[int, Edit]) -> Any:
+        assert self._tape is not None, "recorded before"
+        replay = Replay(self._tape, start, edits, shortcuts=not self._of.exact)
+        with self._again(), replay:
+            result = self._of.run(self._batch)
+        replay.finish()
+        self._of.replays += 1
+        return result
+
+    def _trusted(self, start: int) -> bool:
+        """Record what a replay from ``start`` needs; the first time, see whether it gives what was recorded."""
+        of = self._of
+        if of.trusted.get(start) is False:
+            return False
+        if self._tape is None or start not in self._tape.starts:
+            self._tape = None  # let go of the old one first
+            self._tape = self._record(next((s for s in self._stretches if start in s), [start]))
+        if self._tape is None:
+            of.trusted[start] = False
+        elif start not in of.trusted:
+            of.trusted[start] = True
+            again = self._replay(start, {})
+            of.trusted[start] = again is not None and _same(again[0], self.result)
+        return of.trusted[start]
+
+    def _record(self, starts: Sequence[int]) -> Tape | None:
+        assert self._of.calls is not None, "learnt before"
+        tape = Tape(self._of.calls, starts, draws=self._of.draws, shortcuts=not self._of.exact)
+        try:
+            with self._again(), tape:
+                result = self._of.run(self._batch)
+        except DivergedError:
+            return None
+        complete = len(tape.results) == len(self._of.calls.functions)
+        return tape if complete and _same(result, self.result) else None
+
+    def _whole(self, edits: Mapping[str, Edit]) -> Any:
+        self._of.forwards += 1
+        with self._again(), Silence(self._of.layers, self._of.modules, edits):
+            return self._of.run(self._batch)
+
+    @contextmanager
+    def _again(self) -> Iterator[None]:
+        """Every run begins in the same state."""
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(eager())
+            if self._of.is_stateful:
+                stack.enter_context(isolated(self._of.model))
+            if self._of.draws:
+                set_random_state(self._random)
+            yield
+
+
+def _flat(state: tuple[Tensor, list[Tensor]]) -> list[Tensor]:
+    return [state[0], *state[1]]
+
+
+def _same(first: Any, second: Any) -> bool:
+    """Whether two results have the same tensors, bit for bit; NaN is the same as NaN."""
+    pairs = list(zip(tensors_in(first), tensors_in(second), strict=False))
+    return all(torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)) for a, b in pairs)

@@ -1,0 +1,121 @@
+"""A recording of a run from which later calls can be run again.
+
+Only what somebody reads after one of the places where a replay will start is kept, and memory that is written into
+later is copied just before. ``replay.py`` runs the rest of the model from such a place.
+"""
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from lightning_neurons.network.calls import Calls
+from lightning_neurons.network.state import random_state
+from lightning_neurons.network.trees import map_tensors_in
+
+
+class DivergedError(RuntimeError):
+    """A run did not call what an earlier one of the same model had called."""
+
+
+class Tape(TorchFunctionMode):
+    """Records a run, as far as replays from ``starts`` need it. Enter it around the run.
+
+    Args:
+        calls: What an earlier run has called.
+        starts: The calls from which on replays will run the model; what is before them is answered from the tape.
+        draws: Whether the model draws random numbers; their state is then kept at each start.
+        shortcuts: Whether to keep what the first readers of activations gave, and what they read.
+
+    Raises:
+        DivergedError: If this run calls something else.
+    """
+
+    def __init__(self, calls: Calls, starts: Sequence[int], *, draws: bool = False, shortcuts: bool = False) -> None:
+        super().__init__()
+        self.calls, self.starts = calls, sorted(starts)
+        self.results: list[Any] = []
+        self.rewritten: set[int] = set()  # calls in whose results lies memory that is written into later
+        self.random: dict[int, tuple[Tensor, list[Tensor]]] = {}
+        self._draws = draws
+        self._before: dict[int, list[tuple[int, torch.UntypedStorage]]] = {}
+        self._some: dict[int, Tensor] = {}
+        self._written = {memory for writes in calls.writes.values() for memory in writes}
+        wanted = [calls.twins.get(start - 1, {}) for start in starts] if shortcuts else []
+        self._extra = {call for twins in wanted for pair in twins.items() for call in pair}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        now, calls = len(self.results), self.calls
+        if now >= len(calls.functions) or calls.functions[now] != func:
+            raise DivergedError(f"call {now} was another one before")
+        if self._draws and now in self.starts:
+            self.random[now] = random_state()
+        for memory in calls.writes.get(now, ()):
+            if self._has_start(calls.created[memory], now) and memory in self._some:
+                copy = self._some[memory].untyped_storage().clone()
+                self._before.setdefault(memory, []).append((now, copy))
+        out = func(*args, **(kwargs or {}))
+        memories = iter(calls.memory[now])
+        self.results.append(map_tensors_in(out, lambda t: self._kept(t, next(memories), now)))
+        return out
+
+    def _kept(self, tensor: Tensor, memory: int, now: int) -> Tensor:
+        is_needed = memory < 0 or self._has_start(now, self.calls.read[memory])
+        if not is_needed and (now not in self._extra or memory in self._written):
+            return HOLE
+        if memory in self._written:
+            self.rewritten.add(now)
+            self._some.setdefault(memory, tensor)
+        return tensor
+
+    def _has_start(self, after: int, last: int) -> bool:
+        """Whether a replay starts behind one call and at or before another."""
+        place = bisect_right(self.starts, after)
+        return place < len(self.starts) and self.starts[place] <= last
+
+    def twins(self, start: int) -> dict[int, int]:
+        """By reader of the activation just before ``start``, the call that made its input; only what is kept."""
+
+        def is_kept(call: int) -> bool:
+            intact = not any(memory in self._written for memory in self.calls.memory[call])
+            return call in self._extra and intact and isinstance(self.results[call], Tensor)
+
+        found = self.calls.twins.get(start - 1, {})
+        return {reader: twin for reader, twin in found.items() if is_kept(reader) and is_kept(twin)}
+
+    def answer(self, call: int, start: int, private: dict[int, torch.UntypedStorage]) -> Any:
+        """The result of a call as it stands when a replay starts; memory that the replay writes into is its own.
+
+        Args:
+            call: The call.
+            start: Where the replay starts.
+            private: The replay's own memory so far.
+        """
+        if call not in self.rewritten:
+            return self.results[call]
+        memories = iter(self.calls.memory[call])
+
+        def state(tensor: Tensor) -> Tensor:
+            memory = next(memories)
+            later = [copy for when, copy in self._before.get(memory, ()) if when >= start]
+            if tensor is HOLE or not later:
+                return tensor
+            if memory not in private:
+                private[memory] = later[0].clone()
+            return _on(private[memory], tensor)
+
+        return map_tensors_in(self.results[call], state)
+
+
+HOLE = torch.empty(0)
+"""Stands for a result that was not kept: nobody reads it after a replay has started."""
+
+
+def _on(storage: torch.UntypedStorage, like: Tensor) -> Tensor:
+    fresh = torch.empty(0, dtype=like.dtype, device=like.device)
+    return fresh.set_(storage, like.storage_offset(), like.size(), like.stride())

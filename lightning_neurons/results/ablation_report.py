@@ -1,0 +1,145 @@
+"""What happens without each neuron: the result of an ablation study."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lightning_neurons.errors import ArgumentError, UnknownNameError
+from lightning_neurons.results.whole_file import write_whole
+
+FORMAT, VERSION = "lightning_neurons ablation", 1
+
+
+class AblatedNeuron(NamedTuple):
+    """One row of a ranking.
+
+    Attributes:
+        layer: The layer's path.
+        neuron: The neuron's index.
+        delta_loss: Mean loss without it, minus mean loss.
+        standard_error: Of ``delta_loss``.
+    """
+
+    layer: str
+    neuron: int
+    delta_loss: float
+    standard_error: float
+
+
+@dataclass(frozen=True)
+class AblationReport:
+    """The measured effect of switching neurons off, one at a time. NaN where a neuron was not measured.
+
+    Attributes:
+        loss: Mean loss of the unchanged model over the samples.
+        samples: How many samples it was measured on.
+        delta_loss: By layer, ``(neuron,)``: mean loss with the neuron off, minus mean loss.
+        standard_error: By layer, ``(neuron,)``: of ``delta_loss`` over samples.
+        per_class: By layer, ``(class, neuron)``: the same over the samples of a class; empty unless asked for.
+        per_class_error: By layer, ``(class, neuron)``: its standard error.
+        class_counts: How many samples of each class there were.
+        metrics: By metric, its value of the unchanged model.
+        delta_metrics: By metric and layer, ``(neuron,)``: the metric with the neuron off, minus the metric.
+        per_class_metrics: By metric and layer, ``(class, neuron)``: the same on the samples of a class.
+        undecided: By layer, the neurons of which a study with a budget could not say whether they are among the least
+            important.
+        runs: Forwards that the study took, in units of one forward over all samples; parts of forwards count in full.
+        settings: What was asked for.
+        notes: What the reader should know.
+
+    Example:
+        >>> report = AblationReport(1.0, 8, {"fc": torch.tensor([0.5, 0.0])}, {"fc": torch.tensor([0.1, 0.0])})
+        >>> report.ranking()[0]
+        AblatedNeuron(layer='fc', neuron=0, delta_loss=0.5, standard_error=0.1...)
+    """
+
+    loss: float
+    samples: int
+    delta_loss: Mapping[str, Float[Tensor, " neuron"]]
+    standard_error: Mapping[str, Float[Tensor, " neuron"]]
+    per_class: Mapping[str, Float[Tensor, "klass neuron"]] = field(default_factory=dict)
+    per_class_error: Mapping[str, Float[Tensor, "klass neuron"]] = field(default_factory=dict)
+    class_counts: tuple[int, ...] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    delta_metrics: Mapping[str, Mapping[str, Float[Tensor, " neuron"]]] = field(default_factory=dict)
+    per_class_metrics: Mapping[str, Mapping[str, Float[Tensor, "klass neuron"]]] = field(default_factory=dict)
+    undecided: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    runs: float = math.nan
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def ranking(self, layer: str | None = None) -> list[AblatedNeuron]:
+        """Neurons from the one whose loss hurts most to the one whose loss hurts least (or helps).
+
+        Args:
+            layer: Rank within this layer; None ranks all measured neurons together.
+
+        Raises:
+            UnknownNameError: If there is no such layer.
+        """
+        if layer is not None and layer not in self.delta_loss:
+            raise UnknownNameError.among("layer", layer, self.delta_loss)
+        rows = [
+            AblatedNeuron(name, i, float(d), float(self.standard_error[name][i]))
+            for name, deltas in self.delta_loss.items()
+            if layer in (None, name)
+            for i, d in enumerate(deltas)
+            if not d.isnan()
+        ]
+        return sorted(rows, key=lambda row: -row.delta_loss)
+
+    def save(self, path: str | Path) -> None:
+        """Write it as JSON, whole or not at all."""
+        document = {"format": FORMAT, "version": VERSION, **{f.name: getattr(self, f.name) for f in fields(self)}}
+        write_whole(Path(path), json.dumps(_plain(document), allow_nan=False))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "AblationReport":
+        """Read what ``save`` wrote.
+
+        Raises:
+            ArgumentError: If the file is no such report, or of a newer version.
+        """
+        allowed = "a JSON file that AblationReport.save wrote, whole"
+        try:
+            found = json.loads(Path(path).read_text())
+        except ValueError as error:
+            raise ArgumentError.of("path", str(path), allowed) from error
+        if not isinstance(found, dict) or found.get("format") != FORMAT or found.get("version", 0) > VERSION:
+            raise ArgumentError.of("path", str(path), f"{allowed}, of version {VERSION} or older")
+        by_layer = ("delta_loss", "standard_error", "per_class", "per_class_error")
+        found |= {name: {n: _tensor(v) for n, v in found[name].items()} for name in by_layer}
+        for name in ("delta_metrics", "per_class_metrics"):
+            found[name] = {m: {n: _tensor(v) for n, v in by.items()} for m, by in found[name].items()}
+        found["undecided"] = {n: tuple(v) for n, v in found["undecided"].items()}
+        found |= {name: tuple(found[name]) for name in ("class_counts", "notes")}
+        found |= {name: math.nan if found[name] is None else found[name] for name in ("loss", "runs")}
+        found["metrics"] = {n: math.nan if v is None else v for n, v in found["metrics"].items()}
+        return cls(**{f.name: found[f.name] for f in fields(cls)})
+
+
+def _plain(value: Any) -> Any:
+    """Plain values; what is not finite becomes null, or a word."""
+    if isinstance(value, Tensor):
+        return _plain(value.tolist())
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else ("inf" if value > 0 else "-inf")
+    return value
+
+
+def _tensor(values: Any) -> Tensor:
+    def number(value: Any) -> Any:
+        return [number(v) for v in value] if isinstance(value, list) else float("nan" if value is None else value)
+
+    return torch.tensor(number(values), dtype=torch.float64)

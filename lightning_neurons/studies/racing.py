@@ -1,0 +1,188 @@
+"""Find the least important neurons without measuring every neuron on every sample.
+
+All neurons run on the same random samples, part by part. One that is surely among the bottom, or surely not, by its
+confidence interval, drops out; the budget goes to those that are hard to place. (Maron and Moore 1994, "Hoeffding
+races", with intervals of the normal distribution and the correction for a finite population.)
+
+What makes the intervals narrow is a control variate: one backward tells for all neurons and all samples what the first
+and second order of the gate gradient ``u`` predict, ``-u`` and ``u^2``; only what differs from a regression on them has
+to be estimated from the samples that were run.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from lightning_neurons.errors import ArgumentError, MeasurementError, check_share, is_number
+from lightning_neurons.network.batches import batch_size_of, form_of, is_divisible, join, rows_of
+from lightning_neurons.results.ablation_report import AblationReport
+from lightning_neurons.studies.estimates import Estimates, decided
+from lightning_neurons.studies.gates import GateGradients
+from lightning_neurons.studies.whatif import WhatIf
+
+_LEAST = 32
+"""Samples before the first decision: fewer say little about a spread."""
+_BACKWARD = 3
+"""Forwards that a forward and the backward to the activations are counted as."""
+
+
+@dataclass(frozen=True)
+class Race:
+    """The rules of a race.
+
+    Attributes:
+        budget: The largest share of the work of the exact study.
+        bottom: The share of neurons that is looked for.
+        confidence: Of each decision.
+        seed: Of the order of the samples.
+
+    Raises:
+        ArgumentError: If one is out of range.
+    """
+
+    budget: float
+    bottom: float
+    confidence: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        check_share("budget", self.budget, zero=False)
+        if not is_number(self.bottom) or not 0 < self.bottom < 1:
+            raise ArgumentError.of("bottom", self.bottom, "a share between 0 and 1, such as 0.25")
+        if not is_number(self.confidence) or not 0.5 <= self.confidence < 1:
+            raise ArgumentError.of("confidence", self.confidence, "a probability in [0.5, 1), such as 0.95")
+
+
+def race(
+    study: WhatIf,
+    batches: Sequence[Any],
+    neurons: Mapping[str, Sequence[int]],
+    rules: Race,
+    settings: Mapping[str, Any],
+    *,
+    progress: bool = False,
+) -> AblationReport:
+    """Run a race.
+
+    Args:
+        study: The engine, open.
+        batches: The data.
+        neurons: Who takes part, by layer.
+        rules: The rules.
+        settings: What goes into the report.
+        progress: Whether to show a bar.
+
+    Raises:
+        MeasurementError: If losses cannot be told apart by sample.
+    """
+    parts = list(study.parts(_shuffled(batches, rules.seed)))
+    population = sum(map(batch_size_of, parts))
+    pairs = [(layer, i) for layer, indices in neurons.items() for i in indices]
+    gates = GateGradients(study, neurons)
+    estimates = Estimates(gates.means(parts), population)
+    spent, budget = float(_BACKWARD * population * gates.works), rules.budget * len(pairs) * population
+    active = torch.ones(len(pairs), dtype=torch.bool)
+    losses: list[Tensor] = []
+    notes = [] if gates.works else ["no control variates: the loss cannot be differentiated"]
+    with tqdm(total=1.0, desc="race", disable=not progress) as bar:
+        for part in parts:
+            size = batch_size_of(part)
+            if not active.any() or spent + size > budget:
+                break
+            try:
+                losses.append(_one_part(study, part, pairs, active, estimates, gates))
+            except KeyboardInterrupt:
+                notes.append("interrupted")
+                break
+            spent += size * (int(active.sum()) + _BACKWARD * gates.works)
+            bar.update(size / population)
+            if estimates.seen.max() >= min(_LEAST, population):
+                middle, half = estimates.interval(rules.confidence)
+                inside, outside = decided(middle - half, middle + half, _count(rules, pairs))
+                active &= ~(inside | outside)
+    return _report(estimates, pairs, study, active, rules, losses, spent / population, settings, notes)
+
+
+def _count(rules: Race, pairs: Sequence[Any]) -> int:
+    return min(max(round(rules.bottom * len(pairs)), 1), len(pairs))
+
+
+def _one_part(
+    study: WhatIf,
+    part: Any,
+    pairs: Sequence[tuple[str, int]],
+    active: Tensor,
+    estimates: Estimates,
+    gates: GateGradients,
+) -> Tensor:
+    here = study.on(part)
+    if (here.outcome.weights != 1).any():
+        raise MeasurementError(
+            "budget: a race needs the loss of every sample, and that of loss_fn could not be taken apart; return "
+            "one loss per sample from it, or leave budget out"
+        )
+    controls = gates.of(part)
+    rows = {pair: row for row, pair in enumerate(pairs) if active[row]}
+    for layer in here.order(list(dict.fromkeys(layer for layer, _ in rows))):
+        mine = {neuron: row for (name, neuron), row in rows.items() if name == layer}
+        changes = here.without([{layer: [neuron]} for neuron in mine]).losses - here.outcome.losses
+        for row, values in zip(mine.values(), changes, strict=True):
+            estimates.add(row, values, controls[:, row])
+    return here.outcome.losses[0]
+
+
+def _shuffled(batches: Sequence[Any], seed: int) -> Any:
+    """All samples in random order, as one batch.
+
+    Raises:
+        MeasurementError: If they cannot be joined.
+    """
+    if not all(is_divisible(b) and form_of(b) == form_of(batches[0]) for b in batches):
+        raise MeasurementError(
+            "budget: a race needs samples in random order, and batches of one form to draw them from"
+        )
+    sizes = [batch_size_of(batch) for batch in batches]
+    order = torch.randperm(sum(sizes), generator=torch.Generator().manual_seed(seed))
+    return rows_of(join(batches, sizes), order, sum(sizes))
+
+
+def _report(
+    estimates: Estimates,
+    pairs: Sequence[tuple[str, int]],
+    study: WhatIf,
+    active: Tensor,
+    rules: Race,
+    losses: Sequence[Tensor],
+    runs: float,
+    settings: Mapping[str, Any],
+    notes: Sequence[str],
+) -> AblationReport:
+    middle, _ = estimates.interval(rules.confidence)
+    _, one_sigma = estimates.interval(0.6827)
+    found = {
+        name: torch.full((study.layers[name].neurons,), torch.nan, dtype=torch.float64)
+        for name in dict.fromkeys(layer for layer, _ in pairs)
+    }
+    errors = {name: values.clone() for name, values in found.items()}
+    undecided: dict[str, list[int]] = {}
+    for row, (layer, neuron) in enumerate(pairs):
+        if estimates.seen[row]:
+            found[layer][neuron], errors[layer][neuron] = middle[row], one_sigma[row]
+        if active[row]:
+            undecided.setdefault(layer, []).append(neuron)
+    used = torch.cat(list(losses)) if losses else torch.full((1,), torch.nan)
+    said = f"{int(active.sum())} of {len(pairs)} neurons undecided for the bottom {rules.bottom:.0%}"
+    return AblationReport(
+        loss=float(used.mean()),
+        samples=len(used),
+        delta_loss=found,
+        standard_error=errors,
+        undecided={layer: tuple(indices) for layer, indices in undecided.items()},
+        runs=runs,
+        settings=dict(settings),
+        notes=(*notes, said, *study.remarks()),
+    )

@@ -1,0 +1,207 @@
+"""The engine of ablation studies: each batch runs once, and then, for every change, from where that takes effect."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lightning_neurons.errors import MeasurementError
+from lightning_neurons.network.batches import batch_size_of
+from lightning_neurons.network.layer import Layer, candidates
+from lightning_neurons.network.rerun import Rerun, Reruns
+from lightning_neurons.network.silence import Edit, Replacement, edit_of
+from lightning_neurons.studies.activation_means import activation_means
+from lightning_neurons.studies.losses import normal_tensors, summed
+from lightning_neurons.studies.passes import Passes
+from lightning_neurons.studies.sample_losses import SampleLosses
+
+LossFunction = Callable[[Any, Any], Tensor]
+NeuronSet = Mapping[str, Sequence[int]]
+"""Neurons by layer."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What some runs of one batch gave.
+
+    Attributes:
+        losses: Of the samples in each run, or their mean over the batch where they cannot be told apart.
+        weights: How many samples each of them stands for.
+        outputs: What the model returned in each run, or None if it was not called exactly once.
+    """
+
+    losses: Float[Tensor, "run value"]
+    weights: Float[Tensor, " value"]
+    outputs: list[Any]
+
+    def averaged(self) -> "Outcome":
+        """The same with one mean for each run."""
+        means = ((self.losses * self.weights).sum(1) / self.weights.sum())[:, None]
+        return Outcome(means, self.weights.sum().reshape(1), self.outputs)
+
+
+class WhatIf:
+    """Runs a model on batches with neurons switched off. Isolate the model, in the mode of your choice, around it.
+
+    Args:
+        model: The model.
+        loss_fn: From the model and a batch to a loss.
+        loss_reduction: What that is: ``"mean"``, ``"sum"`` or ``"none"``.
+        replacement: What takes the place of switched-off neurons.
+        exact: Whether losses are those of whole forwards bit for bit.
+        memory_limit: How many bytes may be kept for a batch.
+        seed: Of the shuffles of ``"resample"``.
+
+    Attributes:
+        layers: What is known of the layers, from the first batch on.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFunction,
+        *,
+        loss_reduction: str = "mean",
+        replacement: Replacement = "zero",
+        exact: bool = True,
+        memory_limit: int = 2**30,
+        seed: int = 0,
+    ) -> None:
+        self.model, self.loss_fn, self.loss_reduction = model, loss_fn, loss_reduction
+        self.replacement, self.exact, self.memory_limit = replacement, exact, memory_limit
+        self.layers: dict[str, Layer] = {}
+        self.means: dict[str, Tensor] = {}
+        self.modules = candidates(model)
+        self._passes = Passes(model, [])
+        self._split = SampleLosses(model, loss_fn, loss_reduction)
+        self._generator = torch.Generator().manual_seed(seed)
+        self._reruns: Reruns | None = None
+        self._outputs: list[Any] = []
+
+    @contextmanager
+    def open(self) -> Iterator["WhatIf"]:
+        """Listen to what the model returns."""
+        handle = self.model.register_forward_hook(self._hear)
+        try:
+            yield self
+        finally:
+            handle.remove()
+            self._reruns, self._outputs = None, []
+
+    def _hear(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self._outputs.append(output)
+
+    def remarks(self) -> list[str]:
+        """What the reader should know of how the numbers were found."""
+        reruns = self._reruns
+        if reruns is None or not reruns.forwards:
+            return []
+        total = reruns.replays + reruns.forwards
+        return [f"{reruns.forwards} of {total} runs were whole forwards: a replay would not have given the same"]
+
+    def look(self, batch: Any) -> None:
+        """Learn where the layers' activations are, from the first batch."""
+        if self.layers:
+            return
+
+        def forward(given: Any) -> Any:
+            return self.loss_fn(self.model, normal_tensors(given))
+
+        with torch.inference_mode(False):
+            self._passes.find(forward, batch)
+            assert self._passes.known is not None, "just found"
+            self.layers = {n: layer for n, layer in self._passes.known.layers.items() if layer.calls}
+
+    def measure_means(self, batches: Sequence[Any]) -> None:
+        """Measure the mean activation of every neuron, for ``"mean"``."""
+        self.means = activation_means(self.model, self.layers, self.modules, batches, self.loss_fn)
+
+    def parts(self, batch: Any) -> Iterator[Any]:
+        """The batch in parts whose activations stay in a CPU's cache."""
+        return self._passes.parts(batch)
+
+    def on(self, batch: Any) -> "BatchWhatIf":
+        """Run a batch (or a part of one) and make ready to run it with changes."""
+        batch = normal_tensors(batch)
+        samples = batch_size_of(batch)
+        if self._reruns is None:
+            self._reruns = Reruns(self.model, self.layers, self.modules, self._run, self.memory_limit, exact=self.exact)
+        with torch.inference_mode(False):
+            return BatchWhatIf(self, self._reruns.on(batch, samples), batch, samples)
+
+    def _run(self, batch: Any) -> tuple[Tensor, list[Any]]:
+        self._outputs = []
+        loss = self.loss_fn(self.model, batch)
+        if not isinstance(loss, Tensor):
+            raise MeasurementError(f"loss_fn returned {type(loss).__name__}: expected a tensor")
+        return loss, self._outputs
+
+    def outcome(self, results: Sequence[tuple[Tensor, list[Any]]], batch: Any, samples: int) -> Outcome:
+        """What some runs of a batch gave, sample by sample where possible."""
+        outputs = [heard[0] if len(heard) == 1 else None for _, heard in results]
+        losses = self._split.of([loss for loss, _ in results], outputs, batch, samples)
+        if losses is not None:
+            return Outcome(losses, torch.ones_like(losses[0]), outputs)
+        means = [summed(loss, self.loss_reduction, samples).double() / samples for loss, _ in results]  # type: ignore[arg-type]
+        column = torch.stack([mean.reshape(1) for mean in means])
+        return Outcome(column, torch.full_like(column[0], samples), outputs)
+
+    def shuffle(self, samples: int) -> Tensor:
+        """For each sample another one: random, none stays where it is."""
+        order = torch.randperm(samples, generator=self._generator)
+        found = torch.empty_like(order)
+        found[order] = order.roll(1)
+        return found
+
+
+class BatchWhatIf:
+    """One batch.
+
+    Attributes:
+        outcome: What the unchanged model gives.
+    """
+
+    def __init__(self, study: WhatIf, rerun: Rerun, batch: Any, samples: int) -> None:
+        self._study, self._rerun, self.batch, self.samples = study, rerun, batch, samples
+        if study.replacement == "resample" and samples < 2:
+            raise MeasurementError(
+                'replacement="resample" takes values from other samples, and a batch has only one; use larger batches'
+            )
+        self._shuffle = study.shuffle(samples) if study.replacement == "resample" else None
+        self.outcome = study.outcome([rerun.result], batch, samples)
+
+    def order(self, layers: Sequence[str]) -> list[str]:
+        """Layers in the order in which they should be asked about."""
+        return self._rerun.plan(layers)
+
+    def without(self, sets: Sequence[NeuronSet]) -> Outcome:
+        """What the model gives without some neurons, one run for each of several sets."""
+        with torch.inference_mode(False):
+            results = []
+            for neurons in sets:
+                edits = {name: self._edit(name, indices) for name, indices in neurons.items()}
+                unchanged = len(edits) == 1 and self._is_unchanged(*next(iter(edits.items())))
+                results.append(self._rerun.result if unchanged else self._rerun.silenced(edits))
+            return self._study.outcome(results, self.batch, self.samples)
+
+    def from_call(self, start: int | None) -> Outcome:
+        """What the model gives when something that no call before ``start`` reads has been changed."""
+        with torch.inference_mode(False):
+            return self._study.outcome([self._rerun.from_call(start)], self.batch, self.samples)
+
+    def _is_unchanged(self, name: str, edit: Edit) -> bool:
+        """A neuron that has the new values already, such as a dead one, need not be run."""
+        value = self._rerun.activation(name) if self._rerun.prepare(name) else None
+        return value is not None and not edit.changes(value)
+
+    def _edit(self, name: str, neurons: Sequence[int]) -> Edit:
+        study = self._study
+        device = next((p.device for p in study.modules[name].parameters()), torch.device("cpu"))
+        means = study.means.get(name)
+        return edit_of(
+            study.layers[name], neurons, study.replacement, device=device, means=means, shuffle=self._shuffle
+        )
