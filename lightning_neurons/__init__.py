@@ -16,9 +16,13 @@ from lightning_neurons.pruning.budget import PruningBudget
 from lightning_neurons.pruning.describe import describe_structure
 from lightning_neurons.pruning.plan import PruningPlan
 from lightning_neurons.pruning.prune import PruningReport, prune
+from lightning_neurons.pruning.subnetwork import plan_keeping
 from lightning_neurons.results.neuron_report import NeuronReport
 from lightning_neurons.studies.ablation import ablate
+from lightning_neurons.studies.classes import class_study
 from lightning_neurons.studies.measure import logit, measure, predicted_logit
+from lightning_neurons.studies.perturbation import perturb
+from lightning_neurons.studies.sets import ablate_together, ablation_curves
 
 __version__ = "0.1.0"
 
@@ -42,12 +46,17 @@ __all__ = [
     "Summary",
     "UnknownNameError",
     "ablate",
+    "ablate_together",
+    "ablation_curves",
     "agreement",
+    "class_study",
     "describe_structure",
     "find_neurons",
     "load_pruned",
     "logit",
     "measure",
+    "perturb",
+    "plan_keeping",
     "predicted_logit",
     "prune",
     "register_layer",

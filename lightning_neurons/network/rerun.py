@@ -125,10 +125,30 @@ class Rerun:
                 return found[0]
         return self._whole(edits)
 
-    def from_call(self, start: int | None) -> Any:
-        """What the run gives if something that no call before ``start`` reads has been changed."""
+    def plan_parameters(self, parameters: Sequence[Tensor]) -> list[int]:
+        """Say which parameters will be changed; returns in which order that costs the fewest recordings."""
+        assert self._of.calls is not None, "learnt before"
+        starts = [self._reader(parameter) for parameter in parameters]
+        usable = [start for start in starts if start is not None]
+        self._stretches = self._of.calls.stretches(usable, self._samples, self._of.memory_limit)
+        return sorted(range(len(starts)), key=lambda i: starts[i] or 0)
+
+    def prepare_parameter(self, parameter: Tensor) -> None:
+        """Record what is needed to run again with a parameter changed, before it is."""
+        start = self._reader(parameter)
+        if start is not None:
+            self._trusted(start)
+
+    def with_changed(self, parameter: Tensor) -> Any:
+        """What the run gives with a parameter that has been changed since ``prepare_parameter``."""
+        start = self._reader(parameter)
         found = None if start is None else self._replay(start, {})
         return self._whole({}) if found is None else found[0]
+
+    def _reader(self, parameter: Tensor) -> int | None:
+        """The first call that reads a parameter."""
+        assert self._of.calls is not None, "learnt before"
+        return self._of.calls.parameters.get(parameter.untyped_storage().data_ptr())
 
     def activation(self, layer: str) -> Tensor | None:
         """The layer's activation as recorded, if it ran once and is on the tape."""

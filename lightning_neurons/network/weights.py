@@ -39,6 +39,26 @@ def incoming_weight(module: nn.Module, neurons: int) -> Tensor | None:
     return weight.flatten(1) if len(weight) == neurons else None
 
 
+def neuron_weights(module: nn.Module) -> list[Tensor]:
+    """For each neuron, the weights that make it, as a view into the layer's own; none where it has no such tensor.
+
+    Example:
+        >>> layer = nn.Linear(2, 3)
+        >>> _ = neuron_weights(layer)[1].zero_()
+        >>> layer.weight[1].tolist()
+        [0.0, 0.0]
+    """
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim < 2:
+        return []
+    weight = weight.detach()
+    if not isinstance(module, _TRANSPOSED):
+        return list(weight.unbind(0))
+    inputs = weight.shape[0] // module.groups  # those of a group make the neurons of that group
+    blocks = weight.split(inputs, 0)
+    return [block[:, i] for block in blocks for i in range(weight.shape[1])]
+
+
 def outgoing_weight(module: nn.Module, spread: int = 1) -> Tensor | None:
     """The weights by which a module reads each of its inputs, ``(input, weight)``.
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from lightning_neurons.errors import ArgumentError, UnknownNameError
+from lightning_neurons.results.plain import floats, plain
 from lightning_neurons.results.whole_file import write_whole
 
 FORMAT, VERSION = "lightning_neurons ablation", 1
@@ -98,7 +98,7 @@ class AblationReport:
     def save(self, path: str | Path) -> None:
         """Write it as JSON, whole or not at all."""
         document = {"format": FORMAT, "version": VERSION, **{f.name: getattr(self, f.name) for f in fields(self)}}
-        write_whole(Path(path), json.dumps(_plain(document), allow_nan=False))
+        write_whole(Path(path), json.dumps(plain(document), allow_nan=False))
 
     @classmethod
     def load(cls, path: str | Path) -> "AblationReport":
@@ -115,31 +115,11 @@ class AblationReport:
         if not isinstance(found, dict) or found.get("format") != FORMAT or found.get("version", 0) > VERSION:
             raise ArgumentError.of("path", str(path), f"{allowed}, of version {VERSION} or older")
         by_layer = ("delta_loss", "standard_error", "per_class", "per_class_error")
-        found |= {name: {n: _tensor(v) for n, v in found[name].items()} for name in by_layer}
+        found |= {name: {n: floats(v) for n, v in found[name].items()} for name in by_layer}
         for name in ("delta_metrics", "per_class_metrics"):
-            found[name] = {m: {n: _tensor(v) for n, v in by.items()} for m, by in found[name].items()}
+            found[name] = {m: {n: floats(v) for n, v in by.items()} for m, by in found[name].items()}
         found["undecided"] = {n: tuple(v) for n, v in found["undecided"].items()}
         found |= {name: tuple(found[name]) for name in ("class_counts", "notes")}
         found |= {name: math.nan if found[name] is None else found[name] for name in ("loss", "runs")}
         found["metrics"] = {n: math.nan if v is None else v for n, v in found["metrics"].items()}
         return cls(**{f.name: found[f.name] for f in fields(cls)})
-
-
-def _plain(value: Any) -> Any:
-    """Plain values; what is not finite becomes null, or a word."""
-    if isinstance(value, Tensor):
-        return _plain(value.tolist())
-    if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None if math.isnan(value) else ("inf" if value > 0 else "-inf")
-    return value
-
-
-def _tensor(values: Any) -> Tensor:
-    def number(value: Any) -> Any:
-        return [number(v) for v in value] if isinstance(value, list) else float("nan" if value is None else value)
-
-    return torch.tensor(number(values), dtype=torch.float64)

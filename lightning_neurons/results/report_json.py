@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_neurons.errors import ArgumentError
 from lightning_neurons.network.layer import Layer, Link
+from lightning_neurons.results.plain import floats, plain
 from lightning_neurons.results.whole_file import write_whole
 
 FORMAT, VERSION = "lightning_neurons report", 1
@@ -64,7 +65,7 @@ def save(report: Any, path: Path) -> None:
         "refused": {name: dict(reasons) for name, reasons in report.refused.items()},
         "counts": {name: _counts(counts) for name, counts in report.counts.items()},
     }
-    write_whole(path, json.dumps(_plain(document), allow_nan=False))
+    write_whole(path, json.dumps(plain(document), allow_nan=False))
 
 
 def load(path: Path, counts_type: Callable[..., Any]) -> dict[str, Any]:
@@ -110,28 +111,12 @@ def _item(by_layer: Mapping[str, Tensor], row: Mapping[str, Any]) -> float | Non
     return float(by_layer[row["layer"]][row["neuron"]]) if row["layer"] in by_layer else None
 
 
-def _plain(value: Any) -> Any:
-    """JSON knows no NaN and no infinity."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None if math.isnan(value) else repr(value)
-    if isinstance(value, dict):
-        return {key: _plain(v) for key, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
-
-
-def _floats(values: Any) -> Tensor:
-    def number(value: Any) -> Any:
-        return [number(v) for v in value] if isinstance(value, list) else float("nan" if value is None else value)
-
-    return torch.tensor(number(values), dtype=torch.float64)
-
-
 def _nested(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
     return {name: {layer: t.tolist() for layer, t in by_layer.items()} for name, by_layer in tensors.items()}
 
 
 def _read_nested(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Tensor]]:
-    return {name: {layer: _floats(v) for layer, v in by_layer.items()} for name, by_layer in entries.items()}
+    return {name: {layer: floats(v) for layer, v in by_layer.items()} for name, by_layer in entries.items()}
 
 
 def _layer(layer: Layer) -> dict[str, Any]:
@@ -158,5 +143,5 @@ def _read_counts(entry: dict[str, Any]) -> dict[str, Any]:
     }
     packed = zlib.decompress(base64.b64decode(entry["histogram"]["zlib"]))
     histogram = torch.from_numpy(np.frombuffer(packed, "<i8").astype(np.int64).reshape(entry["histogram"]["shape"]))
-    largest = None if entry["largest"] is None else _floats(entry["largest"])
+    largest = None if entry["largest"] is None else floats(entry["largest"])
     return {**whole, "rms": entry["rms"], "largest": largest, "histogram": histogram}

@@ -21,6 +21,7 @@ def activation_means(
     modules: Mapping[str, nn.Module],
     batches: Sequence[Any],
     run: Callable[[Any, Any], Any] | None = None,
+    add_up: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> dict[str, Float[Tensor, " neuron"]]:
     """The mean activation of every neuron over samples and positions, summed in float64.
 
@@ -30,6 +31,7 @@ def activation_means(
         modules: Their modules.
         batches: The data.
         run: Runs the model on a batch; None calls it on the batch's inputs.
+        add_up: Adds a tensor up over processes.
     """
     totals: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
@@ -47,4 +49,5 @@ def activation_means(
         for batch in batches:
             given = normal_tensors(batch)
             _ = call(model, inputs_of(given)) if run is None else run(model, given)
-    return {name: (total / counts[name]) for name, total in totals.items()}
+    counted = {name: torch.tensor(float(count), dtype=torch.float64) for name, count in counts.items()}
+    return {name: add_up(total) / add_up(counted[name]).to(total.device) for name, total in totals.items()}

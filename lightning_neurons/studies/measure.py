@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from lightning_neurons.criteria import ACTIVATION_CRITERIA, GRADIENT_CRITERIA, Criterion
 from lightning_neurons.criteria.ranking import Normalization
@@ -16,6 +15,7 @@ from lightning_neurons.network.isolate import isolated
 from lightning_neurons.network.layer import Pattern, candidates
 from lightning_neurons.network.neurons import call
 from lightning_neurons.results.neuron_report import NeuronReport
+from lightning_neurons.studies.given import check_batches, given_model
 from lightning_neurons.studies.losses import LossReduction, fgsm, sampled_label_loss, summed
 from lightning_neurons.studies.measurement import Measurement
 from lightning_neurons.studies.passes import Passes
@@ -86,10 +86,8 @@ def measure(
     wanted = sorted(c.name for c in settings.criteria if c.needs - {"activation"})
     if wanted and loss_fn is None:
         raise ArgumentError.of("loss_fn", None, f"a function (model, batch) -> loss, which {', '.join(wanted)} need")
-    if not isinstance(model, nn.Module):
-        raise ArgumentError.of("model", type(model).__name__, "a torch.nn.Module (an instance, not its class)")
-    if isinstance(batches, Tensor | Dataset) or not isinstance(batches, Iterable):
-        raise ArgumentError.of("batches", type(batches).__name__, "an iterable of batches: a DataLoader, or [batch]")
+    given_model(model)
+    check_batches(batches)
     if settings.inputs == "fgsm" and loss_fn is None:
         raise ArgumentError.of("inputs", settings.inputs, '"clean" where there is no loss_fn')
     if not candidates(model, settings.layers):
@@ -99,15 +97,40 @@ def measure(
     measurement = Measurement(
         model, settings.criteria, layers=settings.layers, per_class=settings.by_class, device=device
     )
-    passes, seen = Passes(model, [measurement]), 0
     with isolated(model):
         model.eval()
-        for index, batch in enumerate(batches):
-            seen += batch_size_of(batch)
-            _one_batch(passes, measurement, settings, loss_fn, batch, index)
+        seen = collect(measurement, batches, settings, loss_fn)
     if not seen:
         raise MeasurementError(f"batches={type(batches).__name__}: it gave no batch (has a generator been used up?)")
     return measurement.report(settings=settings.plain(), notes=[f"measured on {seen} samples"])
+
+
+def call_on_inputs(model: nn.Module, batch: Any) -> Any:
+    """What the model makes of a batch without its targets."""
+    return call(model, inputs_of(batch))
+
+
+def collect(
+    measurement: Measurement,
+    batches: Iterable[Any],
+    settings: MeasurementSettings,
+    loss_fn: LossFunction | None,
+    run: Callable[[Any, Any], Any] = call_on_inputs,
+) -> int:
+    """Measure batches; returns how many samples there were. Isolate the model around it, in evaluation mode.
+
+    Args:
+        measurement: What is added to.
+        batches: The data.
+        settings: What was asked for.
+        loss_fn: See ``measure``.
+        run: How the model is run where no loss is needed.
+    """
+    passes, seen = Passes(measurement.model, [measurement]), 0
+    for index, batch in enumerate(batches):
+        seen += batch_size_of(batch)
+        _one_batch(passes, measurement, settings, loss_fn, run, batch, index)
+    return seen
 
 
 def _one_batch(
@@ -115,6 +138,7 @@ def _one_batch(
     measurement: Measurement,
     settings: MeasurementSettings,
     loss_fn: LossFunction | None,
+    run: Callable[[Any, Any], Any],
     batch: Any,
     index: int,
 ) -> None:
@@ -125,7 +149,7 @@ def _one_batch(
         return summed(loss_fn(model, given), settings.loss_reduction, batch_size_of(given))
 
     def forward(given: Any) -> Any:
-        return call(model, inputs_of(given))
+        return run(model, given)
 
     if passes.known is None:
         passes.find(forward if loss_fn is None else loss_of, batch)

@@ -53,6 +53,7 @@ class WhatIf:
         loss_reduction: What that is: ``"mean"``, ``"sum"`` or ``"none"``.
         replacement: What takes the place of switched-off neurons.
         exact: Whether losses are those of whole forwards bit for bit.
+        by_sample: Whether to tell the losses of samples apart.
         memory_limit: How many bytes may be kept for a batch.
         seed: Of the shuffles of ``"resample"``.
 
@@ -68,6 +69,7 @@ class WhatIf:
         loss_reduction: str = "mean",
         replacement: Replacement = "zero",
         exact: bool = True,
+        by_sample: bool = True,
         memory_limit: int = 2**30,
         seed: int = 0,
     ) -> None:
@@ -77,7 +79,7 @@ class WhatIf:
         self.means: dict[str, Tensor] = {}
         self.modules = candidates(model)
         self._passes = Passes(model, [])
-        self._split = SampleLosses(model, loss_fn, loss_reduction)
+        self._split = SampleLosses(model, loss_fn, loss_reduction) if by_sample else None
         self._generator = torch.Generator().manual_seed(seed)
         self._reruns: Reruns | None = None
         self._outputs: list[Any] = []
@@ -143,12 +145,19 @@ class WhatIf:
     def outcome(self, results: Sequence[tuple[Tensor, list[Any]]], batch: Any, samples: int) -> Outcome:
         """What some runs of a batch gave, sample by sample where possible."""
         outputs = [heard[0] if len(heard) == 1 else None for _, heard in results]
-        losses = self._split.of([loss for loss, _ in results], outputs, batch, samples)
-        if losses is not None:
-            return Outcome(losses, torch.ones_like(losses[0]), outputs)
-        means = [summed(loss, self.loss_reduction, samples).double() / samples for loss, _ in results]  # type: ignore[arg-type]
+        if self._split is not None:
+            losses = self._split.of([loss for loss, _ in results], outputs, batch, samples)
+            if losses is not None:
+                return Outcome(losses, torch.ones_like(losses[0]), outputs)
+        means = [self._mean(loss, samples) for loss, _ in results]
         column = torch.stack([mean.reshape(1) for mean in means])
         return Outcome(column, torch.full_like(column[0], samples), outputs)
+
+    def _mean(self, loss: Tensor, samples: int) -> Tensor:
+        """The mean loss of a batch; one that is given as such stays as it is, bit for bit."""
+        if loss.numel() == 1 and self.loss_reduction == "mean":
+            return loss.double()
+        return summed(loss, self.loss_reduction, samples).double() / samples  # type: ignore[arg-type]
 
     def shuffle(self, samples: int) -> Tensor:
         """For each sample another one: random, none stays where it is."""
@@ -188,10 +197,19 @@ class BatchWhatIf:
                 results.append(self._rerun.result if unchanged else self._rerun.silenced(edits))
             return self._study.outcome(results, self.batch, self.samples)
 
-    def from_call(self, start: int | None) -> Outcome:
-        """What the model gives when something that no call before ``start`` reads has been changed."""
+    def order_of(self, parameters: Sequence[Tensor]) -> list[int]:
+        """The order in which parameters should be changed."""
+        return self._rerun.plan_parameters(parameters)
+
+    def prepare_parameter(self, parameter: Tensor) -> None:
+        """Make ready for a change of a parameter, before it is made."""
         with torch.inference_mode(False):
-            return self._study.outcome([self._rerun.from_call(start)], self.batch, self.samples)
+            self._rerun.prepare_parameter(parameter)
+
+    def with_changed(self, parameter: Tensor) -> Outcome:
+        """What the model gives with a parameter as it is now, if it was another one when the batch ran first."""
+        with torch.inference_mode(False):
+            return self._study.outcome([self._rerun.with_changed(parameter)], self.batch, self.samples)
 
     def _is_unchanged(self, name: str, edit: Edit) -> bool:
         """A neuron that has the new values already, such as a dead one, need not be run."""

@@ -1,0 +1,89 @@
+"""How neurons divide their attention between classes, and how classes share neurons.
+
+Selectivity describes; it does not say what matters. Morcos et al. 2018 found that it hardly predicts the effect of an
+ablation, and Leavitt and Morcos 2020 that training against it costs no accuracy.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+_TINY = 1e-12
+
+
+def class_selectivity(activity: Float[Tensor, "klass neuron"]) -> Float[Tensor, " neuron"]:
+    """The class selectivity index of each neuron, in [0, 1] (Morcos et al. 2018, arXiv:1803.06959).
+
+    ``(highest - rest) / (highest + rest)`` of the mean activity for the class that excites the neuron the most and the
+    mean over the other classes. 0: all alike; 1: one class only.
+
+    Args:
+        activity: Mean activity of each neuron for each class, not negative; NaN for classes without samples.
+
+    Example:
+        >>> class_selectivity(torch.tensor([[4.0, 2.0], [1.0, 2.0], [1.0, 2.0], [1.0, 2.0]])).tolist()
+        [0.6, 0.0]
+    """
+    known = activity[~activity.isnan().all(1)].double()
+    if len(known) < 2:
+        return torch.full(activity.shape[1:], torch.nan, dtype=torch.float64)
+    highest = known.amax(0)
+    rest = (known.sum(0) - highest) / (len(known) - 1)
+    return (highest - rest) / (highest + rest + _TINY)
+
+
+def class_entropy(importance: Float[Tensor, "klass neuron"]) -> Float[Tensor, " neuron"]:
+    """The entropy of each neuron's importance over classes, in [0, 1]: 1 serves all alike, 0 serves one.
+
+    Importance below 0 counts as 0; a neuron without any has no entropy (NaN).
+
+    Example:
+        >>> class_entropy(torch.tensor([[1.0, 1.0], [1.0, 0.0]])).tolist()
+        [1.0, 0.0]
+    """
+    known = importance[~importance.isnan().all(1)].double().clamp_min(0)
+    if len(known) < 2:
+        return torch.full(importance.shape[1:], torch.nan, dtype=torch.float64)
+    shares = known / known.sum(0)
+    scale = torch.log(torch.tensor(float(len(known)), dtype=torch.float64))
+    entropy: Tensor = -torch.special.xlogy(shares, shares).sum(0)
+    return (entropy / scale).abs()
+
+
+def reuse(members: Mapping[str, Bool[Tensor, "klass neuron"]]) -> tuple[Tensor, Tensor]:
+    """The Jaccard index between the neuron sets of every two classes, and what sets drawn at random would have.
+
+    Random sets of the same sizes, drawn layer by layer, share ``sum of m_i m_j / n`` neurons over layers of ``n``
+    neurons; for one layer and sets of a share ``p`` each, the chance level is ``p / (2 - p)``.
+
+    Args:
+        members: By layer, which neurons belong to each class.
+
+    Returns:
+        Observed and chance, ``(class, class)`` each.
+
+    Example:
+        >>> observed, chance = reuse({"fc": torch.tensor([[True, True, False, False], [True, False, True, False]])})
+        >>> round(observed[0, 1].item(), 3), round(chance[0, 1].item(), 3)
+        (0.333, 0.333)
+    """
+    layers = [m.double() for m in members.values()]
+    both = torch.stack([m @ m.t() for m in layers]).sum(0)
+    by_chance = torch.stack([torch.outer(m.sum(1), m.sum(1)) / m.shape[1] for m in layers]).sum(0)
+    sizes = torch.stack([m.sum(1) for m in layers]).sum(0)
+    either = sizes[:, None] + sizes[None, :]
+    return both / (either - both), by_chance / (either - by_chance)
+
+
+def shared_by(members: Mapping[str, Bool[Tensor, "klass neuron"]]) -> Int[Tensor, " count"]:
+    """How many neurons belong to 0, 1, 2, ... classes.
+
+    Example:
+        >>> shared_by({"fc": torch.tensor([[True, True, False], [True, False, False]])}).tolist()
+        [1, 1, 1]
+    """
+    counts = torch.cat([m.sum(0) for m in members.values()])
+    classes = len(next(iter(members.values())))
+    return torch.bincount(counts, minlength=classes + 1)

@@ -1,0 +1,140 @@
+"""Which neurons serve which classes: the result of a class study."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from lightning_neurons.criteria.selectivity import class_entropy, reuse, shared_by
+from lightning_neurons.errors import ArgumentError
+from lightning_neurons.results.plain import plain
+from lightning_neurons.results.whole_file import write_whole
+
+
+class ClassAccuracy(NamedTuple):
+    """How well one model does, seen from one class.
+
+    Attributes:
+        model: ``"whole"``; ``"subnetwork"``: only the class's neurons; ``"ablation"``: all but those;
+            ``"random subnetwork"`` and ``"random ablation"``: the same with as many neurons drawn at random (means over
+            draws); ``"other subnetworks"``: those of the other classes (means).
+        klass: The class.
+        on_all: Accuracy on all samples.
+        on_class: On the samples of the class.
+        on_others: On all other samples.
+        balanced: Mean of the last two.
+    """
+
+    model: str
+    klass: int
+    on_all: float
+    on_class: float
+    on_others: float
+    balanced: float
+
+
+@dataclass(frozen=True)
+class ClassReport:
+    """Neurons by class, and what they are worth.
+
+    Attributes:
+        classes: The classes that were studied.
+        class_counts: How many samples each of them had.
+        importance: By layer, ``(class, neuron)``: mean activation, another score, or the measured change of the class's
+            loss without the neuron.
+        members: By layer, ``(class, neuron)``: whether the neuron belongs to the class's sub-network.
+        selectivity: By layer, ``(neuron,)``: the class selectivity index of mean magnitudes of activations. It
+            describes; it is not importance.
+        accuracies: Each model, seen from each class.
+        settings: What was asked for.
+        notes: What the reader should know.
+    """
+
+    classes: tuple[int, ...]
+    class_counts: tuple[int, ...]
+    importance: Mapping[str, Float[Tensor, "klass neuron"]]
+    members: Mapping[str, Bool[Tensor, "klass neuron"]]
+    selectivity: Mapping[str, Float[Tensor, " neuron"]]
+    accuracies: tuple[ClassAccuracy, ...]
+    settings: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def jaccard(self) -> Float[Tensor, "klass klass"]:
+        """Overlap of the classes' neurons: size of the intersection over that of the union."""
+        return reuse(self.members)[0]
+
+    @property
+    def jaccard_chance(self) -> Float[Tensor, "klass klass"]:
+        """What random sets of the same sizes would have; ``jaccard`` minus this is 0 where classes share by chance."""
+        return reuse(self.members)[1]
+
+    @property
+    def shared_by(self) -> Int[Tensor, " count"]:
+        """How many neurons belong to 0, 1, 2, ... classes."""
+        return shared_by(self.members)
+
+    @property
+    def entropy(self) -> dict[str, Float[Tensor, " neuron"]]:
+        """By layer, the entropy of each neuron's importance over classes, in [0, 1]; 0 serves one class."""
+        return {name: class_entropy(scores) for name, scores in self.importance.items()}
+
+    def subnetwork(self, classes: int | Sequence[int]) -> dict[str, list[int]]:
+        """The neurons of a class, or of any of several, by layer.
+
+        Raises:
+            ArgumentError: If a class was not studied.
+        """
+        rows = [self.row(k) for k in ([classes] if isinstance(classes, int) else classes)]
+        return {name: m[rows].any(0).nonzero().flatten().tolist() for name, m in self.members.items()}
+
+    def outside(self, classes: int | Sequence[int]) -> dict[str, list[int]]:
+        """The neurons of the studied layers that belong to none of the classes: what is to go from their sub-network."""
+        inside = self.subnetwork(classes)
+        return {name: sorted({*range(m.shape[1])} - {*inside[name]}) for name, m in self.members.items()}
+
+    def row(self, klass: int) -> int:
+        """Where a class stands in the rows of ``importance`` and ``members``.
+
+        Raises:
+            ArgumentError: If it was not studied.
+        """
+        if klass not in self.classes:
+            raise ArgumentError.of("classes", klass, f"classes that were studied: {', '.join(map(str, self.classes))}")
+        return self.classes.index(klass)
+
+    def accuracy(self, model: str, klass: int) -> ClassAccuracy:
+        """One row of ``accuracies``.
+
+        Raises:
+            ArgumentError: If there is none.
+        """
+        found = [row for row in self.accuracies if row.model == model and row.klass == klass]
+        if not found:
+            known = ", ".join(repr(name) for name in dict.fromkeys(row.model for row in self.accuracies))
+            raise ArgumentError.of("model, klass", (model, klass), f"one of {known} and a class that was studied")
+        return found[0]
+
+    def save(self, path: str | Path) -> None:
+        """Write it as JSON, whole or not at all; NaN becomes null."""
+        document = {
+            "format": "lightning_neurons classes",
+            "version": 1,
+            "classes": self.classes,
+            "class_counts": self.class_counts,
+            "accuracies": [row._asdict() for row in self.accuracies],
+            "jaccard": self.jaccard,
+            "jaccard_chance": self.jaccard_chance,
+            "shared_by": self.shared_by,
+            "subnetworks": {str(k): self.subnetwork(k) for k in self.classes},
+            "importance": self.importance,
+            "selectivity": self.selectivity,
+            "entropy": self.entropy,
+            "settings": self.settings,
+            "notes": self.notes,
+        }
+        write_whole(Path(path), json.dumps(plain(document), allow_nan=False))

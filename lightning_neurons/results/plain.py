@@ -1,0 +1,35 @@
+"""Plain values for JSON, which knows no NaN, no infinity and no tensor; and tensors from them."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def plain(value: Any) -> Any:
+    """Tensors as lists, keys as words, NaN as null, infinities as words.
+
+    Example:
+        >>> plain({3: torch.tensor([1.0, float("nan")]), "high": float("inf")})
+        {'3': [1.0, None], 'high': 'inf'}
+    """
+    if isinstance(value, Tensor):
+        return plain(value.tolist())
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else repr(value)
+    return value
+
+
+def floats(values: Any) -> Tensor:
+    """The tensor that ``plain`` made a list of."""
+
+    def number(value: Any) -> Any:
+        return [number(v) for v in value] if isinstance(value, list) else float("nan" if value is None else value)
+
+    return torch.tensor(number(values), dtype=torch.float64)

@@ -1,0 +1,81 @@
+"""How well a model does, class by class, with some of its neurons switched off."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+
+from lightning_neurons.errors import MeasurementError
+from lightning_neurons.network.isolate import eager
+from lightning_neurons.network.layer import Layer
+from lightning_neurons.network.silence import Edit, Replacement, Silence, edit_of
+
+Forward = Callable[[nn.Module, Any], Any]
+"""From a model and a batch to logits ``(batch, class)``."""
+
+Masks = Mapping[str, Bool[Tensor, " neuron"]]
+"""By layer, which neurons are on."""
+
+
+class ClassAccuracies:
+    """Counts of right answers; those of several processes add up.
+
+    Args:
+        model: The model, in evaluation mode.
+        forward: How it is run.
+        layers: What ``trace.py`` found.
+        modules: Their modules.
+        variants: Which neurons are on, for each variant of the model; an empty mapping is the whole model.
+        classes: How many classes there are.
+        replacement: What takes the place of those that are off.
+        means: Mean activations by layer, for ``"mean"``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        forward: Forward,
+        layers: Mapping[str, Layer],
+        modules: Mapping[str, nn.Module],
+        variants: Sequence[Masks],
+        classes: int,
+        replacement: Replacement = "zero",
+        means: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self._model, self._forward, self._layers, self._modules = model, forward, layers, modules
+        self.right = torch.zeros(len(variants), classes, dtype=torch.int64)
+        self._edits = [self._off(masks, replacement, means or {}) for masks in variants]
+
+    def _off(self, masks: Masks, replacement: Replacement, means: Mapping[str, Tensor]) -> dict[str, Edit]:
+        found = {}
+        for name, on in masks.items():
+            off = (~on).nonzero().flatten()
+            if len(off):
+                device = next((p.device for p in self._modules[name].parameters()), torch.device("cpu"))
+                found[name] = edit_of(self._layers[name], off, replacement, device=device, means=means.get(name))
+        return found
+
+    def add(self, batch: Any, targets: Int[Tensor, " batch"]) -> None:
+        """Run a batch through every variant."""
+        for row, edits in enumerate(self._edits):
+            with torch.inference_mode(False), torch.no_grad(), eager():
+                with Silence(self._layers, self._modules, edits):
+                    logits = checked_logits(self._forward(self._model, batch), targets)
+            hits = targets[logits.argmax(1) == targets].cpu()
+            self.right[row] += torch.bincount(hits, minlength=self.right.shape[1])
+
+
+def checked_logits(logits: Any, targets: Tensor) -> Tensor:
+    """Logits of the right shape.
+
+    Raises:
+        MeasurementError: If it is anything else, or a target is no class of them.
+    """
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(targets):
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise MeasurementError(f"the model returned {got}: a class study needs logits of shape (batch, class)")
+    if len(targets) and int(targets.max()) >= logits.shape[1]:
+        raise MeasurementError(f"a target is {int(targets.max())}, and the model has {logits.shape[1]} outputs")
+    return logits

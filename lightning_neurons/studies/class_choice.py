@@ -1,0 +1,93 @@
+"""The neurons that are important for a class, and sets of other neurons to compare them with."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from lightning_neurons.criteria.ranking import select
+from lightning_neurons.errors import ArgumentError, check_share, is_number
+
+
+@dataclass(frozen=True)
+class ClassRule:
+    """Which neurons of a layer are a class's own: exactly one rule, or the better half.
+
+    Attributes:
+        share: The most important share of each layer.
+        threshold: Those whose importance is at least this.
+        cumulative: The fewest that hold this share of the layer's importance for the class.
+
+    Raises:
+        ArgumentError: If more than one is given, or it is out of range.
+    """
+
+    share: float | None = None
+    threshold: float | None = None
+    cumulative: float | None = None
+
+    def __post_init__(self) -> None:
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        if len(given) > 1:
+            raise ArgumentError.of("share, threshold, cumulative", given, "at most one of them")
+        for name in ("share", "cumulative"):
+            if (value := getattr(self, name)) is not None and check_share(name, value, zero=False) == 1:
+                raise ArgumentError.of(name, value, "a share below 1: all neurons are the whole network")
+        if self.threshold is not None and (not is_number(self.threshold) or self.threshold != self.threshold):
+            raise ArgumentError.of("threshold", self.threshold, "a number")
+
+    def plain(self) -> dict[str, float]:
+        """The rule, by name."""
+        return {name: value for name, value in vars(self).items() if value is not None} or {"share": 0.5}
+
+    def members(
+        self, importance: Mapping[str, Float[Tensor, "klass neuron"]], classes: Sequence[int]
+    ) -> dict[str, Bool[Tensor, "klass neuron"]]:
+        """Which neurons belong to each class.
+
+        Args:
+            importance: By layer.
+            classes: The classes of its rows, for messages.
+
+        Raises:
+            ArgumentError: If a class would keep nothing or everything.
+        """
+        rule = self.plain()
+        if "cumulative" in rule:  # what helps a class when it goes is not part of it
+            importance = {name: scores.clamp_min(0) for name, scores in importance.items()}
+        found = {
+            name: torch.stack([select(row, **rule) for row in scores])  # type: ignore[arg-type]
+            for name, scores in importance.items()
+        }
+        kept = torch.stack([m.sum(1) for m in found.values()]).sum(0)
+        total = sum(m.shape[1] for m in found.values())
+        for row, klass in enumerate(classes):
+            if kept[row] in (0, total):
+                scores = torch.cat([values[row] for values in importance.values()])
+                low, high = float(scores.min()), float(scores.max())
+                what = "nothing" if kept[row] == 0 else "everything"
+                name, value = next(iter(rule.items()))
+                allowed = f"one that keeps some of the neurons of class {klass}, whose importance is {low:.3g} to "
+                raise ArgumentError.of(name, value, f"{allowed}{high:.3g}; this keeps {what}")
+        return found
+
+
+def random_members(
+    members: Mapping[str, Bool[Tensor, "klass neuron"]], generator: torch.Generator
+) -> dict[str, Bool[Tensor, "klass neuron"]]:
+    """As many neurons of each layer for each class, drawn at random; classes with the same sizes get the same ones."""
+    drawn: dict[tuple[int, ...], dict[str, Tensor]] = {}
+    sizes = torch.stack([m.sum(1) for m in members.values()], 1)
+    rows = []
+    for counts in (tuple(row) for row in sizes.tolist()):
+        if counts not in drawn:
+            drawn[counts] = {
+                name: torch.zeros(m.shape[1], dtype=torch.bool).index_fill_(
+                    0, torch.randperm(m.shape[1], generator=generator)[:count], True
+                )
+                for (name, m), count in zip(members.items(), counts, strict=True)
+            }
+        rows.append(drawn[counts])
+    return {name: torch.stack([row[name] for row in rows]) for name in members}

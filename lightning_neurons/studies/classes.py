@@ -1,0 +1,119 @@
+"""Which neurons serve which classes, and what a network of those neurons alone can do."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lightning_neurons.criteria import CRITERIA
+from lightning_neurons.errors import ArgumentError, UnknownNameError, check_choice, check_count, check_flag
+from lightning_neurons.network.isolate import isolated
+from lightning_neurons.network.layer import Pattern, require_materialized
+from lightning_neurons.results.class_report import ClassReport
+from lightning_neurons.studies.class_accuracy import Forward
+from lightning_neurons.studies.class_choice import ClassRule
+from lightning_neurons.studies.class_steps import ClassStudy
+from lightning_neurons.studies.given import given_batches, given_model
+from lightning_neurons.studies.measure import call_on_inputs
+
+Method = Literal["thresholding", "masking"]
+
+
+def class_study(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    classes: Sequence[int] | None = None,
+    method: Method = "thresholding",
+    importance: str = "mean",
+    share: float | None = None,
+    threshold: float | None = None,
+    cumulative: float | None = None,
+    layers: Sequence[Pattern] | None = None,
+    replacement: Literal["zero", "mean"] = "zero",
+    controls: int = 3,
+    forward: Forward | None = None,
+    progress: bool = False,
+    seed: int = 0,
+) -> ClassReport:
+    """Find the neurons of each class, and measure the sub-network that they make, and the network without them.
+
+    For every class: its important neurons; the accuracy of the model with only those (the sub-network) and without
+    them (the ablation model), on all samples, on the class's own and on the others; the same with as many neurons drawn
+    at random, and with the other classes' neurons. The layer that makes the logits keeps all its neurons.
+
+    Args:
+        model: A classifier, run in evaluation mode and left as it was. Batches must lie on its device.
+        batches: An iterable of batches that show their targets, such as pairs; kept in memory.
+        classes: Which classes; None takes all that the data has.
+        method: How importance is found. ``"thresholding"``: from the samples of the class, one pass for all neurons;
+            ``"masking"``: the measured change of the class's loss without each neuron, see ``ablate``.
+        importance: For thresholding, the name of a criterion: ``"mean"`` activation, or ``"fisher"``, for example.
+        share: The most important share of each layer belongs to the class; 0.5 if no rule is given.
+        threshold: What is at least so important belongs to the class.
+        cumulative: The fewest neurons of a layer that hold this share of its importance belong to the class.
+        layers: None for all, or patterns of paths, names of classes or module types; others are left alone.
+        replacement: What neurons that are off become: ``"zero"``, or their ``"mean"`` over all samples.
+        controls: How many random draws are compared.
+        forward: From the model and a batch to logits; None calls the model on the batch's inputs.
+        progress: Show progress bars.
+        seed: Of the random draws.
+
+    Returns:
+        Neurons, overlaps and accuracies.
+
+    Raises:
+        ArgumentError: If an argument is out of range, a class has no samples, or a rule keeps nothing or everything.
+        MeasurementError: If the model gives no logits, or batches show no targets.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+        >>> data = [(torch.randn(8, 4), torch.arange(8) % 2)]
+        >>> report = class_study(net, data, share=0.5)
+        >>> len(report.subnetwork(0)["0"]), [row.model for row in report.accuracies if row.klass == 0]
+        (3, ['whole', 'subnetwork', 'ablation', 'random subnetwork', 'random ablation', 'other subnetworks'])
+    """
+    given_model(model)
+    require_materialized(model)
+    study = ClassStudy(
+        model,
+        forward or call_on_inputs,
+        checked_settings(classes, method, importance, replacement, controls, layers, seed),
+        ClassRule(share, threshold, cumulative),
+    )
+    check_flag("progress", progress)
+    data = given_batches(batches)
+    with isolated(model), torch.no_grad():
+        model.eval()
+        return study.run(data, progress=progress)
+
+
+def checked_settings(
+    classes: Any, method: Any, importance: Any, replacement: Any, controls: Any, layers: Any, seed: int
+) -> dict[str, Any]:
+    """The settings of a study, checked as far as they can be without a model.
+
+    Raises:
+        ArgumentError: If one is out of range.
+    """
+    check_choice("method", method, get_args(Method))
+    check_choice("replacement", replacement, ("zero", "mean"))
+    known = [name for name, criterion in CRITERIA.items() if criterion.statistics and criterion.kind == "importance"]
+    if importance not in known:
+        raise UnknownNameError.among("importance", str(importance), known)
+    if classes is not None:
+        listed = isinstance(classes, Sequence | Tensor) and not isinstance(classes, str)
+        classes = [int(k) for k in classes] if listed else classes
+        if not listed or not classes or len({*classes}) != len(classes) or min(classes) < 0:
+            raise ArgumentError.of("classes", classes, "None for all, or a list of class numbers, each once")
+    return {
+        "classes": classes,
+        "method": method,
+        "importance": importance,
+        "replacement": replacement,
+        "controls": check_count("controls", controls),
+        "layers": layers,
+        "seed": seed,
+    }
