@@ -2,13 +2,21 @@
 
 from lightning_neurons.callbacks import (
     ActivationStatisticsCallback,
+    ClassNeuronsCallback,
+    NeuronAblationCallback,
     NeuronPruningCallback,
     NeuronSensitivityCallback,
     PrunedCheckpointMixin,
     load_pruned,
 )
 from lightning_neurons.criteria import CRITERIA, Criterion, LayerView, Statistic, Summary, agreement
-from lightning_neurons.errors import ArgumentError, MeasurementError, PruningError, UnknownNameError
+from lightning_neurons.errors import (
+    ArgumentError,
+    MeasurementError,
+    MissingPackageError,
+    PruningError,
+    UnknownNameError,
+)
 from lightning_neurons.network.families import register_layer
 from lightning_neurons.network.layer import Layer
 from lightning_neurons.network.neurons import find_neurons
@@ -30,10 +38,13 @@ __all__ = [
     "CRITERIA",
     "ActivationStatisticsCallback",
     "ArgumentError",
+    "ClassNeuronsCallback",
     "Criterion",
     "Layer",
     "LayerView",
     "MeasurementError",
+    "MissingPackageError",
+    "NeuronAblationCallback",
     "NeuronPruningCallback",
     "NeuronReport",
     "NeuronSensitivityCallback",

@@ -8,6 +8,8 @@
     RuntimeError
     ├── MeasurementError         the model or its data cannot be measured as asked
     └── PruningError             the model cannot be cut as asked
+    ImportError
+    └── MissingPackageError      something optional is not installed
 
 Misuse of a Lightning callback is reported as Lightning's own ``MisconfigurationException``.
 """
@@ -45,6 +47,10 @@ class MeasurementError(RuntimeError):
 
 class PruningError(RuntimeError):
     """The model cannot be cut in the way that was asked for; it is as it was before."""
+
+
+class MissingPackageError(ImportError):
+    """A package that only this needs is not installed; the message says how to install it."""
 
 
 def nearest(got: str, known: Collection[str], count: int = 3) -> list[str]:

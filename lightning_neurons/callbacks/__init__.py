@@ -2,11 +2,15 @@
 
 from lightning_neurons.callbacks.activation_statistics import ActivationStatisticsCallback
 from lightning_neurons.callbacks.checkpoint import PrunedCheckpointMixin, load_pruned
+from lightning_neurons.callbacks.class_neurons import ClassNeuronsCallback
+from lightning_neurons.callbacks.neuron_ablation import NeuronAblationCallback
 from lightning_neurons.callbacks.neuron_pruning import NeuronPruningCallback
 from lightning_neurons.callbacks.neuron_sensitivity import NeuronSensitivityCallback
 
 __all__ = [
     "ActivationStatisticsCallback",
+    "ClassNeuronsCallback",
+    "NeuronAblationCallback",
     "NeuronPruningCallback",
     "NeuronSensitivityCallback",
     "PrunedCheckpointMixin",

@@ -9,8 +9,8 @@ from typing import Any
 from lightning_neurons.callbacks import suitability
 from lightning_neurons.callbacks.cutting import average_again, averages_of, reset_early_stopping
 from lightning_neurons.callbacks.distiller import Distiller
+from lightning_neurons.callbacks.foresight import ForesightedPruner
 from lightning_neurons.callbacks.keeping import Keeping
-from lightning_neurons.callbacks.pruner import NeuronPruner
 from lightning_neurons.callbacks.pruning_settings import PruningSettings
 from lightning_neurons.callbacks.recovery_settings import SMALLEST_STEP
 from lightning_neurons.callbacks.snapshot import restore_models, restore_snapshot, take_snapshot
@@ -19,7 +19,7 @@ from lightning_neurons.report.pruning import taken_back_scalars
 from lightning_neurons.studies.settings import MeasurementSettings
 
 
-class NeuronKeeper(NeuronPruner):
+class NeuronKeeper(ForesightedPruner):
     """A pruner that keeps what its user must not lose.
 
     Attributes:

@@ -7,9 +7,11 @@ from typing import Any, Literal, get_args
 from lightning_neurons.callbacks.arguments import lightning_errors
 from lightning_neurons.callbacks.keeper import NeuronKeeper
 from lightning_neurons.callbacks.pruning_settings import (
+    Check,
     OnUnprunable,
     PruningSettings,
     budget_of,
+    check_of,
     compensation_of,
     reestimation_of,
     refuse_overlap,
@@ -71,6 +73,8 @@ class NeuronPruningCallback(NeuronKeeper):
         relative_drop: Whether ``max_drop`` is a share of the metric before the first cut.
         recovery_epochs: How many epochs a cut has to recover, and distillation goes on.
         on_violation: ``"stop"`` pruning after a cut that was taken back, or try again with ``"halve"`` the step.
+        check: ``"ablation"`` silences the neurons of a plan together on the kept samples before it is decided, without
+            any compensation, and logs the metric; a cut by which it would fall by more than ``max_drop`` is not made.
         recovery: ``"distill"`` lets the model before the first cut teach the one after it: the Kullback-Leibler
             divergence of their logits is added to the gradient of whatever loss ``training_step`` has.
         output: The module whose output are the logits; None is the module's forward, or its one network if it has none.
@@ -129,6 +133,7 @@ class NeuronPruningCallback(NeuronKeeper):
         relative_drop: bool = False,
         recovery_epochs: int = 1,
         on_violation: OnViolation = "stop",
+        check: Check | None = None,
         recovery: Literal["distill"] | None = None,
         output: str | None = None,
         temperature: float = 2.0,
@@ -158,6 +163,7 @@ class NeuronPruningCallback(NeuronKeeper):
             if loss_fn is not None and not callable(loss_fn):
                 raise ArgumentError.of("loss_fn", loss_fn, "a function (module, batch) -> loss")
             can_halve = budget.threshold is None
+            guard = guard_of(monitor, mode, max_drop, relative_drop, on_violation, can_halve=can_halve)
             pruning = PruningSettings(
                 budget=budget,
                 schedule=PruningSchedule(schedule, start_epoch, end_epoch, every_n_epochs),
@@ -167,7 +173,8 @@ class NeuronPruningCallback(NeuronKeeper):
                 patience=check_count("patience", patience),
                 monitor=monitor,
                 recovery_epochs=check_count("recovery_epochs", recovery_epochs),
-                guard=guard_of(monitor, mode, max_drop, relative_drop, on_violation, can_halve=can_halve),
+                check=check_of(check, guard),
+                guard=guard,
                 distillation=distillation_of(recovery, output, temperature, distillation_weight, class_axis, teacher),
                 reset_early_stopping=check_flag("reset_early_stopping", reset_early_stopping),
                 on_unprunable=check_choice("on_unprunable", on_unprunable, get_args(OnUnprunable)),  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ from lightning_neurons.pruning.request import CONSTANT
 from lightning_neurons.pruning.schedule import PruningSchedule
 
 OnUnprunable = Literal["warn", "raise"]
+Check = Literal["ablation"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class PruningSettings:
         patience: How many measurements in a row must agree.
         monitor: The metric that is reported before and after.
         recovery_epochs: How many epochs a cut has to recover.
+        check: Whether the plan's neurons are silenced together before a cut is decided.
         guard: What the metric must not fall below, if anything.
         distillation: How the model before the cut teaches the one after it, if it does.
         reset_early_stopping: Whether early stopping forgets what the larger model could do.
@@ -42,6 +44,7 @@ class PruningSettings:
     patience: int
     monitor: str | None
     recovery_epochs: int
+    check: Check | None
     guard: Guard | None
     distillation: Distillation | None
     reset_early_stopping: bool
@@ -125,6 +128,20 @@ def refuse_overlap(settings: PruningSettings) -> None:
     if not wanted and epochs != 1:
         allowed = 'max_drop= (with monitor=) or recovery="distill" beside it; nothing else looks at it'
         raise ArgumentError.of("recovery_epochs", epochs, allowed)
+
+
+def check_of(given: Any, guard: Guard | None) -> Check | None:
+    """The check before a cut that is asked for, if any.
+
+    Raises:
+        ArgumentError: If there is none of that name, or nothing to hold it against.
+    """
+    if given is None:
+        return None
+    check_choice("check", given, get_args(Check))
+    if guard is None:
+        raise ArgumentError.of("check", given, "None without max_drop= and monitor=, which a cut is checked against")
+    return given  # type: ignore[no-any-return]
 
 
 def reestimation_of(given: bool, lossless: bool) -> bool:

@@ -36,7 +36,7 @@ def _layers(report: NeuronReport) -> str:
         )
         for row in layer_rows(report)
     ]
-    return "### Layers\n\n" + _table(heading, rows)
+    return "### Layers\n\n" + table(heading, rows)
 
 
 def _changes(report: NeuronReport, entry: HistoryEntry) -> str:
@@ -52,7 +52,7 @@ def _changes(report: NeuronReport, entry: HistoryEntry) -> str:
         )
         for row in layer_rows(report)
     ]
-    return "### Since the measurement before\n\n" + _table(heading, rows)
+    return "### Since the measurement before\n\n" + table(heading, rows)
 
 
 def _ranking(report: NeuronReport) -> str:
@@ -69,7 +69,7 @@ def _ranking(report: NeuronReport) -> str:
         )
         for place, pair in enumerate(zip(*ends.values(), strict=True))
     ]
-    return f"### Ranking of all neurons by {report.main_criterion}\n\n" + _table(
+    return f"### Ranking of all neurons by {report.main_criterion}\n\n" + table(
         ("", "most important", "score", "least important", "score"), rows
     )
 
@@ -82,12 +82,13 @@ def _thresholds(report: NeuronReport) -> str:
         dead = sum(int((d == 1).sum()) for d in deadness.values())
         seldom = sum(int((d >= 0.99).sum()) for d in deadness.values())
         rows.append((threshold, dead, f"{share(dead, neurons):.1%}", seldom))
-    return "### Deadness by threshold (in units of each layer's root mean square)\n\n" + _table(
+    return "### Deadness by threshold (in units of each layer's root mean square)\n\n" + table(
         ("threshold", "dead neurons", "share", "silent in 99 % of values or more"), rows
     )
 
 
-def _table(heading: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+def table(heading: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table in Markdown."""
     lines = [heading, ["---"] * len(heading), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 

@@ -1,4 +1,4 @@
-"""Every series that is logged. ``{layer}`` and ``{criterion}`` stand for names.
+"""Every series that is logged. ``{layer}``, ``{criterion}`` and ``{class}`` stand for names.
 
 The table below is the documentation; a test compares it with what is really written.
 """
@@ -13,12 +13,12 @@ class Tag:
 
     Attributes:
         name: The tag, with placeholders.
-        kind: ``"scalar"`` goes to every logger; ``"histogram"`` and ``"text"`` to those that can show them.
+        kind: ``"scalar"`` goes to every logger; anything else to those that can show it.
         meaning: What it shows.
     """
 
     name: str
-    kind: Literal["scalar", "histogram", "text"]
+    kind: Literal["scalar", "histogram", "text", "figure"]
     meaning: str
 
 
@@ -46,6 +46,22 @@ TAGS = (
     Tag("pruning/metric_before", "scalar", "the monitored metric at the validation before a cut"),
     Tag("pruning/metric_cut", "scalar", "the same right after the cut, on kept samples"),
     Tag("pruning/metric_after", "scalar", "the same at the next validation"),
+    Tag("pruning/metric_predicted", "scalar", "the same with the plan's neurons silenced, before a cut is decided"),
+    Tag("ablation/loss", "scalar", "loss on the sample of the ablation callback"),
+    Tag("ablation/agreement", "scalar", "Spearman of criterion and |change of loss without a neuron|, same samples"),
+    Tag("ablation/agreement_held_out", "scalar", "the same on samples that the criterion has not seen"),
+    Tag("ablation/reliability", "scalar", "Spearman of the measured change on two halves: the ceiling of the last"),
+    Tag("ablation/delta_loss/{layer}", "histogram", "change of the loss without each measured neuron"),
+    Tag("ablation/ranking", "text", "both ends of the measured ranking"),
+    Tag("classes/subnetwork/{class}", "scalar", "accuracy of the class's sub-network on the class's own samples"),
+    Tag("classes/ablation/{class}", "scalar", "the same of the network without the class's neurons"),
+    Tag("classes/random_subnetwork/{class}", "scalar", "the same of random sub-networks of equal size"),
+    Tag("classes/reuse", "scalar", "mean over pairs of classes of the Jaccard index of their neurons minus chance"),
+    Tag("classes/importance", "figure", "importance by class, a heat map for each layer"),
+    Tag("classes/reuse_matrix", "figure", "neurons that two classes share beyond chance"),
+    Tag("classes/selectivity", "figure", "class selectivity index over neurons"),
+    Tag("classes/accuracy", "figure", "accuracy of sub-networks, ablation models and controls"),
+    Tag("classes/sharing", "figure", "classes on a circle, joined where they share neurons beyond chance"),
     Tag("pruning/taken_back", "scalar", "rounds that were taken back so far, as the metric did not recover"),
     Tag("neurons/ranking", "text", "layers, global ranking, deadness by threshold (shown as .../text_summary)"),
 )

@@ -93,7 +93,7 @@ class ClassReport:
         return {name: m[rows].any(0).nonzero().flatten().tolist() for name, m in self.members.items()}
 
     def outside(self, classes: int | Sequence[int]) -> dict[str, list[int]]:
-        """The neurons of the studied layers that belong to none of the classes: what is to go from their sub-network."""
+        """The neurons of the studied layers that belong to none of the classes: what their sub-network lacks."""
         inside = self.subnetwork(classes)
         return {name: sorted({*range(m.shape[1])} - {*inside[name]}) for name, m in self.members.items()}
 

@@ -60,9 +60,9 @@ class ClassAccuracies:
     def add(self, batch: Any, targets: Int[Tensor, " batch"]) -> None:
         """Run a batch through every variant."""
         for row, edits in enumerate(self._edits):
-            with torch.inference_mode(False), torch.no_grad(), eager():
-                with Silence(self._layers, self._modules, edits):
-                    logits = checked_logits(self._forward(self._model, batch), targets)
+            silence = Silence(self._layers, self._modules, edits)
+            with torch.inference_mode(False), torch.no_grad(), eager(), silence:
+                logits = checked_logits(self._forward(self._model, batch), targets)
             hits = targets[logits.argmax(1) == targets].cpu()
             self.right[row] += torch.bincount(hits, minlength=self.right.shape[1])
 

@@ -1,0 +1,130 @@
+"""Which neurons serve which classes, measured while training goes on."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from lightning_neurons.callbacks.arguments import lightning_errors
+from lightning_neurons.callbacks.checks import overrides
+from lightning_neurons.callbacks.replay import StepReplay
+from lightning_neurons.callbacks.sampled_study import SampledStudy
+from lightning_neurons.callbacks.teachers import networks_of
+from lightning_neurons.errors import ArgumentError, MeasurementError
+from lightning_neurons.network.layer import Pattern
+from lightning_neurons.report.classes import print_classes, write_classes
+from lightning_neurons.report.drawing import can_draw
+from lightning_neurons.results.class_report import ClassReport
+from lightning_neurons.studies.class_choice import ClassRule
+from lightning_neurons.studies.class_steps import ClassStudy
+from lightning_neurons.studies.classes import Method, checked_settings
+from lightning_neurons.studies.measure import call_on_inputs
+
+
+class ClassNeuronsCallback(SampledStudy):
+    """Makes a class study of a bounded sample of the validation data: see ``class_study``.
+
+    Logged are, for every class, the accuracy on its own samples of its sub-network, of the network without it, and of
+    random sub-networks of the same size, and the figures of ``report/class_figures.py`` where there is matplotlib.
+    ``classes.json`` goes into the log directory. Works in ``fit`` and ``validate``.
+
+    Args:
+        classes: Which classes; None takes all that the sample has.
+        method: ``"thresholding"``: importance from the samples of the class; ``"masking"``: the measured change of the
+            class's loss without each neuron, which takes a run for each.
+        importance: For thresholding, the name of a criterion.
+        share: The most important share of each layer belongs to the class; 0.5 if no rule is given.
+        threshold: What is at least so important belongs to the class.
+        cumulative: The fewest neurons of a layer that hold this share of its importance belong to the class.
+        layers: None for all but the one that makes the logits; or patterns.
+        replacement: What neurons that are off become: ``"zero"`` or their ``"mean"``.
+        controls: How many random draws are compared.
+        max_samples: How many validation samples are used, spread over the data and over the classes.
+        every_n_epochs: How often to measure during ``fit``.
+        seed: Of the random draws.
+
+    Attributes:
+        report: The latest ``ClassReport``, or None before the first.
+
+    Raises:
+        MisconfigurationException: If an argument is out of range (also a ``ValueError``).
+
+    Example:
+        >>> from lightning_neurons import ClassNeuronsCallback
+        >>> callback = ClassNeuronsCallback(share=0.3, every_n_epochs=5)
+        >>> # trainer = Trainer(callbacks=[callback]); trainer.fit(module)
+        >>> # callback.report.accuracy("subnetwork", 3).on_class, callback.report.subnetwork([3, 5])
+    """
+
+    def __init__(
+        self,
+        *,
+        classes: Sequence[int] | None = None,
+        method: Method = "thresholding",
+        importance: str = "mean",
+        share: float | None = None,
+        threshold: float | None = None,
+        cumulative: float | None = None,
+        layers: Sequence[Pattern] | None = None,
+        replacement: Literal["zero", "mean"] = "zero",
+        controls: int = 3,
+        max_samples: int = 512,
+        every_n_epochs: int = 1,
+        seed: int = 0,
+    ) -> None:
+        with lightning_errors():
+            if layers is not None and (isinstance(layers, str | type) or not len(layers)):
+                raise ArgumentError.of("layers", layers, "None for all layers, or a list of patterns or module types")
+            self.settings = checked_settings(classes, method, importance, replacement, controls, layers, seed)
+            self.rule = ClassRule(share, threshold, cumulative)
+            super().__init__(layers, every_n_epochs, max_samples)
+        self.report: ClassReport | None = None
+
+    @property
+    def state_key(self) -> str:
+        """Tells callbacks of different settings apart in a checkpoint."""
+        plain = {name: self.settings[name] for name in ("classes", "method", "importance", "replacement", "seed")}
+        return self._generate_state_key(**plain, **self.rule.plain(), max_samples=self.max_samples)
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuse what cannot work, before any time has been spent."""
+        super().setup(trainer, pl_module, stage)
+        if not can_draw():
+            self._warn("figures need matplotlib, which is not installed: pip install 'lightning_neurons[figures]'")
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Show the latest study."""
+        if self.report is None:
+            self._warn("nothing has been measured")
+        elif trainer.is_global_zero:
+            print_classes(self.report)
+
+    def _study(self, pl_module: Any, replay: StepReplay, batches: list[Any]) -> ClassReport:
+        return ClassStudy(pl_module, _forward_of(pl_module), self.settings, self.rule).run(batches)
+
+    def _publish(self, trainer: Any, found: ClassReport) -> None:
+        self.report = found
+        directory = trainer.log_dir  # asks all processes
+        if not trainer.is_global_zero or trainer.fast_dev_run or not trainer.loggers:
+            return
+        write_classes(trainer.loggers, found, trainer.global_step)
+        if directory is not None:
+            found.save(Path(directory) / "classes.json")
+
+
+def _forward_of(pl_module: Any) -> Any:
+    """How to get logits: by the module's forward, or by its one network if it has none."""
+    if overrides(pl_module, "forward"):
+        return call_on_inputs
+    networks = networks_of(pl_module)
+    if len(networks) != 1:
+        raise MeasurementError(
+            f"{type(pl_module).__name__} has no forward, and {len(networks)} networks, so it is not known where the logits "
+            "come from; give it a forward that takes the inputs of a batch"
+        )
+
+    def forward(module: nn.Module, batch: Any) -> Any:
+        return call_on_inputs(module.get_submodule(networks[0]), batch)
+
+    return forward

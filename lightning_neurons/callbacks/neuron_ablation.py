@@ -1,0 +1,122 @@
+"""What really happens without a neuron, measured while training goes on, and how far a cheap criterion says the same."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from torch import Tensor, nn
+
+from lightning_neurons.callbacks.arguments import lightning_errors
+from lightning_neurons.callbacks.checks import name_of
+from lightning_neurons.callbacks.replay import StepReplay
+from lightning_neurons.callbacks.sampled_study import SampledStudy
+from lightning_neurons.criteria import Criterion, resolve
+from lightning_neurons.errors import ArgumentError, check_choice, check_count
+from lightning_neurons.network.layer import Pattern
+from lightning_neurons.network.silence import Replacement
+from lightning_neurons.report.ablation import print_ablation, write_ablation
+from lightning_neurons.results.ablation_report import AblationReport
+from lightning_neurons.studies.losses import LOSS_REDUCTIONS, LossReduction
+from lightning_neurons.studies.measure import LossFunction
+from lightning_neurons.studies.oracle import OracleAgreement
+from lightning_neurons.studies.screening import Screening, screen
+
+
+class NeuronAblationCallback(SampledStudy):
+    """Switches neurons off on a bounded sample of the validation data and measures the change of the loss.
+
+    A cheap criterion picks the most and the least important neurons; those are measured. Logged is how far the two
+    agree: on the samples that the criterion has seen, on others, and, as the ceiling, how far the measurement on one
+    half of the samples agrees with that on the other. A criterion that stays far below the ceiling should not decide
+    what is pruned. Works in ``fit`` and ``validate``; ``ablation.json`` goes into the log directory.
+
+    Args:
+        criterion: What screens: the name of any criterion, or a ``Criterion``.
+        ends: How many neurons are measured at each end of its ranking; None measures all.
+        replacement: What a neuron's activation becomes: ``"zero"``, its ``"mean"``, or, with ``"resample"``, its values
+            on another sample.
+        loss_fn: Called with the module and a batch; returns its loss. None takes what ``validation_step`` returns or
+            logs as a loss.
+        loss_reduction: What that is: the ``"mean"`` over the batch, the ``"sum"``, or ``"none"``: one loss per sample.
+        max_samples: How many validation samples are used, spread over the data and over the classes.
+        every_n_epochs: How often to measure during ``fit``.
+        layers: None for all but the last to run, which makes the output; or patterns of paths, names of classes or
+            module types.
+
+    Attributes:
+        ablation: The latest measurement, an ``AblationReport``, or None before the first.
+        agreement: Its agreement with the criterion, or None.
+
+    Raises:
+        MisconfigurationException: If an argument is out of range (also a ``ValueError``).
+
+    Example:
+        >>> from lightning_neurons import NeuronAblationCallback
+        >>> callback = NeuronAblationCallback("fisher", every_n_epochs=5)
+        >>> # trainer = Trainer(callbacks=[callback]); trainer.fit(module)
+        >>> # callback.ablation.delta_loss["net.conv1"], callback.agreement.held_out, callback.agreement.reliability
+    """
+
+    def __init__(
+        self,
+        criterion: str | Criterion = "fisher",
+        *,
+        ends: int | None = 16,
+        replacement: Replacement = "zero",
+        loss_fn: LossFunction | None = None,
+        loss_reduction: LossReduction = "mean",
+        max_samples: int = 256,
+        every_n_epochs: int = 1,
+        layers: Sequence[Pattern] | None = None,
+    ) -> None:
+        with lightning_errors():
+            self.criterion = resolve([criterion], name="criterion")[0]
+            self.ends = None if ends is None else check_count("ends", ends)
+            self.replacement: Replacement = check_choice("replacement", replacement, get_args(Replacement))  # type: ignore[assignment]
+            self.loss_reduction: LossReduction = check_choice("loss_reduction", loss_reduction, LOSS_REDUCTIONS)  # type: ignore[assignment]
+            if loss_fn is not None and not callable(loss_fn):
+                raise ArgumentError.of("loss_fn", loss_fn, "a function (module, batch) -> loss")
+            if layers is not None and (isinstance(layers, str | type) or not len(layers)):
+                raise ArgumentError.of("layers", layers, "None for all layers, or a list of patterns or module types")
+            self.loss_fn = loss_fn
+            super().__init__(layers, every_n_epochs, max_samples)
+        self.ablation: AblationReport | None = None
+        self.agreement: OracleAgreement | None = None
+
+    @property
+    def state_key(self) -> str:
+        """Tells callbacks of different settings apart in a checkpoint."""
+        plain = {"criterion": self.criterion.name, "ends": self.ends, "replacement": self.replacement}
+        return self._generate_state_key(**plain, max_samples=self.max_samples, loss_fn=name_of(self.loss_fn))
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Show the latest measurement."""
+        if self.ablation is None or self.agreement is None:
+            self._warn("nothing has been measured")
+        elif trainer.is_global_zero:
+            print_ablation(self.ablation, self.agreement, self.criterion.name)
+
+    def _study(self, pl_module: Any, replay: StepReplay, batches: list[Any]) -> Screening:
+        def loss(module: nn.Module, batch: Any) -> Tensor:
+            return replay.loss(batch)
+
+        return screen(
+            pl_module,
+            batches,
+            loss if self.loss_fn is None else self.loss_fn,
+            self.criterion,
+            run=lambda module, batch: replay.run(batch),
+            loss_reduction=self.loss_reduction,
+            layers=self.layers,
+            ends=self.ends,
+            replacement=self.replacement,
+        )
+
+    def _publish(self, trainer: Any, found: Screening) -> None:
+        self.ablation, self.agreement = found.ablation, found.agreement
+        directory = trainer.log_dir  # asks all processes
+        if not trainer.is_global_zero or trainer.fast_dev_run or not trainer.loggers:
+            return
+        write_ablation(trainer.loggers, found.ablation, found.agreement, trainer.global_step)
+        if directory is not None:
+            found.ablation.save(Path(directory) / "ablation.json")

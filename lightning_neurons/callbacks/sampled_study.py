@@ -1,0 +1,133 @@
+"""The life of a callback that makes a study of validation samples at the end of validation.
+
+Samples are kept while validation runs; then one process makes the study on those of all, in isolation, and tells the
+others. A study that fails never takes the training with it.
+"""
+
+import math
+from typing import Any
+
+import lightning.pytorch
+import pytorch_lightning
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from lightning_neurons.callbacks import checks
+from lightning_neurons.callbacks.agreement import in_one_process
+from lightning_neurons.callbacks.replay import StepReplay
+from lightning_neurons.errors import PruningError, check_count
+from lightning_neurons.network.batches import map_tensors, targets_of
+from lightning_neurons.network.layer import Pattern
+from lightning_neurons.studies.measure import LossFunction
+from lightning_neurons.studies.sample import StratifiedSample, stream_length
+
+
+class SampledStudy(lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: ignore[misc]
+    """Common base of the callbacks that make studies; add one of those to a Trainer."""
+
+    loss_fn: LossFunction | None = None
+
+    def __init__(self, layers: Any, every_n_epochs: int, max_samples: int) -> None:
+        super().__init__()
+        self.layers: tuple[Pattern, ...] | None = None if layers is None else tuple(layers)
+        self.every_n_epochs = check_count("every_n_epochs", every_n_epochs)
+        self.max_samples = check_count("max_samples", max_samples, least=2)
+        self._sample: StratifiedSample | None = None
+        self._kept: list[Any] = []
+        self._last: int | None = None  # the epoch of the last study
+        self._warned: set[str] = set()
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuse what cannot work, before any time has been spent."""
+        who = type(self).__name__
+        checks.refuse_sharded(who, trainer.strategy)
+        if not checks.overrides(pl_module, "configure_model"):
+            checks.check_layers(who, pl_module, self.layers)
+        if stage == "fit" and not trainer.enable_validation:
+            self._warn("the Trainer runs no validation, so nothing will be measured")
+
+    def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Begin to keep samples, if a study is due."""
+        self._kept, self._sample = [], None
+        if self._due(trainer):
+            total = stream_length(trainer.val_dataloaders, trainer.num_val_batches[0])
+            self._sample = StratifiedSample(math.ceil(self.max_samples / trainer.world_size), total)
+
+    def on_validation_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Keep samples (of the first dataloader), before the step can change them."""
+        if self._sample is not None and dataloader_idx == 0:
+            self._keep(self._sample.add(batch, targets_of(batch)))
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Make the study, and publish it."""
+        sample, self._sample = self._sample, None
+        if sample is None:
+            return
+        self._keep(sample.rest())
+        mine, self._kept = self._kept, []
+        batches = _of_all(trainer, mine)
+        if not batches:
+            self._warn("no sample was measured: the data was empty")
+            return
+        is_trial = trainer.sanity_checking or trainer.fast_dev_run or trainer.state.fn != "fit"
+        try:
+            found = in_one_process(trainer, lambda: self._isolated(trainer, pl_module, batches))
+        except PruningError as error:
+            if is_trial:  # before training has begun, or without training, nothing is lost by stopping at once
+                raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
+            self._warn(f"epoch {trainer.current_epoch} was not measured: {error}", once=str(error))
+            return
+        if not trainer.sanity_checking:
+            self._last = trainer.current_epoch if trainer.state.fn == "fit" else self._last
+            self._publish(trainer, found)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Let go of the samples."""
+        self._sample, self._kept = None, []
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Let go of the samples."""
+        self._sample, self._kept = None, []
+
+    def _study(self, pl_module: Any, replay: StepReplay, batches: list[Any]) -> Any:
+        """Make the study of some batches; the module is isolated and in evaluation mode."""
+        raise NotImplementedError
+
+    def _publish(self, trainer: Any, found: Any) -> None:
+        """Take what the study has found, in every process."""
+        raise NotImplementedError
+
+    def _isolated(self, trainer: Any, pl_module: Any, batches: list[Any]) -> Any:
+        replay = StepReplay(trainer, pl_module, "validation_step", self.loss_fn)
+        on_device = [map_tensors(batch, lambda t: t.to(pl_module.device)) for batch in batches]
+        with torch.inference_mode(False), replay.isolated(), torch.no_grad():
+            return self._study(pl_module, replay, on_device)
+
+    def _due(self, trainer: Any) -> bool:
+        if trainer.state.fn != "fit" or trainer.sanity_checking or self.every_n_epochs == 1:
+            return True
+        return checks.is_due(trainer.current_epoch, self.every_n_epochs, [self._last])
+
+    def _keep(self, batches: list[Any]) -> None:
+        self._kept += [map_tensors(batch, lambda t: t.detach().to("cpu", copy=True)) for batch in batches]
+
+    def _warn(self, message: str, once: str | None = None) -> None:
+        """Say it, unless it (or the same ``once``) has been said."""
+        if (once or message) not in self._warned:
+            self._warned.add(once or message)
+            rank_zero_warn(f"{type(self).__name__}: {message}")
+
+
+def _of_all(trainer: Any, mine: list[Any]) -> list[Any]:
+    """The batches of all processes, in their order."""
+    with torch.inference_mode(False):
+        mine = [map_tensors(batch, Tensor.clone) for batch in mine]
+    if trainer.world_size == 1:
+        return mine
+    everywhere: list[list[Any]] = [[] for _ in range(trainer.world_size)]
+    torch.distributed.all_gather_object(everywhere, mine)
+    return [batch for one in everywhere for batch in one]
