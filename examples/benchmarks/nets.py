@@ -41,6 +41,23 @@ class ResNet20(nn.Module):
         return self.fc(self.blocks(F.relu(self.bn1(self.conv1(x)))).mean((2, 3)))
 
 
+class Vgg11(nn.Module):
+    """VGG-11 with BatchNorm for pictures of 32 x 32 pixels (Simonyan and Zisserman 2015), with random weights."""
+
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for place, (inputs, outputs) in enumerate(pairwise((3, 64, 128, 256, 256, 512, 512, 512, 512))):
+            layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()]
+            if place in {0, 1, 3, 5}:
+                layers.append(nn.MaxPool2d(2))
+        self.features, self.fc = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1)), nn.Linear(512, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(batch, 3, 32, 32)`` to logits."""
+        return self.fc(self.features(x).flatten(1))
+
+
 def resnet20_and_pictures(samples: int, data: Path | None) -> tuple[nn.Module, Tensor, Tensor]:
     """A ResNet-20 in evaluation mode with pictures and labels: real ones from ``data``, else random ones."""
     if data is not None:

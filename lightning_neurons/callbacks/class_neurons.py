@@ -84,8 +84,9 @@ class ClassNeuronsCallback(SampledStudy):
     @property
     def state_key(self) -> str:
         """Tells callbacks of different settings apart in a checkpoint."""
-        plain = {name: self.settings[name] for name in ("classes", "method", "importance", "replacement", "seed")}
-        return self._generate_state_key(**plain, **self.rule.plain(), max_samples=self.max_samples)
+        layers = [one if isinstance(one, str) else one.__name__ for one in self.layers or ()]
+        plain = {**self.settings, **self.rule.plain(), "layers": layers, "every_n_epochs": self.every_n_epochs}
+        return self._generate_state_key(**plain, max_samples=self.max_samples)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse what cannot work, before any time has been spent."""
@@ -99,6 +100,10 @@ class ClassNeuronsCallback(SampledStudy):
             self._warn("nothing has been measured")
         elif trainer.is_global_zero:
             print_classes(self.report)
+
+    def _try(self, pl_module: Any, replay: StepReplay, batches: list[Any]) -> ClassReport | None:
+        ClassStudy(pl_module, _forward_of(pl_module), self.settings, self.rule).check(batches[0])
+        return None
 
     def _study(self, pl_module: Any, replay: StepReplay, batches: list[Any]) -> ClassReport:
         return ClassStudy(pl_module, _forward_of(pl_module), self.settings, self.rule).run(batches)
@@ -120,8 +125,8 @@ def _forward_of(pl_module: Any) -> Any:
     networks = networks_of(pl_module)
     if len(networks) != 1:
         raise MeasurementError(
-            f"{type(pl_module).__name__} has no forward, and {len(networks)} networks, so it is not known where the logits "
-            "come from; give it a forward that takes the inputs of a batch"
+            f"{type(pl_module).__name__} has no forward, and {len(networks)} networks, so it is not known where the "
+            "logits come from; give it a forward that takes the inputs of a batch"
         )
 
     def forward(module: nn.Module, batch: Any) -> Any:

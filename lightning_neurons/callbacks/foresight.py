@@ -36,8 +36,9 @@ class ForesightedPruner(NeuronPruner):
         if not guard.holds(without, now):
             self.rounds.pending = None
             self._warn(
-                f"round {pending.number} is not made at epoch {trainer.current_epoch + 1}: with its {len(pending.plan)} "
-                f"neurons silenced, {monitor} goes from {now:.4g} to {without:.4g} on the kept samples, and "
+                f"round {pending.number} is not made at epoch {trainer.current_epoch + 1}: with its "
+                f"{len(pending.plan)} neurons silenced, {monitor} goes from {now:.4g} to {without:.4g} on the kept "
+                "samples, and "
                 f"{guard.bound(now):.4g} is the worst that is allowed"
             )
 

@@ -1,9 +1,11 @@
-"""What really happens without a neuron, measured while training goes on, and how far a cheap criterion says the same."""
+"""What happens without a neuron, measured while training goes on, and how far a cheap criterion says the same."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
 from torch import Tensor, nn
 
 from lightning_neurons.callbacks.arguments import lightning_errors
@@ -11,7 +13,8 @@ from lightning_neurons.callbacks.checks import name_of
 from lightning_neurons.callbacks.replay import StepReplay
 from lightning_neurons.callbacks.sampled_study import SampledStudy
 from lightning_neurons.criteria import Criterion, resolve
-from lightning_neurons.errors import ArgumentError, check_choice, check_count
+from lightning_neurons.errors import ArgumentError, MeasurementError, check_choice, check_count
+from lightning_neurons.network.batches import batch_size_of, is_divisible
 from lightning_neurons.network.layer import Pattern
 from lightning_neurons.network.silence import Replacement
 from lightning_neurons.report.ablation import print_ablation, write_ablation
@@ -86,8 +89,15 @@ class NeuronAblationCallback(SampledStudy):
     @property
     def state_key(self) -> str:
         """Tells callbacks of different settings apart in a checkpoint."""
-        plain = {"criterion": self.criterion.name, "ends": self.ends, "replacement": self.replacement}
-        return self._generate_state_key(**plain, max_samples=self.max_samples, loss_fn=name_of(self.loss_fn))
+        plain = {name: getattr(self, name) for name in ("ends", "replacement", "loss_reduction", "every_n_epochs")}
+        layers = [one if isinstance(one, str) else one.__name__ for one in self.layers or ()]
+        return self._generate_state_key(
+            **plain,
+            criterion=self.criterion.name,
+            layers=layers,
+            max_samples=self.max_samples,
+            loss_fn=name_of(self.loss_fn),
+        )
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Show the latest measurement."""
@@ -96,7 +106,15 @@ class NeuronAblationCallback(SampledStudy):
         elif trainer.is_global_zero:
             print_ablation(self.ablation, self.agreement, self.criterion.name)
 
+    def _try(self, pl_module: Any, replay: StepReplay, batches: list[Any]) -> Screening | None:
+        too_few = len(batches) == 1 and (batch_size_of(batches[0]) < 2 or not is_divisible(batches[0]))
+        return None if too_few else self._study(pl_module, replay, batches)
+
     def _study(self, pl_module: Any, replay: StepReplay, batches: list[Any]) -> Screening:
+        if self.loss_fn is None:
+            with suppress(MeasurementError), torch.enable_grad():  # which of what the step gives is the loss
+                replay.loss(batches[0])
+
         def loss(module: nn.Module, batch: Any) -> Tensor:
             return replay.loss(batch)
 

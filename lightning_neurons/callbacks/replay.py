@@ -36,6 +36,7 @@ class StepReplay:
         self.trainer, self.pl_module, self.step, self.loss_fn = trainer, pl_module, step, loss_fn
         self.batch_idx = 0
         self.logged: dict[str, Any] = {}
+        self._place: int | None = None  # of the loss among what the step returns and logs
 
     @contextmanager
     def isolated(self) -> Iterator[None]:
@@ -84,8 +85,11 @@ class StepReplay:
         if self.loss_fn is not None:
             return out  # type: ignore[no-any-return]
         usable = torch.is_grad_enabled()  # else the forward is run to find the layers, and any loss will do
-        for found in (*_losses(out), *_losses(self.logged)):
-            if isinstance(found, Tensor) and found.is_floating_point() and (found.requires_grad or not usable):
+        offered = [*_losses(out), *_losses(self.logged)]
+        for place, found in enumerate(offered):
+            likely = found.requires_grad if usable and isinstance(found, Tensor) else self._place in (None, place)
+            if isinstance(found, Tensor) and found.is_floating_point() and likely:
+                self._place = place if usable else self._place
                 return found.reshape(()) if found.numel() == 1 else found
         raise MeasurementError(
             f"{type(self.pl_module).__name__}.{self.step} neither returned nor logged a differentiable loss (is it "

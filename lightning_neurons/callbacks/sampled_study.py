@@ -39,6 +39,14 @@ class SampledStudy(lightning.pytorch.Callback, pytorch_lightning.Callback):  # t
         self._last: int | None = None  # the epoch of the last study
         self._warned: set[str] = set()
 
+    def state_dict(self) -> dict[str, Any]:
+        """When the last study was made."""
+        return {"version": 1, "last": self._last}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the rhythm of a checkpoint."""
+        self._last = state_dict["last"]
+
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse what cannot work, before any time has been spent."""
         who = type(self).__name__
@@ -73,17 +81,21 @@ class SampledStudy(lightning.pytorch.Callback, pytorch_lightning.Callback):  # t
         if not batches:
             self._warn("no sample was measured: the data was empty")
             return
-        is_trial = trainer.sanity_checking or trainer.fast_dev_run or trainer.state.fn != "fit"
+        is_trial = trainer.sanity_checking or bool(trainer.fast_dev_run)
         try:
-            found = in_one_process(trainer, lambda: self._isolated(trainer, pl_module, batches))
+            found = in_one_process(trainer, lambda: self._isolated(trainer, pl_module, batches, is_trial=is_trial))
         except PruningError as error:
-            if is_trial:  # before training has begun, or without training, nothing is lost by stopping at once
+            if is_trial or trainer.state.fn != "fit":  # before training, or without it, nothing is lost by stopping
                 raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
             self._warn(f"epoch {trainer.current_epoch} was not measured: {error}", once=str(error))
             return
-        if not trainer.sanity_checking:
-            self._last = trainer.current_epoch if trainer.state.fn == "fit" else self._last
+        if trainer.sanity_checking or found is None:
+            return
+        self._last = trainer.current_epoch if trainer.state.fn == "fit" else self._last
+        try:
             self._publish(trainer, found)
+        except Exception as error:  # noqa: BLE001 (a picture that cannot be drawn must not stop training)
+            self._warn(f"epoch {trainer.current_epoch} was measured and not shown: {type(error).__name__}: {error}")
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Let go of the samples."""
@@ -97,15 +109,19 @@ class SampledStudy(lightning.pytorch.Callback, pytorch_lightning.Callback):  # t
         """Make the study of some batches; the module is isolated and in evaluation mode."""
         raise NotImplementedError
 
+    def _try(self, pl_module: Any, replay: StepReplay, batches: list[Any]) -> Any:
+        """Find out on the few batches of a trial run what cannot work; they may be too few for a study (None)."""
+        return self._study(pl_module, replay, batches)
+
     def _publish(self, trainer: Any, found: Any) -> None:
         """Take what the study has found, in every process."""
         raise NotImplementedError
 
-    def _isolated(self, trainer: Any, pl_module: Any, batches: list[Any]) -> Any:
+    def _isolated(self, trainer: Any, pl_module: Any, batches: list[Any], *, is_trial: bool) -> Any:
         replay = StepReplay(trainer, pl_module, "validation_step", self.loss_fn)
         on_device = [map_tensors(batch, lambda t: t.to(pl_module.device)) for batch in batches]
         with torch.inference_mode(False), replay.isolated(), torch.no_grad():
-            return self._study(pl_module, replay, on_device)
+            return (self._try if is_trial else self._study)(pl_module, replay, on_device)
 
     def _due(self, trainer: Any) -> bool:
         if trainer.state.fn != "fit" or trainer.sanity_checking or self.every_n_epochs == 1:

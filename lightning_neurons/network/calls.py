@@ -6,6 +6,7 @@ know (``learn``); with that, ``tape.py`` records a second run, as far as somebod
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_neurons.network.layer import Layer
 from lightning_neurons.network.shortcut import Narrow
-from lightning_neurons.network.trees import tensors_in
+from lightning_neurons.network.trees import address_of, tensors_in, version_of
 from lightning_neurons.network.watch import FollowLayers
 
 ALWAYS = 2**62
@@ -31,10 +32,11 @@ class Calls:
         read: By memory, the last call that read it.
         bytes: By memory, its size.
         writes: By call, the memory that it writes into.
+        outside: The calls that write into the model's own memory, or the batch's.
+        entries: By layer, how many calls there were before each run of it.
         points: By layer, the calls whose results are its activations.
         twins: For readers of a changed activation; see ``shortcut.py``.
         parameters: By address of a parameter's memory, the first call that reads it.
-        writes_outside: Whether it wrote into the model's own memory, or the batch's.
         samples: How many samples the run had.
     """
 
@@ -44,10 +46,11 @@ class Calls:
     read: list[int] = field(default_factory=list)
     bytes: list[int] = field(default_factory=list)
     writes: dict[int, set[int]] = field(default_factory=dict)
+    outside: set[int] = field(default_factory=set)
+    entries: dict[str, list[int]] = field(default_factory=dict)
     points: dict[str, list[int]] = field(default_factory=dict)
     twins: dict[int, dict[int, int]] = field(default_factory=dict)
     parameters: dict[int, int] = field(default_factory=dict)
-    writes_outside: bool = False
     samples: int = 1
 
     def needed(self, start: int) -> list[int]:
@@ -77,15 +80,25 @@ class _Arrivals(FollowLayers):
         super().__init__(layers, modules)
         self._seen = seen
 
+    def __enter__(self) -> "_Arrivals":
+        super().__enter__()
+        for name, module in self._modules.items():
+            self._handles.append(module.register_forward_pre_hook(partial(self._entered, name)))
+        return self
+
+    def _entered(self, name: str, module: nn.Module, inputs: Any) -> None:
+        self._seen.calls.entries.setdefault(name, []).append(len(self._seen.calls.functions))
+
     def _arrive(self, name: str, value: Tensor) -> None:
         self._seen.arrive(name, value, self._layers[name].axis)
 
 
 class _Learn(TorchFunctionMode):
-    def __init__(self, own: Iterable[Tensor]) -> None:
+    def __init__(self, parameters: Iterable[Tensor], others: Iterable[Tensor]) -> None:
         super().__init__()
         self.calls = Calls()
-        self._own = {t.untyped_storage().data_ptr() for t in own}
+        self._parameters = {address_of(t) for t in parameters}
+        self._own = self._parameters | {address_of(t) for t in others}
         self._number: dict[int, int] = {}
         self._call_of: dict[int, int] = {}
         self._narrow = Narrow(self.calls.twins)
@@ -106,18 +119,19 @@ class _Learn(TorchFunctionMode):
         calls, kwargs = self.calls, kwargs or {}
         now = self._now = len(calls.functions)
         calls.functions.append(func)
-        given = [(t, t._version) for t in tensors_in((args, kwargs))]
+        given = [(t, version_of(t)) for t in tensors_in((args, kwargs))]
         out = func(*args, **kwargs)
         for tensor, version in given:
-            address = tensor.untyped_storage().data_ptr()
+            address = address_of(tensor)
             number = self._number.get(address, -1)
             if number >= 0:
                 calls.read[number] = now
-            elif address in self._own:
+            elif address in self._parameters:
                 calls.parameters.setdefault(address, now)
-            if tensor._version != version:
-                calls.writes_outside |= number < 0
-                calls.writes.setdefault(now, set()).update({number} - {-1})
+            if version_of(tensor) != version and number < 0:
+                calls.outside.add(now)
+            elif version_of(tensor) != version:
+                calls.writes.setdefault(now, set()).add(number)
         calls.memory.append(tuple(self._memory(t, now) for t in tensors_in(out)))
         self._narrow.see(func, args, kwargs, out, now)
         return out
@@ -125,7 +139,7 @@ class _Learn(TorchFunctionMode):
     def _memory(self, tensor: Tensor, now: int) -> int:
         self._call_of[id(tensor)] = now
         self._alive.append(tensor)
-        address = tensor.untyped_storage().data_ptr()
+        address = address_of(tensor)
         if address in self._own:
             return -1
         if address not in self._number:
@@ -138,13 +152,17 @@ class _Learn(TorchFunctionMode):
     def returns(self, result: Any) -> None:
         """What the run has returned is read after all calls."""
         for tensor in tensors_in(result):
-            number = self._number.get(tensor.untyped_storage().data_ptr(), -1)
+            number = self._number.get(address_of(tensor), -1)
             if number >= 0:
                 self.calls.read[number] = ALWAYS
 
 
 def learn(
-    run: Callable[[], Any], layers: Mapping[str, Layer], modules: Mapping[str, nn.Module], own: Iterable[Tensor]
+    run: Callable[[], Any],
+    layers: Mapping[str, Layer],
+    modules: Mapping[str, nn.Module],
+    parameters: Iterable[Tensor],
+    others: Iterable[Tensor],
 ) -> Calls:
     """Learn what a run calls. Keeps every tensor of the run until it ends: give it few samples.
 
@@ -152,9 +170,10 @@ def learn(
         run: Runs the model and whatever is computed from its output; returns what is wanted of it.
         layers: What ``trace.py`` found.
         modules: Their modules.
-        own: Tensors that are there before: parameters, buffers, the batch.
+        parameters: The model's.
+        others: What else is there before: buffers, the batch.
     """
-    seen = _Learn(own)
+    seen = _Learn(parameters, others)
     with _Arrivals(layers, modules, seen), seen:
         result = run()
     seen.returns(result)

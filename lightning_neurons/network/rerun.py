@@ -6,6 +6,7 @@ bit for bit; whatever calls something else, or reads what was not kept, is run a
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from lightning_neurons.network.calls import Calls, learn
 from lightning_neurons.network.isolate import eager, isolated
 from lightning_neurons.network.layer import Layer
 from lightning_neurons.network.replay import Replay
+from lightning_neurons.network.same_calls import DivergedError, SameCalls
 from lightning_neurons.network.silence import Edit, Silence
 from lightning_neurons.network.state import ModelState, random_state, set_random_state
-from lightning_neurons.network.tape import DivergedError, Tape
+from lightning_neurons.network.tape import Tape
 from lightning_neurons.network.trees import tensors_in
 
 Run = Callable[[Any], Any]
@@ -63,25 +65,24 @@ class Reruns:
     def on(self, batch: Any, samples: int) -> "Rerun":
         """Make ready to run a batch."""
         if self.calls is None:
-            self._learn(batch, samples)
+            few = min(_FEW, samples)
+            try:
+                self.learn(rows_of(batch, torch.arange(few), samples), few)
+            except Exception:  # noqa: BLE001 (whatever a model raises on fewer samples than it expects)
+                self.learn(batch, samples)
         return Rerun(self, batch, samples)
 
-    def _learn(self, batch: Any, samples: int) -> None:
-        few = rows_of(batch, torch.arange(min(_FEW, samples)), samples)
+    def learn(self, batch: Any, samples: int) -> Calls:
+        """Learn what a run calls."""
+        others = [*self.model.buffers(), *tensors_of(batch)]
         with torch.no_grad(), eager(), isolated(self.model):
             random, state = random_state(), ModelState(self.model)
-            try:
-                self.calls = self._calls_on(few, min(_FEW, samples))
-            except Exception:  # noqa: BLE001 (whatever a model raises on fewer samples than it expects)
-                self.calls = self._calls_on(batch, samples)
+            run = partial(self.run, batch)
+            self.calls = learn(run, self.layers, self.modules, self.model.parameters(), others)
+            self.calls.samples = samples
             self.draws = not all(torch.equal(a, b) for a, b in zip(_flat(random), _flat(random_state()), strict=True))
-            self.is_stateful = self.calls.writes_outside or state.has_changed()
-
-    def _calls_on(self, batch: Any, samples: int) -> Calls:
-        own = [*self.model.parameters(), *self.model.buffers(), *tensors_of(batch)]
-        calls = learn(lambda: self.run(batch), self.layers, self.modules, own)
-        calls.samples = samples
-        return calls
+            self.is_stateful = bool(self.calls.outside) or state.has_changed()
+        return self.calls
 
 
 class Rerun:
@@ -96,8 +97,25 @@ class Rerun:
         self._random = random_state()
         self._stretches: list[list[int]] = []
         self._tape: Tape | None = None
-        with self._again():
-            self.result = of.run(batch)
+        self._fits = True  # whether this batch takes the way that is known
+        assert of.calls is not None, "learnt before"
+        try:
+            self.result = self._checked(SameCalls(of.calls, of.modules))
+        except DivergedError:
+            if of.calls.samples != samples and not of.trusted:  # a few samples did not show the way
+                of.learn(batch, samples)
+            try:
+                self.result = self._checked(SameCalls(of.calls, of.modules))
+            except DivergedError:
+                self._fits = False
+                with self._again():
+                    self.result = of.run(batch)
+
+    def _checked(self, calls: SameCalls) -> Any:
+        with self._again(), calls:
+            result = self._of.run(self._batch)
+        calls.finish()
+        return result
 
     def plan(self, layers: Sequence[str]) -> list[str]:
         """Say which layers will be changed; returns them in the order in which that costs the fewest recordings."""
@@ -120,7 +138,7 @@ class Rerun:
             calls = self._of.calls
             assert calls is not None, "learnt before"
             changed = {call: edit for name, edit in edits.items() for call in calls.points[name]}
-            found = self._replay(start, changed)
+            found = self._replay(start, changed, list(edits))
             if found is not None:
                 return found[0]
         return self._whole(edits)
@@ -168,51 +186,46 @@ class Rerun:
         points = calls.points.get(layer, []) if calls is not None else []
         return min(points) + 1 if points and min(points) >= 0 else None
 
-    def _replay(self, start: int, edits: Mapping[int, Edit]) -> tuple[Any] | None:
+    def _replay(self, start: int, edits: Mapping[int, Edit], layers: Sequence[str] = ()) -> tuple[Any] | None:
         if not self._trusted(start):
             return None
-        try:
-            return (self._run(start, edits),)
-        except DivergedError:
-            return None
-        except Exception:  # noqa: BLE001 (what a model raises if a replay does not fit: the whole forward will tell)
-            return None
-
-    def _run(self, start: int, edits: Mapping[int, Edit]) -> Any:
         assert self._tape is not None, "recorded before"
-        replay = Replay(self._tape, start, edits, shortcuts=not self._of.exact)
-        with self._again(), replay:
-            result = self._of.run(self._batch)
-        replay.finish()
+        modules = {name: self._of.modules[name] for name in layers}
+        replay = Replay(self._tape, modules, start, edits, shortcuts=not self._of.exact)
+        try:
+            found = (self._checked(replay),)
+        except Exception:  # noqa: BLE001 (it went another way, or failed because it did: the whole forward will tell)
+            self._tape = None
+            return None
         self._of.replays += 1
-        return result
+        return found
 
     def _trusted(self, start: int) -> bool:
         """Record what a replay from ``start`` needs; the first time, see whether it gives what was recorded."""
         of = self._of
-        if of.trusted.get(start) is False:
+        if not self._fits or of.trusted.get(start) is False:
             return False
         if self._tape is None or start not in self._tape.starts:
             self._tape = None  # let go of the old one first
             self._tape = self._record(next((s for s in self._stretches if start in s), [start]))
         if self._tape is None:
-            of.trusted[start] = False
-        elif start not in of.trusted:
+            self._fits = False
+            return False
+        if start not in of.trusted:
             of.trusted[start] = True
             again = self._replay(start, {})
             of.trusted[start] = again is not None and _same(again[0], self.result)
         return of.trusted[start]
 
     def _record(self, starts: Sequence[int]) -> Tape | None:
-        assert self._of.calls is not None, "learnt before"
-        tape = Tape(self._of.calls, starts, draws=self._of.draws, shortcuts=not self._of.exact)
+        of = self._of
+        assert of.calls is not None, "learnt before"
+        tape = Tape(of.calls, of.modules, starts, draws=of.draws, shortcuts=not of.exact)
         try:
-            with self._again(), tape:
-                result = self._of.run(self._batch)
+            result = self._checked(tape)
         except DivergedError:
             return None
-        complete = len(tape.results) == len(self._of.calls.functions)
-        return tape if complete and _same(result, self.result) else None
+        return tape if _same(result, self.result) else None
 
     def _whole(self, edits: Mapping[str, Edit]) -> Any:
         self._of.forwards += 1
@@ -238,5 +251,6 @@ def _flat(state: tuple[Tensor, list[Tensor]]) -> list[Tensor]:
 
 def _same(first: Any, second: Any) -> bool:
     """Whether two results have the same tensors, bit for bit; NaN is the same as NaN."""
-    pairs = list(zip(tensors_in(first), tensors_in(second), strict=False))
-    return all(torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)) for a, b in pairs)
+    one, other = list(tensors_in(first)), list(tensors_in(second))
+    alike = len(one) == len(other) and all(a.shape == b.shape for a, b in zip(one, other, strict=True))
+    return alike and all(bool(((a == b) | ((a != a) & (b != b))).all()) for a, b in zip(one, other, strict=True))

@@ -1,6 +1,7 @@
 """Whether running a model changes it: what can be run again and again must not depend on how often it has run."""
 
 import random
+from collections import deque
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_neurons.network.isolate import plain_attributes
+from lightning_neurons.network.trees import version_of
 
 _LONG = 1000
 
@@ -43,14 +45,14 @@ class ModelState:
 def _mark(value: Any, depth: int = 3) -> Any:
     """Something that differs if the value does."""
     if isinstance(value, Tensor):
-        return id(value), value._version
+        return id(value), version_of(value)
     if isinstance(value, np.ndarray):
         return id(value), value.tobytes()
-    if isinstance(value, list | tuple | set | dict) and depth and len(value) <= _LONG:
+    if isinstance(value, list | tuple | set | dict | deque):
+        if not depth or len(value) > _LONG:
+            return id(value), len(value)
         entries = value.items() if isinstance(value, dict) else value
         return id(value), [_mark(entry, depth - 1) for entry in entries]
-    if hasattr(value, "__len__"):
-        return id(value), len(value)
     return value if isinstance(value, int | float | str | bytes | None) else id(value)
 
 

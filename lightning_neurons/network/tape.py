@@ -5,27 +5,24 @@ later is copied just before. ``replay.py`` runs the rest of the model from such 
 """
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch import Tensor, nn
 
 from lightning_neurons.network.calls import Calls
+from lightning_neurons.network.same_calls import DivergedError, SameCalls
 from lightning_neurons.network.state import random_state
-from lightning_neurons.network.trees import map_tensors_in
+from lightning_neurons.network.trees import address_of, map_tensors_in, tensors_in
 
 
-class DivergedError(RuntimeError):
-    """A run did not call what an earlier one of the same model had called."""
-
-
-class Tape(TorchFunctionMode):
+class Tape(SameCalls):
     """Records a run, as far as replays from ``starts`` need it. Enter it around the run.
 
     Args:
         calls: What an earlier run has called.
+        modules: The layers that have to be entered when they were.
         starts: The calls from which on replays will run the model; what is before them is answered from the tape.
         draws: Whether the model draws random numbers; their state is then kept at each start.
         shortcuts: Whether to keep what the first readers of activations gave, and what they read.
@@ -34,41 +31,48 @@ class Tape(TorchFunctionMode):
         DivergedError: If this run calls something else.
     """
 
-    def __init__(self, calls: Calls, starts: Sequence[int], *, draws: bool = False, shortcuts: bool = False) -> None:
-        super().__init__()
-        self.calls, self.starts = calls, sorted(starts)
+    def __init__(
+        self,
+        calls: Calls,
+        modules: Mapping[str, nn.Module],
+        starts: Sequence[int],
+        *,
+        draws: bool = False,
+        shortcuts: bool = False,
+    ) -> None:
+        super().__init__(calls, modules)
+        self.starts = sorted(starts)
         self.results: list[Any] = []
         self.rewritten: set[int] = set()  # calls in whose results lies memory that is written into later
         self.random: dict[int, tuple[Tensor, list[Tensor]]] = {}
         self._draws = draws
         self._before: dict[int, list[tuple[int, torch.UntypedStorage]]] = {}
         self._some: dict[int, Tensor] = {}
-        self._written = {memory for writes in calls.writes.values() for memory in writes}
+        self._unread = dict(calls.parameters)
         wanted = [calls.twins.get(start - 1, {}) for start in starts] if shortcuts else []
         self._extra = {call for twins in wanted for pair in twins.items() for call in pair}
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        now, calls = len(self.results), self.calls
-        if now >= len(calls.functions) or calls.functions[now] != func:
-            raise DivergedError(f"call {now} was another one before")
+    def _answer(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        now, calls = self.now, self.calls
+        for tensor in tensors_in((args, kwargs)):
+            if self._unread and self._unread.pop(address_of(tensor), now) != now:
+                raise DivergedError(f"call {now} is the first to read a parameter that another call read first before")
         if self._draws and now in self.starts:
             self.random[now] = random_state()
         for memory in calls.writes.get(now, ()):
             if self._has_start(calls.created[memory], now) and memory in self._some:
                 copy = self._some[memory].untyped_storage().clone()
                 self._before.setdefault(memory, []).append((now, copy))
-        out = func(*args, **(kwargs or {}))
+        out = self._call(func, args, kwargs)
         memories = iter(calls.memory[now])
         self.results.append(map_tensors_in(out, lambda t: self._kept(t, next(memories), now)))
         return out
 
     def _kept(self, tensor: Tensor, memory: int, now: int) -> Tensor:
         is_needed = memory < 0 or self._has_start(now, self.calls.read[memory])
-        if not is_needed and (now not in self._extra or memory in self._written):
+        if not is_needed and (now not in self._extra or memory in self.written):
             return HOLE
-        if memory in self._written:
+        if memory in self.written:
             self.rewritten.add(now)
             self._some.setdefault(memory, tensor)
         return tensor
@@ -82,7 +86,7 @@ class Tape(TorchFunctionMode):
         """By reader of the activation just before ``start``, the call that made its input; only what is kept."""
 
         def is_kept(call: int) -> bool:
-            intact = not any(memory in self._written for memory in self.calls.memory[call])
+            intact = not any(memory in self.written for memory in self.calls.memory[call])
             return call in self._extra and intact and isinstance(self.results[call], Tensor)
 
         found = self.calls.twins.get(start - 1, {})

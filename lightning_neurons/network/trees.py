@@ -35,3 +35,13 @@ def map_tensors_in(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 def _tuple_like(tree: tuple[Any, ...], parts: list[Any]) -> Any:
     return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
+
+
+def address_of(tensor: Tensor) -> int:
+    """Which memory a tensor is a view of."""
+    return tensor.untyped_storage().data_ptr()
+
+
+def version_of(tensor: Tensor) -> int:
+    """A number that changes when the tensor is written into; inference tensors cannot be."""
+    return -1 if tensor.is_inference() else tensor._version

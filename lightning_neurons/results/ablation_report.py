@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lightning_neurons.errors import ArgumentError, UnknownNameError
-from lightning_neurons.results.plain import floats, plain
+from lightning_neurons.results.plain import floats, number, plain
 from lightning_neurons.results.whole_file import write_whole
 
 FORMAT, VERSION = "lightning_neurons ablation", 1
@@ -120,6 +120,6 @@ class AblationReport:
             found[name] = {m: {n: floats(v) for n, v in by.items()} for m, by in found[name].items()}
         found["undecided"] = {n: tuple(v) for n, v in found["undecided"].items()}
         found |= {name: tuple(found[name]) for name in ("class_counts", "notes")}
-        found |= {name: math.nan if found[name] is None else found[name] for name in ("loss", "runs")}
-        found["metrics"] = {n: math.nan if v is None else v for n, v in found["metrics"].items()}
+        found |= {name: number(found[name]) for name in ("loss", "runs")}
+        found["metrics"] = {n: number(v) for n, v in found["metrics"].items()}
         return cls(**{f.name: found[f.name] for f in fields(cls)})

@@ -89,7 +89,8 @@ class ClassReport:
         Raises:
             ArgumentError: If a class was not studied.
         """
-        rows = [self.row(k) for k in ([classes] if isinstance(classes, int) else classes)]
+        found = classes.tolist() if hasattr(classes, "tolist") else classes
+        rows = [self.row(k) for k in (found if isinstance(found, Sequence) else [found])]
         return {name: m[rows].any(0).nonzero().flatten().tolist() for name, m in self.members.items()}
 
     def outside(self, classes: int | Sequence[int]) -> dict[str, list[int]]:
@@ -103,7 +104,7 @@ class ClassReport:
         Raises:
             ArgumentError: If it was not studied.
         """
-        if klass not in self.classes:
+        if isinstance(klass, bool) or klass not in self.classes:
             raise ArgumentError.of("classes", klass, f"classes that were studied: {', '.join(map(str, self.classes))}")
         return self.classes.index(klass)
 

@@ -26,10 +26,20 @@ def plain(value: Any) -> Any:
     return value
 
 
+def number(value: Any) -> float:
+    """The number that ``plain`` made null or a word.
+
+    Example:
+        >>> number("-inf"), number(2)
+        (-inf, 2.0)
+    """
+    return float("nan" if value is None else value)
+
+
 def floats(values: Any) -> Tensor:
     """The tensor that ``plain`` made a list of."""
 
-    def number(value: Any) -> Any:
-        return [number(v) for v in value] if isinstance(value, list) else float("nan" if value is None else value)
+    def numbers(value: Any) -> Any:
+        return [numbers(v) for v in value] if isinstance(value, list) else number(value)
 
-    return torch.tensor(number(values), dtype=torch.float64)
+    return torch.tensor(numbers(values), dtype=torch.float64)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from tqdm.auto import tqdm
 
-from lightning_neurons.errors import ArgumentError, MeasurementError, check_choice, check_count, check_flag, check_share
+from lightning_neurons.errors import ArgumentError, check_choice, check_count, check_flag
 from lightning_neurons.network.isolate import isolated
 from lightning_neurons.network.layer import require_materialized
 from lightning_neurons.network.silence import Replacement
@@ -20,7 +20,7 @@ from lightning_neurons.studies.losses import LOSS_REDUCTIONS, LossReduction
 from lightning_neurons.studies.neuron_choice import NeuronChoice, chosen_neurons
 from lightning_neurons.studies.racing import Race, race
 from lightning_neurons.studies.targets import PerClass, targets_in
-from lightning_neurons.studies.whatif import LossFunction, WhatIf
+from lightning_neurons.studies.whatif import LossFunction, WhatIf, require_present
 
 TOGETHER = 32
 """Neurons of which losses are told apart, and added up, together."""
@@ -96,7 +96,9 @@ def ablate(
     check_flag("exact", exact)
     check_flag("progress", progress)
     check_count("memory_limit", memory_limit)
-    rules = None if budget is None else Race(check_share("budget", budget, zero=False), bottom, confidence, seed)
+    check_count("seed", seed, least=0)
+    checked = Race(1.0 if budget is None else budget, bottom, confidence, seed)
+    rules = None if budget is None else checked
     _check_metrics(metrics, per_class, rules)
     data = given_batches(batches)
     study = WhatIf(
@@ -112,8 +114,9 @@ def ablate(
         model.eval()
         study.look(data[0])
         present = {name: indices for name, indices in chosen.items() if name in study.layers}
-        if missing := [name for name in chosen if name not in present]:
-            _refuse_missing(missing, named or not present)
+        missing = [name for name in chosen if name not in present]
+        if named or not present:
+            require_present(study, chosen)
         if replacement == "mean":
             study.measure_means(data)
         if rules is not None:
@@ -166,13 +169,6 @@ def measure_batches(
 def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
     names = ("replacement", "loss_reduction", "exact", "budget", "bottom", "confidence", "seed")
     return {name: given[name] for name in names if given["budget"] is not None or name not in ("bottom", "confidence")}
-
-
-def _refuse_missing(missing: Sequence[str], is_named: bool) -> None:
-    if is_named:
-        raise MeasurementError(
-            f"neurons: {', '.join(missing)} did not run as a module (unused, or its weights are used by a function)"
-        )
 
 
 def _check_metrics(metrics: Any, per_class: Any, rules: Any) -> None:

@@ -85,6 +85,14 @@ class ClassStudy:
             notes=self._notes(members, classes),
         )
 
+    def check(self, batch: Any) -> None:
+        """Make sure that the model makes logits of a batch, and that the batch shows its targets.
+
+        Raises:
+            MeasurementError: Otherwise.
+        """
+        self._logits(batch)
+
     def _counts(self, batches: Sequence[Any]) -> Tensor:
         """How many samples each class has, in all processes."""
         targets = torch.cat([targets_in(batch, True).cpu() for batch in batches])
@@ -117,6 +125,9 @@ class ClassStudy:
         modules = {name: engine.modules[name] for name in engine.layers}
         with WatchActivations(engine.layers, modules, lambda name, value: arrivals.append(name)):
             logits = self._logits(batch)
+        if not arrivals:
+            got = type(self.model).__name__
+            raise ArgumentError.of("model", got, "a model with convolutional or linear layers, or see register_layer")
         last = arrivals[-1]
         is_output = engine.layers[last].neurons == logits.shape[1]
         from_patterns = candidates(self.model, self.settings["layers"])

@@ -4,10 +4,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_neurons.criteria import CRITERIA
-from lightning_neurons.errors import ArgumentError, UnknownNameError, check_choice, check_count, check_flag
+from lightning_neurons.errors import ArgumentError, UnknownNameError, check_choice, check_count, check_flag, is_number
 from lightning_neurons.network.isolate import isolated
 from lightning_neurons.network.layer import Pattern, require_materialized
 from lightning_neurons.results.class_report import ClassReport
@@ -77,6 +77,8 @@ def class_study(
     """
     given_model(model)
     require_materialized(model)
+    if forward is not None and (not callable(forward) or isinstance(forward, nn.Module | type)):
+        raise ArgumentError.of("forward", type(forward).__name__, "a function (model, batch) -> logits")
     study = ClassStudy(
         model,
         forward or call_on_inputs,
@@ -103,17 +105,22 @@ def checked_settings(
     known = [name for name, criterion in CRITERIA.items() if criterion.statistics and criterion.kind == "importance"]
     if importance not in known:
         raise UnknownNameError.among("importance", str(importance), known)
-    if classes is not None:
-        listed = isinstance(classes, Sequence | Tensor) and not isinstance(classes, str)
-        classes = [int(k) for k in classes] if listed else classes
-        if not listed or not classes or len({*classes}) != len(classes) or min(classes) < 0:
-            raise ArgumentError.of("classes", classes, "None for all, or a list of class numbers, each once")
     return {
-        "classes": classes,
+        "classes": None if classes is None else _class_numbers(classes),
         "method": method,
         "importance": importance,
         "replacement": replacement,
         "controls": check_count("controls", controls),
         "layers": layers,
-        "seed": seed,
+        "seed": check_count("seed", seed, least=0),
     }
+
+
+def _class_numbers(classes: Any) -> list[int]:
+    allowed = "None for all, or a list of class numbers, each once"
+    found = classes.tolist() if hasattr(classes, "tolist") else classes
+    if not isinstance(found, Sequence) or isinstance(found, str) or not found:
+        raise ArgumentError.of("classes", classes, allowed)
+    if any(not is_number(k) or not hasattr(k, "__index__") or k < 0 for k in found) or len({*found}) != len(found):
+        raise ArgumentError.of("classes", classes, allowed)
+    return [int(k) for k in found]

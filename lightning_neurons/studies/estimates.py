@@ -44,7 +44,10 @@ class Estimates:
         unexplained = (spread[:, 0, 0] - (slope * spread[:, 1:, 0]).sum(1)).clamp_min(0) * unit[:, 0].square()
         freedom = (self.seen - spread.shape[1]).clamp_min(1)
         left = (1 - self.seen / self.population).clamp_min(0)
-        error = (unexplained / freedom * left).sqrt()
+        # What the samples lack of the population's controls is extrapolated, and errs with the slope.
+        lacking = mean[:, 1:] / size[:, 1:, 0]
+        leverage = (lacking * torch.linalg.solve(controls, lacking[..., None])[..., 0]).sum(1)
+        error = (unexplained / freedom * (left + leverage * (left > 0))).sqrt()
         wide = torch.from_numpy(stats.t.ppf((1 + confidence) / 2, freedom.numpy()))
         return middle, error * wide
 

@@ -72,13 +72,3 @@ class GateGradients:
         ]
         gates = torch.cat([column.double().cpu() for column in columns], 1)
         return torch.stack([-gates, gates.square()], -1)
-
-    def means(self, batches: Sequence[Any]) -> Float[Tensor, "neuron 2"]:
-        """The mean of ``of`` over the samples of several batches."""
-        total, samples = None, 0
-        for batch in batches:
-            found = self.of(batch)
-            total = found.double().sum(0) if total is None else total + found.double().sum(0)
-            samples += len(found)
-        assert total is not None, "there are batches"
-        return total / samples if self.works else torch.zeros_like(total)

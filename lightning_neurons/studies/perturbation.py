@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lightning_neurons.errors import ArgumentError, UnknownNameError, check_choice, check_flag, is_number
+from lightning_neurons.errors import ArgumentError, UnknownNameError, check_choice, check_count, check_flag, is_number
 from lightning_neurons.network.isolate import isolated
 from lightning_neurons.network.layer import candidates, public_name, require_materialized
 from lightning_neurons.network.weights import neuron_weights
@@ -89,6 +89,7 @@ def perturb(
     check_choice("level", level, get_args(Level))
     check_choice("loss_reduction", loss_reduction, LOSS_REDUCTIONS)
     check_flag("progress", progress)
+    check_count("seed", seed, least=0)
     if not is_number(delta) or not math.isfinite(delta) or delta == 0 or (mode == "noise" and delta < 0):
         raise ArgumentError.of("delta", delta, "a number other than 0" if mode != "noise" else "a number above 0")
     targets = list((_parameters if level == "parameter" else _neurons)(model, parameters))

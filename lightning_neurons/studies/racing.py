@@ -25,7 +25,10 @@ from lightning_neurons.studies.gates import GateGradients
 from lightning_neurons.studies.whatif import WhatIf
 
 _LEAST = 32
-"""Samples before the first decision: fewer say little about a spread."""
+"""Samples to a part."""
+_PARTS = 4
+"""Parts before the first decision: fewer say little about a spread."""
+_INTERRUPTED = "interrupted"
 _BACKWARD = 3
 """Forwards that a forward and the backward to the activations are counted as."""
 
@@ -79,31 +82,32 @@ def race(
     Raises:
         MeasurementError: If losses cannot be told apart by sample.
     """
-    parts = list(study.parts(_shuffled(batches, rules.seed)))
+    parts = _shuffled(batches, rules.seed)
     population = sum(map(batch_size_of, parts))
     pairs = [(layer, i) for layer, indices in neurons.items() for i in indices]
-    gates = GateGradients(study, neurons)
-    estimates = Estimates(gates.means(parts), population)
-    spent, budget = float(_BACKWARD * population * gates.works), rules.budget * len(pairs) * population
+    budget = rules.budget * len(pairs) * population
+    controls, notes = _controls(study, neurons, parts, is_worth=2 * _BACKWARD * population <= budget)
+    estimates = Estimates(torch.cat(controls).double().mean(0), population)
+    spent = 0.0 if notes else float(_BACKWARD * population)
     active = torch.ones(len(pairs), dtype=torch.bool)
     losses: list[Tensor] = []
-    notes = [] if gates.works else ["no control variates: the loss cannot be differentiated"]
     with tqdm(total=1.0, desc="race", disable=not progress) as bar:
-        for part in parts:
-            size = batch_size_of(part)
-            if not active.any() or spent + size > budget:
+        for part, control in zip(parts, controls, strict=True):
+            cost = len(control) * int(active.sum())
+            if not active.any() or spent + cost > budget or _INTERRUPTED in notes:
                 break
             try:
-                losses.append(_one_part(study, part, pairs, active, estimates, gates))
+                losses.append(_one_part(study, part, pairs, active, estimates, control))
             except KeyboardInterrupt:
-                notes.append("interrupted")
+                notes.append(_INTERRUPTED)
                 break
-            spent += size * (int(active.sum()) + _BACKWARD * gates.works)
-            bar.update(size / population)
-            if estimates.seen.max() >= min(_LEAST, population):
-                middle, half = estimates.interval(rules.confidence)
-                inside, outside = decided(middle - half, middle + half, _count(rules, pairs))
-                active &= ~(inside | outside)
+            spent += cost
+            bar.update(len(control) / population)
+            if len(losses) < _PARTS and len(parts) >= _PARTS:
+                continue
+            middle, half = estimates.interval(rules.confidence)
+            inside, outside = decided(middle - half, middle + half, _count(rules, pairs))
+            active &= ~(inside | outside)
     return _report(estimates, pairs, study, active, rules, losses, spent / population, settings, notes)
 
 
@@ -117,7 +121,7 @@ def _one_part(
     pairs: Sequence[tuple[str, int]],
     active: Tensor,
     estimates: Estimates,
-    gates: GateGradients,
+    controls: Tensor,
 ) -> Tensor:
     here = study.on(part)
     if (here.outcome.weights != 1).any():
@@ -125,7 +129,6 @@ def _one_part(
             "budget: a race needs the loss of every sample, and that of loss_fn could not be taken apart; return "
             "one loss per sample from it, or leave budget out"
         )
-    controls = gates.of(part)
     rows = {pair: row for row, pair in enumerate(pairs) if active[row]}
     for layer in here.order(list(dict.fromkeys(layer for layer, _ in rows))):
         mine = {neuron: row for (name, neuron), row in rows.items() if name == layer}
@@ -135,8 +138,23 @@ def _one_part(
     return here.outcome.losses[0]
 
 
-def _shuffled(batches: Sequence[Any], seed: int) -> Any:
-    """All samples in random order, as one batch.
+def _controls(
+    study: WhatIf, neurons: Mapping[str, Sequence[int]], parts: Sequence[Any], *, is_worth: bool
+) -> tuple[list[Tensor], list[str]]:
+    """The control variates of each part, and why there are none (then they are zeros)."""
+    gates, width = GateGradients(study, neurons), sum(map(len, neurons.values()))
+    why = "the loss cannot be differentiated" if is_worth else "they would take more than half of the budget"
+    try:
+        found = [gates.of(part) for part in parts] if is_worth else []
+        if is_worth and gates.works:
+            return [one.float() for one in found], []
+    except KeyboardInterrupt:
+        return [torch.zeros(batch_size_of(part), width, 2) for part in parts], [_INTERRUPTED]
+    return [torch.zeros(batch_size_of(part), width, 2) for part in parts], [f"no control variates: {why}"]
+
+
+def _shuffled(batches: Sequence[Any], seed: int) -> list[Any]:
+    """All samples in random order, in small batches.
 
     Raises:
         MeasurementError: If they cannot be joined.
@@ -147,7 +165,8 @@ def _shuffled(batches: Sequence[Any], seed: int) -> Any:
         )
     sizes = [batch_size_of(batch) for batch in batches]
     order = torch.randperm(sum(sizes), generator=torch.Generator().manual_seed(seed))
-    return rows_of(join(batches, sizes), order, sum(sizes))
+    whole = join(batches, sizes)
+    return [rows_of(whole, rows, sum(sizes)) for rows in order.split(_LEAST)]
 
 
 def _report(
@@ -174,7 +193,7 @@ def _report(
             found[layer][neuron], errors[layer][neuron] = middle[row], one_sigma[row]
         if active[row]:
             undecided.setdefault(layer, []).append(neuron)
-    used = torch.cat(list(losses)) if losses else torch.full((1,), torch.nan)
+    used = torch.cat(list(losses)) if losses else torch.zeros(0)
     said = f"{int(active.sum())} of {len(pairs)} neurons undecided for the bottom {rules.bottom:.0%}"
     return AblationReport(
         loss=float(used.mean()),

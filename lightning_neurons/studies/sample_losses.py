@@ -5,7 +5,8 @@ by ``torch.vmap`` where that works, else one by one. Where the losses of the sam
 (the model is used in other ways, or samples are compared with one another), there is no answer.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from lightning_neurons.network.batches import map_tensors, rows_of, tensors_of
 from lightning_neurons.network.trees import map_tensors_in, tensors_in
 
 _CLOSE = 1e-4
+_ROUNDING = 8
+"""How many roundings of the loss's own type the mean of a batch may be off."""
 
 
 class SampleLosses:
@@ -28,6 +31,8 @@ class SampleLosses:
     """
 
     def __init__(self, model: nn.Module, loss_fn: Callable[[Any, Any], Tensor], reduction: str) -> None:
+        self.modules: Collection[nn.Module] = ()
+        """Layers of the model. A loss function that runs one while it is asked again does not use what it is given."""
         self._model, self._loss_fn, self._is_mean = model, loss_fn, reduction != "sum"
         self._ways = [self._all_at_once, self._one_by_one]
 
@@ -47,24 +52,29 @@ class SampleLosses:
         tensors = [list(tensors_in(out)) for out in outputs]
         shapes = [[t.shape for t in run] for run in tensors]
         is_whole = all(run and all(t.ndim and len(t) == samples for t in run) for run in tensors)
-        if any(loss.numel() != 1 for loss in losses) or not is_whole or any(s != shapes[0] for s in shapes):
+        if (
+            any(loss.numel() != 1 or not loss.is_floating_point() for loss in losses)
+            or not is_whole
+            or any(s != shapes[0] for s in shapes)
+        ):
             return None
         stacked = [torch.stack(column) for column in zip(*tensors, strict=True)]
         whole = torch.stack([loss.reshape(()) for loss in losses]).double()
-        while self._ways:
+        tolerance = max(_CLOSE, _ROUNDING * torch.finfo(losses[0].dtype).eps)
+        for way in list(self._ways):
             try:
-                found = self._ways[0](stacked, outputs[0], batch, samples).double()
+                with _refused(self.modules):
+                    found = way(stacked, outputs[0], batch, samples).double()
             except Exception:  # noqa: BLE001 (whatever a loss does that a way cannot do)
-                self._ways.pop(0)
+                self._ways.remove(way)
                 continue
-            if found.shape == (len(losses), samples) and self._adds_up(found, whole):
+            if found.shape == (len(losses), samples) and self._adds_up(found, whole, tolerance):
                 return found
-            self._ways.pop(0)
         return None
 
-    def _adds_up(self, found: Tensor, whole: Tensor) -> bool:
+    def _adds_up(self, found: Tensor, whole: Tensor, tolerance: float) -> bool:
         again = found.mean(1) if self._is_mean else found.sum(1)
-        is_close = torch.isclose(again, whole, rtol=_CLOSE, atol=1e-7) | ~again.isfinite()
+        is_close = torch.isclose(again, whole, rtol=tolerance, atol=1e-7) | ~again.isfinite()
         return bool(is_close.all())
 
     def _all_at_once(self, stacked: list[Tensor], form: Any, batch: Any, samples: int) -> Tensor:
@@ -87,6 +97,21 @@ class SampleLosses:
             return self._loss_fn(_Answering(self._model, answer), parts[i]).reshape(())
 
         return torch.stack([torch.stack([one(run, i) for i in range(samples)]) for run in range(len(stacked[0]))])
+
+
+@contextmanager
+def _refused(modules: Collection[nn.Module]) -> Iterator[None]:
+    """None of the modules can be run meanwhile."""
+
+    def refuse(module: nn.Module, inputs: Any) -> None:
+        raise RuntimeError("the loss runs the model itself")
+
+    handles = [module.register_forward_pre_hook(refuse) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class _Answering:

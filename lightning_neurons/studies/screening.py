@@ -117,7 +117,7 @@ def halves(batches: Sequence[Any]) -> tuple[list[Any], list[Any]]:
         first, second = (
             [rows_of(whole, rows, total) for rows in torch.arange(start, total, 2).split(_CHUNK)] for start in (0, 1)
         )
-    if not first or not second:
+    if sum(sizes) < 2 or not first or not second:
         raise MeasurementError(f"{sum(sizes)} samples cannot be divided into two halves; raise max_samples")
     return first, second
 

@@ -8,16 +8,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lightning_neurons.criteria.ranking import order
-from lightning_neurons.errors import ArgumentError, check_choice, check_count
+from lightning_neurons.errors import ArgumentError, UnknownNameError, check_choice, check_count
 from lightning_neurons.network.isolate import isolated
-from lightning_neurons.network.layer import require_materialized
+from lightning_neurons.network.layer import require_materialized, widths_of
 from lightning_neurons.network.silence import Replacement
 from lightning_neurons.results.ablation_curves import AblationCurves, JointAblation
 from lightning_neurons.studies.effects import Effects
 from lightning_neurons.studies.given import given_batches, given_loss, given_model
 from lightning_neurons.studies.losses import LOSS_REDUCTIONS, LossReduction
 from lightning_neurons.studies.neuron_choice import NeuronChoice, chosen_neurons
-from lightning_neurons.studies.whatif import LossFunction, WhatIf
+from lightning_neurons.studies.whatif import LossFunction, WhatIf, require_present
 
 
 def ablate_together(
@@ -67,6 +67,7 @@ def ablate_together(
     check_choice("replacement", replacement, get_args(Replacement))
     check_choice("loss_reduction", loss_reduction, LOSS_REDUCTIONS)
     check_count("memory_limit", memory_limit)
+    check_count("seed", seed, least=0)
     study = WhatIf(
         model, loss_fn, loss_reduction=loss_reduction, replacement=replacement, memory_limit=memory_limit, seed=seed
     )
@@ -135,6 +136,7 @@ def ablation_curves(
     check_choice("replacement", replacement, get_args(Replacement))
     check_choice("loss_reduction", loss_reduction, LOSS_REDUCTIONS)
     check_count("memory_limit", memory_limit)
+    check_count("seed", seed, least=0)
     ranked = _ranked(model, scores)
     generator = torch.Generator().manual_seed(seed)
     orders = [ranked[::-1], ranked]
@@ -167,14 +169,14 @@ def measure_sets(
     with isolated(study.model), torch.no_grad(), study.open():
         study.model.eval()
         study.look(batches[0])
-        present = [{name: indices for name, indices in one.items() if name in study.layers} for one in sets]
+        require_present(study, {name for one in sets for name in one})
         if study.replacement == "mean":
             study.measure_means(batches)
         for part in (part for batch in batches for part in study.parts(batch)):
             here = study.on(part)
-            here.order(list(dict.fromkeys(name for one in present for name in one)))
+            here.order(list(dict.fromkeys(name for one in sets for name in one)))
             base.add([0], here.outcome.losses, here.outcome.weights)
-            for row, one in enumerate(present):
+            for row, one in enumerate(sets):
                 outcome = here.without([one])
                 first, second = (outcome, here.outcome)
                 if outcome.losses.shape != here.outcome.losses.shape:
@@ -187,8 +189,10 @@ def _ranked(model: nn.Module, scores: Any) -> list[tuple[str, int]]:
     """Neurons from the most to the least important."""
     if not isinstance(scores, Mapping) or not scores or not all(isinstance(s, Tensor) for s in scores.values()):
         raise ArgumentError.of("scores", scores, "scores by layer, such as report.scores['fisher']")
-    widths = {name: len(indices) for name, indices in chosen_neurons(model, list(scores), name="scores").items()}
+    widths = widths_of(model)
     for name, values in scores.items():
+        if name not in widths:
+            raise UnknownNameError.among("scores", str(name), widths)
         if values.shape != (widths[name],):
             raise ArgumentError.of(f"scores[{name!r}]", tuple(values.shape), f"one score for each of {widths[name]}")
     pairs = [(name, i) for name, values in scores.items() for i in range(len(values))]

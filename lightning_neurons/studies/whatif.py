@@ -1,6 +1,6 @@
 """The engine of ablation studies: each batch runs once, and then, for every change, from where that takes effect."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_neurons.errors import MeasurementError
 from lightning_neurons.network.batches import batch_size_of
+from lightning_neurons.network.isolate import isolated
 from lightning_neurons.network.layer import Layer, candidates
 from lightning_neurons.network.rerun import Rerun, Reruns
 from lightning_neurons.network.silence import Edit, Replacement, edit_of
@@ -113,14 +114,18 @@ class WhatIf:
         def forward(given: Any) -> Any:
             return self.loss_fn(self.model, normal_tensors(given))
 
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), isolated(self.model):
             self._passes.find(forward, batch)
             assert self._passes.known is not None, "just found"
             self.layers = {n: layer for n, layer in self._passes.known.layers.items() if layer.calls}
+            self.modules = {n: self.modules[n] for n in self.layers}
+        if self._split is not None:
+            self._split.modules = list(self.modules.values())
 
     def measure_means(self, batches: Sequence[Any]) -> None:
         """Measure the mean activation of every neuron, for ``"mean"``."""
-        self.means = activation_means(self.model, self.layers, self.modules, batches, self.loss_fn)
+        with isolated(self.model):
+            self.means = activation_means(self.model, self.layers, self.modules, batches, self.loss_fn)
 
     def parts(self, batch: Any) -> Iterator[Any]:
         """The batch in parts whose activations stay in a CPU's cache."""
@@ -140,7 +145,7 @@ class WhatIf:
         loss = self.loss_fn(self.model, batch)
         if not isinstance(loss, Tensor):
             raise MeasurementError(f"loss_fn returned {type(loss).__name__}: expected a tensor")
-        return loss, self._outputs
+        return loss, list(self._outputs)
 
     def outcome(self, results: Sequence[tuple[Tensor, list[Any]]], batch: Any, samples: int) -> Outcome:
         """What some runs of a batch gave, sample by sample where possible."""
@@ -165,6 +170,18 @@ class WhatIf:
         found = torch.empty_like(order)
         found[order] = order.roll(1)
         return found
+
+
+def require_present(study: WhatIf, layers: Iterable[str]) -> None:
+    """Make sure that layers have run.
+
+    Raises:
+        MeasurementError: Naming those that have not.
+    """
+    if missing := [name for name in layers if name not in study.layers]:
+        raise MeasurementError(
+            f"neurons: {', '.join(missing)} did not run as a module (unused, or its weights are used by a function)"
+        )
 
 
 class BatchWhatIf:
@@ -193,7 +210,7 @@ class BatchWhatIf:
             results = []
             for neurons in sets:
                 edits = {name: self._edit(name, indices) for name, indices in neurons.items()}
-                unchanged = len(edits) == 1 and self._is_unchanged(*next(iter(edits.items())))
+                unchanged = not edits or (len(edits) == 1 and self._is_unchanged(*next(iter(edits.items()))))
                 results.append(self._rerun.result if unchanged else self._rerun.silenced(edits))
             return self._study.outcome(results, self.batch, self.samples)
 

@@ -19,7 +19,7 @@ OWN = ("train_loss", "val_loss", "epoch", "hp_metric")
 KINDS = {"scalars": "scalar", "histograms": "histogram", "tensors": "text"}
 
 
-MEASURED = [tag for tag in TAGS if not tag.name.startswith("pruning/")]  # what observers write
+MEASURED = [tag for tag in TAGS if not tag.name.startswith(("pruning/", "ablation/", "classes/"))]  # of observers
 
 
 def written(folder: Path) -> dict[str, list[str]]:

@@ -1,0 +1,214 @@
+"""The callback for classes says what ``class_study`` says on the same samples, and where it can, it draws."""
+
+import importlib.util
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import lightning as L  # noqa: N812
+import pytest
+import pytorch_lightning
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import DataLoader, Subset
+
+from lightning_neurons import ArgumentError, ClassNeuronsCallback, class_study
+from lightning_neurons.report.tags import TAGS, kind_of
+from lightning_neurons.results.class_report import ClassReport
+from tests.callbacks.modules import MemoryLogger, Net, OldNamespace, Plain, Steps, dataset, fit, loader, trainer_of
+from tests.callbacks.pruned import without_type_checks  # noqa: F401
+from tests.callbacks.studied import samples
+
+pytestmark = pytest.mark.usefixtures("without_type_checks")
+
+
+def assert_same(found: ClassReport, expected: ClassReport) -> None:
+    assert (found.classes, found.class_counts) == (expected.classes, expected.class_counts)
+    for layer, values in expected.importance.items():
+        assert torch.allclose(found.importance[layer], values, atol=1e-6, equal_nan=True), layer
+        assert torch.equal(found.members[layer], expected.members[layer]), layer
+        assert torch.allclose(found.selectivity[layer], expected.selectivity[layer], atol=1e-6, equal_nan=True), layer
+    assert found.importance.keys() == expected.importance.keys()
+    for ours, theirs in zip(found.accuracies, expected.accuracies, strict=True):
+        assert ours[:2] == theirs[:2]
+        assert ours[2:] == pytest.approx(theirs[2:], abs=1e-9)
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"share": 0.3, "controls": 1},
+    {"method": "masking", "cumulative": 0.8},
+    {"importance": "fisher", "replacement": "mean", "seed": 3},
+    {"classes": [2, 0], "layers": ["net.conv*"]},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("stage", ["fit", "validate"])
+def test_the_report_is_that_of_class_study_on_the_same_samples(settings, stage):
+    module, callback = Plain(), ClassNeuronsCallback(**settings)
+    if stage == "fit":
+        fit(module, [callback], max_epochs=2)
+    else:
+        trainer_of([callback]).validate(module, loader(24, seed=1), verbose=False)
+    module.eval()
+    assert_same(callback.report, class_study(module, [samples()], **settings))
+
+
+class NoForward(Plain):
+    forward = L.LightningModule.forward
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+
+class TwoNetworks(NoForward):
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = Net()
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        return super().loss(batch) + torch.nn.functional.cross_entropy(self.other(batch[0]), batch[1])
+
+
+class OldNoForward(Steps, pytorch_lightning.LightningModule):
+    forward = pytorch_lightning.LightningModule.forward
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize(
+    "of, make", [(L, NoForward), (pytorch_lightning, OldNoForward), (pytorch_lightning, OldNamespace)]
+)
+def test_a_module_without_a_forward_is_run_by_its_one_network(of, make):
+    module, callback = make(), ClassNeuronsCallback()
+    fit(module, [callback], of=of)
+    net = module.net.eval()
+    expected = class_study(net, [samples()])
+    assert list(callback.report.importance) == [f"net.{layer}" for layer in expected.importance]
+    for layer, values in expected.importance.items():
+        assert torch.allclose(callback.report.importance[f"net.{layer}"], values, atol=1e-6)
+    assert [row[2:] for row in callback.report.accuracies] == [row[2:] for row in expected.accuracies]
+
+
+def test_two_networks_and_no_forward_are_an_error_before_training_and_a_warning_later():
+    with pytest.raises(
+        MisconfigurationException, match=r"ClassNeuronsCallback: .*TwoNetworks has no forward, and 2 net"
+    ):
+        fit(TwoNetworks(), [ClassNeuronsCallback()])
+    later, nothing = (pytest.warns(UserWarning, match=m) for m in ("epoch 0 was not.*no forward", "nothing has been"))
+    with later, nothing:
+        trainer = fit(TwoNetworks(), [ClassNeuronsCallback()], num_sanity_val_steps=0, max_epochs=2)
+    assert trainer.current_epoch == 2
+
+
+def test_without_matplotlib_it_is_said_once_and_scalars_are_written(monkeypatch, tmp_path):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "matplotlib" else find(name, *a))
+    callback, memory = ClassNeuronsCallback(), MemoryLogger()
+    with pytest.warns(UserWarning, match=r"pip install 'lightning_neurons\[figures\]'") as told:
+        trainer = fit(Plain(), [callback], logger=[TensorBoardLogger(tmp_path), memory], max_epochs=2)
+    trainer.validate(Plain(), loader(24, seed=1), verbose=False)
+    assert len([one for one in told if "matplotlib" in str(one.message)]) == 1
+    assert {name for name, *_ in memory.rows} >= {"classes/reuse", "classes/subnetwork/0"}
+    found = EventAccumulator(trainer.log_dir)
+    found.Reload()
+    assert found.Tags()["images"] == []
+
+
+def test_figures_and_scalars_are_written_once_for_each_study_where_the_table_says(tmp_path):
+    callback, memory = ClassNeuronsCallback(every_n_epochs=2), MemoryLogger()
+    trainer = fit(Plain(), [callback], logger=[TensorBoardLogger(tmp_path), memory], max_epochs=4)
+    found = EventAccumulator(trainer.log_dir, size_guidance={"images": 0})
+    found.Reload()
+    own = [tag for tag in TAGS if tag.name.startswith("classes/")]
+    assert set(found.Tags()["images"]) == {tag.name for tag in own if tag.kind == "figure"}
+    for tag in found.Tags()["images"]:
+        assert [event.step for event in found.Images(tag)] == [8, 16]
+        assert kind_of(tag) == "figure"
+    scalars = {tag for tag in found.Tags()["scalars"] if tag.startswith("classes/")}
+    wanted = {t.name.replace("{class}", str(k)) for t in own if t.kind == "scalar" for k in range(3)}
+    assert scalars == wanted == {name for name, *_ in memory.rows if name.startswith("classes/")}
+    last = {name: value for name, _, value in memory.rows}
+    for klass in range(3):
+        assert last[f"classes/subnetwork/{klass}"] == callback.report.accuracy("subnetwork", klass).on_class
+        assert last[f"classes/ablation/{klass}"] == callback.report.accuracy("ablation", klass).on_class
+        assert (
+            last[f"classes/random_subnetwork/{klass}"] == callback.report.accuracy("random subnetwork", klass).on_class
+        )
+    excess = callback.report.jaccard - callback.report.jaccard_chance
+    assert last["classes/reuse"] == pytest.approx(
+        sum(float(excess[i, j]) for i in range(3) for j in range(3) if i != j) / 6
+    )
+    document = json.loads((Path(trainer.log_dir) / "classes.json").read_text())
+    assert document["classes"] == [0, 1, 2]
+    assert document["subnetworks"]["1"] == callback.report.subnetwork(1)
+
+
+def sorted_by_class(*kinds: int) -> DataLoader:
+    """Validation data as folders of pictures give it: one class after the other."""
+    data = dataset(48, seed=1)
+    rows = [i for k in kinds for i, y in enumerate(data.tensors[1].tolist()) if y == k]
+    return DataLoader(Subset(data, rows), 4)
+
+
+@pytest.mark.parametrize("settings", [{}, {"classes": [0, 2]}], ids=str)
+def test_a_sanity_check_that_sees_one_class_alone_does_not_stop_training(settings):
+    callback = ClassNeuronsCallback(**settings)
+    fit(Plain(), [callback], val=sorted_by_class(0, 1, 2))
+    assert callback.report.classes == tuple(settings.get("classes", [0, 1, 2]))
+
+
+def test_a_class_that_is_not_in_the_data_is_said_and_training_goes_on():
+    callback = ClassNeuronsCallback(classes=[0, 2])
+    missing, nothing = (pytest.warns(UserWarning, match=m) for m in ("epoch 0 was not.*classes=2.*0, 1", "nothing has"))
+    with missing, nothing:
+        trainer = fit(Plain(), [callback], val=sorted_by_class(0, 1), num_sanity_val_steps=0, max_epochs=2)
+    assert trainer.current_epoch == 2
+    with pytest.raises(MisconfigurationException, match="classes=2"):
+        trainer_of([ClassNeuronsCallback(classes=[0, 2])]).validate(Plain(), sorted_by_class(0, 1), verbose=False)
+
+
+def test_a_bounded_sample_has_all_classes():
+    callback = ClassNeuronsCallback(max_samples=9)
+    fit(Plain(), [callback], val=sorted_by_class(0, 1, 2), num_sanity_val_steps=0)
+    assert callback.report.classes == (0, 1, 2)
+    assert sum(callback.report.class_counts) == 9
+
+
+WRONG = [
+    ({"classes": []}, r"classes=\[\]"),
+    ({"classes": [1, 1]}, r"classes=\[1, 1\]"),
+    ({"classes": "01"}, "classes='01'"),
+    ({"method": "maskin"}, "method='maskin'.*did you mean 'masking'"),
+    ({"importance": "fishr"}, "importance: .*'fishr'. Did you mean 'fisher'"),
+    ({"share": 1.0}, "share=1.0"),
+    ({"share": 0.3, "threshold": 0.1}, "share, threshold, cumulative.*at most one"),
+    ({"threshold": float("nan")}, "threshold=nan"),
+    ({"cumulative": 0}, "cumulative=0"),
+    ({"replacement": "resample"}, "replacement='resample'"),
+    ({"controls": 0}, "controls=0"),
+    ({"max_samples": 1}, "max_samples=1"),
+    ({"every_n_epochs": -1}, "every_n_epochs=-1"),
+    ({"layers": "net.conv1"}, "layers='net.conv1'"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", WRONG)
+def test_arguments_out_of_range(arguments, message):
+    with pytest.raises(MisconfigurationException, match=message) as caught:
+        ClassNeuronsCallback(**arguments)
+    assert isinstance(caught.value, ArgumentError)
+
+
+def test_the_callback_can_be_pickled_and_the_table_is_printed(capsys):
+    callback = ClassNeuronsCallback()
+    fit(Plain(), [callback])
+    assert_same(pickle.loads(pickle.dumps(callback)).report, callback.report)
+    printed = capsys.readouterr().out
+    assert "Classes" in printed
+    assert f"{callback.report.accuracy('whole', 1).on_class:.2f}/" in printed
