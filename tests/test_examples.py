@@ -14,6 +14,8 @@ SAYS = {
     "own_criterion": "fires_in",
     "agreement_of_criteria": "second_order_ggn",
     "prune_and_finetune": "recovered",
+    "class_subnetwork": "MACs 128,640 -> ",
+    "rank_critical_neurons": "critical neurons: change of the loss",
 }
 
 

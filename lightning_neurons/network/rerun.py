@@ -21,7 +21,7 @@ from lightning_neurons.network.same_calls import DivergedError, SameCalls
 from lightning_neurons.network.silence import Edit, Silence
 from lightning_neurons.network.state import ModelState, random_state, set_random_state
 from lightning_neurons.network.tape import Tape
-from lightning_neurons.network.trees import tensors_in
+from lightning_neurons.network.trees import same_tensors
 
 Run = Callable[[Any], Any]
 """From a batch to what is wanted of it, such as losses and outputs: tensors in tuples, lists or dicts."""
@@ -214,7 +214,7 @@ class Rerun:
         if start not in of.trusted:
             of.trusted[start] = True
             again = self._replay(start, {})
-            of.trusted[start] = again is not None and _same(again[0], self.result)
+            of.trusted[start] = again is not None and same_tensors(again[0], self.result)
         return of.trusted[start]
 
     def _record(self, starts: Sequence[int]) -> Tape | None:
@@ -225,7 +225,7 @@ class Rerun:
             result = self._checked(tape)
         except DivergedError:
             return None
-        return tape if _same(result, self.result) else None
+        return tape if same_tensors(result, self.result) else None
 
     def _whole(self, edits: Mapping[str, Edit]) -> Any:
         self._of.forwards += 1
@@ -247,10 +247,3 @@ class Rerun:
 
 def _flat(state: tuple[Tensor, list[Tensor]]) -> list[Tensor]:
     return [state[0], *state[1]]
-
-
-def _same(first: Any, second: Any) -> bool:
-    """Whether two results have the same tensors, bit for bit; NaN is the same as NaN."""
-    one, other = list(tensors_in(first)), list(tensors_in(second))
-    alike = len(one) == len(other) and all(a.shape == b.shape for a, b in zip(one, other, strict=True))
-    return alike and all(bool(((a == b) | ((a != a) & (b != b))).all()) for a, b in zip(one, other, strict=True))

@@ -45,3 +45,10 @@ def address_of(tensor: Tensor) -> int:
 def version_of(tensor: Tensor) -> int:
     """A number that changes when the tensor is written into; inference tensors cannot be."""
     return -1 if tensor.is_inference() else tensor._version
+
+
+def same_tensors(first: Any, second: Any) -> bool:
+    """Whether two results have the same tensors, bit for bit; NaN is the same as NaN."""
+    one, other = list(tensors_in(first)), list(tensors_in(second))
+    alike = len(one) == len(other) and all(a.shape == b.shape for a, b in zip(one, other, strict=True))
+    return alike and all(bool(((a == b) | ((a != a) & (b != b))).all()) for a, b in zip(one, other, strict=True))

@@ -11,6 +11,7 @@ from lightning_neurons.errors import MeasurementError
 from lightning_neurons.network.isolate import eager
 from lightning_neurons.network.layer import Layer
 from lightning_neurons.network.silence import Edit, Replacement, Silence, edit_of
+from lightning_neurons.results.class_report import ClassAccuracy
 
 Forward = Callable[[nn.Module, Any], Any]
 """From a model and a batch to logits ``(batch, class)``."""
@@ -79,3 +80,55 @@ def checked_logits(logits: Any, targets: Tensor) -> Tensor:
     if len(targets) and int(targets.max()) >= logits.shape[1]:
         raise MeasurementError(f"a target is {int(targets.max())}, and the model has {logits.shape[1]} outputs")
     return logits
+
+
+def variants_of(
+    members: Mapping[str, Tensor], draws: Sequence[Mapping[str, Tensor]], classes: int
+) -> tuple[list[Masks], dict[str, list[list[int]]]]:
+    """Every different variant once, and for each kind and class, which variants it is."""
+    variants: list[Masks] = [{}]
+    known: dict[bytes, int] = {}
+
+    def place(of: Mapping[str, Tensor], row: int, inside: bool) -> int:
+        masks = {name: m[row] if inside else ~m[row] for name, m in of.items()}
+        key = torch.cat(list(masks.values())).numpy().tobytes()
+        if key not in known:
+            known[key] = len(variants)
+            variants.append(masks)
+        return known[key]
+
+    rows = range(classes)
+    places = {
+        "whole": [[0] for _ in rows],
+        "subnetwork": [[place(members, row, True)] for row in rows],
+        "ablation": [[place(members, row, False)] for row in rows],
+        "random subnetwork": [[place(draw, row, True) for draw in draws] for row in rows],
+        "random ablation": [[place(draw, row, False) for draw in draws] for row in rows],
+    }
+    own = [entry[0] for entry in places["subnetwork"]]
+    places["other subnetworks"] = [own[:row] + own[row + 1 :] for row in rows]
+    return variants, places
+
+
+def accuracy_rows(
+    right: Tensor, counts: Tensor, classes: Sequence[int], places: Mapping[str, Sequence[Sequence[int]]]
+) -> list[ClassAccuracy]:
+    """From counts of right answers to accuracies.
+
+    Args:
+        right: ``(variant, class)``: right answers by variant of the model and true class.
+        counts: ``(class,)``: samples of each class.
+        classes: The classes that are looked at.
+        places: For each kind of model and class, the variants whose mean is taken; kinds without any are left out.
+    """
+    rows = []
+    for row, klass in enumerate(classes):
+        for kind, by_class in places.items():
+            if by_class[row]:
+                mine = right[list(by_class[row])].double().mean(0)
+                own, others = mine[klass] / counts[klass], (mine.sum() - mine[klass]) / (counts.sum() - counts[klass])
+                on_all = mine.sum() / counts.sum()
+                rows.append(
+                    ClassAccuracy(kind, klass, float(on_all), float(own), float(others), float((own + others) / 2))
+                )
+    return rows

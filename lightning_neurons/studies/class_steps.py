@@ -19,7 +19,13 @@ from lightning_neurons.results.class_report import ClassAccuracy, ClassReport
 from lightning_neurons.studies.ablation import measure_batches
 from lightning_neurons.studies.ablation_sums import AblationSums
 from lightning_neurons.studies.activation_means import activation_means
-from lightning_neurons.studies.class_accuracy import ClassAccuracies, Forward, Masks, checked_logits
+from lightning_neurons.studies.class_accuracy import (
+    ClassAccuracies,
+    Forward,
+    accuracy_rows,
+    checked_logits,
+    variants_of,
+)
 from lightning_neurons.studies.class_choice import ClassRule, random_members
 from lightning_neurons.studies.losses import normal_tensors
 from lightning_neurons.studies.measure import collect
@@ -177,7 +183,7 @@ class ClassStudy:
         """Run every variant of the model on every batch."""
         generator = torch.Generator().manual_seed(self.settings["seed"])
         draws = [random_members(members, generator) for _ in range(self.settings["controls"])]
-        variants, places = _variants(members, draws, len(classes))
+        variants, places = variants_of(members, draws, len(classes))
         engine, means = self._engine, None
         if self.settings["replacement"] == "mean":
             means = activation_means(self.model, engine.layers, engine.modules, batches, self.forward, self._add_up)
@@ -198,55 +204,3 @@ class ClassStudy:
             if not kept
         ]
         return (*empty, "selectivity describes which classes excite a neuron; it is not importance")
-
-
-def _variants(
-    members: Mapping[str, Tensor], draws: Sequence[Mapping[str, Tensor]], classes: int
-) -> tuple[list[Masks], dict[str, list[list[int]]]]:
-    """Every different variant once, and for each kind and class, which variants it is."""
-    variants: list[Masks] = [{}]
-    known: dict[bytes, int] = {}
-
-    def place(of: Mapping[str, Tensor], row: int, inside: bool) -> int:
-        masks = {name: m[row] if inside else ~m[row] for name, m in of.items()}
-        key = torch.cat(list(masks.values())).numpy().tobytes()
-        if key not in known:
-            known[key] = len(variants)
-            variants.append(masks)
-        return known[key]
-
-    rows = range(classes)
-    places = {
-        "whole": [[0] for _ in rows],
-        "subnetwork": [[place(members, row, True)] for row in rows],
-        "ablation": [[place(members, row, False)] for row in rows],
-        "random subnetwork": [[place(draw, row, True) for draw in draws] for row in rows],
-        "random ablation": [[place(draw, row, False) for draw in draws] for row in rows],
-    }
-    own = [entry[0] for entry in places["subnetwork"]]
-    places["other subnetworks"] = [own[:row] + own[row + 1 :] for row in rows]
-    return variants, places
-
-
-def accuracy_rows(
-    right: Tensor, counts: Tensor, classes: Sequence[int], places: Mapping[str, Sequence[Sequence[int]]]
-) -> list[ClassAccuracy]:
-    """From counts of right answers to accuracies.
-
-    Args:
-        right: ``(variant, class)``: right answers by variant of the model and true class.
-        counts: ``(class,)``: samples of each class.
-        classes: The classes that are looked at.
-        places: For each kind of model and class, the variants whose mean is taken; kinds without any are left out.
-    """
-    rows = []
-    for row, klass in enumerate(classes):
-        for kind, by_class in places.items():
-            if by_class[row]:
-                mine = right[list(by_class[row])].double().mean(0)
-                own, others = mine[klass] / counts[klass], (mine.sum() - mine[klass]) / (counts.sum() - counts[klass])
-                on_all = mine.sum() / counts.sum()
-                rows.append(
-                    ClassAccuracy(kind, klass, float(on_all), float(own), float(others), float((own + others) / 2))
-                )
-    return rows

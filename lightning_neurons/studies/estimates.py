@@ -1,55 +1,84 @@
-"""Means of a finite population from some of its samples, and what they decide."""
+"""Means over a finite population from some of its samples, and what they decide.
+
+Samples are drawn without replacement with probabilities in proportion to a size (sequential Poisson sampling: Ohlsson
+1998), so that those on which much can change are seen early, and in the end all of them surely. A regression on control
+variates that are known for the whole population predicts the rest; what it leaves is weighted by the inverse of the
+probabilities (the generalised regression estimator: Saerndal, Swensson and Wretman 1992, chapter 6).
+"""
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from scipy import stats
 from torch import Tensor
 
+_TOGETHER = 64
+"""Neurons whose regressions are solved at a time."""
+
 
 class Estimates:
-    """Running estimates of means over a finite population, with control variates of known mean.
+    """Running estimates for many neurons, each from the first so many samples of one order.
 
     Args:
-        controls: By neuron, the population means of the control variates.
-        population: How many samples there are in all.
+        controls: For each sample and neuron, the control variates.
+        sizes: For each sample, a number above 0: how much is to be expected of it.
+        seed: Of the draws.
+
+    Attributes:
+        order: In which order samples have to be measured.
+        seen: By neuron, how many samples have been.
     """
 
-    def __init__(self, controls: Float[Tensor, "neuron control"], population: int) -> None:
-        self.population = population
-        self._known = controls.double()
-        neurons, size = controls.shape
-        self.seen = torch.zeros(neurons, dtype=torch.float64)
-        self._sums = torch.zeros(neurons, size + 1, dtype=torch.float64)
-        self._products = torch.zeros(neurons, size + 1, size + 1, dtype=torch.float64)
+    def __init__(
+        self, controls: Float[Tensor, "sample neuron control"], sizes: Float[Tensor, " sample"], seed: int
+    ) -> None:
+        draws = torch.rand(len(sizes), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        keys = draws / sizes.double()
+        self.order: Int[Tensor, " sample"] = keys.argsort()
+        self._keys, self._sizes = keys[self.order], sizes.double()[self.order]
+        self._controls = controls[self.order]
+        samples, neurons = controls.shape[:2]
+        self.seen = torch.zeros(neurons, dtype=torch.int64)
+        self._values = torch.zeros(samples, neurons, dtype=torch.float32)
+        self._found = torch.full((3, neurons), torch.nan, dtype=torch.float64)
+        self._stale = torch.ones(neurons, dtype=torch.bool)
 
-    def add(self, neuron: int, values: Float[Tensor, " value"], controls: Float[Tensor, "value control"]) -> None:
-        """Add samples of one neuron."""
-        rows = torch.cat([values.double()[:, None], controls.double()], 1).cpu()
-        rows[:, 1:] -= self._known[neuron]
-        self.seen[neuron] += len(rows)
-        self._sums[neuron] += rows.sum(0)
-        self._products[neuron] += rows.t() @ rows
+    def add(self, neuron: int, values: Float[Tensor, " value"]) -> None:
+        """Add what a neuron does to the samples that come next in the order."""
+        first = int(self.seen[neuron])
+        self._values[first : first + len(values), neuron] = values.float().cpu()
+        self.seen[neuron] += len(values)
+        self._stale[neuron] = True
 
-    def interval(self, confidence: float) -> tuple[Tensor, Tensor]:
-        """Means, and the half widths of their two-sided confidence intervals."""
-        n = self.seen.clamp_min(1)[:, None]
-        mean = self._sums / n
-        spread = self._products / n[:, :, None] - mean[:, :, None] * mean[:, None, :]
-        size = (spread.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt() + 1e-300)[:, :, None]
-        spread = spread / size / size.transpose(1, 2)
-        controls = spread[:, 1:, 1:] + 1e-6 * torch.eye(spread.shape[1] - 1, dtype=torch.float64)
-        slope = torch.linalg.solve(controls, spread[:, 1:, :1])[..., 0]
-        unit = size[:, :1, 0]
-        middle = mean[:, 0] - (slope * unit / size[:, 1:, 0] * mean[:, 1:]).sum(1)
-        unexplained = (spread[:, 0, 0] - (slope * spread[:, 1:, 0]).sum(1)).clamp_min(0) * unit[:, 0].square()
-        freedom = (self.seen - spread.shape[1]).clamp_min(1)
-        left = (1 - self.seen / self.population).clamp_min(0)
-        # What the samples lack of the population's controls is extrapolated, and errs with the slope.
-        lacking = mean[:, 1:] / size[:, 1:, 0]
-        leverage = (lacking * torch.linalg.solve(controls, lacking[..., None])[..., 0]).sum(1)
-        error = (unexplained / freedom * (left + leverage * (left > 0))).sqrt()
-        wide = torch.from_numpy(stats.t.ppf((1 + confidence) / 2, freedom.numpy()))
-        return middle, error * wide
+    def interval(self, confidence: float) -> tuple[Float[Tensor, " neuron"], Float[Tensor, " neuron"]]:
+        """Means, and the half widths of their two-sided confidence intervals; NaN where nothing was measured."""
+        for seen in self.seen[self._stale].unique().tolist():
+            rows = (self._stale & (self.seen == seen)).nonzero().flatten()
+            for some in rows.split(_TOGETHER) if seen else ():
+                self._found[:, some] = self._estimate(some, seen)
+        self._stale[:] = False
+        middle, error, freedom = self._found
+        return middle, error * torch.from_numpy(stats.t.ppf((1 + confidence) / 2, freedom.numpy()))
+
+    def _estimate(self, neurons: Tensor, seen: int) -> Float[Tensor, "3 chosen"]:
+        """Mean, standard error and degrees of freedom from the first ``seen`` samples."""
+        population, values = len(self._sizes), self._values[:seen, neurons].double().t()
+        chance = torch.ones(seen, dtype=torch.float64)
+        if seen < population:
+            chance = (self._keys[seen] * self._sizes[:seen]).clamp(max=1)
+        ones = torch.ones(population, len(neurons), 1, dtype=torch.float64)
+        known = torch.cat([ones, self._controls[:, neurons].double()], 2).transpose(0, 1)  # (neuron, sample, control)
+        known = known / known.abs().amax(1, keepdim=True).clamp_min(1e-300)
+        # Samples that are surely seen have no part in what has to be predicted.
+        weights = (1 - chance) / chance.square()
+        design = known[:, :seen]
+        normal = (design * weights[:, None]).transpose(1, 2) @ design
+        normal = normal + torch.diag_embed(1e-9 * normal.diagonal(dim1=1, dim2=2) + 1e-30)
+        slope = torch.linalg.solve(normal, (design * (weights * values)[..., None]).sum(1)[..., None])
+        left = values - (design @ slope)[..., 0]
+        middle = ((known @ slope)[..., 0].sum(1) + (left / chance).sum(1)) / population
+        freedom = max(int((chance < 1).sum()) - known.shape[2], 1)
+        error = ((weights * left.square()).sum(1) * (freedom + known.shape[2]) / freedom).sqrt() / population
+        return torch.stack([middle, error, torch.full_like(middle, freedom)])
 
 
 def decided(

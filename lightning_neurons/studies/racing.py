@@ -1,12 +1,13 @@
 """Find the least important neurons without measuring every neuron on every sample.
 
-All neurons run on the same random samples, part by part. One that is surely among the bottom, or surely not, by its
-confidence interval, drops out; the budget goes to those that are hard to place. (Maron and Moore 1994, "Hoeffding
-races", with intervals of the normal distribution and the correction for a finite population.)
+All neurons run on the same samples, part by part. One that is surely among the bottom, or surely not, by its confidence
+interval, drops out; the budget goes to those that are hard to place. (Maron and Moore 1994, "Hoeffding races", with
+intervals of Student's distribution.)
 
-What makes the intervals narrow is a control variate: one backward tells for all neurons and all samples what the first
-and second order of the gate gradient ``u`` predict, ``-u`` and ``u^2``; only what differs from a regression on them has
-to be estimated from the samples that were run.
+What makes the intervals narrow is one backward, which gives the gate gradients ``u`` of all neurons and samples. On a
+trained network most samples hardly change whatever is switched off: samples are drawn in proportion to the size of
+their gate gradients (of their loss, where that cannot be differentiated). And first and second order, ``-u`` and
+``u^2``, predict the changes of samples that have not been run.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,8 @@ _LEAST = 32
 """Samples to a part."""
 _PARTS = 4
 """Parts before the first decision: fewer say little about a spread."""
+_FLOOR = 0.05
+"""Least size of a sample, as a share of the mean size: no sample is left out for sure."""
 _INTERRUPTED = "interrupted"
 _BACKWARD = 3
 """Forwards that a forward and the backward to the activations are counted as."""
@@ -82,28 +85,29 @@ def race(
     Raises:
         MeasurementError: If losses cannot be told apart by sample.
     """
-    parts = _shuffled(batches, rules.seed)
-    population = sum(map(batch_size_of, parts))
+    whole, population = _joined(batches)
     pairs = [(layer, i) for layer, indices in neurons.items() for i in indices]
     budget = rules.budget * len(pairs) * population
-    controls, notes = _controls(study, neurons, parts, is_worth=2 * _BACKWARD * population <= budget)
-    estimates = Estimates(torch.cat(controls).double().mean(0), population)
-    spent = 0.0 if notes else float(_BACKWARD * population)
+    losses = _losses(study, whole)
+    controls, notes = _controls(study, neurons, whole, population, is_worth=2 * _BACKWARD * population <= budget)
+    sizes = losses.abs() if notes else controls[..., 0].double().square().mean(1).sqrt()
+    sizes = torch.where(sizes.isfinite(), sizes, 0)
+    estimates = Estimates(controls, (sizes + _FLOOR * sizes.mean()).clamp_min(1e-30), rules.seed)
+    spent = float(population) * (1 if notes else 1 + _BACKWARD)
     active = torch.ones(len(pairs), dtype=torch.bool)
-    losses: list[Tensor] = []
     with tqdm(total=1.0, desc="race", disable=not progress) as bar:
-        for part, control in zip(parts, controls, strict=True):
-            cost = len(control) * int(active.sum())
+        for number, rows in enumerate(estimates.order.split(_LEAST)):
+            cost = len(rows) * int(active.sum())
             if not active.any() or spent + cost > budget or _INTERRUPTED in notes:
                 break
             try:
-                losses.append(_one_part(study, part, pairs, active, estimates, control))
+                _one_part(study, rows_of(whole, rows, population), pairs, active, estimates)
             except KeyboardInterrupt:
                 notes.append(_INTERRUPTED)
                 break
             spent += cost
-            bar.update(len(control) / population)
-            if len(losses) < _PARTS and len(parts) >= _PARTS:
+            bar.update(len(rows) / population)
+            if number + 1 < _PARTS and population > _PARTS * _LEAST:
                 continue
             middle, half = estimates.interval(rules.confidence)
             inside, outside = decided(middle - half, middle + half, _count(rules, pairs))
@@ -121,40 +125,44 @@ def _one_part(
     pairs: Sequence[tuple[str, int]],
     active: Tensor,
     estimates: Estimates,
-    controls: Tensor,
-) -> Tensor:
+) -> None:
     here = study.on(part)
-    if (here.outcome.weights != 1).any():
-        raise MeasurementError(
-            "budget: a race needs the loss of every sample, and that of loss_fn could not be taken apart; return "
-            "one loss per sample from it, or leave budget out"
-        )
     rows = {pair: row for row, pair in enumerate(pairs) if active[row]}
     for layer in here.order(list(dict.fromkeys(layer for layer, _ in rows))):
         mine = {neuron: row for (name, neuron), row in rows.items() if name == layer}
         changes = here.without([{layer: [neuron]} for neuron in mine]).losses - here.outcome.losses
         for row, values in zip(mine.values(), changes, strict=True):
-            estimates.add(row, values, controls[:, row])
-    return here.outcome.losses[0]
+            estimates.add(row, values)
+
+
+def _losses(study: WhatIf, whole: Any) -> Tensor:
+    """The losses of all samples."""
+    outcomes = [study.on(part).outcome for part in study.parts(whole)]
+    if any((outcome.weights != 1).any() for outcome in outcomes):
+        raise MeasurementError(
+            "budget: a race needs the loss of every sample, and that of loss_fn could not be taken apart; return "
+            "one loss per sample from it, or leave budget out"
+        )
+    return torch.cat([outcome.losses[0] for outcome in outcomes]).double().cpu()
 
 
 def _controls(
-    study: WhatIf, neurons: Mapping[str, Sequence[int]], parts: Sequence[Any], *, is_worth: bool
-) -> tuple[list[Tensor], list[str]]:
-    """The control variates of each part, and why there are none (then they are zeros)."""
+    study: WhatIf, neurons: Mapping[str, Sequence[int]], whole: Any, population: int, *, is_worth: bool
+) -> tuple[Tensor, list[str]]:
+    """The control variates of each sample, and why there are none (then they are zeros)."""
     gates, width = GateGradients(study, neurons), sum(map(len, neurons.values()))
     why = "the loss cannot be differentiated" if is_worth else "they would take more than half of the budget"
     try:
-        found = [gates.of(part) for part in parts] if is_worth else []
+        found = [gates.of(part).float() for part in study.parts(whole)] if is_worth else []
         if is_worth and gates.works:
-            return [one.float() for one in found], []
+            return torch.cat(found), []
     except KeyboardInterrupt:
-        return [torch.zeros(batch_size_of(part), width, 2) for part in parts], [_INTERRUPTED]
-    return [torch.zeros(batch_size_of(part), width, 2) for part in parts], [f"no control variates: {why}"]
+        return torch.zeros(population, width, 2), [_INTERRUPTED]
+    return torch.zeros(population, width, 2), [f"no control variates: {why}"]
 
 
-def _shuffled(batches: Sequence[Any], seed: int) -> list[Any]:
-    """All samples in random order, in small batches.
+def _joined(batches: Sequence[Any]) -> tuple[Any, int]:
+    """All samples as one batch, and how many there are.
 
     Raises:
         MeasurementError: If they cannot be joined.
@@ -164,9 +172,7 @@ def _shuffled(batches: Sequence[Any], seed: int) -> list[Any]:
             "budget: a race needs samples in random order, and batches of one form to draw them from"
         )
     sizes = [batch_size_of(batch) for batch in batches]
-    order = torch.randperm(sum(sizes), generator=torch.Generator().manual_seed(seed))
-    whole = join(batches, sizes)
-    return [rows_of(whole, rows, sum(sizes)) for rows in order.split(_LEAST)]
+    return join(batches, sizes), sum(sizes)
 
 
 def _report(
@@ -175,7 +181,7 @@ def _report(
     study: WhatIf,
     active: Tensor,
     rules: Race,
-    losses: Sequence[Tensor],
+    losses: Tensor,
     runs: float,
     settings: Mapping[str, Any],
     notes: Sequence[str],
@@ -193,11 +199,10 @@ def _report(
             found[layer][neuron], errors[layer][neuron] = middle[row], one_sigma[row]
         if active[row]:
             undecided.setdefault(layer, []).append(neuron)
-    used = torch.cat(list(losses)) if losses else torch.zeros(0)
     said = f"{int(active.sum())} of {len(pairs)} neurons undecided for the bottom {rules.bottom:.0%}"
     return AblationReport(
-        loss=float(used.mean()),
-        samples=len(used),
+        loss=float(losses.mean()),
+        samples=len(losses),
         delta_loss=found,
         standard_error=errors,
         undecided={layer: tuple(indices) for layer, indices in undecided.items()},
