@@ -58,14 +58,14 @@ class Vgg11(nn.Module):
         return self.fc(self.features(x).flatten(1))
 
 
-def resnet20_and_pictures(samples: int, data: Path | None) -> tuple[nn.Module, Tensor, Tensor]:
+def resnet20_and_pictures(samples: int, data: Path | None, split: str = "test") -> tuple[nn.Module, Tensor, Tensor]:
     """A ResNet-20 in evaluation mode with pictures and labels: real ones from ``data``, else random ones."""
     if data is not None:
         sys.path.insert(0, str(data))
         import lnn_data
         from cifar_resnet import cifar_resnet
 
-        pictures, labels = lnn_data.load_cifar10("test", samples)
+        pictures, labels = lnn_data.load_cifar10(split, samples)
         more = -(-samples // len(pictures))
         x = lnn_data.to_tensor(pictures).repeat(more, 1, 1, 1)[:samples]
         y = torch.from_numpy(labels).repeat(more)[:samples]

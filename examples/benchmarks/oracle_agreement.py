@@ -37,15 +37,24 @@ def overall(first: Scores, second: Scores) -> float:
     return agreement(torch.cat([first[n] for n in layers]), torch.cat([second[n] for n in layers])).spearman
 
 
-def oracles(model: torch.nn.Module, halves: list[list[tuple[Tensor, Tensor]]], layers: list[str], keep: Path | None):
-    """|change of loss| on each half; read from files where they have been measured before."""
+def oracles(
+    model: torch.nn.Module,
+    halves: list[list[tuple[Tensor, Tensor]]],
+    layers: list[str],
+    keep: Path | None,
+    budget: float | None,
+) -> list[Scores]:
+    """|Change of loss| on each half; read from files where they have been measured before.
+
+    With a budget, samples are drawn in proportion to their size; a confidence near 1 keeps all neurons in the race.
+    """
     found = []
     for index, half in enumerate(halves):
         path = None if keep is None else keep.with_suffix(f".{index}.json")
         if path is not None and path.exists():
             report = AblationReport.load(path)
         else:
-            report = ablate(model, half, loss, neurons=layers, exact=False)
+            report = ablate(model, half, loss, neurons=layers, exact=False, budget=budget, confidence=1 - 1e-12)
             if path is not None:
                 report.save(path)
         found.append({name: deltas.abs() for name, deltas in report.delta_loss.items()})
@@ -57,16 +66,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--pictures", type=int, default=4000)
+    parser.add_argument("--split", choices=("test", "train"), default="test")
+    parser.add_argument("--budget", type=float, help="estimate changes from this share of all runs")
     parser.add_argument("--keep", type=Path, help="where the ablations are kept, or read from")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    model, x, y = resnet20_and_pictures(arguments.pictures, arguments.data)
+    model, x, y = resnet20_and_pictures(arguments.pictures, arguments.data, arguments.split)
     middle = len(x) // 2
     halves = [
         list(zip(x[rows].split(500), y[rows].split(500), strict=True)) for rows in (slice(middle), slice(middle, None))
     ]
     layers = [name for name in dict(model.named_modules()) if "conv" in name]
-    here, held_out = oracles(model, halves, layers, arguments.keep)
+    here, held_out = oracles(model, halves, layers, arguments.keep, arguments.budget)
     report = measure(model, halves[0], loss_fn=loss, criteria=list(CRITERIA), layers=layers)
     ceiling = per_layer(here, held_out), overall(here, held_out)
     print(f"{'criterion':18s} {'per layer':>9s} {'of ceiling':>10s} {'all layers':>10s} {'of ceiling':>10s}")

@@ -4,89 +4,36 @@ Replay is checked, not assumed. From every start, the unchanged run is replayed 
 bit for bit; whatever calls something else, or reads what was not kept, is run as a whole.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_neurons.network.batches import rows_of, tensors_of
-from lightning_neurons.network.calls import Calls, learn
+from lightning_neurons.network.batches import join, rows_of
 from lightning_neurons.network.isolate import eager, isolated
-from lightning_neurons.network.layer import Layer
 from lightning_neurons.network.replay import Replay
+from lightning_neurons.network.reruns import Reruns
 from lightning_neurons.network.same_calls import DivergedError, SameCalls
 from lightning_neurons.network.silence import Edit, Silence
-from lightning_neurons.network.state import ModelState, random_state, set_random_state
+from lightning_neurons.network.stacked import StackedReplay
+from lightning_neurons.network.state import random_state, set_random_state
 from lightning_neurons.network.tape import Tape
-from lightning_neurons.network.trees import same_tensors
-
-Run = Callable[[Any], Any]
-"""From a batch to what is wanted of it, such as losses and outputs: tensors in tuples, lists or dicts."""
+from lightning_neurons.network.trees import map_tensors_in, same_tensors
 
 _FEW = 2
-
-
-class Reruns:
-    """What runs of one model on batches of one form have in common: learnt from the first, used by the rest.
-
-    Args:
-        model: The model; isolate it around everything.
-        layers: What ``trace.py`` found.
-        modules: Their modules.
-        run: Runs the model on a batch.
-        memory_limit: How many bytes a tape may take; what does not fit is recorded in several runs.
-        exact: Whether results are those of whole forwards bit for bit; else first readers take a shortcut.
-
-    Attributes:
-        replays: How many runs were answered from a tape, in part.
-        forwards: How many were whole.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        layers: Mapping[str, Layer],
-        modules: Mapping[str, nn.Module],
-        run: Run,
-        memory_limit: int,
-        *,
-        exact: bool = True,
-    ) -> None:
-        self.model, self.layers, self.modules, self.run = model, layers, modules, run
-        self.memory_limit, self.exact = memory_limit, exact
-        self.calls: Calls | None = None
-        self.is_stateful = self.draws = False
-        self.trusted: dict[int, bool] = {}
-        self.replays = self.forwards = 0
-
-    def on(self, batch: Any, samples: int) -> "Rerun":
-        """Make ready to run a batch."""
-        if self.calls is None:
-            few = min(_FEW, samples)
-            try:
-                self.learn(rows_of(batch, torch.arange(few), samples), few)
-            except Exception:  # noqa: BLE001 (whatever a model raises on fewer samples than it expects)
-                self.learn(batch, samples)
-        return Rerun(self, batch, samples)
-
-    def learn(self, batch: Any, samples: int) -> Calls:
-        """Learn what a run calls."""
-        others = [*self.model.buffers(), *tensors_of(batch)]
-        with torch.no_grad(), eager(), isolated(self.model):
-            random, state = random_state(), ModelState(self.model)
-            run = partial(self.run, batch)
-            self.calls = learn(run, self.layers, self.modules, self.model.parameters(), others)
-            self.calls.samples = samples
-            self.draws = not all(torch.equal(a, b) for a, b in zip(_flat(random), _flat(random_state()), strict=True))
-            self.is_stateful = bool(self.calls.outside) or state.has_changed()
-        return self.calls
+_ROUNDING = 1e-4
 
 
 class Rerun:
-    """One batch of ``Reruns``.
+    """One batch.
+
+    Args:
+        of: What is known of such runs.
+        batch: The batch.
+        samples: How many samples it has.
 
     Attributes:
         result: What the unchanged run gives.
@@ -98,7 +45,13 @@ class Rerun:
         self._stretches: list[list[int]] = []
         self._tape: Tape | None = None
         self._fits = True  # whether this batch takes the way that is known
-        assert of.calls is not None, "learnt before"
+        if of.calls is None:
+            few = min(_FEW, samples)
+            try:
+                of.learn(rows_of(batch, torch.arange(few), samples), few)
+            except Exception:  # noqa: BLE001 (whatever a model raises on fewer samples than it expects)
+                of.learn(batch, samples)
+        assert of.calls is not None, "just learnt"
         try:
             self.result = self._checked(SameCalls(of.calls, of.modules))
         except DivergedError:
@@ -142,6 +95,37 @@ class Rerun:
             if found is not None:
                 return found[0]
         return self._whole(edits)
+
+    def silenced_together(self, layer: str, edits: Sequence[Edit]) -> Any:
+        """What the run gives on the batch repeated, each time with one change of a layer; None if that cannot be done.
+
+        Args:
+            layer: The layer.
+            edits: The changes.
+        """
+        start, of = self._start(layer), self._of
+        if start is None or not self._trusted(start) or self._tape is None or self._tape.rewritten or of.draws:
+            return None
+        if of.calls is None or len(of.calls.points[layer]) != 1 or of.stackable.get(start) is False:
+            return None
+        if start not in of.stackable:
+            found = self._stacked(layer, start, [None] * len(edits))
+            repeated = map_tensors_in(self.result, partial(_repeated, times=len(edits), samples=self._samples))
+            of.stackable[start] = found is not None and same_tensors(found, repeated, tolerance=_ROUNDING)
+        return self._stacked(layer, start, edits) if of.stackable[start] else None
+
+    def _stacked(self, layer: str, start: int, edits: Sequence[Edit | None]) -> Any:
+        assert self._tape is not None, "recorded before"
+        batch = join([self._batch] * len(edits), [self._samples] * len(edits))
+        replay = StackedReplay(self._tape, {layer: self._of.modules[layer]}, start, edits, self._samples)
+        try:
+            with self._again(), replay:
+                found = self._of.run(batch)
+            replay.finish()
+        except Exception:  # noqa: BLE001 (sizes that the model has remembered do not fit: one by one, then)
+            return None
+        self._of.replays += len(edits)
+        return found
 
     def plan_parameters(self, parameters: Sequence[Tensor]) -> list[int]:
         """Say which parameters will be changed; returns in which order that costs the fewest recordings."""
@@ -245,5 +229,6 @@ class Rerun:
             yield
 
 
-def _flat(state: tuple[Tensor, list[Tensor]]) -> list[Tensor]:
-    return [state[0], *state[1]]
+def _repeated(tensor: Tensor, times: int, samples: int) -> Tensor:
+    is_per_sample = tensor.ndim and len(tensor) == samples
+    return tensor.repeat(times, *[1] * (tensor.ndim - 1)) if is_per_sample else tensor

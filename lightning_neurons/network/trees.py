@@ -47,8 +47,10 @@ def version_of(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
-def same_tensors(first: Any, second: Any) -> bool:
-    """Whether two results have the same tensors, bit for bit; NaN is the same as NaN."""
+def same_tensors(first: Any, second: Any, tolerance: float = 0.0) -> bool:
+    """Whether two results have the same tensors, bit for bit unless tolerated; NaN is the same as NaN."""
     one, other = list(tensors_in(first)), list(tensors_in(second))
-    alike = len(one) == len(other) and all(a.shape == b.shape for a, b in zip(one, other, strict=True))
-    return alike and all(bool(((a == b) | ((a != a) & (b != b))).all()) for a, b in zip(one, other, strict=True))
+    if len(one) != len(other) or any(a.shape != b.shape for a, b in zip(one, other, strict=True)):
+        return False
+    pairs = zip(one, other, strict=True)
+    return all(torch.allclose(a, b, rtol=tolerance, atol=tolerance, equal_nan=True) for a, b in pairs)

@@ -18,9 +18,10 @@ from lightning_neurons.studies.ablation_sums import AblationSums
 from lightning_neurons.studies.given import given_batches, given_loss, given_model
 from lightning_neurons.studies.losses import LOSS_REDUCTIONS, LossReduction
 from lightning_neurons.studies.neuron_choice import NeuronChoice, chosen_neurons
+from lightning_neurons.studies.outcomes import LossFunction
 from lightning_neurons.studies.racing import Race, race
 from lightning_neurons.studies.targets import PerClass, targets_in
-from lightning_neurons.studies.whatif import LossFunction, WhatIf, require_present
+from lightning_neurons.studies.whatif import WhatIf, require_present
 
 TOGETHER = 32
 """Neurons of which losses are told apart, and added up, together."""
@@ -66,8 +67,8 @@ def ablate(
             whether it is among the least important ``bottom``. What could not be told is in ``undecided``.
         bottom: The share of neurons that a race looks for.
         confidence: Of each decision in a race.
-        exact: False lets the first layers that read a neuron compute only the difference that it makes: faster, and
-            equal to whole forwards up to rounding instead of bit for bit.
+        exact: False lets the first layers that read a neuron compute only the difference that it makes, and on a GPU
+            several neurons share one batch: faster, and equal to whole forwards up to rounding, not bit for bit.
         memory_limit: How many bytes may be kept of a batch's activations; less takes more forwards.
         progress: Show a progress bar.
         seed: Of the order of a race and of ``"resample"``.

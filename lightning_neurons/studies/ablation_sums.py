@@ -11,7 +11,7 @@ from lightning_neurons.errors import MeasurementError
 from lightning_neurons.network.batches import targets_of
 from lightning_neurons.results.ablation_report import AblationReport
 from lightning_neurons.studies.effects import Effects
-from lightning_neurons.studies.whatif import Outcome
+from lightning_neurons.studies.outcomes import Outcome
 
 
 class AblationSums:

@@ -19,7 +19,8 @@ from lightning_neurons.results.perturbation_report import PerturbationReport, Pe
 from lightning_neurons.studies.effects import Effects
 from lightning_neurons.studies.given import given_batches, given_loss, given_model
 from lightning_neurons.studies.losses import LOSS_REDUCTIONS, LossReduction
-from lightning_neurons.studies.whatif import LossFunction, WhatIf
+from lightning_neurons.studies.outcomes import LossFunction
+from lightning_neurons.studies.whatif import WhatIf
 
 Mode = Literal["add", "scale", "noise"]
 Level = Literal["parameter", "neuron"]

@@ -58,9 +58,23 @@ class SampleLosses:
             or any(s != shapes[0] for s in shapes)
         ):
             return None
-        stacked = [torch.stack(column) for column in zip(*tensors, strict=True)]
         whole = torch.stack([loss.reshape(()) for loss in losses]).double()
-        tolerance = max(_CLOSE, _ROUNDING * torch.finfo(losses[0].dtype).eps)
+        return self._tell_apart(outputs, batch, samples, whole, losses[0].dtype)
+
+    def of_stack(
+        self, loss: Tensor, outputs: Sequence[Any], batch: Any, samples: int
+    ) -> Float[Tensor, "run batch"] | None:
+        """The same of one run of a batch that was repeated: there is one loss for all repetitions together."""
+        if loss.numel() != 1 or not loss.is_floating_point() or not list(tensors_in(outputs[0])):
+            return None
+        return self._tell_apart(outputs, batch, samples, loss.double().reshape(1), loss.dtype)
+
+    def _tell_apart(
+        self, outputs: Sequence[Any], batch: Any, samples: int, whole: Tensor, dtype: torch.dtype
+    ) -> Tensor | None:
+        columns = zip(*(list(tensors_in(out)) for out in outputs), strict=True)
+        stacked = [torch.stack(column) for column in columns]
+        tolerance = max(_CLOSE, _ROUNDING * torch.finfo(dtype).eps)
         for way in list(self._ways):
             try:
                 with _refused(self.modules):
@@ -68,11 +82,12 @@ class SampleLosses:
             except Exception:  # noqa: BLE001 (whatever a loss does that a way cannot do)
                 self._ways.remove(way)
                 continue
-            if found.shape == (len(losses), samples) and self._adds_up(found, whole, tolerance):
+            if found.shape == (len(outputs), samples) and self._adds_up(found, whole, tolerance):
                 return found
         return None
 
     def _adds_up(self, found: Tensor, whole: Tensor, tolerance: float) -> bool:
+        found = found if len(whole) == len(found) else found.reshape(1, -1)
         again = found.mean(1) if self._is_mean else found.sum(1)
         is_close = torch.isclose(again, whole, rtol=tolerance, atol=1e-7) | ~again.isfinite()
         return bool(is_close.all())

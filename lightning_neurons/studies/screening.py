@@ -21,8 +21,9 @@ from lightning_neurons.studies.losses import LossReduction
 from lightning_neurons.studies.measure import collect
 from lightning_neurons.studies.measurement import Measurement
 from lightning_neurons.studies.oracle import OracleAgreement, oracle_agreement
+from lightning_neurons.studies.outcomes import LossFunction
 from lightning_neurons.studies.settings import MeasurementSettings
-from lightning_neurons.studies.whatif import LossFunction, WhatIf
+from lightning_neurons.studies.whatif import WhatIf
 
 _CHUNK = 16
 """Samples to a batch: where losses cannot be told apart by sample, errors are over these."""

@@ -17,7 +17,8 @@ from lightning_neurons.studies.effects import Effects
 from lightning_neurons.studies.given import given_batches, given_loss, given_model
 from lightning_neurons.studies.losses import LOSS_REDUCTIONS, LossReduction
 from lightning_neurons.studies.neuron_choice import NeuronChoice, chosen_neurons
-from lightning_neurons.studies.whatif import LossFunction, WhatIf, require_present
+from lightning_neurons.studies.outcomes import LossFunction
+from lightning_neurons.studies.whatif import WhatIf, require_present
 
 
 def ablate_together(

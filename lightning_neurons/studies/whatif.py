@@ -1,48 +1,28 @@
 """The engine of ablation studies: each batch runs once, and then, for every change, from where that takes effect."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from lightning_neurons.errors import MeasurementError
 from lightning_neurons.network.batches import batch_size_of
 from lightning_neurons.network.isolate import isolated
 from lightning_neurons.network.layer import Layer, candidates
-from lightning_neurons.network.rerun import Rerun, Reruns
+from lightning_neurons.network.rerun import Rerun
+from lightning_neurons.network.reruns import Reruns
 from lightning_neurons.network.silence import Edit, Replacement, edit_of
 from lightning_neurons.studies.activation_means import activation_means
-from lightning_neurons.studies.losses import normal_tensors, summed
+from lightning_neurons.studies.losses import normal_tensors
+from lightning_neurons.studies.outcomes import LossFunction, Outcome, Outcomes
 from lightning_neurons.studies.passes import Passes
-from lightning_neurons.studies.sample_losses import SampleLosses
 
-LossFunction = Callable[[Any, Any], Tensor]
+_STACKED = 16
+
 NeuronSet = Mapping[str, Sequence[int]]
 """Neurons by layer."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What some runs of one batch gave.
-
-    Attributes:
-        losses: Of the samples in each run, or their mean over the batch where they cannot be told apart.
-        weights: How many samples each of them stands for.
-        outputs: What the model returned in each run, or None if it was not called exactly once.
-    """
-
-    losses: Float[Tensor, "run value"]
-    weights: Float[Tensor, " value"]
-    outputs: list[Any]
-
-    def averaged(self) -> "Outcome":
-        """The same with one mean for each run."""
-        means = ((self.losses * self.weights).sum(1) / self.weights.sum())[:, None]
-        return Outcome(means, self.weights.sum().reshape(1), self.outputs)
 
 
 class WhatIf:
@@ -76,11 +56,14 @@ class WhatIf:
     ) -> None:
         self.model, self.loss_fn, self.loss_reduction = model, loss_fn, loss_reduction
         self.replacement, self.exact, self.memory_limit = replacement, exact, memory_limit
+        on_gpu = any(p.device.type == "cuda" for p in model.parameters())
+        self.together = _STACKED if on_gpu and not exact else 1
+        """How many neurons are switched off in one run, each in a repetition of the batch."""
         self.layers: dict[str, Layer] = {}
         self.means: dict[str, Tensor] = {}
         self.modules = candidates(model)
         self._passes = Passes(model, [])
-        self._split = SampleLosses(model, loss_fn, loss_reduction) if by_sample else None
+        self.outcomes = Outcomes(model, loss_fn, loss_reduction, by_sample=by_sample)
         self._generator = torch.Generator().manual_seed(seed)
         self._reruns: Reruns | None = None
         self._outputs: list[Any] = []
@@ -119,8 +102,7 @@ class WhatIf:
             assert self._passes.known is not None, "just found"
             self.layers = {n: layer for n, layer in self._passes.known.layers.items() if layer.calls}
             self.modules = {n: self.modules[n] for n in self.layers}
-        if self._split is not None:
-            self._split.modules = list(self.modules.values())
+        self.outcomes.know(list(self.modules.values()))
 
     def measure_means(self, batches: Sequence[Any]) -> None:
         """Measure the mean activation of every neuron, for ``"mean"``."""
@@ -138,7 +120,7 @@ class WhatIf:
         if self._reruns is None:
             self._reruns = Reruns(self.model, self.layers, self.modules, self._run, self.memory_limit, exact=self.exact)
         with torch.inference_mode(False):
-            return BatchWhatIf(self, self._reruns.on(batch, samples), batch, samples)
+            return BatchWhatIf(self, Rerun(self._reruns, batch, samples), batch, samples)
 
     def _run(self, batch: Any) -> tuple[Tensor, list[Any]]:
         self._outputs = []
@@ -146,23 +128,6 @@ class WhatIf:
         if not isinstance(loss, Tensor):
             raise MeasurementError(f"loss_fn returned {type(loss).__name__}: expected a tensor")
         return loss, list(self._outputs)
-
-    def outcome(self, results: Sequence[tuple[Tensor, list[Any]]], batch: Any, samples: int) -> Outcome:
-        """What some runs of a batch gave, sample by sample where possible."""
-        outputs = [heard[0] if len(heard) == 1 else None for _, heard in results]
-        if self._split is not None:
-            losses = self._split.of([loss for loss, _ in results], outputs, batch, samples)
-            if losses is not None:
-                return Outcome(losses, torch.ones_like(losses[0]), outputs)
-        means = [self._mean(loss, samples) for loss, _ in results]
-        column = torch.stack([mean.reshape(1) for mean in means])
-        return Outcome(column, torch.full_like(column[0], samples), outputs)
-
-    def _mean(self, loss: Tensor, samples: int) -> Tensor:
-        """The mean loss of a batch; one that is given as such stays as it is, bit for bit."""
-        if loss.numel() == 1 and self.loss_reduction == "mean":
-            return loss.double()
-        return summed(loss, self.loss_reduction, samples).double() / samples  # type: ignore[arg-type]
 
     def shuffle(self, samples: int) -> Tensor:
         """For each sample another one: random, none stays where it is."""
@@ -198,7 +163,7 @@ class BatchWhatIf:
                 'replacement="resample" takes values from other samples, and a batch has only one; use larger batches'
             )
         self._shuffle = study.shuffle(samples) if study.replacement == "resample" else None
-        self.outcome = study.outcome([rerun.result], batch, samples)
+        self.outcome = study.outcomes.of([rerun.result], batch, samples)
 
     def order(self, layers: Sequence[str]) -> list[str]:
         """Layers in the order in which they should be asked about."""
@@ -207,12 +172,14 @@ class BatchWhatIf:
     def without(self, sets: Sequence[NeuronSet]) -> Outcome:
         """What the model gives without some neurons, one run for each of several sets."""
         with torch.inference_mode(False):
+            if (stacked := self._stacked(sets)) is not None:
+                return stacked
             results = []
             for neurons in sets:
                 edits = {name: self._edit(name, indices) for name, indices in neurons.items()}
                 unchanged = not edits or (len(edits) == 1 and self._is_unchanged(*next(iter(edits.items()))))
                 results.append(self._rerun.result if unchanged else self._rerun.silenced(edits))
-            return self._study.outcome(results, self.batch, self.samples)
+            return self._study.outcomes.of(results, self.batch, self.samples)
 
     def order_of(self, parameters: Sequence[Tensor]) -> list[int]:
         """The order in which parameters should be changed."""
@@ -223,10 +190,27 @@ class BatchWhatIf:
         with torch.inference_mode(False):
             self._rerun.prepare_parameter(parameter)
 
+    def _stacked(self, sets: Sequence[NeuronSet]) -> Outcome | None:
+        """Several sets of one layer in one run, where that is allowed and possible."""
+        study, layers = self._study, [name for neurons in sets for name in neurons]
+        if study.together < 2 or len(sets) < 2 or any(len(neurons) != 1 for neurons in sets) or len({*layers}) != 1:
+            return None
+        found: list[Outcome] = []
+        for first in range(0, len(sets), study.together):
+            some = sets[first : first + study.together]
+            edits = [self._edit(layers[0], neurons[layers[0]]) for neurons in some]
+            result = self._rerun.silenced_together(layers[0], edits)
+            outcome = None if result is None else study.outcomes.of_stack(result, self.batch, self.samples, len(some))
+            if outcome is None:
+                return None
+            found.append(outcome)
+        outputs = [output for outcome in found for output in outcome.outputs]
+        return Outcome(torch.cat([outcome.losses for outcome in found]), found[0].weights, outputs)
+
     def with_changed(self, parameter: Tensor) -> Outcome:
         """What the model gives with a parameter as it is now, if it was another one when the batch ran first."""
         with torch.inference_mode(False):
-            return self._study.outcome([self._rerun.with_changed(parameter)], self.batch, self.samples)
+            return self._study.outcomes.of([self._rerun.with_changed(parameter)], self.batch, self.samples)
 
     def _is_unchanged(self, name: str, edit: Edit) -> bool:
         """A neuron that has the new values already, such as a dead one, need not be run."""
