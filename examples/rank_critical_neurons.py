@@ -1,6 +1,6 @@
 """Which weights and neurons is a ResNet-20 least able to do without? Two rankings: by perturbation, and by ablation.
 
-    python examples/rank_critical_neurons.py [--weights FILE --data FILE] [--delta 0.1] [--samples 96]
+    python examples/rank_critical_neurons.py [--weights FILE --data FILE] [--delta 0.1] [--samples 64]
 
 Without arguments, a ResNet-20 is trained on scikit-learn's digits for a few seconds. ``--weights`` is a state dict of a
 CIFAR ResNet-20 (.safetensors, .pt), with pictures in ``--data``: an .npz file with ``x`` (number, height, width, 3),
@@ -76,8 +76,13 @@ def trained_on_digits(samples: int, epochs: int = 2) -> tuple[nn.Module, Tensor,
 
 def loaded(weights: Path, data: Path | None, samples: int) -> tuple[nn.Module, Tensor, Tensor]:
     """A network with given weights, and pictures from a file."""
-    if data is None or not data.is_file():
-        raise SystemExit(f"--data {data}: expected an .npz file with pictures x and labels y, beside --weights")
+    if not weights.is_file():
+        raise SystemExit(f"--weights {weights}: there is no such file")
+    try:
+        file = np.load(data or "")
+        pictures, labels = file["x"][:samples], file["y"][:samples]
+    except (OSError, KeyError, ValueError) as error:
+        raise SystemExit(f"--data {data}: expected an .npz file with pictures x and labels y ({error})") from error
     if weights.suffix == ".safetensors":
         from safetensors.torch import load_file
 
@@ -86,10 +91,9 @@ def loaded(weights: Path, data: Path | None, samples: int) -> tuple[nn.Module, T
         state = torch.load(weights, weights_only=True)
     model = ResNet20()
     model.load_state_dict(state)
-    file = np.load(data)
-    x = torch.from_numpy(file["x"][:samples]).permute(0, 3, 1, 2).float() / 255
+    x = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
     x = (x - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
-    return model.eval(), x, torch.from_numpy(file["y"][:samples]).long()
+    return model.eval(), x, torch.from_numpy(labels).long()
 
 
 def main() -> None:
@@ -98,8 +102,10 @@ def main() -> None:
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--delta", type=float, default=0.1)
-    parser.add_argument("--samples", type=int, default=96)
+    parser.add_argument("--samples", type=int, default=64)
     arguments = parser.parse_args()
+    if arguments.samples < 2 or arguments.delta == 0 or (arguments.data is not None and arguments.weights is None):
+        parser.error("expected --samples of at least 2, a --delta other than 0, and --data only beside --weights")
     if arguments.weights is None:
         model, x, y = trained_on_digits(arguments.samples)
     else:

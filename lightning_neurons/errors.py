@@ -90,6 +90,17 @@ def check_count(name: str, value: int, *, least: int = 1) -> int:
     return int(value)
 
 
+def check_seed(name: str, value: int) -> int:
+    """Return ``value`` if it can seed random numbers.
+
+    Raises:
+        ArgumentError: Otherwise.
+    """
+    if check_count(name, value, least=0) >= 2**63:
+        raise ArgumentError.of(name, value, "a whole number below 2**63")
+    return int(value)
+
+
 def check_flag(name: str, value: bool) -> bool:
     """Return ``value`` if it is True or False.
 

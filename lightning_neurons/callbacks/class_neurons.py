@@ -9,13 +9,14 @@ from torch import nn
 from lightning_neurons.callbacks.arguments import lightning_errors
 from lightning_neurons.callbacks.checks import overrides
 from lightning_neurons.callbacks.replay import StepReplay
-from lightning_neurons.callbacks.sampled_study import SampledStudy
+from lightning_neurons.callbacks.sampled_study import SampledStudy, numbered
 from lightning_neurons.callbacks.teachers import networks_of
 from lightning_neurons.errors import ArgumentError, MeasurementError
 from lightning_neurons.network.layer import Pattern
 from lightning_neurons.report.classes import print_classes, write_classes
 from lightning_neurons.report.drawing import can_draw
 from lightning_neurons.results.class_report import ClassReport
+from lightning_neurons.studies.class_accuracy import Forward
 from lightning_neurons.studies.class_choice import ClassRule
 from lightning_neurons.studies.class_steps import ClassStudy
 from lightning_neurons.studies.classes import Method, checked_settings
@@ -39,9 +40,11 @@ class ClassNeuronsCallback(SampledStudy):
         cumulative: The fewest neurons of a layer that hold this share of its importance belong to the class.
         layers: None for all but the one that makes the logits; or patterns.
         replacement: What neurons that are off become: ``"zero"`` or their ``"mean"``.
-        controls: How many random draws are compared.
+        controls: How many random draws are compared; classes with as many neurons share them.
         max_samples: How many validation samples are used, spread over the data and over the classes.
         every_n_epochs: How often to measure during ``fit``.
+        forward: From the module and a batch to logits; None takes the module's forward on the batch's inputs, or its
+            one network if it has none.
         seed: Of the random draws.
 
     Attributes:
@@ -68,16 +71,18 @@ class ClassNeuronsCallback(SampledStudy):
         cumulative: float | None = None,
         layers: Sequence[Pattern] | None = None,
         replacement: Literal["zero", "mean"] = "zero",
-        controls: int = 3,
+        controls: int = 5,
         max_samples: int = 512,
         every_n_epochs: int = 1,
+        forward: Forward | None = None,
         seed: int = 0,
     ) -> None:
         with lightning_errors():
-            if layers is not None and (isinstance(layers, str | type) or not len(layers)):
-                raise ArgumentError.of("layers", layers, "None for all layers, or a list of patterns or module types")
             self.settings = checked_settings(classes, method, importance, replacement, controls, layers, seed)
             self.rule = ClassRule(share, threshold, cumulative)
+            if forward is not None and (not callable(forward) or isinstance(forward, nn.Module | type)):
+                raise ArgumentError.of("forward", type(forward).__name__, "a function (module, batch) -> logits")
+            self.forward = forward
             super().__init__(layers, every_n_epochs, max_samples)
         self.report: ClassReport | None = None
 
@@ -102,20 +107,21 @@ class ClassNeuronsCallback(SampledStudy):
             print_classes(self.report)
 
     def _try(self, pl_module: Any, replay: StepReplay, batches: list[Any]) -> ClassReport | None:
-        ClassStudy(pl_module, _forward_of(pl_module), self.settings, self.rule).check(batches[0])
+        ClassStudy(pl_module, self.forward or _forward_of(pl_module), self.settings, self.rule).check(batches[0])
         return None
 
     def _study(self, pl_module: Any, replay: StepReplay, batches: list[Any]) -> ClassReport:
-        return ClassStudy(pl_module, _forward_of(pl_module), self.settings, self.rule).run(batches)
+        return ClassStudy(pl_module, self.forward or _forward_of(pl_module), self.settings, self.rule).run(batches)
 
     def _publish(self, trainer: Any, found: ClassReport) -> None:
         self.report = found
         directory = trainer.log_dir  # asks all processes
         if not trainer.is_global_zero or trainer.fast_dev_run or not trainer.loggers:
             return
-        write_classes(trainer.loggers, found, trainer.global_step)
+        name = f"classes{numbered(trainer, self)}"
+        write_classes(trainer.loggers, found, trainer.global_step, name)
         if directory is not None:
-            found.save(Path(directory) / "classes.json")
+            found.save(Path(directory) / f"{name}.json")
 
 
 def _forward_of(pl_module: Any) -> Any:
@@ -126,7 +132,7 @@ def _forward_of(pl_module: Any) -> Any:
     if len(networks) != 1:
         raise MeasurementError(
             f"{type(pl_module).__name__} has no forward, and {len(networks)} networks, so it is not known where the "
-            "logits come from; give it a forward that takes the inputs of a batch"
+            "logits come from; pass forward=lambda module, batch: ..."
         )
 
     def forward(module: nn.Module, batch: Any) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_neurons.callbacks.arguments import lightning_errors
 from lightning_neurons.callbacks.checks import name_of
 from lightning_neurons.callbacks.replay import StepReplay
-from lightning_neurons.callbacks.sampled_study import SampledStudy
+from lightning_neurons.callbacks.sampled_study import SampledStudy, numbered
 from lightning_neurons.criteria import Criterion, resolve
 from lightning_neurons.errors import ArgumentError, MeasurementError, check_choice, check_count
 from lightning_neurons.network.batches import batch_size_of, is_divisible
@@ -79,8 +79,6 @@ class NeuronAblationCallback(SampledStudy):
             self.loss_reduction: LossReduction = check_choice("loss_reduction", loss_reduction, LOSS_REDUCTIONS)  # type: ignore[assignment]
             if loss_fn is not None and not callable(loss_fn):
                 raise ArgumentError.of("loss_fn", loss_fn, "a function (module, batch) -> loss")
-            if layers is not None and (isinstance(layers, str | type) or not len(layers)):
-                raise ArgumentError.of("layers", layers, "None for all layers, or a list of patterns or module types")
             self.loss_fn = loss_fn
             super().__init__(layers, every_n_epochs, max_samples)
         self.ablation: AblationReport | None = None
@@ -135,6 +133,7 @@ class NeuronAblationCallback(SampledStudy):
         directory = trainer.log_dir  # asks all processes
         if not trainer.is_global_zero or trainer.fast_dev_run or not trainer.loggers:
             return
-        write_ablation(trainer.loggers, found.ablation, found.agreement, trainer.global_step)
+        name = f"ablation{numbered(trainer, self)}"
+        write_ablation(trainer.loggers, found.ablation, found.agreement, trainer.global_step, name)
         if directory is not None:
-            found.ablation.save(Path(directory) / "ablation.json")
+            found.ablation.save(Path(directory) / f"{name}.json")

@@ -5,6 +5,7 @@ others. A study that fails never takes the training with it.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch
@@ -17,7 +18,7 @@ from torch import Tensor
 from lightning_neurons.callbacks import checks
 from lightning_neurons.callbacks.agreement import in_one_process
 from lightning_neurons.callbacks.replay import StepReplay
-from lightning_neurons.errors import PruningError, check_count
+from lightning_neurons.errors import ArgumentError, PruningError, check_count
 from lightning_neurons.network.batches import map_tensors, targets_of
 from lightning_neurons.network.layer import Pattern
 from lightning_neurons.studies.measure import LossFunction
@@ -31,7 +32,7 @@ class SampledStudy(lightning.pytorch.Callback, pytorch_lightning.Callback):  # t
 
     def __init__(self, layers: Any, every_n_epochs: int, max_samples: int) -> None:
         super().__init__()
-        self.layers: tuple[Pattern, ...] | None = None if layers is None else tuple(layers)
+        self.layers = _patterns(layers)
         self.every_n_epochs = check_count("every_n_epochs", every_n_epochs)
         self.max_samples = check_count("max_samples", max_samples, least=2)
         self._sample: StratifiedSample | None = None
@@ -136,6 +137,21 @@ class SampledStudy(lightning.pytorch.Callback, pytorch_lightning.Callback):  # t
         if (once or message) not in self._warned:
             self._warned.add(once or message)
             rank_zero_warn(f"{type(self).__name__}: {message}")
+
+
+def _patterns(layers: Any) -> tuple[Pattern, ...] | None:
+    if layers is None:
+        return None
+    found = tuple(layers) if isinstance(layers, Sequence) and not isinstance(layers, str) else ()
+    if not found or not all(isinstance(one, str | type) for one in found):
+        raise ArgumentError.of("layers", layers, "None for all layers, or a list of patterns or module types")
+    return found
+
+
+def numbered(trainer: Any, callback: Any) -> str:
+    """What tells the files and series of several callbacks of one kind apart: nothing for the first, then ``"_2"``."""
+    place = [c for c in trainer.callbacks if type(c) is type(callback)].index(callback)
+    return f"_{place + 1}" if place else ""
 
 
 def _of_all(trainer: Any, mine: list[Any]) -> list[Any]:

@@ -5,9 +5,13 @@ ablation, and Leavitt and Morcos 2020 that training against it costs no accuracy
 """
 
 from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from scipy import stats
 from torch import Tensor
 
 _TINY = 1e-12
@@ -17,7 +21,7 @@ def class_selectivity(activity: Float[Tensor, "klass neuron"]) -> Float[Tensor, 
     """The class selectivity index of each neuron, in [0, 1] (Morcos et al. 2018, arXiv:1803.06959).
 
     ``(highest - rest) / (highest + rest)`` of the mean activity for the class that excites the neuron the most and the
-    mean over the other classes. 0: all alike; 1: one class only.
+    mean over the other classes. 0: all alike; 1: one class only; NaN: dead.
 
     Args:
         activity: Mean activity of each neuron for each class, not negative; NaN for classes without samples.
@@ -31,7 +35,7 @@ def class_selectivity(activity: Float[Tensor, "klass neuron"]) -> Float[Tensor, 
         return torch.full(activity.shape[1:], torch.nan, dtype=torch.float64)
     highest = known.amax(0)
     rest = (known.sum(0) - highest) / (len(known) - 1)
-    return (highest - rest) / (highest + rest + _TINY)
+    return torch.where(highest > 0, (highest - rest) / (highest + rest + _TINY), torch.nan)
 
 
 def class_entropy(importance: Float[Tensor, "klass neuron"]) -> Float[Tensor, " neuron"]:
@@ -55,8 +59,9 @@ def class_entropy(importance: Float[Tensor, "klass neuron"]) -> Float[Tensor, " 
 def reuse(members: Mapping[str, Bool[Tensor, "klass neuron"]]) -> tuple[Tensor, Tensor]:
     """The Jaccard index between the neuron sets of every two classes, and what sets drawn at random would have.
 
-    Random sets of the same sizes, drawn layer by layer, share ``sum of m_i m_j / n`` neurons over layers of ``n``
-    neurons; for one layer and sets of a share ``p`` each, the chance level is ``p / (2 - p)``.
+    Random sets have the same sizes in each layer. How many neurons of a layer two of them share follows the
+    hypergeometric distribution; over layers those are added, and the mean of the index is taken over the sum. For one
+    wide layer and sets of a share ``p`` each, that is about ``p / (2 - p)``.
 
     Args:
         members: By layer, which neurons belong to each class.
@@ -67,14 +72,34 @@ def reuse(members: Mapping[str, Bool[Tensor, "klass neuron"]]) -> tuple[Tensor, 
     Example:
         >>> observed, chance = reuse({"fc": torch.tensor([[True, True, False, False], [True, False, True, False]])})
         >>> round(observed[0, 1].item(), 3), round(chance[0, 1].item(), 3)
-        (0.333, 0.333)
+        (0.333, 0.389)
     """
     layers = [m.double() for m in members.values()]
     both = torch.stack([m @ m.t() for m in layers]).sum(0)
-    by_chance = torch.stack([torch.outer(m.sum(1), m.sum(1)) / m.shape[1] for m in layers]).sum(0)
     sizes = torch.stack([m.sum(1) for m in layers]).sum(0)
-    either = sizes[:, None] + sizes[None, :]
-    return both / (either - both), by_chance / (either - by_chance)
+    widths = tuple(m.shape[1] for m in members.values())
+    counts = list(zip(*(m.sum(1).tolist() for m in members.values()), strict=True))
+    chance = [[_expected(*sorted((one, other)), widths) for other in counts] for one in counts]
+    return both / (sizes[:, None] + sizes[None, :] - both), torch.tensor(chance, dtype=torch.float64)
+
+
+@lru_cache(maxsize=2**16)
+def _shared_in_layer(one: int, other: int, width: int) -> Any:
+    """The distribution of how many neurons two random sets of a layer share."""
+    return stats.hypergeom.pmf(np.arange(min(one, other) + 1), width, one, other)
+
+
+@lru_cache(maxsize=2**16)
+def _expected(first: tuple[int, ...], second: tuple[int, ...], widths: tuple[int, ...]) -> float:
+    """The mean Jaccard index of random sets with so many neurons in each layer; NaN of two empty ones."""
+    shared = np.ones(1)
+    for one, other, width in zip(first, second, widths, strict=True):
+        shared = np.convolve(shared, _shared_in_layer(one, other, width))
+    total = sum(first) + sum(second)
+    if not total:
+        return float("nan")
+    common = np.arange(len(shared))
+    return float((shared * common / (total - common)).sum())
 
 
 def shared_by(members: Mapping[str, Bool[Tensor, "klass neuron"]]) -> Int[Tensor, " count"]:

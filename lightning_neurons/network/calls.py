@@ -89,8 +89,9 @@ class _Arrivals(FollowLayers):
     def _entered(self, name: str, module: nn.Module, inputs: Any) -> None:
         self._seen.calls.entries.setdefault(name, []).append(len(self._seen.calls.functions))
 
-    def _arrive(self, name: str, value: Tensor) -> None:
+    def _arrive(self, name: str, value: Tensor) -> Tensor:
         self._seen.arrive(name, value, self._layers[name].axis)
+        return value
 
 
 class _Learn(TorchFunctionMode):

@@ -74,6 +74,8 @@ class Replay(SameCalls):
         edit, calls = self._edits[self.now], self.calls
         if is_recorded and any(memory < 0 or calls.read[memory] == ALWAYS for memory in calls.memory[self.now]):
             result = result.clone()  # somebody holds on to it when the replay is over
+        if result.requires_grad:
+            result = result.clone()  # a loss may differentiate within
         before = self._before = edit.write(result)
         if is_recorded and result is self._tape.results[self.now]:
             self._undo.append((edit, result, before))

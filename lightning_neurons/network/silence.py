@@ -54,7 +54,7 @@ class Edit:
 
 
 class Silence(FollowLayers):
-    """While active, the model runs with some neurons changed at every call of their layer. Use it under ``no_grad``.
+    """While active, the model runs with some neurons changed at every call of their layer.
 
     Args:
         layers: What ``trace.py`` found.
@@ -68,8 +68,10 @@ class Silence(FollowLayers):
         super().__init__(layers, {name: modules[name] for name in edits})
         self._edits = edits
 
-    def _arrive(self, name: str, value: Tensor) -> None:
+    def _arrive(self, name: str, value: Tensor) -> Tensor:
+        value = value.clone() if value.requires_grad else value  # a loss may differentiate within
         self._edits[name].write(value)
+        return value
 
 
 def edit_of(

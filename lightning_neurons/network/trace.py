@@ -63,6 +63,8 @@ class Trace(TorchFunctionMode):
     def __enter__(self) -> "Trace":
         names = {id(module): name for name, module in self._layers.items()}
         for path, module in self._model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue  # nobody can look into it
             self._handles.append(module.register_forward_pre_hook(self._starts(path, names.get(id(module)))))
             self._handles.append(
                 module.register_forward_hook(self._ends(path, names.get(id(module))), always_call=True)

@@ -59,8 +59,7 @@ class FollowLayers(TorchFunctionMode):
             self._calls[name] = call + 1
             with torch._C.DisableTorchFunction():  # what is computed in here need not be followed
                 output = self._start(output)
-                self._follow(name, chains[min(call, len(chains) - 1)], output)
-            return output
+                return self._follow(name, chains[min(call, len(chains) - 1)], output)
 
         return hook
 
@@ -74,21 +73,21 @@ class FollowLayers(TorchFunctionMode):
         found = self._waiting.pop(id(args[0] if args else kwargs.get("input")), None)
         out = func(*args, **kwargs)
         if found is not None and found[1][0].kind == LINKS[func]:
-            self._follow(found[0], found[1][1:], out)
+            return self._follow(found[0], found[1][1:], out)
         return out
 
-    def _follow(self, name: str, links: tuple[Link, ...], value: Tensor) -> None:
-        if links:
-            self._waiting[id(value)] = name, links, value  # kept alive, so that its id stays its own
-        else:
-            self._arrive(name, value)
+    def _follow(self, name: str, links: tuple[Link, ...], value: Tensor) -> Tensor:
+        if not links:
+            return self._arrive(name, value)
+        self._waiting[id(value)] = name, links, value  # kept alive, so that its id stays its own
+        return value
 
     def _start(self, output: Tensor) -> Tensor:
         """What the model goes on with instead of a layer's output."""
         return output
 
-    def _arrive(self, name: str, value: Tensor) -> None:
-        """Take the value at the activation point."""
+    def _arrive(self, name: str, value: Tensor) -> Tensor:
+        """Take the value at the activation point; returns what the model goes on with."""
         raise NotImplementedError
 
 
@@ -105,8 +104,9 @@ class WatchActivations(FollowLayers):
         super().__init__(layers, modules)
         self._deliver = deliver
 
-    def _arrive(self, name: str, value: Tensor) -> None:
+    def _arrive(self, name: str, value: Tensor) -> Tensor:
         self._deliver(name, value.detach())
+        return value
 
 
 class WatchGradients(FollowLayers):
@@ -148,11 +148,11 @@ class WatchGradients(FollowLayers):
         self._seeds.append(seed)
         return seed.clone()  # a leaf could not be written in place later on
 
-    def _arrive(self, name: str, value: Tensor) -> None:
+    def _arrive(self, name: str, value: Tensor) -> Tensor:
         if self._deliver_activation is not None:
             self._deliver_activation(name, value.detach())
         if not value.requires_grad:
-            return  # the model itself switched gradients off here
+            return value  # the model itself switched gradients off here
         key = len(self._hooks)
         self._held[key] = value.detach()
 
@@ -160,6 +160,7 @@ class WatchGradients(FollowLayers):
             self._deliver(name, self._held.pop(key), gradient)
 
         self._hooks.append(value.register_hook(hook))
+        return value
 
     def backward(self, loss: Tensor) -> None:
         """Run the backward. ``loss`` is a scalar, summed over the batch; no ``.grad`` but the seeds' is touched."""

@@ -16,8 +16,9 @@ from lightning_neurons.pruning.structure import discover
 def plan_keeping(model: nn.Module, example_inputs: Any, kept: Mapping[str, Iterable[int]]) -> PruningPlan:
     """Plan to remove everything but some neurons: a class's sub-network, for example.
 
-    Of neurons that can only go together, none goes while one of them is kept. Layers that are not named, and layers
-    that cannot be cut, stay whole.
+    Of neurons that can only go together, as in a residual stream, none goes while one of them is kept. Layers that are
+    not named, and layers that cannot be cut, stay whole. So what is left may be more than the sub-network that a class
+    study measures, which silences neurons one by one: measure the smaller network itself.
 
     Args:
         model: Any module; it is only read.
@@ -40,6 +41,8 @@ def plan_keeping(model: nn.Module, example_inputs: Any, kept: Mapping[str, Itera
     if not isinstance(model, nn.Module):
         raise ArgumentError.of("model", type(model).__name__, "a torch.nn.Module (an instance, not its class)")
     wanted = PruningPlan.from_indices(kept).neurons
+    if not wanted:
+        raise ArgumentError.of("kept", kept, 'neurons to keep, by layer, such as {"conv1": [0, 3]}')
     PruningPlan(wanted).check(widths_of(model))
     if empty := [layer for layer, neurons in wanted.items() if not neurons]:
         raise ArgumentError.of(f"kept[{empty[0]!r}]", [], "at least one neuron to keep, or leave the layer out")

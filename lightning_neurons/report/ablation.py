@@ -15,18 +15,28 @@ from lightning_neurons.studies.oracle import OracleAgreement
 _SHOWN = 10
 
 
-def write_ablation(loggers: Sequence[Any], report: AblationReport, agreement: OracleAgreement, step: int) -> None:
-    """Write a measurement to every logger: scalars to all, histograms and a table where they can be shown."""
-    values = ablation_scalars(report, agreement)
+def write_ablation(
+    loggers: Sequence[Any], report: AblationReport, agreement: OracleAgreement, step: int, group: str = "ablation"
+) -> None:
+    """Write a measurement to every logger: scalars to all, histograms and a table where they can be shown.
+
+    Args:
+        loggers: Lightning loggers.
+        report: The measurement.
+        agreement: Of the criterion with it.
+        step: The step to log at.
+        group: What the names of the series begin with.
+    """
+    values = {name.replace("ablation", group, 1): value for name, value in ablation_scalars(report, agreement).items()}
     for logger in loggers:
         logger.log_metrics(values, step=step)
         experiment: Any = getattr(logger, "experiment", None)
         if hasattr(experiment, "add_histogram"):
             for layer, deltas in report.delta_loss.items():
                 if len(finite := deltas[deltas.isfinite()]):
-                    experiment.add_histogram(f"ablation/delta_loss/{layer}", finite, step)
+                    experiment.add_histogram(f"{group}/delta_loss/{layer}", finite, step)
         if hasattr(experiment, "add_text"):
-            experiment.add_text("ablation/ranking", ranking_page(report), step)
+            experiment.add_text(f"{group}/ranking", ranking_page(report), step)
 
 
 def ablation_scalars(report: AblationReport, agreement: OracleAgreement) -> dict[str, float]:

@@ -26,9 +26,16 @@ _COLUMNS = {
 }
 
 
-def write_classes(loggers: Sequence[Any], report: ClassReport, step: int) -> None:
-    """Write a study to every logger: scalars to all, figures where they can be shown."""
-    values = class_scalars(report)
+def write_classes(loggers: Sequence[Any], report: ClassReport, step: int, group: str = "classes") -> None:
+    """Write a study to every logger: scalars to all, figures where they can be shown.
+
+    Args:
+        loggers: Lightning loggers.
+        report: The study.
+        step: The step to log at.
+        group: What the names of the series begin with.
+    """
+    values = {name.replace("classes", group, 1): value for name, value in class_scalars(report).items()}
     shown = [getattr(logger, "experiment", None) for logger in loggers]
     pages: list[Any] = [experiment for experiment in shown if hasattr(experiment, "add_figure")]
     for logger in loggers:
@@ -37,7 +44,7 @@ def write_classes(loggers: Sequence[Any], report: ClassReport, step: int) -> Non
         for name, draw in CLASS_FIGURES.items():
             figure = draw(report)
             for experiment in pages:
-                experiment.add_figure(f"classes/{name}", figure, step)
+                experiment.add_figure(f"{group}/{name}", figure, step)
 
 
 def class_scalars(report: ClassReport) -> dict[str, float]:

@@ -1,5 +1,7 @@
 """Every series that is logged. ``{layer}``, ``{criterion}`` and ``{class}`` stand for names.
 
+A second callback of the same kind writes to ``ablation_2/...``, ``classes_2/...``, and so on.
+
 The table below is the documentation; a test compares it with what is really written.
 """
 

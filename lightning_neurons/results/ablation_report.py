@@ -85,7 +85,7 @@ class AblationReport:
             UnknownNameError: If there is no such layer.
         """
         if layer is not None and layer not in self.delta_loss:
-            raise UnknownNameError.among("layer", layer, self.delta_loss)
+            raise UnknownNameError.among("layer", str(layer), self.delta_loss)
         rows = [
             AblatedNeuron(name, i, float(d), float(self.standard_error[name][i]))
             for name, deltas in self.delta_loss.items()

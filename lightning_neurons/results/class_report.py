@@ -1,15 +1,16 @@
 """Which neurons serve which classes: the result of a class study."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lightning_neurons.criteria.selectivity import class_entropy, reuse, shared_by
+from lightning_neurons.criteria.selectivity import reuse, shared_by
 from lightning_neurons.errors import ArgumentError
 from lightning_neurons.results.plain import plain
 from lightning_neurons.results.whole_file import write_whole
@@ -27,6 +28,7 @@ class ClassAccuracy(NamedTuple):
         on_class: On the samples of the class.
         on_others: On all other samples.
         balanced: Mean of the last two.
+        deviation: Standard deviation of ``on_class`` over what the figures are means of; NaN for a single network.
     """
 
     model: str
@@ -35,6 +37,7 @@ class ClassAccuracy(NamedTuple):
     on_class: float
     on_others: float
     balanced: float
+    deviation: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -48,10 +51,11 @@ class ClassReport:
             loss without the neuron.
         members: By layer, ``(class, neuron)``: whether the neuron belongs to the class's sub-network.
         selectivity: By layer, ``(neuron,)``: the class selectivity index of mean magnitudes of activations. It
-            describes; it is not importance.
+            describes; it is not importance. Over all classes that have samples.
         accuracies: Each model, seen from each class.
         settings: What was asked for.
         notes: What the reader should know.
+        entropy: By layer, ``(neuron,)``: the entropy of its importance over all those classes, in [0, 1]; 0 serves one.
     """
 
     classes: tuple[int, ...]
@@ -62,6 +66,7 @@ class ClassReport:
     accuracies: tuple[ClassAccuracy, ...]
     settings: Mapping[str, Any]
     notes: tuple[str, ...] = ()
+    entropy: Mapping[str, Float[Tensor, " neuron"]] = field(default_factory=dict)
 
     @property
     def jaccard(self) -> Float[Tensor, "klass klass"]:
@@ -78,11 +83,6 @@ class ClassReport:
         """How many neurons belong to 0, 1, 2, ... classes."""
         return shared_by(self.members)
 
-    @property
-    def entropy(self) -> dict[str, Float[Tensor, " neuron"]]:
-        """By layer, the entropy of each neuron's importance over classes, in [0, 1]; 0 serves one class."""
-        return {name: class_entropy(scores) for name, scores in self.importance.items()}
-
     def subnetwork(self, classes: int | Sequence[int]) -> dict[str, list[int]]:
         """The neurons of a class, or of any of several, by layer.
 
@@ -91,6 +91,8 @@ class ClassReport:
         """
         found = classes.tolist() if hasattr(classes, "tolist") else classes
         rows = [self.row(k) for k in (found if isinstance(found, Sequence) else [found])]
+        if not rows:
+            raise ArgumentError.of("classes", classes, "at least one class")
         return {name: m[rows].any(0).nonzero().flatten().tolist() for name, m in self.members.items()}
 
     def outside(self, classes: int | Sequence[int]) -> dict[str, list[int]]:

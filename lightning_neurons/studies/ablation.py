@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from tqdm.auto import tqdm
 
-from lightning_neurons.errors import ArgumentError, check_choice, check_count, check_flag
+from lightning_neurons.errors import ArgumentError, check_choice, check_count, check_flag, check_seed
 from lightning_neurons.network.isolate import isolated
 from lightning_neurons.network.layer import require_materialized
 from lightning_neurons.network.silence import Replacement
@@ -50,7 +50,8 @@ def ablate(
     The single-unit ablation of Morcos et al. 2018 (arXiv:1803.06959); its absolute value is the oracle of Molchanov et
     al. 2017. Every batch is run once and recorded; for a neuron, only what comes behind it is computed again, and the
     losses are bit for bit those of whole forwards. Where that does not hold (control flow that depends on data, state
-    that changes), whole forwards are run. Interrupted from the keyboard, it returns what has been measured.
+    that changes), whole forwards are run. Large batches run in parts, unless samples depend on one another. Interrupted
+    from the keyboard, it returns what has been measured.
 
     Args:
         model: Any module. Batches must lie on its device.
@@ -59,8 +60,9 @@ def ablate(
             the model's output is taken apart into samples; where that fails, errors are those over batches.
         neurons: ``"all"``, patterns of layers, a list of ``(layer, neuron)``, or a mapping of layers to neurons.
         replacement: What a neuron's activation becomes: ``"zero"``, its ``"mean"`` over all samples, or, with
-            ``"resample"``, its values on another sample of the batch.
-        loss_reduction: What a scalar of ``loss_fn`` is of its samples: ``"mean"`` or ``"sum"``.
+            ``"resample"``, its values on another sample that runs with it.
+        loss_reduction: What a scalar of ``loss_fn`` is of its samples: ``"mean"`` or ``"sum"``; ``"none"`` where it
+            returns one loss per sample, which is recognised in any case.
         metrics: torchmetrics by name, called with the model's output and the targets of the batch.
         per_class: Keep classes apart: True finds the targets in the batch, a function gives them.
         budget: Race: spend at most this share of the exact study, and only as much on each neuron as is needed to tell
@@ -85,8 +87,8 @@ def ablate(
         >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
         >>> data = [(torch.randn(8, 4), torch.randint(0, 2, (8,))) for _ in range(2)]
         >>> report = ablate(net, data, lambda model, batch: nn.functional.cross_entropy(model(batch[0]), batch[1]))
-        >>> report.delta_loss["0"].shape, report.ranking()[0].layer
-        (torch.Size([3]), '2')
+        >>> report.delta_loss["0"].shape, len(report.ranking())
+        (torch.Size([3]), 5)
     """
     given_model(model)
     given_loss(loss_fn)
@@ -97,7 +99,7 @@ def ablate(
     check_flag("exact", exact)
     check_flag("progress", progress)
     check_count("memory_limit", memory_limit)
-    check_count("seed", seed, least=0)
+    check_seed("seed", seed)
     checked = Race(1.0 if budget is None else budget, bottom, confidence, seed)
     rules = None if budget is None else checked
     _check_metrics(metrics, per_class, rules)

@@ -1,5 +1,6 @@
 """What an ablation study adds up: losses by neuron and class, and metrics."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -58,7 +59,7 @@ class AblationSums:
         """
         base, rows = self._outcome, [self.rows[layer, neuron] for neuron in neurons]
         assert base is not None, "a batch has begun"
-        if outcome.losses.shape[1] != base.losses.shape[1]:  # told apart with these neurons, and not without them
+        if not outcome.agrees(base):  # what samples lose is not what the batch loses
             self._require_samples(self._classes is None)
             base, outcome = base.averaged(), outcome.averaged()
             self.by_batch = True
@@ -73,8 +74,16 @@ class AblationSums:
         if outputs is None or targets is None:
             what = "the model's output (loss_fn has to call it once)" if outputs is None else "targets"
             raise MeasurementError(f"metrics: a batch of type {type(self._batch).__name__} did not show {what}")
-        for metric in self._metrics.values():
-            metric.update(row, outputs, targets, self._classes)
+        for name, metric in self._metrics.items():
+            try:
+                metric.update(row, outputs, targets, self._classes)
+                if row is None:
+                    metric.whole()
+            except Exception as error:
+                raise MeasurementError(
+                    f"metrics[{name!r}] has to make one number of the model's output ({type(outputs).__name__}) and "
+                    f"targets: {type(error).__name__}: {error}"
+                ) from error
 
     def _require_samples(self, are_apart: bool) -> None:
         if not are_apart:
@@ -95,11 +104,19 @@ class AblationSums:
             self.by_batch |= by_batch
             self.has_classes |= has_classes
 
+    def _remarks(self, loss: float) -> list[str]:
+        found = ["standard errors are over batches: losses could not be told apart by sample"] if self.by_batch else []
+        if not math.isfinite(loss):
+            return [*found, f"the loss of the unchanged model is {loss}: no change can be told"]
+        values = self.deltas.mean[self.deltas.samples > 0]
+        if infinite := int((~values.isfinite()).sum()):
+            found.append(f"the loss was not finite without {infinite} of {len(values)} neurons")
+        return found
+
     def report(self, *, settings: Mapping[str, Any], notes: Sequence[str] = ()) -> AblationReport:
         """Turn sums into results."""
         base = self.base.with_classes(self.deltas.sums.shape[1])
         samples = int(base.samples[0])
-        error = "standard errors are over batches: losses could not be told apart by sample"
         by_class = {}, {}  # type: tuple[dict[str, Tensor], dict[str, Tensor]]
         if self.has_classes:
             deltas = self.deltas.with_classes(base.sums.shape[1])
@@ -121,7 +138,7 @@ class AblationSums:
             },
             runs=float(self.deltas.samples.sum()) / max(samples, 1),
             settings=dict(settings),
-            notes=(*notes, *([error] if self.by_batch else [])),
+            notes=(*notes, *self._remarks(float(self.base.mean[0]))),
         )
 
     def _by_layer(self, values: Tensor) -> dict[str, Tensor]:

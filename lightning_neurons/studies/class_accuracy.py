@@ -1,5 +1,6 @@
 """How well a model does, class by class, with some of its neurons switched off."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -64,6 +65,11 @@ class ClassAccuracies:
             silence = Silence(self._layers, self._modules, edits)
             with torch.inference_mode(False), torch.no_grad(), eager(), silence:
                 logits = checked_logits(self._forward(self._model, batch), targets)
+            if not row and not bool(logits.isfinite().all()):
+                bad = int((~logits.isfinite().all(1)).sum())
+                raise MeasurementError(
+                    f"the model's outputs are not finite for {bad} of {len(logits)} samples of a batch"
+                )
             hits = targets[logits.argmax(1) == targets].cpu()
             self.right[row] += torch.bincount(hits, minlength=self.right.shape[1])
 
@@ -83,7 +89,7 @@ def checked_logits(logits: Any, targets: Tensor) -> Tensor:
 
 
 def variants_of(
-    members: Mapping[str, Tensor], draws: Sequence[Mapping[str, Tensor]], classes: int
+    members: Mapping[str, Tensor], draws: Sequence[Mapping[str, Tensor]], rows: Sequence[int]
 ) -> tuple[list[Masks], dict[str, list[list[int]]]]:
     """Every different variant once, and for each kind and class, which variants it is."""
     variants: list[Masks] = [{}]
@@ -97,7 +103,6 @@ def variants_of(
             variants.append(masks)
         return known[key]
 
-    rows = range(classes)
     places = {
         "whole": [[0] for _ in rows],
         "subnetwork": [[place(members, row, True)] for row in rows],
@@ -105,8 +110,9 @@ def variants_of(
         "random subnetwork": [[place(draw, row, True) for draw in draws] for row in rows],
         "random ablation": [[place(draw, row, False) for draw in draws] for row in rows],
     }
-    own = [entry[0] for entry in places["subnetwork"]]
-    places["other subnetworks"] = [own[:row] + own[row + 1 :] for row in rows]
+    every = range(len(next(iter(members.values()))))
+    own = {row: place(members, row, True) for row in every if any(m[row].any() for m in members.values())}
+    places["other subnetworks"] = [[own[other] for other in own if other != row] for row in rows]
     return variants, places
 
 
@@ -128,7 +134,8 @@ def accuracy_rows(
                 mine = right[list(by_class[row])].double().mean(0)
                 own, others = mine[klass] / counts[klass], (mine.sum() - mine[klass]) / (counts.sum() - counts[klass])
                 on_all = mine.sum() / counts.sum()
-                rows.append(
-                    ClassAccuracy(kind, klass, float(on_all), float(own), float(others), float((own + others) / 2))
-                )
+                each = right[list(by_class[row]), klass].double() / counts[klass]
+                deviation = float(each.std()) if len(each) > 1 else math.nan
+                mean = float(own + others) / 2
+                rows.append(ClassAccuracy(kind, klass, float(on_all), float(own), float(others), mean, deviation))
     return rows

@@ -33,8 +33,8 @@ class ClassRule:
         if len(given) > 1:
             raise ArgumentError.of("share, threshold, cumulative", given, "at most one of them")
         for name in ("share", "cumulative"):
-            if (value := getattr(self, name)) is not None and check_share(name, value, zero=False) == 1:
-                raise ArgumentError.of(name, value, "a share below 1: all neurons are the whole network")
+            if (value := getattr(self, name)) is not None and not 0 < check_share(name, value) < 1:
+                raise ArgumentError.of(name, value, "a share between 0 and 1: all neurons are the whole network")
         if self.threshold is not None and (not is_number(self.threshold) or self.threshold != self.threshold):
             raise ArgumentError.of("threshold", self.threshold, "a number")
 
@@ -43,16 +43,17 @@ class ClassRule:
         return {name: value for name, value in vars(self).items() if value is not None} or {"share": 0.5}
 
     def members(
-        self, importance: Mapping[str, Float[Tensor, "klass neuron"]], classes: Sequence[int]
+        self, importance: Mapping[str, Float[Tensor, "klass neuron"]], classes: Sequence[int], asked: Sequence[int]
     ) -> dict[str, Bool[Tensor, "klass neuron"]]:
         """Which neurons belong to each class.
 
         Args:
             importance: By layer.
             classes: The classes of its rows, for messages.
+            asked: The rows that have to have some neurons, and not all; others may be left without any.
 
         Raises:
-            ArgumentError: If a class would keep nothing or everything.
+            ArgumentError: If one of those would keep nothing or everything.
         """
         rule = self.plain()
         if "cumulative" in rule:  # what helps a class when it goes is not part of it
@@ -64,7 +65,7 @@ class ClassRule:
         kept = torch.stack([m.sum(1) for m in found.values()]).sum(0)
         total = sum(m.shape[1] for m in found.values())
         for row, klass in enumerate(classes):
-            if kept[row] in (0, total):
+            if kept[row] in (0, total) and row in asked:
                 scores = torch.cat([values[row] for values in importance.values()])
                 low, high = float(scores.min()), float(scores.max())
                 what = "nothing" if kept[row] == 0 else "everything"

@@ -11,10 +11,10 @@ from tqdm.auto import tqdm
 from lightning_neurons.criteria import CRITERIA
 from lightning_neurons.criteria.activity import MAGNITUDE
 from lightning_neurons.criteria.contract import Criterion, mean_over_values
-from lightning_neurons.criteria.selectivity import class_selectivity
+from lightning_neurons.criteria.selectivity import class_entropy, class_selectivity
 from lightning_neurons.errors import ArgumentError, MeasurementError
 from lightning_neurons.network.layer import Layer, candidates, widths_of
-from lightning_neurons.network.watch import WatchActivations
+from lightning_neurons.network.makers import Origins
 from lightning_neurons.results.class_report import ClassAccuracy, ClassReport
 from lightning_neurons.studies.ablation import measure_batches
 from lightning_neurons.studies.ablation_sums import AblationSums
@@ -63,7 +63,7 @@ class ClassStudy:
     ) -> None:
         self.model, self.forward, self.settings, self.rule = model, forward, settings, rule
         self._processes, self._add_up = processes, add_up
-        self._engine = WhatIf(model, self._losses)
+        self._engine = WhatIf(model, self._losses, loss_reduction="none", replacement=settings["replacement"])
 
     def _losses(self, model: Any, batch: Any) -> Tensor:
         targets = targets_in(batch, True)
@@ -72,23 +72,25 @@ class ClassStudy:
         )
 
     def run(self, batches: Sequence[Any], *, progress: bool = False) -> ClassReport:
-        """Find neurons and measure what they make."""
+        """Find neurons and measure what they make. All classes that have samples are looked at; some are reported."""
         counts = self._counts(batches)
-        classes = self._classes(counts)
+        there = counts.nonzero().flatten().tolist()
+        chosen = self._chosen(there)
         layers = self._studied(batches[0])
-        importance, magnitude = self._importance(batches, classes, list(layers), progress)
-        members = self.rule.members(importance, classes)
-        accuracies = self._accuracies(batches, members, classes, counts, progress)
-        selectivity = {name: class_selectivity(values) for name, values in magnitude.items()}
+        importance, magnitude = self._importance(batches, there, list(layers), progress)
+        rows = [there.index(klass) for klass in chosen]
+        members = self.rule.members(importance, there, rows)
+        accuracies = self._accuracies(batches, members, there, chosen, counts, progress)
         return ClassReport(
-            classes=tuple(classes),
-            class_counts=tuple(int(counts[k]) for k in classes),
-            importance=importance,
-            members=members,
-            selectivity=selectivity,
+            classes=tuple(chosen),
+            class_counts=tuple(int(counts[k]) for k in chosen),
+            importance={name: scores[rows] for name, scores in importance.items()},
+            members={name: m[rows] for name, m in members.items()},
+            selectivity={name: class_selectivity(values) for name, values in magnitude.items()},
+            entropy={name: class_entropy(scores) for name, scores in importance.items()},
             accuracies=tuple(accuracies),
-            settings={**self.settings, "layers": list(layers), "classes": list(classes), **self.rule.plain()},
-            notes=self._notes(members, classes),
+            settings={**self.settings, "layers": list(layers), "classes": chosen, **self.rule.plain()},
+            notes=self._notes({name: m[rows] for name, m in members.items()}, chosen),
         )
 
     def check(self, batch: Any) -> None:
@@ -97,7 +99,10 @@ class ClassStudy:
         Raises:
             MeasurementError: Otherwise.
         """
-        self._logits(batch)
+        outputs = self._logits(batch).shape[1]
+        if wrong := [klass for klass in self.settings["classes"] or () if klass >= outputs]:
+            raise ArgumentError.of("classes", wrong[0], f"classes of the model's {outputs} outputs")
+        self._studied(batch)
 
     def _counts(self, batches: Sequence[Any]) -> Tensor:
         """How many samples each class has, in all processes."""
@@ -111,39 +116,30 @@ class ClassStudy:
         batch = normal_tensors(batch)
         return checked_logits(self.forward(self.model, batch), targets_in(batch, True))
 
-    def _classes(self, counts: Tensor) -> list[int]:
-        there = counts.nonzero().flatten().tolist()
+    def _chosen(self, there: list[int]) -> list[int]:
         chosen = self.settings["classes"]
         for klass in chosen or ():
             if klass not in there:
                 known = f"classes that have samples: {', '.join(map(str, there))}"
                 raise ArgumentError.of("classes", klass, known)
-        found = list(there if chosen is None else chosen)
         if len(there) < 2:
             raise ArgumentError.of("batches", f"samples of class {there} alone", "samples of two classes or more")
-        return found
+        return list(there if chosen is None else chosen)
 
     def _studied(self, batch: Any) -> dict[str, Layer]:
-        """The layers that take part: those that run, without the one that makes the logits."""
+        """The layers that take part: those that lead to the logits and do not make them."""
         engine = self._engine
         engine.look(batch)
-        arrivals: list[str] = []
-        modules = {name: engine.modules[name] for name in engine.layers}
-        with WatchActivations(engine.layers, modules, lambda name, value: arrivals.append(name)):
+        with Origins(engine.modules) as origins:
             logits = self._logits(batch)
-        if not arrivals:
-            got = type(self.model).__name__
-            raise ArgumentError.of("model", got, "a model with convolutional or linear layers, or see register_layer")
-        last = arrivals[-1]
-        is_output = engine.layers[last].neurons == logits.shape[1]
-        from_patterns = candidates(self.model, self.settings["layers"])
-        present = {name: layer for name, layer in engine.layers.items() if name in from_patterns}
-        found = {name: layer for name, layer in present.items() if not (is_output and name == last)}
+            nearest, every = origins.of(logits)
+        chosen = candidates(self.model, self.settings["layers"])
+        found = {name: layer for name, layer in engine.layers.items() if name in chosen and name in every - nearest}
         if not found:
-            allowed = (
-                f"patterns of layers that run before the logits: {', '.join(n for n in engine.layers if n != last)}"
+            inner = ", ".join(name for name in engine.layers if name in every - nearest) or "there are none"
+            raise ArgumentError.of(
+                "layers", self.settings["layers"], f"layers that lead to those of the logits: {inner}"
             )
-            raise ArgumentError.of("layers", self.settings["layers"], allowed)
         return found
 
     def _importance(
@@ -165,6 +161,8 @@ class ClassStudy:
         magnitude = {n: found[_MAGNITUDE.name][n][list(classes)] for n in layers}
         if not masking:
             return {n: found[name][n][list(classes)] for n in layers}, magnitude
+        if self.settings["replacement"] == "mean":
+            self._engine.measure_means(batches)
         sums = AblationSums({n: range(self._engine.layers[n].neurons) for n in layers}, widths_of(self.model), {})
         with self._engine.open():
             measure_batches(self._engine, batches, sums, targets=partial(targets_in, per_class=True), progress=progress)
@@ -176,14 +174,15 @@ class ClassStudy:
         self,
         batches: Sequence[Any],
         members: Mapping[str, Tensor],
-        classes: Sequence[int],
+        there: Sequence[int],
+        chosen: Sequence[int],
         counts: Tensor,
         progress: bool,
     ) -> list[ClassAccuracy]:
         """Run every variant of the model on every batch."""
         generator = torch.Generator().manual_seed(self.settings["seed"])
         draws = [random_members(members, generator) for _ in range(self.settings["controls"])]
-        variants, places = variants_of(members, draws, len(classes))
+        variants, places = variants_of(members, draws, [there.index(klass) for klass in chosen])
         engine, means = self._engine, None
         if self.settings["replacement"] == "mean":
             means = activation_means(self.model, engine.layers, engine.modules, batches, self.forward, self._add_up)
@@ -194,7 +193,7 @@ class ClassStudy:
         for batch in tqdm(batches, desc="accuracies", disable=not progress):
             for part in engine.parts(normal_tensors(batch)):
                 found.add(part, targets_in(part, True))
-        return accuracy_rows(self._add_up(found.right), counts, classes, places)
+        return accuracy_rows(self._add_up(found.right), counts, chosen, places)
 
     def _notes(self, members: Mapping[str, Tensor], classes: Sequence[int]) -> tuple[str, ...]:
         empty = [

@@ -7,7 +7,15 @@ import torch
 from torch import nn
 
 from lightning_neurons.criteria import CRITERIA
-from lightning_neurons.errors import ArgumentError, UnknownNameError, check_choice, check_count, check_flag, is_number
+from lightning_neurons.errors import (
+    ArgumentError,
+    UnknownNameError,
+    check_choice,
+    check_count,
+    check_flag,
+    check_seed,
+    is_number,
+)
 from lightning_neurons.network.isolate import isolated
 from lightning_neurons.network.layer import Pattern, require_materialized
 from lightning_neurons.results.class_report import ClassReport
@@ -32,7 +40,7 @@ def class_study(
     cumulative: float | None = None,
     layers: Sequence[Pattern] | None = None,
     replacement: Literal["zero", "mean"] = "zero",
-    controls: int = 3,
+    controls: int = 5,
     forward: Forward | None = None,
     progress: bool = False,
     seed: int = 0,
@@ -55,7 +63,7 @@ def class_study(
         cumulative: The fewest neurons of a layer that hold this share of its importance belong to the class.
         layers: None for all, or patterns of paths, names of classes or module types; others are left alone.
         replacement: What neurons that are off become: ``"zero"``, or their ``"mean"`` over all samples.
-        controls: How many random draws are compared.
+        controls: How many random draws are compared; classes with as many neurons share them.
         forward: From the model and a batch to logits; None calls the model on the batch's inputs.
         progress: Show progress bars.
         seed: Of the random draws.
@@ -102,17 +110,19 @@ def checked_settings(
     """
     check_choice("method", method, get_args(Method))
     check_choice("replacement", replacement, ("zero", "mean"))
+    if method == "masking" and importance != "mean":
+        raise ArgumentError.of("importance", importance, 'the default with method="masking", which measures it')
     known = [name for name, criterion in CRITERIA.items() if criterion.statistics and criterion.kind == "importance"]
     if importance not in known:
         raise UnknownNameError.among("importance", str(importance), known)
     return {
         "classes": None if classes is None else _class_numbers(classes),
         "method": method,
-        "importance": importance,
+        "importance": "ablation" if method == "masking" else importance,
         "replacement": replacement,
         "controls": check_count("controls", controls),
         "layers": layers,
-        "seed": check_count("seed", seed, least=0),
+        "seed": check_seed("seed", seed),
     }
 
 

@@ -35,6 +35,7 @@ def chosen_neurons(model: nn.Module, neurons: Any, *, name: str = "neurons") -> 
     if not widths:
         got = type(model).__name__
         raise ArgumentError.of("model", got, "a model with convolutional or linear layers, or see register_layer")
+    neurons = getattr(neurons, "neurons", neurons)  # of a plan
     if isinstance(neurons, str):
         neurons = list(widths) if neurons == "all" else [neurons]
     if isinstance(neurons, Mapping):
@@ -44,11 +45,23 @@ def chosen_neurons(model: nn.Module, neurons: Any, *, name: str = "neurons") -> 
     else:
         given = list(neurons)
         if given and all(isinstance(one, str | type) for one in given):
-            return {layer: list(range(widths[layer])) for layer in candidates(model, given)}
+            return {layer: list(range(widths[layer])) for layer in layers_matching(name, model, given)}
         pairs = [_pair(name, one) for one in given]
     if not pairs:
         raise ArgumentError.of(name, neurons, f"at least one neuron: {_ALLOWED}")
     return _by_layer(name, pairs, widths)
+
+
+def layers_matching(name: str, model: nn.Module, patterns: Sequence[Pattern] | None) -> dict[str, nn.Module]:
+    """``candidates``, with errors that name the argument.
+
+    Raises:
+        UnknownNameError: If a pattern matches no layer.
+    """
+    try:
+        return candidates(model, patterns)
+    except UnknownNameError as error:
+        raise UnknownNameError(str(error).replace("layers:", f"{name}:", 1)) from None
 
 
 def _by_layer(name: str, pairs: Sequence[tuple[str, int]], widths: Mapping[str, int]) -> dict[str, list[int]]:

@@ -12,6 +12,8 @@ from lightning_neurons.network.trees import map_tensors_in
 from lightning_neurons.studies.losses import summed
 from lightning_neurons.studies.sample_losses import SampleLosses
 
+_CLOSE, _ROUNDING = 1e-3, 1e-6
+
 LossFunction = Callable[[Any, Any], Tensor]
 """From the model and a batch to a scalar, or one loss per sample."""
 
@@ -23,17 +25,28 @@ class Outcome:
     Attributes:
         losses: Of the samples in each run, or their mean over the batch where they cannot be told apart.
         weights: How many samples each of them stands for.
+        means: The mean loss of each run, as ``loss_fn`` gave it.
         outputs: What the model returned in each run, or None if it was not called exactly once.
     """
 
     losses: Float[Tensor, "run value"]
     weights: Float[Tensor, " value"]
+    means: Float[Tensor, " run"]
     outputs: list[Any]
 
     def averaged(self) -> "Outcome":
         """The same with one mean for each run."""
-        means = ((self.losses * self.weights).sum(1) / self.weights.sum())[:, None]
-        return Outcome(means, self.weights.sum().reshape(1), self.outputs)
+        return Outcome(self.means[:, None], self.weights.sum().reshape(1), self.means, self.outputs)
+
+    def agrees(self, before: "Outcome") -> bool:
+        """Whether the losses of samples change as those of the batch do."""
+        if self.losses.shape[1] != before.losses.shape[1]:
+            return False
+        by_sample = (self.losses - before.losses) @ self.weights / self.weights.sum()
+        whole = self.means - before.means
+        rounding = _ROUNDING * before.means.abs() + _ROUNDING * self.means.abs()
+        close = (by_sample - whole).abs() <= rounding + _CLOSE * whole.abs()
+        return bool((close | ~whole.isfinite()).all())
 
 
 class Outcomes:
@@ -58,13 +71,12 @@ class Outcomes:
     def of(self, results: Sequence[tuple[Tensor, list[Any]]], batch: Any, samples: int) -> Outcome:
         """What some runs of a batch gave, sample by sample where possible."""
         outputs = [heard[0] if len(heard) == 1 else None for _, heard in results]
+        means = torch.stack([self._mean(loss, samples).reshape(()) for loss, _ in results])
         if self._split is not None:
             losses = self._split.of([loss for loss, _ in results], outputs, batch, samples)
             if losses is not None:
-                return Outcome(losses, torch.ones_like(losses[0]), outputs)
-        means = [self._mean(loss, samples) for loss, _ in results]
-        column = torch.stack([mean.reshape(1) for mean in means])
-        return Outcome(column, torch.full_like(column[0], samples), outputs)
+                return Outcome(losses, torch.ones_like(losses[0]), means, outputs)
+        return Outcome(means[:, None], torch.full_like(means[:1], samples), means, outputs)
 
     def of_stack(self, result: tuple[Tensor, list[Any]], batch: Any, samples: int, runs: int) -> Outcome | None:
         """What a run of a batch that was repeated gave; None if the losses of samples cannot be told apart."""
@@ -76,10 +88,12 @@ class Outcomes:
             losses: Tensor | None = loss.reshape(runs, samples).double()
         else:
             losses = self._split.of_stack(loss, outputs, batch, samples)
-        return None if losses is None else Outcome(losses, torch.ones_like(losses[0]), outputs)
+        return None if losses is None else Outcome(losses, torch.ones_like(losses[0]), losses.mean(1), outputs)
 
     def _mean(self, loss: Tensor, samples: int) -> Tensor:
         """The mean loss of a batch; one that is given as such stays as it is, bit for bit."""
         if loss.numel() == 1 and self._reduction == "mean":
             return loss.double()
+        if loss.ndim and loss.numel() == samples:
+            return loss.double().mean()
         return summed(loss, self._reduction, samples).double() / samples  # type: ignore[arg-type]

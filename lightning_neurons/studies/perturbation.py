@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lightning_neurons.errors import ArgumentError, UnknownNameError, check_choice, check_count, check_flag, is_number
+from lightning_neurons.errors import ArgumentError, UnknownNameError, check_choice, check_flag, check_seed, is_number
 from lightning_neurons.network.isolate import isolated
-from lightning_neurons.network.layer import candidates, public_name, require_materialized
+from lightning_neurons.network.layer import public_name, require_materialized
 from lightning_neurons.network.weights import neuron_weights
 from lightning_neurons.results.perturbation_report import PerturbationReport, Perturbed
 from lightning_neurons.studies.effects import Effects
 from lightning_neurons.studies.given import given_batches, given_loss, given_model
 from lightning_neurons.studies.losses import LOSS_REDUCTIONS, LossReduction
+from lightning_neurons.studies.neuron_choice import layers_matching
 from lightning_neurons.studies.outcomes import LossFunction
 from lightning_neurons.studies.whatif import WhatIf
 
@@ -50,7 +51,8 @@ def perturb(
     """Rank parameters, or neurons, by the loss after a shift of their weights, in evaluation mode.
 
     For every parameter (or every neuron of every layer) in turn: shift, measure, restore bit for bit. Only what reads
-    the shifted weights, and what comes behind it, is computed again; the losses are those of whole forwards.
+    the shifted weights, and what comes behind it, is computed again; the losses are those of whole forwards. (The fused
+    path of ``nn.TransformerEncoder``, which rounds otherwise, is off wherever calls are watched.)
 
     Args:
         model: Any module. Batches must lie on its device.
@@ -78,10 +80,10 @@ def perturb(
         >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
         >>> data = [(torch.randn(8, 4), torch.randint(0, 2, (8,)))]
         >>> loss = lambda model, batch: nn.functional.cross_entropy(model(batch[0]), batch[1])
-        >>> [row.name for row in perturb(net, data, loss).ranking()]
+        >>> sorted(row.name for row in perturb(net, data, loss).ranking())
         ['0.weight', '2.weight']
-        >>> perturb(net, data, loss, level="neuron", delta=1.0).ranking()[0].name
-        '0.weight[0]'
+        >>> len(perturb(net, data, loss, level="neuron", delta=1.0).ranking())
+        5
     """
     given_model(model)
     given_loss(loss_fn)
@@ -90,8 +92,8 @@ def perturb(
     check_choice("level", level, get_args(Level))
     check_choice("loss_reduction", loss_reduction, LOSS_REDUCTIONS)
     check_flag("progress", progress)
-    check_count("seed", seed, least=0)
-    if not is_number(delta) or not math.isfinite(delta) or delta == 0 or (mode == "noise" and delta < 0):
+    check_seed("seed", seed)
+    if not is_number(delta) or not -1e30 < delta < 1e30 or delta == 0 or (mode == "noise" and delta < 0):
         raise ArgumentError.of("delta", delta, "a number other than 0" if mode != "noise" else "a number above 0")
     targets = list((_parameters if level == "parameter" else _neurons)(model, parameters))
     data = given_batches(batches)
@@ -134,9 +136,11 @@ def shifted(weights: Tensor, mode: Mode, delta: float, seed: int = 0) -> Iterato
             else:
                 generator = torch.Generator().manual_seed(seed)
                 weights.add_(torch.randn(weights.shape, generator=generator).to(weights), alpha=delta)
+            torch.clear_autocast_cache()  # it would go on with the weights as they were
             yield
         finally:
             weights.copy_(kept)
+            torch.clear_autocast_cache()
 
 
 def _parameters(model: nn.Module, patterns: Sequence[str] | None) -> Iterator[_Target]:
@@ -158,8 +162,11 @@ def _neurons(model: nn.Module, patterns: Sequence[str] | None) -> Iterator[_Targ
     if patterns is not None:
         _check_patterns(patterns)
     found = False
-    for layer, module in candidates(model, patterns).items():
+    for layer, module in layers_matching("parameters", model, patterns).items():
         weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and module._parameters.get("weight") is not weight:
+            allowed = f'"parameter", as the weight of {layer!r} is computed from others; or parameters= without it'
+            raise ArgumentError.of("level", "neuron", allowed)
         for neuron, part in enumerate(neuron_weights(module)):
             found = True
             assert isinstance(weight, Tensor), "it has weights of neurons"

@@ -86,6 +86,11 @@ def race(
         MeasurementError: If losses cannot be told apart by sample.
     """
     whole, population = _joined(batches)
+    some = [rows_of(whole, rows, population) for rows in torch.arange(population).split(_LEAST)]
+    if len(some) > 1 and not study.may_divide(whole, some):
+        raise MeasurementError(
+            "budget: a race runs samples in any company, and here the loss of one depends on the others in its batch"
+        )
     pairs = [(layer, i) for layer, indices in neurons.items() for i in indices]
     budget = rules.budget * len(pairs) * population
     losses = _losses(study, whole)
@@ -199,6 +204,7 @@ def _report(
             found[layer][neuron], errors[layer][neuron] = middle[row], one_sigma[row]
         if active[row]:
             undecided.setdefault(layer, []).append(neuron)
+    paid = [] if estimates.seen.any() else [f"the budget does not pay for {_LEAST} samples; raise it"]
     said = f"{int(active.sum())} of {len(pairs)} neurons undecided for the bottom {rules.bottom:.0%}"
     return AblationReport(
         loss=float(losses.mean()),
@@ -208,5 +214,5 @@ def _report(
         undecided={layer: tuple(indices) for layer, indices in undecided.items()},
         runs=runs,
         settings=dict(settings),
-        notes=(*notes, said, *study.remarks()),
+        notes=(*notes, *paid, said, *study.remarks()),
     )

@@ -1,7 +1,7 @@
 """Ablations of the neurons that a cheap criterion finds the most and the least important, on two halves of the data."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -98,10 +98,10 @@ def screen(
             measure_batches(study, half, total)
         deltas = [total.report(settings={}).delta_loss for total in sums]
         sums[0].deltas, sums[0].base = sums[0].deltas + sums[1].deltas, sums[0].base + sums[1].base
-        whole = sums[0].report(
-            settings={"replacement": replacement, "criterion": criterion.name, "ends": ends}, notes=study.remarks()
-        )
-        return Screening(whole, oracle_agreement(scores, *deltas), criterion.name)
+        found_agreement = oracle_agreement(scores, *deltas)
+        plain = {"replacement": replacement, "criterion": criterion.name, "ends": ends}
+        whole = sums[0].report(settings={**plain, "agreement": asdict(found_agreement)}, notes=study.remarks())
+        return Screening(whole, found_agreement, criterion.name)
 
 
 def halves(batches: Sequence[Any]) -> tuple[list[Any], list[Any]]:

@@ -1,14 +1,16 @@
 """What happens without several neurons at once: the check before a cut, and cumulative curves."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from lightning_neurons.criteria.ranking import order
-from lightning_neurons.errors import ArgumentError, UnknownNameError, check_choice, check_count
+from lightning_neurons.errors import ArgumentError, UnknownNameError, check_choice, check_count, check_flag, check_seed
 from lightning_neurons.network.isolate import isolated
 from lightning_neurons.network.layer import require_materialized, widths_of
 from lightning_neurons.network.silence import Replacement
@@ -30,6 +32,7 @@ def ablate_together(
     replacement: Replacement = "zero",
     loss_reduction: LossReduction = "mean",
     memory_limit: int = 2**30,
+    progress: bool = False,
     seed: int = 0,
 ) -> JointAblation:
     """Measure the loss without each of several sets of neurons, such as those of a pruning plan or of a coupled group.
@@ -42,10 +45,11 @@ def ablate_together(
         replacement: As in ``ablate``.
         loss_reduction: As in ``ablate``.
         memory_limit: As in ``ablate``.
+        progress: Show a progress bar.
         seed: Of the shuffles of ``"resample"``.
 
     Returns:
-        For each set, the change of the loss.
+        For each set, the change of the loss; interrupted from the keyboard, of what has been measured.
 
     Raises:
         ArgumentError: If a set is empty or names something unknown, or an argument is out of range.
@@ -68,11 +72,11 @@ def ablate_together(
     check_choice("replacement", replacement, get_args(Replacement))
     check_choice("loss_reduction", loss_reduction, LOSS_REDUCTIONS)
     check_count("memory_limit", memory_limit)
-    check_count("seed", seed, least=0)
+    check_seed("seed", seed)
     study = WhatIf(
         model, loss_fn, loss_reduction=loss_reduction, replacement=replacement, memory_limit=memory_limit, seed=seed
     )
-    base, changes = measure_sets(study, given_batches(batches), chosen)
+    base, changes = measure_sets(study, given_batches(batches), chosen, progress=check_flag("progress", progress))
     return JointAblation(
         loss=float(base.mean[0]),
         samples=int(base.samples[0]),
@@ -93,6 +97,7 @@ def ablation_curves(
     replacement: Replacement = "zero",
     loss_reduction: LossReduction = "mean",
     memory_limit: int = 2**30,
+    progress: bool = False,
     seed: int = 0,
 ) -> AblationCurves:
     """Remove more and more neurons: the least important first, the most important first, and in random orders.
@@ -111,10 +116,11 @@ def ablation_curves(
         replacement: As in ``ablate``.
         loss_reduction: As in ``ablate``.
         memory_limit: As in ``ablate``.
+        progress: Show a progress bar.
         seed: Of the random orders.
 
     Returns:
-        Mean losses by share removed, and the areas under the curves.
+        Mean losses by share removed, and the areas under the curves; interrupted, of what has been measured.
 
     Raises:
         ArgumentError: If scores do not fit the model, or an argument is out of range.
@@ -137,7 +143,7 @@ def ablation_curves(
     check_choice("replacement", replacement, get_args(Replacement))
     check_choice("loss_reduction", loss_reduction, LOSS_REDUCTIONS)
     check_count("memory_limit", memory_limit)
-    check_count("seed", seed, least=0)
+    check_seed("seed", seed)
     ranked = _ranked(model, scores)
     generator = torch.Generator().manual_seed(seed)
     orders = [ranked[::-1], ranked]
@@ -147,7 +153,7 @@ def ablation_curves(
     study = WhatIf(
         model, loss_fn, loss_reduction=loss_reduction, replacement=replacement, memory_limit=memory_limit, seed=seed
     )
-    base, changes = measure_sets(study, given_batches(batches), sets)
+    base, changes = measure_sets(study, given_batches(batches), sets, progress=check_flag("progress", progress))
     losses = base.mean[0] + changes.mean
     inner = losses[:-1].view(len(orders), points - 2)
     ends = losses.new_full((len(orders), 1), float(base.mean[0])), losses[-1:].expand(len(orders), 1)
@@ -157,7 +163,7 @@ def ablation_curves(
 
 
 def measure_sets(
-    study: WhatIf, batches: Sequence[Any], sets: Sequence[Mapping[str, Sequence[int]]]
+    study: WhatIf, batches: Sequence[Any], sets: Sequence[Mapping[str, Sequence[int]]], *, progress: bool = False
 ) -> tuple[Effects, Effects]:
     """The loss, and its change without each set.
 
@@ -165,6 +171,7 @@ def measure_sets(
         study: The engine.
         batches: The data.
         sets: Neurons by layer.
+        progress: Whether to show a bar.
     """
     base, changes = Effects.of(1), Effects.of(len(sets))
     with isolated(study.model), torch.no_grad(), study.open():
@@ -173,16 +180,18 @@ def measure_sets(
         require_present(study, {name for one in sets for name in one})
         if study.replacement == "mean":
             study.measure_means(batches)
-        for part in (part for batch in batches for part in study.parts(batch)):
-            here = study.on(part)
-            here.order(list(dict.fromkeys(name for one in sets for name in one)))
-            base.add([0], here.outcome.losses, here.outcome.weights)
-            for row, one in enumerate(sets):
-                outcome = here.without([one])
-                first, second = (outcome, here.outcome)
-                if outcome.losses.shape != here.outcome.losses.shape:
-                    first, second = outcome.averaged(), here.outcome.averaged()
-                changes.add([row], first.losses - second.losses, second.weights)
+        parts = [part for batch in batches for part in study.parts(batch)]
+        with tqdm(total=len(parts) * len(sets), desc="sets", disable=not progress) as bar, suppress(KeyboardInterrupt):
+            for part in parts:
+                here = study.on(part)
+                here.order(list(dict.fromkeys(name for one in sets for name in one)))
+                base.add([0], here.outcome.losses, here.outcome.weights)
+                for row, one in enumerate(sets):
+                    first, second = here.without([one]), here.outcome
+                    if not first.agrees(second):
+                        first, second = first.averaged(), second.averaged()
+                    changes.add([row], first.losses - second.losses, second.weights)
+                    bar.update()
     return base, changes
 
 

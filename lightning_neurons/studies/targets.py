@@ -8,7 +8,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from lightning_neurons.errors import MeasurementError
-from lightning_neurons.network.batches import TARGET_KEYS, targets_of
+from lightning_neurons.network.batches import TARGET_KEYS, batch_size_of, targets_of
 
 PerClass = bool | Callable[[Any], Tensor]
 """False, True (the batch shows its targets), or a function from a batch to them."""
@@ -30,4 +30,6 @@ def targets_in(batch: Any, per_class: PerClass) -> Int[Tensor, " batch"]:
     if not isinstance(found, Tensor) or found.ndim != 1 or found.is_floating_point() or (found < 0).any():
         got = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
         raise MeasurementError(f"per_class: targets must be one whole number of at least 0 per sample, got {got}")
+    if len(found) != batch_size_of(batch):
+        raise MeasurementError(f"per_class: {len(found)} targets for a batch of {batch_size_of(batch)} samples")
     return found.to(torch.int64)

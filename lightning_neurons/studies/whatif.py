@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from lightning_neurons.errors import MeasurementError
 from lightning_neurons.network.batches import batch_size_of
-from lightning_neurons.network.isolate import isolated
+from lightning_neurons.network.isolate import eager, isolated
 from lightning_neurons.network.layer import Layer, candidates
 from lightning_neurons.network.rerun import Rerun
 from lightning_neurons.network.reruns import Reruns
 from lightning_neurons.network.silence import Edit, Replacement, edit_of
 from lightning_neurons.studies.activation_means import activation_means
+from lightning_neurons.studies.dividing import divides
 from lightning_neurons.studies.losses import normal_tensors
 from lightning_neurons.studies.outcomes import LossFunction, Outcome, Outcomes
 from lightning_neurons.studies.passes import Passes
@@ -63,6 +64,7 @@ class WhatIf:
         self.means: dict[str, Tensor] = {}
         self.modules = candidates(model)
         self._passes = Passes(model, [])
+        self._divides: bool | None = None
         self.outcomes = Outcomes(model, loss_fn, loss_reduction, by_sample=by_sample)
         self._generator = torch.Generator().manual_seed(seed)
         self._reruns: Reruns | None = None
@@ -102,6 +104,10 @@ class WhatIf:
             assert self._passes.known is not None, "just found"
             self.layers = {n: layer for n, layer in self._passes.known.layers.items() if layer.calls}
             self.modules = {n: self.modules[n] for n in self.layers}
+        if not self.layers:
+            raise MeasurementError(
+                "loss_fn did not run a layer of the model: it has to call the model that it is given"
+            )
         self.outcomes.know(list(self.modules.values()))
 
     def measure_means(self, batches: Sequence[Any]) -> None:
@@ -109,9 +115,18 @@ class WhatIf:
         with isolated(self.model):
             self.means = activation_means(self.model, self.layers, self.modules, batches, self.loss_fn)
 
-    def parts(self, batch: Any) -> Iterator[Any]:
-        """The batch in parts whose activations stay in a CPU's cache."""
-        return self._passes.parts(batch)
+    def parts(self, batch: Any) -> list[Any]:
+        """The batch in parts whose activations stay in a CPU's cache; whole, where that would change anything."""
+        found = list(self._passes.parts(batch))
+        return found if len(found) == 1 or self.may_divide(batch, found) else [batch]
+
+    def may_divide(self, batch: Any, parts: Sequence[Any]) -> bool:
+        """Whether a batch has the loss and the outputs of its parts; found out on the first batch."""
+        if self._divides is None:
+            with torch.inference_mode(False), torch.no_grad(), eager(), isolated(self.model):
+                results = [self._run(normal_tensors(one)) for one in (batch, *parts)]
+            self._divides = divides(self.outcomes, batch, parts, results)
+        return self._divides
 
     def on(self, batch: Any) -> "BatchWhatIf":
         """Run a batch (or a part of one) and make ready to run it with changes."""
@@ -160,7 +175,7 @@ class BatchWhatIf:
         self._study, self._rerun, self.batch, self.samples = study, rerun, batch, samples
         if study.replacement == "resample" and samples < 2:
             raise MeasurementError(
-                'replacement="resample" takes values from other samples, and a batch has only one; use larger batches'
+                'replacement="resample" takes values from other samples of a batch, and one has only one sample'
             )
         self._shuffle = study.shuffle(samples) if study.replacement == "resample" else None
         self.outcome = study.outcomes.of([rerun.result], batch, samples)
@@ -205,7 +220,8 @@ class BatchWhatIf:
                 return None
             found.append(outcome)
         outputs = [output for outcome in found for output in outcome.outputs]
-        return Outcome(torch.cat([outcome.losses for outcome in found]), found[0].weights, outputs)
+        losses, means = (torch.cat([getattr(one, name) for one in found]) for name in ("losses", "means"))
+        return Outcome(losses, found[0].weights, means, outputs)
 
     def with_changed(self, parameter: Tensor) -> Outcome:
         """What the model gives with a parameter as it is now, if it was another one when the batch ran first."""

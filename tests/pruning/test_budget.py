@@ -14,6 +14,10 @@ OWN = Criterion("my_own", (), lambda summary: torch.ones(3))
 LAYERS = ["stem.conv", "stem.bn.conv", "body.0.conv", "body.1.conv", "head"]
 
 
+def named(value) -> str:
+    return f"own {value.name}" if isinstance(value, Criterion) else str(value)
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_one_rule_is_enough_and_is_named(rule):
     budget = PruningBudget(**{rule: 0.5})
@@ -107,7 +111,7 @@ def test_a_threshold_of_importance_is_any_number(value):
     assert PruningBudget("weight_l2", threshold=value).rule == ("threshold", value)
 
 
-@pytest.mark.parametrize("criterion", ["deadness", "near_zero", "apoz", "dormant", dormant(0.1)], ids=str)
+@pytest.mark.parametrize("criterion", ["deadness", "near_zero", "apoz", "dormant", dormant(0.1)], ids=named)
 @pytest.mark.parametrize("value", [0, -0.5, 1.001, INF], ids=str)
 def test_a_threshold_of_deadness_lies_above_0_and_at_most_at_1(criterion, value):
     PruningBudget(criterion, threshold=1)
@@ -121,12 +125,12 @@ def test_random_scores_have_no_threshold():
         PruningBudget("random", threshold=0.5)
 
 
-@pytest.mark.parametrize("criterion", [*CRITERIA, "deadness", OWN, dormant(0.5)], ids=str)
+@pytest.mark.parametrize("criterion", [*CRITERIA, "deadness", OWN, dormant(0.5)], ids=named)
 def test_only_measures_of_deadness_remove_the_most_silent(criterion):
     budget = PruningBudget(criterion, amount=0.5)
-    named = CRITERIA["near_zero"] if criterion == "deadness" else CRITERIA.get(str(criterion), criterion)
-    assert budget.measured.name == named.name
-    assert budget.by_deadness == (named.kind == "deadness")
+    known = CRITERIA["near_zero"] if criterion == "deadness" else CRITERIA.get(str(criterion), criterion)
+    assert budget.measured.name == known.name
+    assert budget.by_deadness == (known.kind == "deadness")
 
 
 def test_random_scores_are_not_measured():
@@ -158,7 +162,7 @@ def test_deadness_is_counted_at_the_threshold_of_the_budget(criterion):
         ("apoz", "target_params", "global", "none"),
         ("random", "amount", "global", "none"),
     ],
-    ids=str,
+    ids=named,
 )
 def test_layers_are_made_comparable_where_they_are_compared_and_are_not_yet(criterion, rule, scope, expected):
     budget = PruningBudget(criterion, scope=scope, **{rule: 0.5})
@@ -198,7 +202,6 @@ def test_on_the_way_only_the_rule_changes(rule):
         (["body.[01]*", "head"], {"body.0.conv", "body.1.conv", "head"}),
         (("*",), set(LAYERS)),
     ],
-    ids=str,
 )
 def test_a_pattern_ignores_the_layers_that_it_matches_and_those_inside(patterns, expected):
     assert PruningBudget(amount=0.5, ignore=patterns).ignores(LAYERS) == expected

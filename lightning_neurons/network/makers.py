@@ -1,0 +1,78 @@
+"""Which layers make a model's output, which only lead to it, and which do not.
+
+One forward in which every tensor carries the layers that it comes from: nearest, those with no other layer in between,
+and all of them.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
+from lightning_neurons.network.trees import tensors_in
+
+Origin = tuple[frozenset[str], frozenset[str]]
+"""The nearest layers, and all layers."""
+
+_NOWHERE: Origin = frozenset(), frozenset()
+
+
+class Origins(TorchFunctionMode):
+    """Enter it around a forward; ``of`` then tells where a result comes from.
+
+    Args:
+        modules: The layers, by name.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+        >>> with Origins({"first": net[0], "last": net[2]}) as origins:
+        ...     out = net(torch.zeros(1, 2))
+        >>> nearest, every = origins.of(out)
+        >>> sorted(nearest), sorted(every)
+        (['last'], ['first', 'last'])
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self._modules = modules
+        self._known: dict[int, Origin] = {}
+        self._alive: list[Tensor] = []  # ids stay unique while tensors live
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> "Origins":
+        for name, module in self._modules.items():
+            self._handles.append(module.register_forward_hook(partial(self._made, name)))
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        for handle in self._handles:
+            handle.remove()
+
+    def of(self, result: Any) -> Origin:
+        """Where the tensors in a result come from."""
+        found = [self._known.get(id(tensor), _NOWHERE) for tensor in tensors_in(result)]
+        return frozenset().union(*(f[0] for f in found)), frozenset().union(*(f[1] for f in found))
+
+    def _made(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        every = self.of(output)[1] | {name}
+        for tensor in tensors_in(output):
+            self._note(tensor, (frozenset({name}), every))
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        origin = self.of((args, kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        for tensor in tensors_in(out):
+            self._note(tensor, origin)
+        return out
+
+    def _note(self, tensor: Tensor, origin: Origin) -> None:
+        self._known[id(tensor)] = origin
+        self._alive.append(tensor)
