@@ -12,7 +12,9 @@ from lightning_neurons.network.trees import map_tensors_in
 from lightning_neurons.studies.losses import summed
 from lightning_neurons.studies.sample_losses import SampleLosses
 
-_CLOSE, _ROUNDING = 1e-3, 1e-6
+_CLOSE = 1e-3
+_ROUNDING = 8
+"""How many roundings of its type a mean may be off."""
 
 LossFunction = Callable[[Any, Any], Tensor]
 """From the model and a batch to a scalar, or one loss per sample."""
@@ -27,16 +29,18 @@ class Outcome:
         weights: How many samples each of them stands for.
         means: The mean loss of each run, as ``loss_fn`` gave it.
         outputs: What the model returned in each run, or None if it was not called exactly once.
+        rounding: Relative error of the means.
     """
 
     losses: Float[Tensor, "run value"]
     weights: Float[Tensor, " value"]
     means: Float[Tensor, " run"]
     outputs: list[Any]
+    rounding: float = 0.0
 
     def averaged(self) -> "Outcome":
         """The same with one mean for each run."""
-        return Outcome(self.means[:, None], self.weights.sum().reshape(1), self.means, self.outputs)
+        return Outcome(self.means[:, None], self.weights.sum().reshape(1), self.means, self.outputs, self.rounding)
 
     def agrees(self, before: "Outcome") -> bool:
         """Whether the losses of samples change as those of the batch do."""
@@ -44,7 +48,7 @@ class Outcome:
             return False
         by_sample = (self.losses - before.losses) @ self.weights / self.weights.sum()
         whole = self.means - before.means
-        rounding = _ROUNDING * before.means.abs() + _ROUNDING * self.means.abs()
+        rounding = self.rounding * (before.means.abs() + self.means.abs())
         close = (by_sample - whole).abs() <= rounding + _CLOSE * whole.abs()
         return bool((close | ~whole.isfinite()).all())
 
@@ -72,10 +76,12 @@ class Outcomes:
         """What some runs of a batch gave, sample by sample where possible."""
         outputs = [heard[0] if len(heard) == 1 else None for _, heard in results]
         means = torch.stack([self._mean(loss, samples).reshape(()) for loss, _ in results])
+        kinds = [loss.dtype for loss, _ in results if loss.is_floating_point()]
+        rounding = max((_ROUNDING * torch.finfo(kind).eps for kind in kinds), default=0.0)
         if self._split is not None:
             losses = self._split.of([loss for loss, _ in results], outputs, batch, samples)
             if losses is not None:
-                return Outcome(losses, torch.ones_like(losses[0]), means, outputs)
+                return Outcome(losses, torch.ones_like(losses[0]), means, outputs, rounding)
         return Outcome(means[:, None], torch.full_like(means[:1], samples), means, outputs)
 
     def of_stack(self, result: tuple[Tensor, list[Any]], batch: Any, samples: int, runs: int) -> Outcome | None:

@@ -97,7 +97,7 @@ class WhatIf:
             return
 
         def forward(given: Any) -> Any:
-            return self.loss_fn(self.model, normal_tensors(given))
+            return self._run(normal_tensors(given))
 
         with torch.inference_mode(False), isolated(self.model):
             self._passes.find(forward, batch)
@@ -175,7 +175,7 @@ class BatchWhatIf:
         self._study, self._rerun, self.batch, self.samples = study, rerun, batch, samples
         if study.replacement == "resample" and samples < 2:
             raise MeasurementError(
-                'replacement="resample" takes values from other samples of a batch, and one has only one sample'
+                'replacement="resample" takes values from other samples, and a batch has only one; use larger batches'
             )
         self._shuffle = study.shuffle(samples) if study.replacement == "resample" else None
         self.outcome = study.outcomes.of([rerun.result], batch, samples)

@@ -29,18 +29,20 @@ def assert_same(found: ClassReport, expected: ClassReport) -> None:
     assert (found.classes, found.class_counts) == (expected.classes, expected.class_counts)
     for layer, values in expected.importance.items():
         assert torch.allclose(found.importance[layer], values, atol=1e-6, equal_nan=True), layer
+        assert torch.allclose(found.entropy[layer], expected.entropy[layer], atol=1e-5, equal_nan=True), layer
         assert torch.equal(found.members[layer], expected.members[layer]), layer
         assert torch.allclose(found.selectivity[layer], expected.selectivity[layer], atol=1e-6, equal_nan=True), layer
     assert found.importance.keys() == expected.importance.keys()
     for ours, theirs in zip(found.accuracies, expected.accuracies, strict=True):
         assert ours[:2] == theirs[:2]
-        assert ours[2:] == pytest.approx(theirs[2:], abs=1e-9)
+        assert ours[2:] == pytest.approx(theirs[2:], abs=1e-9, nan_ok=True)
 
 
 SETTINGS: list[dict[str, Any]] = [
     {},
     {"share": 0.3, "controls": 1},
     {"method": "masking", "cumulative": 0.8},
+    {"method": "masking", "replacement": "mean"},
     {"importance": "fisher", "replacement": "mean", "seed": 3},
     {"classes": [2, 0], "layers": ["net.conv*"]},
 ]
@@ -92,7 +94,62 @@ def test_a_module_without_a_forward_is_run_by_its_one_network(of, make):
     assert list(callback.report.importance) == [f"net.{layer}" for layer in expected.importance]
     for layer, values in expected.importance.items():
         assert torch.allclose(callback.report.importance[f"net.{layer}"], values, atol=1e-6)
-    assert [row[2:] for row in callback.report.accuracies] == [row[2:] for row in expected.accuracies]
+    for ours, theirs in zip(callback.report.accuracies, expected.accuracies, strict=True):
+        assert ours[2:] == pytest.approx(theirs[2:], abs=1e-9, nan_ok=True)
+
+
+@pytest.mark.parametrize("name", ["net", "other"])
+def test_a_forward_of_ones_own_says_where_the_logits_come_from(name):
+    module, forward = TwoNetworks(), lambda m, batch: m.get_submodule(name)(batch[0])
+    callback = ClassNeuronsCallback(forward=forward)
+    fit(module, [callback])
+    module.eval()
+    assert_same(callback.report, class_study(module, [samples()], forward=forward))
+    assert list(callback.report.importance) == [f"{name}.{layer}" for layer in ("conv1", "conv2", "fc1")]
+    alone = class_study(module.get_submodule(name), [samples()])
+    for ours, theirs in zip(callback.report.accuracies, alone.accuracies, strict=True):
+        assert ours[2:] == pytest.approx(theirs[2:], abs=1e-9, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"classes": [0, 3]}, "classes=3.*3 outputs"),
+        ({"classes": [17]}, "classes=17.*3 outputs"),
+        ({"layers": ["net.fc2"]}, r"layers=.*net.fc2.*lead to those of the logits: net.conv1, net.conv2, net.fc1"),
+        ({"forward": lambda module, batch: {"logits": module(batch[0])}}, "returned dict.*logits"),
+    ],
+)
+def test_the_trial_before_training_finds_what_cannot_work(arguments, message):
+    steps = []
+
+    class Counting(Plain):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            steps.append(batch_idx)
+            return super().training_step(batch, batch_idx)
+
+    with pytest.raises(MisconfigurationException, match=f"ClassNeuronsCallback: .*{message}"):
+        fit(Counting(), [ClassNeuronsCallback(**arguments)])
+    assert steps == []
+
+
+def test_a_second_callback_has_files_and_series_of_its_own(tmp_path):
+    callbacks = [ClassNeuronsCallback(), ClassNeuronsCallback(share=0.3, classes=[0, 2])]
+    memory = MemoryLogger()
+    trainer = fit(Plain(), callbacks, logger=[TensorBoardLogger(tmp_path), memory])
+    found = EventAccumulator(trainer.log_dir, size_guidance={"images": 0})
+    found.Reload()
+    for name, callback in zip(("classes", "classes_2"), callbacks, strict=True):
+        document = json.loads((Path(trainer.log_dir) / f"{name}.json").read_text())
+        assert document["subnetworks"] == {str(k): callback.report.subnetwork(k) for k in callback.report.classes}
+        written = {tag: value for tag, _, value in memory.rows if tag.startswith(f"{name}/")}
+        rows = [(row.model.replace(" ", "_"), row) for row in callback.report.accuracies]
+        expected = {f"{name}/{kind}/{row.klass}": row.on_class for kind, row in rows
+                    if kind in ("subnetwork", "ablation", "random_subnetwork")}  # fmt: skip
+        assert {tag: written[tag] for tag in expected} == expected
+        assert written.keys() == expected.keys() | {f"{name}/reuse"}
+    figures = {tag.name for tag in TAGS if tag.kind == "figure" and tag.name.startswith("classes/")}
+    assert {*found.Tags()["images"]} == figures | {name.replace("classes", "classes_2") for name in figures}
 
 
 def test_two_networks_and_no_forward_are_an_error_before_training_and_a_warning_later():
@@ -186,7 +243,12 @@ WRONG = [
     ({"classes": "01"}, "classes='01'"),
     ({"method": "maskin"}, "method='maskin'.*did you mean 'masking'"),
     ({"importance": "fishr"}, "importance: .*'fishr'. Did you mean 'fisher'"),
+    ({"method": "masking", "importance": "fisher"}, "importance='fisher'.*the default"),
     ({"share": 1.0}, "share=1.0"),
+    ({"share": 0}, "share=0"),
+    ({"forward": Net()}, "forward='Net'"),
+    ({"forward": Net}, "forward='type'"),
+    ({"forward": "net"}, "forward='str'"),
     ({"share": 0.3, "threshold": 0.1}, "share, threshold, cumulative.*at most one"),
     ({"threshold": float("nan")}, "threshold=nan"),
     ({"cumulative": 0}, "cumulative=0"),

@@ -172,7 +172,7 @@ def left(module: Trapped) -> dict[str, Any]:
     return {**found, "weights": bits(module.state_dict()), "gradients": bits([p.grad for p in module.parameters()])}
 
 
-@pytest.mark.parametrize("after", [0, 1, 3, 5])
+@pytest.mark.parametrize("after", [0, 1, 3])
 @pytest.mark.parametrize("study", ["ablation", "ablation, random at the ends", "classes", "classes, masking"])
 def test_an_interrupt_in_the_middle_of_a_study_comes_through_and_leaves_nothing(study, after):
     module = Trapped(after, KeyboardInterrupt)
@@ -193,7 +193,7 @@ def test_an_interrupt_in_the_middle_of_a_study_comes_through_and_leaves_nothing(
     assert_usable(module)
 
 
-@pytest.mark.parametrize("after", [0, 2, 5])
+@pytest.mark.parametrize("after", [0, 2])
 @pytest.mark.parametrize("study", ["ablation", "classes", "classes, masking"])
 def test_a_study_that_fails_in_the_middle_leaves_training_as_it_is_without_it(study, after):
     def trained(callbacks: list[Any]) -> dict[str, Any]:

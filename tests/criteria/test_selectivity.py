@@ -1,5 +1,6 @@
 """Selectivity, entropy and the sharing of neurons against closed forms and sets of Python."""
 
+import itertools
 import math
 
 import pytest
@@ -29,7 +30,8 @@ def column(*values: float) -> torch.Tensor:
         ((3, 2, 0, 1), 0.5),
         ((NAN, 3, 1), 0.5),
         ((4, NAN, 1, 1, NAN, 1), 0.6),
-        ((0, 0, 0), 0.0),
+        ((0, 0, 0), NAN),
+        ((NAN, 0, 0), NAN),
         ((NAN, 5), NAN),
         ((5,), NAN),
     ],
@@ -130,9 +132,66 @@ def test_the_chance_level_depends_on_sizes_alone_and_is_symmetric():
 
 @pytest.mark.parametrize("share", [0.1, 0.25, 0.5, 0.9])
 def test_equal_shares_of_one_layer_have_the_chance_level_in_closed_form(share):
-    members = torch.zeros(2, 40, dtype=torch.bool)
-    members[:, : round(share * 40)] = True
-    assert reuse({"fc": members})[1][0, 1].item() == pytest.approx(share / (2 - share))
+    for width, tolerance in ((40, 0.15), (40_000, 2e-4)):
+        members = torch.zeros(2, width, dtype=torch.bool)
+        members[:, : round(share * width)] = True
+        found = reuse({"fc": members})[1][0, 1].item()
+        assert found == pytest.approx(share / (2 - share), rel=tolerance)
+        assert found > share / (2 - share), "the index is convex in the number of shared neurons"
+
+
+def first_of(sizes: list[tuple[int, ...]], widths: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """The first so many neurons of each layer, one row for each class."""
+    return {
+        f"layer{at}": torch.stack([torch.arange(width) < size[at] for size in sizes]) for at, width in enumerate(widths)
+    }
+
+
+@pytest.mark.parametrize(
+    "widths, one, other",
+    [
+        ((4,), (2,), (2,)),
+        ((5,), (4,), (3,)),
+        ((4, 3), (2, 1), (1, 2)),
+        ((3, 5, 2), (3, 1, 1), (1, 4, 0)),
+        ((2, 2, 2, 3), (1, 0, 1, 2), (1, 2, 1, 1)),
+        ((4, 2), (0, 0), (3, 1)),
+        ((3, 2), (3, 2), (3, 2)),
+    ],
+)
+def test_the_chance_level_is_the_mean_over_all_sets(widths, one, other):
+    first = {(at, i) for at, size in enumerate(one) for i in range(size)}
+    found = []
+    for picks in itertools.product(
+        *(itertools.combinations(range(width), size) for width, size in zip(widths, other, strict=True))
+    ):
+        second = {(at, i) for at, chosen in enumerate(picks) for i in chosen}
+        found.append(len(first & second) / len(first | second))
+    chance = reuse(first_of([one, other], widths))[1]
+    assert chance[0, 1].item() == pytest.approx(sum(found) / len(found), abs=1e-12)
+    assert chance[1, 0].item() == chance[0, 1].item()
+
+
+def test_the_chance_level_of_several_small_layers_by_monte_carlo():
+    widths, sizes = (3, 6, 4, 9), [(1, 4, 2, 3), (2, 1, 3, 7), (3, 0, 1, 2), (0, 0, 0, 0)]
+    torch.manual_seed(0)
+    both, draws = torch.zeros(4, 4, 20_000), 20_000
+    for at, width in enumerate(widths):
+        order = torch.rand(4, draws, width).argsort(-1)  # of each class anew
+        on = (order < torch.tensor([size[at] for size in sizes])[:, None, None]).float()
+        both += torch.einsum("idn,jdn->ijd", on, on)
+    total = torch.tensor([float(sum(size)) for size in sizes])
+    simulated = (both / (total[:, None, None] + total[:, None] - both)).mean(-1)
+    chance = reuse(first_of(sizes, widths))[1]
+    off = ~torch.eye(4, dtype=torch.bool)
+    assert (simulated - chance)[off].abs().max() < 0.003
+    assert chance[3, :3].tolist() == [0.0, 0.0, 0.0]
+
+
+def test_two_empty_sets_have_no_index():
+    observed, chance = reuse(first_of([(0, 0), (0, 0), (1, 0)], (3, 2)))
+    for found in (observed, chance):
+        assert found.isnan().tolist() == [[True, True, False], [True, True, False], [False] * 3]
 
 
 def test_a_set_shares_everything_with_itself_and_nothing_with_its_complement():

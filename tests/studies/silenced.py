@@ -1,5 +1,6 @@
 """A small classifier whose neurons are switched off by plain forward hooks."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +10,9 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from tests.models import pictures, seeded
+
+STUDIED = ["0", "3"]
+"""The layers of ``net_of`` before the one that makes the logits."""
 
 FINAL = {"0": "1", "3": "4", "6": "6"}
 """By layer of ``net_of``, the module whose output is its activation."""
@@ -75,3 +79,46 @@ def means_of(net: nn.Module, batches: Sequence[tuple[Tensor, Tensor]]) -> dict[s
     """The mean of each neuron over samples and positions."""
     found = activations_of(net, torch.cat([x for x, _ in batches]))
     return {layer: values.double().mean((0, 2)).float() for layer, values in found.items()}
+
+
+def class_means(
+    net: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], classes: Sequence[int], *, magnitude: bool = False
+) -> dict[str, Tensor]:
+    """By layer, ``(class, neuron)``: the mean over the samples of a class and over positions."""
+    x, y = (torch.cat(column) for column in zip(*batches, strict=True))
+    values = {layer: v.abs() if magnitude else v for layer, v in activations_of(net, x).items()}
+    return {layer: torch.stack([values[layer][y == k].double().mean((0, 2)) for k in classes]) for layer in STUDIED}
+
+
+def accuracies_without(
+    net: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], off: Mapping[str, Sequence[int]], klass: int, means: Any
+) -> list[float]:
+    """On all samples, on those of a class, on all others, and the mean of the last two."""
+    x, y = (torch.cat(column) for column in zip(*batches, strict=True))
+    with without(net, off, means):
+        right = (net(x).argmax(1) == y).double()
+    own, others = right[y == klass].mean().item(), right[y != klass].mean().item()
+    return [right.mean().item(), own, others, (own + others) / 2]
+
+
+def losses_without(
+    net: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], off: Mapping[str, Sequence[int]], means: Any
+) -> list[float]:
+    """The mean loss of each class."""
+    x, y = (torch.cat(column) for column in zip(*batches, strict=True))
+    with without(net, off, means):
+        losses = F.cross_entropy(net(x).double(), y, reduction="none")
+    return [losses[y == k].mean().item() for k in sorted({*y.tolist()})]
+
+
+def selectivity_of(values: Sequence[float]) -> float:
+    """Of one neuron, from its mean magnitude for each class."""
+    high, rest = max(values), (sum(values) - max(values)) / (len(values) - 1)
+    return (high - rest) / (high + rest) if high > 0 else math.nan
+
+
+def entropy_of(values: Sequence[float]) -> float:
+    """Of one neuron, from its importance for each class."""
+    total = sum(max(v, 0.0) for v in values)
+    shares = [max(v, 0.0) / total for v in values] if total > 0 else []
+    return -sum(p * math.log(p, len(values)) for p in shares if p) if shares else math.nan

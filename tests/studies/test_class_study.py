@@ -1,7 +1,6 @@
 """``class_study`` against loops over classes, with plain hooks on a network written by hand."""
 
 import json
-import random
 
 import numpy as np
 import pytest
@@ -10,28 +9,30 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 from lightning_neurons import ArgumentError, ablate, class_study
+from lightning_neurons.studies.class_choice import random_members
 from tests.models import ConvNet, pictures, seeded
-from tests.studies.silenced import WIDTHS, activations_of, batches_of, each, means_of, net_of, without
+from tests.studies.silenced import (
+    STUDIED,
+    WIDTHS,
+    accuracies_without,
+    batches_of,
+    class_means,
+    each,
+    entropy_of,
+    losses_without,
+    means_of,
+    net_of,
+    selectivity_of,
+)
 
-STUDIED = ["0", "3"]
 KINDS = ["whole", "subnetwork", "ablation", "random subnetwork", "random ablation", "other subnetworks"]
 
 
-def class_means(net, batches, classes, *, magnitude=False):
-    """By layer, ``(class, neuron)``: the mean over the samples of a class and over positions."""
-    x, y = (torch.cat(column) for column in zip(*batches, strict=True))
-    values = activations_of(net, x)
-    values = {layer: v.abs() if magnitude else v for layer, v in values.items()}
-    return {layer: torch.stack([values[layer][y == k].double().mean((0, 2)) for k in classes]) for layer in STUDIED}
-
-
-def accuracies_without(net, batches, off, klass, means=None):
-    """On all samples, on those of a class, on all others, and the mean of the last two."""
-    x, y = (torch.cat(column) for column in zip(*batches, strict=True))
-    with without(net, off, means):
-        right = (net(x).argmax(1) == y).double()
-    own, others = right[y == klass].mean().item(), right[y != klass].mean().item()
-    return right.mean().item(), own, others, (own + others) / 2
+def assert_row(row, found):
+    """A row is the mean over networks, with the standard deviation of the accuracy on the class."""
+    assert row[2:6] == pytest.approx(np.mean(found, 0).tolist())
+    spread = np.std([one[1] for one in found], ddof=1) if len(found) > 1 else np.nan
+    assert row.deviation == pytest.approx(spread, nan_ok=True, abs=1e-12)
 
 
 @pytest.mark.parametrize("replacement", ["zero", "mean"])
@@ -47,15 +48,19 @@ def test_every_figure_equals_a_loop(rule, replacement):
     for layer in STUDIED:
         torch.testing.assert_close(report.importance[layer].double(), expected[layer], rtol=1e-5, atol=1e-6)
     assert list(report.members) == STUDIED
+    generator = torch.Generator().manual_seed(0)
+    draws = [random_members(report.members, generator) for _ in range(report.settings["controls"])]
     for row in report.accuracies:
-        if row.model in KINDS[:3]:
-            inside, outside = report.subnetwork(row.klass), report.outside(row.klass)
-            off = {"whole": {}, "subnetwork": outside, "ablation": inside}[row.model]
-            assert row[2:] == pytest.approx(accuracies_without(net, batches, off, row.klass, means))
-        elif row.model == "other subnetworks":
-            others = [report.outside(k) for k in (0, 1, 2) if k != row.klass]
-            both = torch.tensor([accuracies_without(net, batches, off, row.klass, means) for off in others])
-            assert row[2:] == pytest.approx(both.mean(0).tolist())
+        at, rest = report.classes.index(row.klass), [k for k in report.classes if k != row.klass]
+        off = {
+            "whole": [{}],
+            "subnetwork": [report.outside(row.klass)],
+            "ablation": [report.subnetwork(row.klass)],
+            "random subnetwork": [{n: (~m[at]).nonzero().flatten().tolist() for n, m in d.items()} for d in draws],
+            "random ablation": [{n: m[at].nonzero().flatten().tolist() for n, m in d.items()} for d in draws],
+            "other subnetworks": [report.outside(k) for k in rest],
+        }[row.model]
+        assert_row(row, [accuracies_without(net, batches, one, row.klass, means) for one in off])
     assert [(row.klass, row.model) for row in report.accuracies] == [(k, kind) for k in (0, 1, 2) for kind in KINDS]
 
 
@@ -92,15 +97,38 @@ def test_rules_choose_what_they_say(name, method):
             assert report.outside(klass)[layer] == sorted({*range(WIDTHS[layer])} - {*by_hand(scores, value)})
 
 
-def test_masking_is_the_change_of_each_class_without_each_neuron():
+@pytest.mark.parametrize("replacement", ["zero", "mean"])
+def test_masking_is_the_change_of_each_class_without_each_neuron(replacement):
     net, batches = net_of(), batches_of(6, 5)
-    report = class_study(net, batches, method="masking", classes=[2, 0])
-    measured = ablate(net, batches, each, per_class=True).per_class
+    means = means_of(net, batches) if replacement == "mean" else None
+    report = class_study(net, batches, method="masking", classes=[2, 0], replacement=replacement)
+    measured = ablate(net, batches, each, per_class=True, replacement=replacement).per_class
+    base = np.array(losses_without(net, batches, {}, means))
     for layer in STUDIED:
         torch.testing.assert_close(report.importance[layer], measured[layer][[2, 0]], rtol=0, atol=1e-12)
-        expected = class_means(net, batches, [2, 0], magnitude=True)[layer]
-        high, low = expected.amax(0), expected.amin(0)
-        torch.testing.assert_close(report.selectivity[layer], (high - low) / (high + low), rtol=1e-5, atol=1e-6)
+        by_hand = [losses_without(net, batches, {layer: [i]}, means) - base for i in range(WIDTHS[layer])]
+        expected = torch.tensor(np.array(by_hand).T[[2, 0]])
+        torch.testing.assert_close(report.importance[layer], expected, rtol=1e-4, atol=1e-6)
+        assert report.entropy[layer].tolist() == pytest.approx([*map(entropy_of, by_hand)], abs=1e-3, nan_ok=True)
+    assert report.settings["importance"] == "ablation"
+    assert report.settings["controls"] == 5
+
+
+@pytest.mark.parametrize("classes", [None, [2, 0], [1]])
+def test_selectivity_and_entropy_are_over_all_classes_that_have_samples(classes):
+    net, batches = net_of(), batches_of(16, 5)
+    net[0].weight.data[2], net[0].bias.data[2] = 0, -1  # dead
+    report = class_study(net, batches, classes=classes)
+    for layer in STUDIED:
+        magnitudes, scores = (
+            class_means(net, batches, [0, 1, 2], magnitude=m)[layer].T.tolist() for m in (True, False)
+        )
+        wanted = [*map(selectivity_of, magnitudes)]
+        assert report.selectivity[layer].tolist() == pytest.approx(wanted, abs=1e-5, nan_ok=True)
+        assert report.entropy[layer].tolist() == pytest.approx([*map(entropy_of, scores)], abs=1e-4, nan_ok=True)
+    assert (
+        report.selectivity["0"].isnan().tolist() == report.entropy["0"].isnan().tolist() == [False, False, True, False]
+    )
 
 
 def test_random_controls_have_the_sizes_of_the_class():
@@ -132,11 +160,13 @@ def test_classes_may_be_chosen_and_are_seen_among_all_samples():
     assert (report.classes, report.class_counts) == ((3, 1), (4, 4))
     for layer in STUDIED:
         assert torch.equal(report.members[layer], whole.members[layer][[3, 1]])
-    for kind in KINDS[:3]:
+    for kind in (*KINDS[:3], KINDS[-1]):
         for klass in (3, 1):
-            assert report.accuracy(kind, klass) == whole.accuracy(kind, klass)
+            assert report.accuracy(kind, klass)[2:] == pytest.approx(whole.accuracy(kind, klass)[2:], nan_ok=True)
     single = class_study(net, batches, classes=[2])
-    assert [row.model for row in single.accuracies] == KINDS[:-1]
+    assert [row.model for row in single.accuracies] == KINDS
+    others = [accuracies_without(net, batches, whole.outside(k), 2, None) for k in (0, 1, 3)]
+    assert_row(single.accuracy("other subnetworks", 2), others)
     assert single.jaccard.tolist() == [[1.0]]
 
 
@@ -146,11 +176,13 @@ def test_sub_networks_of_several_classes_are_their_union():
         own = [{*report.subnetwork(k)[layer]} for k in (0, 1, 2)]
         assert report.subnetwork([2, 0])[layer] == sorted(own[0] | own[2])
         assert report.outside([2, 0])[layer] == sorted({*range(WIDTHS[layer])} - own[0] - own[2])
-        assert report.entropy[layer].shape == (WIDTHS[layer],)
     assert report.shared_by.sum() == sum(WIDTHS[layer] for layer in STUDIED)
     for look_up in (lambda: report.subnetwork([0, 7]), lambda: report.outside(7), lambda: report.accuracy("whole", 7)):
         with pytest.raises(ArgumentError, match=r"7"):
             look_up()
+    for look_up in (report.subnetwork, report.outside):
+        with pytest.raises(ArgumentError, match=r"classes=\[\].*at least one class"):
+            look_up([])
     with pytest.raises(ArgumentError, match="'subnetwork', 'ablation'"):
         report.accuracy("sub", 0)
 
@@ -160,7 +192,11 @@ def test_the_report_is_saved_as_json(tmp_path):
     report.save(tmp_path / "it.json")
     found = json.loads((tmp_path / "it.json").read_text(), parse_constant=pytest.fail)
     assert found["subnetworks"] == {str(k): report.subnetwork(k) for k in report.classes}
-    assert found["accuracies"] == [row._asdict() for row in report.accuracies]
+    assert found["accuracies"] == [
+        {k: None if v != v else v for k, v in row._asdict().items()} for row in report.accuracies
+    ]
+    assert {row["model"] for row in found["accuracies"] if row["deviation"] is None} == {*KINDS[:3]}
+    assert found["entropy"]["3"] == pytest.approx(report.entropy["3"].tolist(), nan_ok=True)
     assert (found["settings"]["threshold"], found["settings"]["layers"]) == (0.3, STUDIED)
     assert found["importance"]["0"] == report.importance["0"].tolist()
 
@@ -180,38 +216,6 @@ def test_random_draws_follow_the_seed():
     assert studies[0].accuracies == studies[1].accuracies
     assert any(other.accuracies != studies[0].accuracies for other in studies[2:])
     assert studies[0].members["0"].equal(studies[2].members["0"])
-
-
-def trace_of(net):
-    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks), m.training) for m in net.modules()]
-    ids = [id(t) for t in (*net.parameters(), *net.buffers())]
-    return hooks, ids, {n: t.clone() for n, t in net.state_dict().items()}, torch.get_rng_state(), random.getstate()
-
-
-@pytest.mark.parametrize("method", ["thresholding", "masking"])
-@pytest.mark.parametrize("fails", [None, 0, 4, 12])
-def test_the_model_is_left_as_it_was(fails, method):
-    net, calls = seeded(ConvNet).train(), []
-    net.bn2.eval()
-    before, array = trace_of(net), np.random.get_state()[1].copy()
-
-    def forward(model, batch):
-        calls.append(1)
-        torch.rand(1)
-        if fails is not None and len(calls) > fails:
-            raise ZeroDivisionError("stop")
-        return model(batch[0])
-
-    if fails is None:
-        class_study(net, batches_of(8, 4), method=method, replacement="mean", forward=forward)
-    else:
-        with pytest.raises(ZeroDivisionError, match="stop"):
-            class_study(net, batches_of(8, 4), method=method, forward=forward)
-    after = trace_of(net)
-    assert (before[:2], before[4]) == (after[:2], after[4])
-    assert all(torch.equal(before[2][n], t) for n, t in after[2].items())
-    assert torch.equal(before[3], after[3])
-    assert (array == np.random.get_state()[1]).all()
 
 
 def test_a_sub_network_knows_its_class_better_than_as_many_random_neurons():
