@@ -7,7 +7,7 @@ from typing import Any, Literal
 from torch import nn
 
 from lightning_neurons.callbacks.arguments import lightning_errors
-from lightning_neurons.callbacks.checks import overrides
+from lightning_neurons.callbacks.checks import name_of, overrides
 from lightning_neurons.callbacks.replay import StepReplay
 from lightning_neurons.callbacks.sampled_study import SampledStudy, numbered
 from lightning_neurons.callbacks.teachers import networks_of
@@ -91,7 +91,7 @@ class ClassNeuronsCallback(SampledStudy):
         """Tells callbacks of different settings apart in a checkpoint."""
         layers = [one if isinstance(one, str) else one.__name__ for one in self.layers or ()]
         plain = {**self.settings, **self.rule.plain(), "layers": layers, "every_n_epochs": self.every_n_epochs}
-        return self._generate_state_key(**plain, max_samples=self.max_samples)
+        return self._generate_state_key(**plain, max_samples=self.max_samples, forward=name_of(self.forward))
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse what cannot work, before any time has been spent."""

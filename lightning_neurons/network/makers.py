@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from lightning_neurons.network.trees import tensors_in
+from lightning_neurons.network.trees import address_of, tensors_in, version_of
 
 Origin = tuple[frozenset[str], frozenset[str]]
 """The nearest layers, and all layers."""
@@ -40,6 +40,7 @@ class Origins(TorchFunctionMode):
         super().__init__()
         self._modules = modules
         self._known: dict[int, Origin] = {}
+        self._written: dict[int, Origin] = {}  # by address
         self._alive: list[Tensor] = []  # ids stay unique while tensors live
         self._handles: list[RemovableHandle] = []
 
@@ -56,7 +57,9 @@ class Origins(TorchFunctionMode):
 
     def of(self, result: Any) -> Origin:
         """Where the tensors in a result come from."""
-        found = [self._known.get(id(tensor), _NOWHERE) for tensor in tensors_in(result)]
+        tensors = list(tensors_in(result))
+        found = [self._known.get(id(tensor), _NOWHERE) for tensor in tensors]
+        found += [self._written.get(address_of(tensor), _NOWHERE) for tensor in tensors]
         return frozenset().union(*(f[0] for f in found)), frozenset().union(*(f[1] for f in found))
 
     def _made(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
@@ -67,8 +70,13 @@ class Origins(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        origin = self.of((args, kwargs or {}))
+        given = [(t, version_of(t)) for t in tensors_in((args, kwargs or {}))]
+        origin = self.of([t for t, _ in given])
         out = func(*args, **(kwargs or {}))
+        for tensor, version in given:
+            if version_of(tensor) != version:  # and with it, everything that shares its memory
+                self._written[address_of(tensor)] = origin
+                self._alive.append(tensor)
         for tensor in tensors_in(out):
             self._note(tensor, origin)
         return out

@@ -65,11 +65,6 @@ class ClassAccuracies:
             silence = Silence(self._layers, self._modules, edits)
             with torch.inference_mode(False), torch.no_grad(), eager(), silence:
                 logits = checked_logits(self._forward(self._model, batch), targets)
-            if not row and not bool(logits.isfinite().all()):
-                bad = int((~logits.isfinite().all(1)).sum())
-                raise MeasurementError(
-                    f"the model's outputs are not finite for {bad} of {len(logits)} samples of a batch"
-                )
             hits = targets[logits.argmax(1) == targets].cpu()
             self.right[row] += torch.bincount(hits, minlength=self.right.shape[1])
 
@@ -86,6 +81,17 @@ def checked_logits(logits: Any, targets: Tensor) -> Tensor:
     if len(targets) and int(targets.max()) >= logits.shape[1]:
         raise MeasurementError(f"a target is {int(targets.max())}, and the model has {logits.shape[1]} outputs")
     return logits
+
+
+def require_finite(logits: Tensor) -> None:
+    """Refuse logits of which some are NaN or infinite: nobody could say which is the largest.
+
+    Raises:
+        MeasurementError: If there are any.
+    """
+    bad = int((~logits.isfinite().all(1)).sum())
+    if bad:
+        raise MeasurementError(f"the model's outputs are not finite for {bad} of {len(logits)} samples of a batch")
 
 
 def variants_of(

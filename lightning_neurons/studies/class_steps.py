@@ -24,6 +24,7 @@ from lightning_neurons.studies.class_accuracy import (
     Forward,
     accuracy_rows,
     checked_logits,
+    require_finite,
     variants_of,
 )
 from lightning_neurons.studies.class_choice import ClassRule, random_members
@@ -77,6 +78,8 @@ class ClassStudy:
         there = counts.nonzero().flatten().tolist()
         chosen = self._chosen(there)
         layers = self._studied(batches[0])
+        for batch in batches:
+            require_finite(self._logits(batch))
         importance, magnitude = self._importance(batches, there, list(layers), progress)
         rows = [there.index(klass) for klass in chosen]
         members = self.rule.members(importance, there, rows)

@@ -4,10 +4,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import lightning as L  # noqa: N812
+import pytest
+import pytorch_lightning
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
 
-from tests.callbacks.modules import dataset
+from lightning_neurons.results.class_report import ClassReport
+from tests.callbacks.modules import Net, Plain, Steps, dataset
 
 # What is 0 here stays 0 in the ReLU behind it.
 SITES = {"net.conv1": "net.norm1", "net.conv2": "net.norm2", "net.fc1": "net.fc1"}
@@ -67,3 +72,46 @@ def half(batch: tuple[Tensor, Tensor], start: int) -> tuple[Tensor, Tensor]:
 
 def joined(by_layer: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([by_layer[layer].double() for layer in HIDDEN])
+
+
+def assert_same(found: ClassReport, expected: ClassReport) -> None:
+    assert (found.classes, found.class_counts) == (expected.classes, expected.class_counts)
+    for layer, values in expected.importance.items():
+        assert torch.allclose(found.importance[layer], values, atol=1e-6, equal_nan=True), layer
+        assert torch.allclose(found.entropy[layer], expected.entropy[layer], atol=1e-5, equal_nan=True), layer
+        assert torch.equal(found.members[layer], expected.members[layer]), layer
+        assert torch.allclose(found.selectivity[layer], expected.selectivity[layer], atol=1e-6, equal_nan=True), layer
+    assert found.importance.keys() == expected.importance.keys()
+    for ours, theirs in zip(found.accuracies, expected.accuracies, strict=True):
+        assert ours[:2] == theirs[:2]
+        assert ours[2:] == pytest.approx(theirs[2:], abs=1e-9, nan_ok=True)
+
+
+class NoForward(Plain):
+    forward = L.LightningModule.forward
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+
+class TwoNetworks(NoForward):
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = Net()
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        return super().loss(batch) + torch.nn.functional.cross_entropy(self.other(batch[0]), batch[1])
+
+
+class OldNoForward(Steps, pytorch_lightning.LightningModule):
+    forward = pytorch_lightning.LightningModule.forward
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+
+def sorted_by_class(*kinds: int) -> DataLoader:
+    """Validation data as folders of pictures give it: one class after the other."""
+    data = dataset(48, seed=1)
+    rows = [i for k in kinds for i, y in enumerate(data.tensors[1].tolist()) if y == k]
+    return DataLoader(Subset(data, rows), 4)

@@ -1,11 +1,14 @@
 """What can go wrong in a measurement beside training: said once, and training goes on; before it, an error."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_neurons import ArgumentError, NeuronAblationCallback
+from lightning_neurons.results.ablation_report import AblationReport
 from tests.callbacks.modules import Altered, Plain, fit, loader, trainer_of
 from tests.callbacks.pruned import without_type_checks  # noqa: F401
 
@@ -74,3 +77,12 @@ def test_a_pattern_that_matches_nothing_is_refused_before_training():
         MisconfigurationException, match=r"NeuronAblationCallback: .*'net.con1'. Did you mean 'net.conv1'"
     ):
         fit(Plain(), [NeuronAblationCallback(layers=["net.con1"])])
+
+
+def test_two_callbacks_write_beside_each_other(tmp_path: Path):
+    first, second = NeuronAblationCallback("fisher", ends=2), NeuronAblationCallback("weight_l2", ends=2)
+    trainer = fit(Plain(), [first, second], max_epochs=1, logger=CSVLogger(tmp_path))
+    files = [AblationReport.load(Path(trainer.log_dir) / f"ablation{number}.json") for number in ("", "_2")]
+    assert [report.settings["criterion"] for report in files] == ["fisher", "weight_l2"]
+    assert files[1].settings["agreement"]["neurons"] == second.agreement.neurons == 4
+    assert {"ablation/agreement", "ablation_2/agreement"} <= {*trainer.logger.experiment.metrics_keys}

@@ -13,29 +13,14 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch.utils.data import DataLoader, Subset
 
 from lightning_neurons import ArgumentError, ClassNeuronsCallback, class_study
 from lightning_neurons.report.tags import TAGS, kind_of
-from lightning_neurons.results.class_report import ClassReport
-from tests.callbacks.modules import MemoryLogger, Net, OldNamespace, Plain, Steps, dataset, fit, loader, trainer_of
+from tests.callbacks.modules import MemoryLogger, Net, OldNamespace, Plain, fit, loader, trainer_of
 from tests.callbacks.pruned import without_type_checks  # noqa: F401
-from tests.callbacks.studied import samples
+from tests.callbacks.studied import NoForward, OldNoForward, TwoNetworks, assert_same, samples, sorted_by_class
 
 pytestmark = pytest.mark.usefixtures("without_type_checks")
-
-
-def assert_same(found: ClassReport, expected: ClassReport) -> None:
-    assert (found.classes, found.class_counts) == (expected.classes, expected.class_counts)
-    for layer, values in expected.importance.items():
-        assert torch.allclose(found.importance[layer], values, atol=1e-6, equal_nan=True), layer
-        assert torch.allclose(found.entropy[layer], expected.entropy[layer], atol=1e-5, equal_nan=True), layer
-        assert torch.equal(found.members[layer], expected.members[layer]), layer
-        assert torch.allclose(found.selectivity[layer], expected.selectivity[layer], atol=1e-6, equal_nan=True), layer
-    assert found.importance.keys() == expected.importance.keys()
-    for ours, theirs in zip(found.accuracies, expected.accuracies, strict=True):
-        assert ours[:2] == theirs[:2]
-        assert ours[2:] == pytest.approx(theirs[2:], abs=1e-9, nan_ok=True)
 
 
 SETTINGS: list[dict[str, Any]] = [
@@ -58,29 +43,6 @@ def test_the_report_is_that_of_class_study_on_the_same_samples(settings, stage):
         trainer_of([callback]).validate(module, loader(24, seed=1), verbose=False)
     module.eval()
     assert_same(callback.report, class_study(module, [samples()], **settings))
-
-
-class NoForward(Plain):
-    forward = L.LightningModule.forward
-
-    def loss(self, batch: Any) -> torch.Tensor:
-        return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
-
-
-class TwoNetworks(NoForward):
-    def __init__(self) -> None:
-        super().__init__()
-        self.other = Net()
-
-    def loss(self, batch: Any) -> torch.Tensor:
-        return super().loss(batch) + torch.nn.functional.cross_entropy(self.other(batch[0]), batch[1])
-
-
-class OldNoForward(Steps, pytorch_lightning.LightningModule):
-    forward = pytorch_lightning.LightningModule.forward
-
-    def loss(self, batch: Any) -> torch.Tensor:
-        return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
 
 
 @pytest.mark.parametrize(
@@ -204,13 +166,6 @@ def test_figures_and_scalars_are_written_once_for_each_study_where_the_table_say
     document = json.loads((Path(trainer.log_dir) / "classes.json").read_text())
     assert document["classes"] == [0, 1, 2]
     assert document["subnetworks"]["1"] == callback.report.subnetwork(1)
-
-
-def sorted_by_class(*kinds: int) -> DataLoader:
-    """Validation data as folders of pictures give it: one class after the other."""
-    data = dataset(48, seed=1)
-    rows = [i for k in kinds for i, y in enumerate(data.tensors[1].tolist()) if y == k]
-    return DataLoader(Subset(data, rows), 4)
 
 
 @pytest.mark.parametrize("settings", [{}, {"classes": [0, 2]}], ids=str)

@@ -1,20 +1,23 @@
 """Every figure of a class study shows the numbers of the report, without a display and without global state."""
 
 import importlib.util
+import math
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import pytest
 import torch
+from matplotlib.container import BarContainer
 from torch import nn
 
 import lightning_neurons
 from lightning_neurons import MissingPackageError, class_study
-from lightning_neurons.report.class_figures import CLASS_FIGURES, save_class_figures
+from lightning_neurons.report.class_figures import _BARS, CLASS_FIGURES, save_class_figures
 from lightning_neurons.report.drawing import can_draw, new_figure
 from lightning_neurons.report.tags import TAGS
 from lightning_neurons.results.class_report import ClassAccuracy, ClassReport
@@ -22,14 +25,17 @@ from lightning_neurons.results.class_report import ClassAccuracy, ClassReport
 KINDS = ("whole", "subnetwork", "ablation", "random subnetwork", "random ablation", "other subnetworks")
 
 
-def made(classes: int = 3, layers: int = 2, neurons: int = 7, kinds: tuple[str, ...] = KINDS) -> ClassReport:
+def made(classes: int = 3, layers: int = 2, neurons: int = 7, kinds: Any = KINDS, **has: float) -> ClassReport:
     """A report of made up numbers; the classes are not 0, 1, 2."""
     generator = torch.Generator().manual_seed(classes + 31 * layers)
     names = [f"net.block{i}.conv" for i in range(layers)]
     draw = lambda: torch.rand(classes, neurons, generator=generator)
     labels = tuple(range(5, 5 + 2 * classes, 2))
     rows = [ClassAccuracy(kind, k, *torch.rand(4, generator=generator).tolist()) for k in labels for kind in kinds]
-    members = {name: draw() > 0.4 for name in names}
+    rows = [
+        row._replace(deviation=has.get("spread", 0.3) * row.on_all) if row.model in KINDS[3:] else row for row in rows
+    ]
+    members = {name: draw() > has.get("members_above", 0.4) for name in names}
     selectivity = {name: torch.rand(neurons, generator=generator) for name in names}
     importance = {name: draw() - 0.2 for name in names}
     return ClassReport(labels, (4,) * classes, importance, members, selectivity, tuple(rows), {})
@@ -44,32 +50,34 @@ def with_nan() -> ClassReport:
     return report
 
 
-def without_members() -> ClassReport:
+def without_differences() -> ClassReport:
+    """Two neurons of the first layer, and all of the second, are alike for all classes."""
     report = made()
-    for member in report.members.values():
-        member[:] = False
+    report.importance["net.block0.conv"][:, [1, 4]] = torch.tensor([0.3, 0.0])
+    report.importance["net.block1.conv"][:] = torch.linspace(0, 1, 7)
     return report
 
 
-REPORTS = {
-    "two layers": made,
-    "one layer": lambda: made(layers=1),
-    "many layers": lambda: made(layers=24),
-    "two classes": lambda: made(classes=2),
-    "two classes, many layers": lambda: made(classes=2, layers=30),
-    "twenty classes": lambda: made(classes=20),
-    "twenty classes, one layer": lambda: made(classes=20, layers=1),
-    "one class": lambda: made(classes=1, kinds=KINDS[:5]),
-    "one neuron": lambda: made(neurons=1),
-    "NaN": with_nan,
-    "no members": without_members,
+CASES = {
+    "importance, many layers and classes": ("importance", lambda: made(classes=40, layers=30)),
+    "importance, one class": ("importance", lambda: made(classes=1, kinds=KINDS[:5])),
+    "importance, NaN": ("importance", with_nan),
+    "importance, no differences": ("importance", without_differences),
+    "reuse, one class": ("reuse_matrix", lambda: made(classes=1)),
+    "reuse, no members": ("reuse_matrix", lambda: made(members_above=1)),
+    "selectivity, NaN": ("selectivity", with_nan),
+    "accuracy, one draw": ("accuracy", lambda: made(spread=math.nan)),
+    "accuracy, many classes": ("accuracy", lambda: made(classes=50, layers=1)),
+    "sharing, one neuron": ("sharing", lambda: made(neurons=1)),
+    "sharing, no members": ("sharing", lambda: made(members_above=1)),
+    "sharing, many classes": ("sharing", lambda: made(classes=50, layers=1)),
 }
 
 
-@pytest.mark.parametrize("name", REPORTS)
-@pytest.mark.parametrize("figure", CLASS_FIGURES)
-def test_every_figure_is_drawn_without_a_warning(figure, name):
-    drawn = CLASS_FIGURES[figure](REPORTS[name]())
+@pytest.mark.parametrize("name", CASES)
+def test_every_figure_is_drawn_without_a_warning(name):
+    figure, report = CASES[name]
+    drawn = CLASS_FIGURES[figure](report())
     drawn.draw_without_rendering()
     assert drawn.get_size_inches().min() > 0
 
@@ -82,15 +90,16 @@ def ticks(axis: Any) -> list[str]:
     return [label.get_text() for label in axis.get_ticklabels()]
 
 
-@pytest.mark.parametrize("classes", [2, 3, 20])
-def test_the_matrix_of_reuse(classes):
+@pytest.mark.parametrize("classes, step", [(2, 1), (3, 1), (20, 1), (21, 2), (47, 3)])
+def test_the_matrix_of_reuse(classes, step):
     report = made(classes)
     axes = CLASS_FIGURES["reuse_matrix"](report).axes[0]
     shown = torch.from_numpy(axes.images[0].get_array().filled(float("nan")))
     off = ~torch.eye(classes, dtype=torch.bool)
     assert torch.allclose(shown.double()[off], (report.jaccard - report.jaccard_chance).double()[off])
     assert shown.diagonal().isnan().all()
-    assert ticks(axes.xaxis) == ticks(axes.yaxis) == [str(k) for k in report.classes]
+    assert ticks(axes.xaxis) == ticks(axes.yaxis) == [str(k) for k in report.classes[::step]]
+    assert axes.get_xticks().tolist() == axes.get_yticks().tolist() == [*range(0, classes, step)]
     assert axes.get_xlabel() == axes.get_ylabel() == "class"
     low, high = axes.images[0].get_clim()
     assert low == -high, "no sharing beyond chance is the middle of the colours"
@@ -105,37 +114,60 @@ def test_drawing_does_not_change_the_report():
     assert all(torch.equal(report.importance[n], v) for n, v in before[1].items())
 
 
-def test_importance_is_shown_from_each_neurons_lowest_to_its_highest_in_the_order_of_its_class():
-    report = made(4, layers=3)
-    axes = CLASS_FIGURES["importance"](report).axes
-    assert [one.get_title(loc="left") for one in axes] == list(report.importance)
-    for one, scores in zip(axes, report.importance.values(), strict=True):
-        shown = torch.as_tensor(one.images[0].get_array().data)
-        assert shown.shape == scores.shape
-        best = shown.argmax(0)
-        assert best.tolist() == sorted(best.tolist())
-        assert best.tolist() == sorted(scores.argmax(0).tolist())
-        expected = [[(v - min(column)) / (max(column) - min(column)) for v in column] for column in scores.T.tolist()]
-        for ours, theirs in zip(sorted(shown.T.tolist()), sorted(expected), strict=True):
-            assert ours == pytest.approx(theirs, abs=1e-5)
+@pytest.mark.parametrize("make", [lambda: made(4, layers=3), with_nan, without_differences])
+def test_importance_is_shown_from_lowest_to_highest_without_neurons_that_make_no_difference(make):
+    report = make()
+    for one, (layer, scores) in zip(CLASS_FIGURES["importance"](report).axes, report.importance.items(), strict=True):
+        columns = [[0.0 if math.isnan(v) else v for v in column] for column in scores.T.tolist()]
+        kept = [column for column in columns if len({*column}) > 1]
+        said = f" ({len(columns) - len(kept)} that make no difference left out)" if len(kept) < len(columns) else ""
+        assert one.get_title(loc="left") == f"{layer}{said}"
+        assert len(one.images) == (1 if kept else 0)
         assert ticks(one.yaxis) == [str(k) for k in report.classes]
+        if kept:
+            shown = torch.as_tensor(one.images[0].get_array().data).T.tolist()
+            expected = [[(v - min(c)) / (max(c) - min(c)) for v in c] for c in kept]
+            for ours, theirs in zip(sorted(shown), sorted(expected), strict=True):
+                assert ours == pytest.approx(theirs, abs=1e-5)
+            best = [column.index(max(column)) for column in shown]
+            assert best == sorted(column.index(max(column)) for column in kept), "in the order of their class"
 
 
-@pytest.mark.parametrize("kinds", [KINDS, KINDS[:4], KINDS[:5]])
-def test_bars_are_the_accuracies(kinds):
-    report = made(3, kinds=kinds)
+@pytest.mark.parametrize("count", [24, 25, 60])
+def test_heat_maps_are_of_24_layers_at_most_spread_over_the_model(count):
+    report = made(classes=11, layers=count)
+    figure, layers = CLASS_FIGURES["importance"](report), list(report.importance)
+    places = [layers.index(axes.get_title(loc="left")) for axes in figure.axes]
+    assert (len(places), places[0]) == (24, 0)
+    assert {after - before for before, after in pairwise(places)} <= {count // 24, count // 24 + 1}
+    assert places[-1] >= count - count // 24 - 1
+    assert (f"24 of {count} layers" in figure.get_suptitle()) == (count > 24)
+    assert ticks(figure.axes[0].yaxis) == [str(k) for k in report.classes[::3]], "at most 5"
+
+
+@pytest.mark.parametrize("kinds, spread", [(KINDS, 0.3), (KINDS[:4], 0.3), (KINDS[:5], math.nan)])
+def test_bars_are_the_accuracies(kinds, spread):
+    report = made(3, kinds=kinds, spread=spread)
     figure = CLASS_FIGURES["accuracy"](report)
+    order = [next(kind for kind in kinds if _BARS[kind] == text.get_text()) for text in figure.legends[0].get_texts()]
     for axes, field in zip(figure.axes, ("on_class", "on_others"), strict=True):
-        assert len(axes.patches) == 3 * len(kinds)
-        heights = sorted(bar.get_height() for bar in axes.patches)
-        assert heights == pytest.approx(sorted(getattr(row, field) for row in report.accuracies))
-        for row in report.accuracies:
-            near = [b for b in axes.patches if b.get_height() == pytest.approx(getattr(row, field))]
-            at = [round(b.get_x() + b.get_width() / 2) for b in near]
-            assert report.classes.index(row.klass) in at, "it stands over its class"
+        bars = [one for one in axes.containers if isinstance(one, BarContainer)]
+        assert (len(bars), len(axes.patches), {*order}) == (len(kinds), 3 * len(kinds), {*kinds})
+        for kind, container in zip(order, bars, strict=True):
+            rows = [report.accuracy(kind, k) for k in report.classes]
+            assert [bar.get_height() for bar in container] == pytest.approx([getattr(row, field) for row in rows])
+            assert [round(bar.get_x() + bar.get_width() / 2) for bar in container] == [0, 1, 2], "over its class"
+            if field == "on_others" or kind in KINDS[:3] or math.isnan(spread):
+                assert container.errorbar is None
+                continue
+            ends = [end for line in container.errorbar.lines[2][0].get_segments() for end in line[:, 1].tolist()]
+            expected = [row.on_class + sign * row.deviation for row in rows for sign in (-1, 1)]
+            assert ends == pytest.approx(expected)
     assert ticks(figure.axes[1].xaxis) == ["5", "7", "9"]
-    assert len(figure.legends[0].get_texts()) == len(kinds)
     assert len({bar.get_facecolor() for bar in figure.axes[0].patches}) == len(kinds)
+    many = CLASS_FIGURES["accuracy"](made(47, layers=1)).axes[1]
+    assert many.get_xticks().tolist() == [*range(0, 47, 3)], "at most 20"
+    assert ticks(many.xaxis) == [str(5 + 2 * i) for i in range(0, 47, 3)]
 
 
 def test_the_histogram_has_every_neuron_that_has_a_selectivity():
@@ -147,18 +179,28 @@ def test_the_histogram_has_every_neuron_that_has_a_selectivity():
         assert axes.get_ylabel() == "neurons"
 
 
-def test_the_circle_has_every_class_with_its_own_neurons_and_lines_where_two_share():
-    report = made(5)
+@pytest.mark.parametrize("classes", [3, 5, 20, 21])
+def test_the_circle_has_every_class_with_its_own_neurons_and_the_strongest_sharing(classes):
+    report = made(classes, neurons=40)
     axes = CLASS_FIGURES["sharing"](report).axes[0]
     own = dict.fromkeys(report.classes, 0)
     for member in report.members.values():
         for neuron in member.T.tolist():
             if sum(neuron) == 1:
                 own[report.classes[neuron.index(True)]] += 1
-    assert [text.get_text() for text in axes.texts] == [f"{k}\n{count}" for k, count in own.items()]
-    excess = (report.jaccard - report.jaccard_chance).fill_diagonal_(0).clamp_min(0)
-    pairs = [(i, j) for i in range(5) for j in range(i) if excess[i, j] > 0.05 * excess.max()]
-    assert len(axes.lines) == len(pairs)
+    labels = [f"{k}\n({count})" if classes <= 20 else str(k) for k, count in own.items()]
+    assert [text.get_text() for text in axes.texts] == labels
+    places = [text.xy for text in axes.texts]
+    excess = (report.jaccard - report.jaccard_chance).tolist()
+    pairs = {frozenset((i, j)): excess[i][j] for i in range(classes) for j in range(i) if excess[i][j] > 0}
+    expected = sorted(pairs, key=lambda pair: -pairs[pair])[: 3 * classes]
+    assert (len(expected) < len(pairs)) == (classes >= 20)
+    widths = {}
+    for line in axes.lines:
+        ends = [min(range(classes), key=lambda i, end=end: math.dist(places[i], end)) for end in line.get_xydata()]
+        widths[frozenset(ends)] = line.get_linewidth()
+    assert len(axes.lines) == len(expected)
+    assert widths == pytest.approx({pair: 6 * pairs[pair] / pairs[expected[0]] for pair in expected}, abs=1e-5)
 
 
 @pytest.fixture(scope="module")

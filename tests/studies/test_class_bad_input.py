@@ -63,7 +63,9 @@ WRONG = {
     "a share that is NaN": ({"share": float("nan")}, ArgumentError, "share=nan"),
     "a share that is a flag": ({"share": True}, ArgumentError, "share=True"),
     "no neurons": ({"share": 0}, ArgumentError, f"share=0.*{BETWEEN}"),
-    "importance with masking": ({"method": "masking", "importance": "fisher"}, ArgumentError, "importance='fisher'.*the default"),
+    "importance with masking": (
+        {"method": "masking", "importance": "fisher"}, ArgumentError, "importance='fisher'.*the default"
+    ),
     "two rules": ({"share": 0.5, "threshold": 0.1}, ArgumentError, "at most one of them"),
     "unknown importance": ({"importance": "mean_"}, UnknownNameError, "importance: .*Did you mean 'mean'"),
     "deadness": ({"importance": "dormant"}, UnknownNameError, "importance: nothing matches 'dormant'"),
@@ -88,7 +90,7 @@ WRONG = {
     "a function": ({"model": lambda x: x}, ArgumentError, "torch.nn.Module"),
     "no layers": ({"model": nn.Sequential(nn.Flatten(), nn.ReLU())}, (ArgumentError, MeasurementError), "layer"),
     "one layer": (
-        {"model": nn.Sequential(nn.Flatten(), nn.Linear(192, 4))}, ArgumentError, "lead to those of the logits: there are none"
+        {"model": nn.Sequential(nn.Flatten(), nn.Linear(192, 4))}, ArgumentError, "those of the logits: there are none"
     ),
     "a lazy model": (
         {"model": nn.Sequential(nn.Flatten(), nn.LazyLinear(5), nn.LazyLinear(4))}, ArgumentError, "materialised"
@@ -100,7 +102,8 @@ WRONG = {
         {"model": broken("6", float("nan")), "method": "masking"}, MeasurementError, "not finite"
     ),
     "infinity for one, masking": (
-        {"forward": not_finite(float("inf")), "method": "masking", "replacement": "mean"}, MeasurementError, "not finite"
+        {"forward": not_finite(float("inf")), "method": "masking", "replacement": "mean"},
+        MeasurementError, "not finite"
     ),
     "NaN in a hidden layer": ({"model": broken("0", float("nan"))}, MeasurementError, "not finite"),
     "NaN in a hidden layer, a threshold": (

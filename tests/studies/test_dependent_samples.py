@@ -83,7 +83,7 @@ def test_a_loss_that_is_more_than_its_samples_is_that_of_the_whole_batch(loss_fn
     assert ablate_together(net, [batch], loss_fn, [{"0": [0]}]).loss == pytest.approx(report.loss, rel=1e-6)
     curves = ablation_curves(net, [batch], loss_fn, {"0": torch.rand(32)}, points=2, random_orders=1)
     assert curves.least_first[0].item() == pytest.approx(report.loss, rel=1e-6)
-    with pytest.raises(MeasurementError, match="^budget: a race"):
+    with pytest.raises(MeasurementError, match=r"^budget: a race"):
         ablate(net, [batch], loss_fn, neurons={"0": [0, 5]}, budget=0.9)
 
 

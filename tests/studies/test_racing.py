@@ -189,7 +189,7 @@ def test_losses_of_samples_are_needed_and_a_mean_is_taken_apart():
     mean = ablate(net, [(x, y)], lambda m, b: each(m, b).mean(), neurons="0", budget=0.9)
     single = ablate(net, [(x, y)], each, neurons="0", budget=0.9)
     torch.testing.assert_close(mean.delta_loss["0"], single.delta_loss["0"], rtol=1e-3, atol=1e-5)
-    with pytest.raises(MeasurementError, match="budget: .* the loss of one depends on the others"):
+    with pytest.raises(MeasurementError, match=r"budget: .* the loss of one depends on the others"):
         ablate(net, [(x, y)], lambda m, b: (m(b[0])[:, None] - m(b[0])).square().mean(), budget=0.9)
 
 
