@@ -14,8 +14,6 @@ from jaxtyping import Bool, Float, Int
 from scipy import stats
 from torch import Tensor
 
-_TINY = 1e-12
-
 
 def class_selectivity(activity: Float[Tensor, "klass neuron"]) -> Float[Tensor, " neuron"]:
     """The class selectivity index of each neuron, in [0, 1] (Morcos et al. 2018, arXiv:1803.06959).
@@ -35,7 +33,7 @@ def class_selectivity(activity: Float[Tensor, "klass neuron"]) -> Float[Tensor, 
         return torch.full(activity.shape[1:], torch.nan, dtype=torch.float64)
     highest = known.amax(0)
     rest = (known.sum(0) - highest) / (len(known) - 1)
-    return torch.where(highest > 0, (highest - rest) / (highest + rest + _TINY), torch.nan)
+    return torch.where(highest > 0, (highest - rest) / (highest + rest), torch.nan)
 
 
 def class_entropy(importance: Float[Tensor, "klass neuron"]) -> Float[Tensor, " neuron"]:

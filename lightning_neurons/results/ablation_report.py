@@ -55,6 +55,7 @@ class AblationReport:
         notes: What the reader should know.
 
     Example:
+        >>> import torch
         >>> report = AblationReport(1.0, 8, {"fc": torch.tensor([0.5, 0.0])}, {"fc": torch.tensor([0.1, 0.0])})
         >>> report.ranking()[0]
         AblatedNeuron(layer='fc', neuron=0, delta_loss=0.5, standard_error=0.1...)
