@@ -71,7 +71,7 @@ class ClassNeuronsCallback(SampledStudy):
         cumulative: float | None = None,
         layers: Sequence[Pattern] | None = None,
         replacement: Literal["zero", "mean"] = "zero",
-        controls: int = 5,
+        controls: int = 3,
         max_samples: int = 512,
         every_n_epochs: int = 1,
         forward: Forward | None = None,

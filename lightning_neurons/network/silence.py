@@ -43,6 +43,13 @@ class Edit:
         activation.index_copy_(axis, self.neurons, self.values(before))
         return before
 
+    def put(self, activation: Tensor) -> None:
+        """Change an activation in place, when nobody asks what it was."""
+        if self.values is torch.zeros_like:
+            activation.index_fill_(self.axis % activation.ndim, self.neurons, 0)
+        else:
+            self.write(activation)
+
     def undo(self, activation: Tensor, before: Tensor) -> None:
         """Put back what ``write`` returned."""
         activation.index_copy_(self.axis % activation.ndim, self.neurons, before)
@@ -70,7 +77,7 @@ class Silence(FollowLayers):
 
     def _arrive(self, name: str, value: Tensor) -> Tensor:
         value = value.clone() if value.requires_grad else value  # a loss may differentiate within
-        self._edits[name].write(value)
+        self._edits[name].put(value)
         return value
 
 

@@ -79,7 +79,8 @@ class ClassStudy:
         chosen = self._chosen(there)
         layers = self._studied(batches[0])
         for batch in batches:
-            require_finite(self._logits(batch))
+            for part in self._engine.parts(batch):
+                require_finite(self._logits(part))
         importance, magnitude = self._importance(batches, there, list(layers), progress)
         rows = [there.index(klass) for klass in chosen]
         members = self.rule.members(importance, there, rows)

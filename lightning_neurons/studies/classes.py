@@ -40,7 +40,7 @@ def class_study(
     cumulative: float | None = None,
     layers: Sequence[Pattern] | None = None,
     replacement: Literal["zero", "mean"] = "zero",
-    controls: int = 5,
+    controls: int = 3,
     forward: Forward | None = None,
     progress: bool = False,
     seed: int = 0,

@@ -111,7 +111,7 @@ def test_masking_is_the_change_of_each_class_without_each_neuron(replacement):
         torch.testing.assert_close(report.importance[layer], expected, rtol=1e-4, atol=1e-6)
         assert report.entropy[layer].tolist() == pytest.approx([*map(entropy_of, by_hand)], abs=1e-3, nan_ok=True)
     assert report.settings["importance"] == "ablation"
-    assert report.settings["controls"] == 5
+    assert report.settings["controls"] == 3
 
 
 @pytest.mark.parametrize("classes", [None, [2, 0], [1]])
