@@ -4,13 +4,14 @@ A ``TorchFunctionMode`` sees every call of a torch function. One run in which ev
 know (``learn``); with that, ``tape.py`` records a second run, as far as somebody will need it.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from lightning_neurons.network.layer import Layer
 from lightning_neurons.network.shortcut import Narrow
@@ -80,11 +81,10 @@ class _Arrivals(FollowLayers):
         super().__init__(layers, modules)
         self._seen = seen
 
-    def __enter__(self) -> "_Arrivals":
-        super().__enter__()
+    def _hook(self) -> Iterator[RemovableHandle]:
+        yield from super()._hook()
         for name, module in self._modules.items():
-            self._handles.append(module.register_forward_pre_hook(partial(self._entered, name)))
-        return self
+            yield module.register_forward_pre_hook(partial(self._entered, name))
 
     def _entered(self, name: str, module: nn.Module, inputs: Any) -> None:
         self._seen.calls.entries.setdefault(name, []).append(len(self._seen.calls.functions))

@@ -4,14 +4,14 @@ One forward in which every tensor carries the layers that it comes from: nearest
 and all of them.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from lightning_neurons.network.hooked import HookedMode
 from lightning_neurons.network.trees import address_of, tensors_in, version_of
 
 Origin = tuple[frozenset[str], frozenset[str]]
@@ -20,7 +20,7 @@ Origin = tuple[frozenset[str], frozenset[str]]
 _NOWHERE: Origin = frozenset(), frozenset()
 
 
-class Origins(TorchFunctionMode):
+class Origins(HookedMode):
     """Enter it around a forward; ``of`` then tells where a result comes from.
 
     Args:
@@ -42,18 +42,10 @@ class Origins(TorchFunctionMode):
         self._known: dict[int, Origin] = {}
         self._written: dict[int, Origin] = {}  # by address
         self._alive: list[Tensor] = []  # ids stay unique while tensors live
-        self._handles: list[RemovableHandle] = []
 
-    def __enter__(self) -> "Origins":
+    def _hook(self) -> Iterator[RemovableHandle]:
         for name, module in self._modules.items():
-            self._handles.append(module.register_forward_hook(partial(self._made, name)))
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        super().__exit__(*exception)  # type: ignore[no-untyped-call]
-        for handle in self._handles:
-            handle.remove()
+            yield module.register_forward_hook(partial(self._made, name))
 
     def of(self, result: Any) -> Origin:
         """Where the tensors in a result come from."""

@@ -4,15 +4,15 @@ That the functions are the same is not enough: data may decide which of two laye
 is written into. So layers have to be entered after the same calls, and writes have to go to the same memory.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from lightning_neurons.network.calls import Calls
+from lightning_neurons.network.hooked import HookedMode
 from lightning_neurons.network.trees import address_of, tensors_in, version_of
 
 
@@ -20,7 +20,7 @@ class DivergedError(RuntimeError):
     """A run did not call what an earlier one of the same model had called."""
 
 
-class SameCalls(TorchFunctionMode):
+class SameCalls(HookedMode):
     """Enter it around a run; it raises as soon as the run goes another way.
 
     Args:
@@ -38,19 +38,10 @@ class SameCalls(TorchFunctionMode):
         self.written = {memory for writes in calls.writes.values() for memory in writes}
         self._where: dict[int, int] = {}
         self._entered: dict[str, int] = {}
-        self._handles: list[RemovableHandle] = []
 
-    def __enter__(self) -> "SameCalls":
+    def _hook(self) -> Iterator[RemovableHandle]:
         for name, module in self._modules.items():
-            self._handles.append(module.register_forward_pre_hook(partial(self._enter, name)))
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        super().__exit__(*exception)  # type: ignore[no-untyped-call]
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+            yield module.register_forward_pre_hook(partial(self._enter, name))
 
     def _enter(self, name: str, module: nn.Module, inputs: Any) -> None:
         entries, times = self.calls.entries.get(name, ()), self._entered.get(name, 0)

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from lightning_neurons.network.families import LINKS, ORDER, PASSING, family_of, function_name
+from lightning_neurons.network.hooked import HookedMode
 from lightning_neurons.network.layer import Layer, Link, public_name
 from lightning_neurons.network.spread import spread_behind
 from lightning_neurons.network.trees import tensors_in
@@ -39,7 +39,7 @@ class _Value:
         return ORDER.index(self.link.kind) if self.link else -1
 
 
-class Trace(TorchFunctionMode):
+class Trace(HookedMode):
     """Records, while it is active, how the values of ``layers`` are passed on.
 
     Values are kept (and copied before they are overwritten) until ``close``, so that the final ones can be handed out
@@ -58,24 +58,14 @@ class Trace(TorchFunctionMode):
         self._alive: list[Tensor] = []  # ids stay unique while the tensors live
         self._modules: list[str] = []  # the modules that are running, innermost last
         self._inside: list[str] = []  # the layers that are running
-        self._handles: list[RemovableHandle] = []
 
-    def __enter__(self) -> "Trace":
+    def _hook(self) -> Iterator[RemovableHandle]:
         names = {id(module): name for name, module in self._layers.items()}
         for path, module in self._model.named_modules():
             if isinstance(module, torch.jit.ScriptModule):
                 continue  # nobody can look into it
-            self._handles.append(module.register_forward_pre_hook(self._starts(path, names.get(id(module)))))
-            self._handles.append(
-                module.register_forward_hook(self._ends(path, names.get(id(module))), always_call=True)
-            )
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        super().__exit__(*exception)  # type: ignore[no-untyped-call]
-        for handle in self._handles:
-            handle.remove()
+            yield module.register_forward_pre_hook(self._starts(path, names.get(id(module))))
+            yield module.register_forward_hook(self._ends(path, names.get(id(module))), always_call=True)
 
     def _starts(self, path: str, layer: str | None) -> Callable[..., None]:
         def start(module: nn.Module, inputs: tuple[Any, ...]) -> None:

@@ -4,15 +4,15 @@ The chains are known (``trace.py``), so the last link is recognised as it happen
 and a statistic is taken before anybody can overwrite the value.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from lightning_neurons.network.families import LINKS
+from lightning_neurons.network.hooked import HookedMode
 from lightning_neurons.network.layer import Layer, Link
 from lightning_neurons.network.writes import share_memory, target_of_write
 
@@ -20,7 +20,7 @@ Deliver = Callable[[str, Tensor], None]
 DeliverGradient = Callable[[str, Tensor, Tensor], None]
 
 
-class FollowLayers(TorchFunctionMode):
+class FollowLayers(HookedMode):
     """Follows each watched layer's output through its chain and hands the last value to ``_arrive``."""
 
     def __init__(self, layers: Mapping[str, Layer], modules: Mapping[str, nn.Module]) -> None:
@@ -30,20 +30,14 @@ class FollowLayers(TorchFunctionMode):
         self._calls: dict[str, int] = {}
         self.unknown: set[str] = set()
         """Layers that did not run as they were seen to: their activation points have to be found again."""
-        self._handles: list[RemovableHandle] = []
 
-    def __enter__(self) -> "FollowLayers":
+    def _hook(self) -> Iterator[RemovableHandle]:
         self._calls.clear()
         for name, module in self._modules.items():
-            self._handles.append(module.register_forward_hook(self._layer_hook(name)))
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
+            yield module.register_forward_hook(self._layer_hook(name))
 
     def __exit__(self, *exception: object) -> None:
-        super().__exit__(*exception)  # type: ignore[no-untyped-call]
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        super().__exit__(*exception)
         self.unknown |= {name for name, _, _ in self._waiting.values()}
         self._waiting.clear()
 

@@ -2,21 +2,20 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 from tqdm.auto import tqdm
 
-from lightning_neurons.errors import ArgumentError, check_choice, check_count, check_flag, check_seed
+from lightning_neurons.errors import ArgumentError
 from lightning_neurons.network.isolate import isolated
-from lightning_neurons.network.layer import require_materialized
 from lightning_neurons.network.silence import Replacement
 from lightning_neurons.results.ablation_report import AblationReport
 from lightning_neurons.studies.ablation_sums import AblationSums
-from lightning_neurons.studies.given import given_batches, given_loss, given_model
-from lightning_neurons.studies.losses import LOSS_REDUCTIONS, LossReduction
+from lightning_neurons.studies.given import given_batches, given_study
+from lightning_neurons.studies.losses import LossReduction
 from lightning_neurons.studies.neuron_choice import NeuronChoice, chosen_neurons
 from lightning_neurons.studies.outcomes import LossFunction
 from lightning_neurons.studies.racing import Race, race
@@ -90,29 +89,13 @@ def ablate(
         >>> report.delta_loss["0"].shape, len(report.ranking())
         (torch.Size([3]), 5)
     """
-    given_model(model)
-    given_loss(loss_fn)
+    options = {"replacement": replacement, "loss_reduction": loss_reduction, "exact": exact}
+    study = given_study(model, loss_fn, **options, memory_limit=memory_limit, progress=progress, seed=seed)
     chosen, named = chosen_neurons(model, neurons), not (isinstance(neurons, str) and neurons == "all")
-    require_materialized(model)
-    check_choice("replacement", replacement, get_args(Replacement))
-    check_choice("loss_reduction", loss_reduction, LOSS_REDUCTIONS)
-    check_flag("exact", exact)
-    check_flag("progress", progress)
-    check_count("memory_limit", memory_limit)
-    check_seed("seed", seed)
     checked = Race(1.0 if budget is None else budget, bottom, confidence, seed)
     rules = None if budget is None else checked
     _check_metrics(metrics, per_class, rules)
     data = given_batches(batches)
-    study = WhatIf(
-        model,
-        loss_fn,
-        loss_reduction=loss_reduction,
-        replacement=replacement,
-        exact=exact,
-        memory_limit=memory_limit,
-        seed=seed,
-    )
     with isolated(model), torch.no_grad(), study.open():
         model.eval()
         study.look(data[0])

@@ -1,13 +1,24 @@
 """What every study checks of its first arguments."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from lightning_neurons.errors import ArgumentError, MeasurementError
+from lightning_neurons.errors import (
+    ArgumentError,
+    MeasurementError,
+    check_choice,
+    check_count,
+    check_flag,
+    check_seed,
+)
 from lightning_neurons.network.batches import batch_size_of
+from lightning_neurons.network.layer import require_materialized
+from lightning_neurons.network.silence import Replacement
+from lightning_neurons.studies.losses import LOSS_REDUCTIONS
+from lightning_neurons.studies.whatif import WhatIf
 
 
 def given_model(model: Any) -> None:
@@ -54,3 +65,34 @@ def given_batches(batches: Any) -> list[Any]:
     if not found:
         raise MeasurementError(f"batches={type(batches).__name__}: it gave no batch (has a generator been used up?)")
     return found
+
+
+def given_study(
+    model: Any,
+    loss_fn: Any,
+    *,
+    replacement: Any,
+    loss_reduction: Any,
+    memory_limit: Any,
+    progress: Any,
+    seed: Any,
+    exact: Any = True,
+) -> WhatIf:
+    """The engine of an ablation study, if its arguments are right.
+
+    Raises:
+        ArgumentError: Naming the one that is not.
+    """
+    given_model(model)
+    given_loss(loss_fn)
+    require_materialized(model)
+    check_flag("progress", progress)
+    return WhatIf(
+        model,
+        loss_fn,
+        loss_reduction=check_choice("loss_reduction", loss_reduction, LOSS_REDUCTIONS),
+        replacement=check_choice("replacement", replacement, get_args(Replacement)),  # type: ignore[arg-type]
+        exact=check_flag("exact", exact),
+        memory_limit=check_count("memory_limit", memory_limit),
+        seed=check_seed("seed", seed),
+    )

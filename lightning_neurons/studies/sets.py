@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lightning_neurons.criteria.ranking import order
-from lightning_neurons.errors import ArgumentError, UnknownNameError, check_choice, check_count, check_flag, check_seed
+from lightning_neurons.errors import ArgumentError, UnknownNameError, check_count
 from lightning_neurons.network.isolate import isolated
-from lightning_neurons.network.layer import require_materialized, widths_of
+from lightning_neurons.network.layer import widths_of
 from lightning_neurons.network.silence import Replacement
 from lightning_neurons.results.ablation_curves import AblationCurves, JointAblation
 from lightning_neurons.studies.effects import Effects
-from lightning_neurons.studies.given import given_batches, given_loss, given_model
-from lightning_neurons.studies.losses import LOSS_REDUCTIONS, LossReduction
+from lightning_neurons.studies.given import given_batches, given_study
+from lightning_neurons.studies.losses import LossReduction
 from lightning_neurons.studies.neuron_choice import NeuronChoice, chosen_neurons
 from lightning_neurons.studies.outcomes import LossFunction
 from lightning_neurons.studies.whatif import WhatIf, require_present
@@ -63,20 +63,12 @@ def ablate_together(
         >>> ablate_together(net, data, loss, [{"0": [0, 1]}, {"0": [2]}]).delta_loss.shape
         torch.Size([2])
     """
-    given_model(model)
-    given_loss(loss_fn)
-    require_materialized(model)
+    options = {"replacement": replacement, "loss_reduction": loss_reduction, "memory_limit": memory_limit}
+    study = given_study(model, loss_fn, **options, progress=progress, seed=seed)
     if isinstance(sets, str | Mapping) or not isinstance(sets, Sequence) or not sets:
         raise ArgumentError.of("sets", sets, 'a list of sets, such as [{"conv1": [0, 3]}, plan.neurons]')
     chosen = [chosen_neurons(model, one, name=f"sets[{i}]") for i, one in enumerate(sets)]
-    check_choice("replacement", replacement, get_args(Replacement))
-    check_choice("loss_reduction", loss_reduction, LOSS_REDUCTIONS)
-    check_count("memory_limit", memory_limit)
-    check_seed("seed", seed)
-    study = WhatIf(
-        model, loss_fn, loss_reduction=loss_reduction, replacement=replacement, memory_limit=memory_limit, seed=seed
-    )
-    base, changes = measure_sets(study, given_batches(batches), chosen, progress=check_flag("progress", progress))
+    base, changes = measure_sets(study, given_batches(batches), chosen, progress=progress)
     return JointAblation(
         loss=float(base.mean[0]),
         samples=int(base.samples[0]),
@@ -135,25 +127,17 @@ def ablation_curves(
         >>> curves.shares.tolist(), curves.random.shape
         ([0.0, 0.333..., 0.666..., 1.0], torch.Size([5, 4]))
     """
-    given_model(model)
-    given_loss(loss_fn)
-    require_materialized(model)
+    options = {"replacement": replacement, "loss_reduction": loss_reduction, "memory_limit": memory_limit}
+    study = given_study(model, loss_fn, **options, progress=progress, seed=seed)
     check_count("points", points, least=2)
     check_count("random_orders", random_orders, least=1)
-    check_choice("replacement", replacement, get_args(Replacement))
-    check_choice("loss_reduction", loss_reduction, LOSS_REDUCTIONS)
-    check_count("memory_limit", memory_limit)
-    check_seed("seed", seed)
     ranked = _ranked(model, scores)
     generator = torch.Generator().manual_seed(seed)
     orders = [ranked[::-1], ranked]
     orders += [[ranked[i] for i in torch.randperm(len(ranked), generator=generator)] for _ in range(random_orders)]
     counts = [round(i * len(ranked) / (points - 1)) for i in range(points)]
     sets = [_by_layer(one[:count]) for one in orders for count in counts[1:-1]] + [_by_layer(ranked)]
-    study = WhatIf(
-        model, loss_fn, loss_reduction=loss_reduction, replacement=replacement, memory_limit=memory_limit, seed=seed
-    )
-    base, changes = measure_sets(study, given_batches(batches), sets, progress=check_flag("progress", progress))
+    base, changes = measure_sets(study, given_batches(batches), sets, progress=progress)
     losses = base.mean[0] + changes.mean
     inner = losses[:-1].view(len(orders), points - 2)
     ends = losses.new_full((len(orders), 1), float(base.mean[0])), losses[-1:].expand(len(orders), 1)
