@@ -92,3 +92,25 @@ def share_at_most(counts: Int[Tensor, "neuron bin"], limit: float) -> Float[Tens
     """
     inside = representatives().to(counts.device) <= limit
     return counts[:, inside].sum(1).double() / counts.sum(1)
+
+
+def folded(counts: Int[Tensor, "neuron bin"], parts: int) -> Int[Tensor, " bar"]:
+    """All neurons' counts in coarser bars: what counts as zero, ``parts`` bars to a power of two, what is above.
+
+    Example:
+        >>> folded(torch.ones(2, BINS, dtype=torch.int64), parts=1)[:3].tolist()
+        [2, 128, 128]
+    """
+    total = counts.sum(0)
+    return torch.cat([total[:1], total[1:-1].view(-1, PARTS // parts).sum(1), total[-1:]])
+
+
+def folded_edges(parts: int) -> Float[Tensor, " edge"]:
+    """The magnitudes between which the inner bars of ``folded`` lie: one more than there are inner bars.
+
+    Example:
+        >>> folded_edges(1)[[0, 20, -1]].tolist() == [LOWEST, 1.0, HIGHEST]
+        True
+    """
+    place = torch.arange((_HIGHEST_POWER - _LOWEST_POWER) * parts + 1, dtype=torch.float64)
+    return (_LOWEST_POWER + place.div(parts, rounding_mode="floor")).exp2() * (1 + place % parts / parts)

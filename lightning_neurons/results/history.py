@@ -1,15 +1,26 @@
 """What changed from one measurement to the next: who died, who revived, who stays dead, how stable the ranking is."""
 
+import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_neurons.criteria import agreement
+from lightning_neurons.errors import ArgumentError
+from lightning_neurons.metrics.histogram import folded
 from lightning_neurons.results.neuron_report import NeuronReport
+from lightning_neurons.results.plain import number, plain
+from lightning_neurons.results.whole_file import write_whole
+
+FORMAT, VERSION = "lightning_neurons history", 1
+
+MAGNITUDE_PARTS = 2
+"""Bars per power of two in ``HistoryEntry.magnitudes``."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +36,8 @@ class HistoryEntry:
         revived: Alive now, dead before.
         stability: Spearman correlation of the main criterion's scores with those of the measurement before, by layer;
             NaN for the first and where a layer's width has changed.
+        magnitudes: By layer, how often activations had which magnitude, over all of its neurons, in the bars of
+            ``metrics.histogram.folded``; without layers where it was not measured.
     """
 
     epoch: int | None
@@ -34,6 +47,7 @@ class HistoryEntry:
     died: Mapping[str, list[int]]
     revived: Mapping[str, list[int]]
     stability: Mapping[str, float]
+    magnitudes: Mapping[str, list[int]] = field(default_factory=dict)
 
     @property
     def mean_stability(self) -> float:
@@ -73,6 +87,9 @@ class NeuronHistory:
             died={n: sorted({*dead[n]} - {*before.dead[n]}) for n in same if before},
             revived={n: sorted({*before.dead[n]} - {*dead[n]}) for n in same if before},
             stability={n: self._stability(n, s) for n, s in _main_scores(report).items()},
+            magnitudes={
+                n: folded(c.histogram, MAGNITUDE_PARTS).tolist() for n, c in report.counts.items() if c.histogram.any()
+            },
         )
 
     def persistently_dead(self, measurements: int | None = None) -> dict[str, list[int]]:
@@ -106,6 +123,35 @@ class NeuronHistory:
         """Continue where ``state_dict`` left off."""
         self.entries = [HistoryEntry(**entry) for entry in state["entries"]]
         self._scores = {name: torch.as_tensor(scores) for name, scores in state["scores"].items()}
+
+    def save(self, path: str | Path, versions: Mapping[str, str] | None = None) -> None:
+        """Write all measurements as JSON, whole or not at all.
+
+        Args:
+            path: Where.
+            versions: Of the packages that they were made with.
+        """
+        entries = [vars(entry) for entry in self.entries]
+        document = {"format": FORMAT, "version": VERSION, "versions": versions or {}, "entries": entries}
+        write_whole(Path(path), json.dumps(plain(document), allow_nan=False))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "NeuronHistory":
+        """Read what ``save`` wrote; later measurements are compared by ``dead`` alone, as scores are not in the file.
+
+        Raises:
+            ArgumentError: If the file is no such history, or of a newer version.
+        """
+        allowed = f"a JSON file that NeuronHistory.save wrote, whole, of version {VERSION} or older"
+        try:
+            found = json.loads(Path(path).read_text())
+            if found["format"] != FORMAT or found["version"] > VERSION:
+                raise ValueError("format")
+            entries = [HistoryEntry(**entry) for entry in found["entries"]]
+            stability = [{n: number(s) for n, s in entry.stability.items()} for entry in entries]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ArgumentError.of("path", str(path), allowed) from error
+        return cls([replace(entry, stability=s) for entry, s in zip(entries, stability, strict=True)])
 
 
 def _main_scores(report: NeuronReport) -> Mapping[str, Tensor]:

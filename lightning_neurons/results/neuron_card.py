@@ -1,0 +1,28 @@
+"""Everything worth seeing of one neuron on one card."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class NeuronCard:
+    """A neuron, or an output class: what excites it, and its numbers.
+
+    Attributes:
+        name: What is shown, such as ``"net.conv2 7"`` or ``"class 4"``.
+        why: Why it is shown, such as ``"most important"`` or ``"newly dead"``.
+        numbers: What is known of it, by words such as ``"deadness"``; in the order to show.
+        pictures: The samples of the data that excite it most, the strongest first, in [0, 1]; may be none.
+        activations: Its activation on each of them.
+        maximized: A picture made to excite it, in [0, 1], or None.
+    """
+
+    name: str
+    why: str
+    numbers: Mapping[str, float]
+    pictures: Float[Tensor, "picture *shape"]
+    activations: Float[Tensor, " picture"]
+    maximized: Float[Tensor, "*shape"] | None = field(default=None)
