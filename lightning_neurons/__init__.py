@@ -1,12 +1,14 @@
 """See which neurons of a network are dead and which matter, while PyTorch Lightning trains it."""
 
 from lightning_neurons.callbacks import (
+    ActivationMaximizationCallback,
     ActivationStatisticsCallback,
     ClassNeuronsCallback,
     NeuronAblationCallback,
     NeuronPruningCallback,
     NeuronSensitivityCallback,
     PrunedCheckpointMixin,
+    SaliencyCallback,
     load_pruned,
 )
 from lightning_neurons.criteria import CRITERIA, Criterion, LayerView, Statistic, Summary, agreement
@@ -20,6 +22,10 @@ from lightning_neurons.errors import (
 from lightning_neurons.network.families import register_layer
 from lightning_neurons.network.layer import Layer
 from lightning_neurons.network.neurons import find_neurons
+from lightning_neurons.pictures.maps import activation_map
+from lightning_neurons.pictures.maximization import maximize_activation
+from lightning_neurons.pictures.randomization import randomization_check
+from lightning_neurons.pictures.saliency import integrated_gradients, saliency
 from lightning_neurons.pruning.budget import PruningBudget
 from lightning_neurons.pruning.describe import describe_structure
 from lightning_neurons.pruning.plan import PruningPlan
@@ -36,6 +42,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CRITERIA",
+    "ActivationMaximizationCallback",
     "ActivationStatisticsCallback",
     "ArgumentError",
     "ClassNeuronsCallback",
@@ -53,22 +60,28 @@ __all__ = [
     "PruningError",
     "PruningPlan",
     "PruningReport",
+    "SaliencyCallback",
     "Statistic",
     "Summary",
     "UnknownNameError",
     "ablate",
     "ablate_together",
     "ablation_curves",
+    "activation_map",
     "agreement",
     "class_study",
     "describe_structure",
     "find_neurons",
+    "integrated_gradients",
     "load_pruned",
     "logit",
+    "maximize_activation",
     "measure",
     "perturb",
     "plan_keeping",
     "predicted_logit",
     "prune",
+    "randomization_check",
     "register_layer",
+    "saliency",
 ]

@@ -1,5 +1,6 @@
-"""The command line: ``python -m lightning_neurons demo``."""
+"""The command line: ``python -m lightning_neurons demo`` and ``... report``."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,6 +9,8 @@ from jsonargparse.typing import OpenUnitInterval, PositiveInt
 
 from lightning_neurons.demo import demo
 from lightning_neurons.demo_pruning import demo_pruning
+from lightning_neurons.errors import ArgumentError
+from lightning_neurons.report.html.page import write_html
 
 DEMO = """Train on handwritten digits for a few epochs and show which neurons are dead and which matter.
 
@@ -17,6 +20,12 @@ Args:
     output_dir: Where the TensorBoard run and the files go.
     prune: The share of multiply-accumulate operations that may stay, such as 0.5: cut while training goes on, train
         three epochs more, and compare with a random cut.
+"""
+
+REPORT = """Show everything that lies in the folder of a run as one HTML file, report.html in that folder.
+
+Args:
+    run_dir: The folder of a run, such as neurons_demo/version_0; neurons.json must be there.
 """
 
 
@@ -34,7 +43,17 @@ def main(args: Sequence[str] | None = None) -> None:
         else:
             demo_pruning(prune, seed=seed, epochs=epochs, output_dir=output_dir)
 
-    run_demo.__doc__ = DEMO
+    def run_report(run_dir: Path) -> None:
+        try:
+            print(write_html(run_dir))
+        except ArgumentError as error:
+            sys.exit(f"lightning_neurons report: {error}")
+
+    run_demo.__doc__, run_report.__doc__ = DEMO, REPORT
+    # What must be given is positional, and every option of the demo has a default.
     auto_cli(
-        {"demo": run_demo}, args=None if args is None else list(args), prog="lightning_neurons", as_positional=False
+        {"demo": run_demo, "report": run_report},
+        args=None if args is None else list(args),
+        prog="lightning_neurons",
+        as_positional=True,
     )

@@ -1,18 +1,22 @@
 """Lightning callbacks: when to measure and when to cut, not what."""
 
+from lightning_neurons.callbacks.activation_maximization import ActivationMaximizationCallback
 from lightning_neurons.callbacks.activation_statistics import ActivationStatisticsCallback
 from lightning_neurons.callbacks.checkpoint import PrunedCheckpointMixin, load_pruned
 from lightning_neurons.callbacks.class_neurons import ClassNeuronsCallback
 from lightning_neurons.callbacks.neuron_ablation import NeuronAblationCallback
 from lightning_neurons.callbacks.neuron_pruning import NeuronPruningCallback
 from lightning_neurons.callbacks.neuron_sensitivity import NeuronSensitivityCallback
+from lightning_neurons.callbacks.saliency import SaliencyCallback
 
 __all__ = [
+    "ActivationMaximizationCallback",
     "ActivationStatisticsCallback",
     "ClassNeuronsCallback",
     "NeuronAblationCallback",
     "NeuronPruningCallback",
     "NeuronSensitivityCallback",
     "PrunedCheckpointMixin",
+    "SaliencyCallback",
     "load_pruned",
 ]

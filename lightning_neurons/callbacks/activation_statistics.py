@@ -9,7 +9,7 @@ from lightning_neurons.callbacks.arguments import lightning_errors
 from lightning_neurons.callbacks.observer import NeuronObserver
 from lightning_neurons.criteria import ACTIVATION_CRITERIA, Criterion
 from lightning_neurons.criteria.ranking import Normalization
-from lightning_neurons.errors import ArgumentError
+from lightning_neurons.errors import ArgumentError, check_count, check_flag
 from lightning_neurons.network.layer import Pattern
 from lightning_neurons.studies.settings import MeasurementSettings
 
@@ -28,6 +28,9 @@ class ActivationStatisticsCallback(NeuronObserver):
         threshold: What counts as silent, in units of the layer's root mean square.
         relative_threshold: False takes ``threshold`` in activation units.
         normalize: How layers are made comparable in global rankings: ``"none"``, ``"sum"`` or ``"l2"``.
+        max_figures: How many figures loggers that show figures or images get at each measurement, the most telling
+            first; 0 for none. They need matplotlib.
+        html: Write ``report.html`` into the log directory at the end: one file with everything, to send or to keep.
 
     Raises:
         MisconfigurationException: If an argument is out of range (also a ``ValueError``).
@@ -48,6 +51,8 @@ class ActivationStatisticsCallback(NeuronObserver):
         threshold: float = 0.01,
         relative_threshold: bool = True,
         normalize: Normalization = "none",
+        max_figures: int = 8,
+        html: bool = False,
     ) -> None:
         with lightning_errors():
             settings = MeasurementSettings.checked(
@@ -60,4 +65,5 @@ class ActivationStatisticsCallback(NeuronObserver):
                 raise ArgumentError.of(
                     "criteria", gradients, "criteria without gradients here; use NeuronSensitivityCallback"
                 )
+            self.max_figures, self.html = check_count("max_figures", max_figures, least=0), check_flag("html", html)
             super().__init__(settings, every_n_epochs)

@@ -7,20 +7,19 @@ from typing import Any, Literal
 from torch import nn
 
 from lightning_neurons.callbacks.arguments import lightning_errors
-from lightning_neurons.callbacks.checks import name_of, overrides
+from lightning_neurons.callbacks.checks import name_of
+from lightning_neurons.callbacks.forward import forward_of
 from lightning_neurons.callbacks.replay import StepReplay
 from lightning_neurons.callbacks.sampled_study import SampledStudy, numbered
-from lightning_neurons.callbacks.teachers import networks_of
-from lightning_neurons.errors import ArgumentError, MeasurementError
+from lightning_neurons.errors import ArgumentError
 from lightning_neurons.network.layer import Pattern
 from lightning_neurons.report.classes import print_classes, write_classes
-from lightning_neurons.report.drawing import can_draw
+from lightning_neurons.report.drawing import MISSING_MATPLOTLIB, can_draw
 from lightning_neurons.results.class_report import ClassReport
 from lightning_neurons.studies.class_accuracy import Forward
 from lightning_neurons.studies.class_choice import ClassRule
 from lightning_neurons.studies.class_steps import ClassStudy
 from lightning_neurons.studies.classes import Method, checked_settings
-from lightning_neurons.studies.measure import call_on_inputs
 
 
 class ClassNeuronsCallback(SampledStudy):
@@ -97,7 +96,7 @@ class ClassNeuronsCallback(SampledStudy):
         """Refuse what cannot work, before any time has been spent."""
         super().setup(trainer, pl_module, stage)
         if not can_draw():
-            self._warn("figures need matplotlib, which is not installed: pip install 'lightning_neurons[figures]'")
+            self._warn(MISSING_MATPLOTLIB)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Show the latest study."""
@@ -107,11 +106,11 @@ class ClassNeuronsCallback(SampledStudy):
             print_classes(self.report)
 
     def _try(self, pl_module: Any, replay: StepReplay, batches: list[Any]) -> ClassReport | None:
-        ClassStudy(pl_module, self.forward or _forward_of(pl_module), self.settings, self.rule).check(batches[0])
+        ClassStudy(pl_module, self.forward or forward_of(pl_module), self.settings, self.rule).check(batches[0])
         return None
 
     def _study(self, pl_module: Any, replay: StepReplay, batches: list[Any]) -> ClassReport:
-        return ClassStudy(pl_module, self.forward or _forward_of(pl_module), self.settings, self.rule).run(batches)
+        return ClassStudy(pl_module, self.forward or forward_of(pl_module), self.settings, self.rule).run(batches)
 
     def _publish(self, trainer: Any, found: ClassReport) -> None:
         self.report = found
@@ -122,20 +121,3 @@ class ClassNeuronsCallback(SampledStudy):
         write_classes(trainer.loggers, found, trainer.global_step, name)
         if directory is not None:
             found.save(Path(directory) / f"{name}.json")
-
-
-def _forward_of(pl_module: Any) -> Any:
-    """How to get logits: by the module's forward, or by its one network if it has none."""
-    if overrides(pl_module, "forward"):
-        return call_on_inputs
-    networks = networks_of(pl_module)
-    if len(networks) != 1:
-        raise MeasurementError(
-            f"{type(pl_module).__name__} has no forward, and {len(networks)} networks, so it is not known where the "
-            "logits come from; pass forward=lambda module, batch: ..."
-        )
-
-    def forward(module: nn.Module, batch: Any) -> Any:
-        return call_on_inputs(module.get_submodule(networks[0]), batch)
-
-    return forward

@@ -18,6 +18,9 @@ from lightning_neurons.network.batches import batch_size_of, is_divisible
 from lightning_neurons.network.layer import Pattern
 from lightning_neurons.network.silence import Replacement
 from lightning_neurons.report.ablation import print_ablation, write_ablation
+from lightning_neurons.report.drawing import can_draw
+from lightning_neurons.report.figures import agreement_scatter
+from lightning_neurons.report.images import can_show, show_figure
 from lightning_neurons.results.ablation_report import AblationReport
 from lightning_neurons.studies.losses import LOSS_REDUCTIONS, LossReduction
 from lightning_neurons.studies.measure import LossFunction
@@ -137,3 +140,6 @@ class NeuronAblationCallback(SampledStudy):
         write_ablation(trainer.loggers, found.ablation, found.agreement, trainer.global_step, name)
         if directory is not None:
             found.ablation.save(Path(directory) / f"{name}.json")
+        if can_draw() and can_show(trainer.loggers):
+            figure = agreement_scatter(found.report, found.ablation, found.criterion).figure
+            show_figure(trainer.loggers, f"{name}/scatter", figure, trainer.global_step)

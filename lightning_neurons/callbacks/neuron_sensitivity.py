@@ -9,7 +9,7 @@ from lightning_neurons.callbacks.arguments import lightning_errors
 from lightning_neurons.callbacks.observer import NeuronObserver
 from lightning_neurons.criteria import ACTIVATION_CRITERIA, GRADIENT_CRITERIA, Criterion
 from lightning_neurons.criteria.ranking import Normalization
-from lightning_neurons.errors import ArgumentError, check_choice, check_count
+from lightning_neurons.errors import ArgumentError, check_choice, check_count, check_flag
 from lightning_neurons.network.layer import Pattern
 from lightning_neurons.studies.losses import LossReduction
 from lightning_neurons.studies.measure import LossFunction
@@ -42,6 +42,9 @@ class NeuronSensitivityCallback(NeuronObserver):
             that used them; everything then comes from the sample.
         inputs: ``"fgsm"`` measures sensitivity on inputs shifted against the module.
         eps: Size of that shift, in units of the inputs.
+        max_figures: How many figures loggers that show figures or images get at each measurement, the most telling
+            first; 0 for none. They need matplotlib.
+        html: Write ``report.html`` into the log directory at the end: one file with everything, to send or to keep.
 
     Raises:
         MisconfigurationException: If an argument is out of range (also a ``ValueError``).
@@ -69,6 +72,8 @@ class NeuronSensitivityCallback(NeuronObserver):
         source: Source = "val",
         inputs: Inputs = "clean",
         eps: float = 0.0,
+        max_figures: int = 8,
+        html: bool = False,
     ) -> None:
         with lightning_errors():
             settings = MeasurementSettings.checked(
@@ -81,4 +86,5 @@ class NeuronSensitivityCallback(NeuronObserver):
             if loss_fn is not None and not callable(loss_fn):
                 raise ArgumentError.of("loss_fn", loss_fn, "a function (module, batch) -> loss")
             self.loss_fn = loss_fn
+            self.max_figures, self.html = check_count("max_figures", max_figures, least=0), check_flag("html", html)
             super().__init__(settings, every_n_epochs)

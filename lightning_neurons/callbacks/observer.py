@@ -15,11 +15,10 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_neurons.callbacks import checks
 from lightning_neurons.callbacks.member import Member
-from lightning_neurons.callbacks.publish import publish
+from lightning_neurons.callbacks.publish import publish, show
 from lightning_neurons.callbacks.replay import StepReplay
 from lightning_neurons.callbacks.session import Session
 from lightning_neurons.errors import check_count
-from lightning_neurons.report.console import print_report
 from lightning_neurons.results.history import NeuronHistory
 from lightning_neurons.results.neuron_report import NeuronReport
 from lightning_neurons.studies.measure import LossFunction
@@ -40,6 +39,8 @@ class NeuronObserver(lightning.pytorch.Callback, pytorch_lightning.Callback):  #
     loss_fn: LossFunction | None = None
     max_samples: int = 0
     publishes: bool = True  # whether reports go to the loggers
+    max_figures: int = 0
+    html: bool = False
 
     def __init__(self, settings: MeasurementSettings, every_n_epochs: int) -> None:
         super().__init__()
@@ -234,8 +235,8 @@ class NeuronObserver(lightning.pytorch.Callback, pytorch_lightning.Callback):  #
     def _show(self, trainer: Any) -> None:
         if self.report is None:
             self._warn("nothing has been measured")
-        elif trainer.is_global_zero:
-            print_report(self.report, self.history)
+        else:
+            show(trainer, self)
 
     def _drop(self, trainer: Any) -> None:
         if self._active is not None:

@@ -18,12 +18,13 @@ from lightning_neurons.callbacks.cutting import averages_of, carry_out, reset_ea
 from lightning_neurons.callbacks.deciding import Decision, Survey, Verdict
 from lightning_neurons.callbacks.monitored import MonitoredObserver
 from lightning_neurons.callbacks.pruning_settings import PruningSettings
+from lightning_neurons.callbacks.publish import publish_rounds
 from lightning_neurons.callbacks.runner import KeptBatches, Runner
 from lightning_neurons.errors import PruningError
 from lightning_neurons.pruning.budget import PruningBudget
 from lightning_neurons.pruning.plan import PruningPlan
 from lightning_neurons.pruning.rounds import Rounds
-from lightning_neurons.report.pruning import print_rounds, round_scalars, start_scalars, write_scalars
+from lightning_neurons.report.pruning import print_rounds, round_scalars, start_scalars
 from lightning_neurons.studies.settings import MeasurementSettings
 
 
@@ -209,8 +210,7 @@ class NeuronPruner(MonitoredObserver):
         rank_zero_info(f"{type(self).__name__}: {made.summary}")
 
     def _write(self, trainer: Any, values: dict[str, float]) -> None:
-        if trainer.is_global_zero:
-            write_scalars(trainer.loggers, values, trainer.global_step)
+        publish_rounds(trainer, self, values)
 
     # -- the end
 

@@ -1,11 +1,25 @@
-"""Where a report goes at the end of a measurement: the Trainer's loggers and its log directory."""
+"""Where results go: the Trainer's loggers and its log directory."""
 
+import platform
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
+from lightning_neurons.report.console import print_report
+from lightning_neurons.report.drawing import can_draw
+from lightning_neurons.report.history_figures import pruning_progress
+from lightning_neurons.report.html.page import write_html
+from lightning_neurons.report.images import can_show, show_figure
+from lightning_neurons.report.layout import write_layout
 from lightning_neurons.report.loggers import write_loggers
+from lightning_neurons.report.pruning import pruning_history, write_scalars
+from lightning_neurons.report.report_figures import report_figures
 from lightning_neurons.results.history import HistoryEntry
 from lightning_neurons.results.neuron_report import NeuronReport
+
+_PACKAGES = ("lightning_neurons", "lightning", "torch", "torchmetrics", "torch-pruning", "numpy")
 
 
 def publish(trainer: Any, observer: Any, report: NeuronReport, entry: HistoryEntry) -> None:
@@ -13,9 +27,57 @@ def publish(trainer: Any, observer: Any, report: NeuronReport, entry: HistoryEnt
     directory = trainer.log_dir  # asks all processes
     if not trainer.is_global_zero or trainer.fast_dev_run or not trainer.loggers:
         return
+    write_layout(trainer.loggers)
     write_loggers(trainer.loggers, report, entry, trainer.global_step)
     if directory is not None:
         # Of several observers, the first with sensitivities writes neurons.json; the others are numbered.
         observers = [c for c in trainer.callbacks if getattr(c, "publishes", False)]
         place = sorted(observers, key=lambda c: not c.max_samples).index(observer)
-        report.save(Path(directory) / (f"neurons_{place + 1}.json" if place else "neurons.json"))
+        suffix = f"_{place + 1}" if place else ""
+        report.save(Path(directory) / f"neurons{suffix}.json")
+        if len(observer.history):
+            observer.history.save(Path(directory) / f"history{suffix}.json", _versions())
+    if observer.max_figures and can_draw() and can_show(trainer.loggers):
+        try:
+            for tag, figure in report_figures(report, observer.history, observer.max_figures):
+                show_figure(trainer.loggers, tag, figure, trainer.global_step)
+        except Exception as error:  # noqa: BLE001 (a picture that cannot be drawn must not stop training)
+            rank_zero_warn(f"{type(observer).__name__}: no figures: {type(error).__name__}: {error}")
+
+
+def show(trainer: Any, observer: Any) -> None:
+    """Print the latest report at the end of a run, and write the page if that was asked for. Call it everywhere."""
+    directory = trainer.log_dir  # asks all processes
+    if not trainer.is_global_zero:
+        return
+    print_report(observer.report, observer.history)
+    if observer.html and directory is not None and trainer.loggers and not trainer.fast_dev_run:
+        try:
+            path = write_html(Path(directory))
+        except Exception as error:  # noqa: BLE001 (training has been done; the page can be written later)
+            rank_zero_warn(
+                f"{type(observer).__name__}: no report.html: {type(error).__name__}: {error}; python -m "
+                f"lightning_neurons report {directory} writes it later"
+            )
+        else:
+            print(f"wrote {path}")
+
+
+def publish_rounds(trainer: Any, pruner: Any, values: dict[str, float]) -> None:
+    """Write what pruning has done so far. Call it in all processes."""
+    directory = trainer.log_dir if trainer.loggers else None  # asks all processes
+    if not trainer.is_global_zero:
+        return
+    write_scalars(trainer.loggers, values, trainer.global_step)
+    history = pruning_history(pruner.rounds, pruner.pruning.monitor)
+    if history is None or trainer.fast_dev_run:
+        return
+    if directory is not None:
+        history.save(Path(directory) / "pruning.json")
+    if history.points and can_draw() and can_show(trainer.loggers):
+        show_figure(trainer.loggers, "pruning/progress", pruning_progress(history).figure, trainer.global_step)
+
+
+def _versions() -> dict[str, str]:
+    """What the numbers were made with."""
+    return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}

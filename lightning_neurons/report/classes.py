@@ -9,6 +9,7 @@ from rich.table import Table
 
 from lightning_neurons.report.class_figures import CLASS_FIGURES
 from lightning_neurons.report.drawing import can_draw
+from lightning_neurons.report.images import can_show, show_figure
 from lightning_neurons.results.class_report import ClassReport
 
 _LOGGED = {
@@ -36,15 +37,11 @@ def write_classes(loggers: Sequence[Any], report: ClassReport, step: int, group:
         group: What the names of the series begin with.
     """
     values = {name.replace("classes", group, 1): value for name, value in class_scalars(report).items()}
-    shown = [getattr(logger, "experiment", None) for logger in loggers]
-    pages: list[Any] = [experiment for experiment in shown if hasattr(experiment, "add_figure")]
     for logger in loggers:
         logger.log_metrics(values, step=step)
-    if pages and can_draw():
+    if can_draw() and can_show(loggers):
         for name, draw in CLASS_FIGURES.items():
-            figure = draw(report)
-            for experiment in pages:
-                experiment.add_figure(f"{group}/{name}", figure, step)
+            show_figure(loggers, f"{group}/{name}", draw(report), step)
 
 
 def class_scalars(report: ClassReport) -> dict[str, float]:

@@ -7,6 +7,8 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from lightning_neurons.errors import MissingPackageError
 
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000")
@@ -14,6 +16,13 @@ PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F
 
 MAGNITUDES = "cividis"
 """The colour map of values that are not negative."""
+
+SIGNED = "PuOr_r"
+"""The colour map of values of both signs, with zero in its middle: purple below, orange above."""
+
+_TITLE_SIZE = 10
+
+MISSING_MATPLOTLIB = "figures need matplotlib, which is not installed: pip install 'lightning_neurons[figures]'"
 
 
 def can_draw() -> bool:
@@ -28,12 +37,55 @@ def new_figure(width: float, height: float) -> Any:
         MissingPackageError: If matplotlib is not installed.
     """
     if not can_draw():
-        raise MissingPackageError(
-            "figures need matplotlib, which is not installed: pip install 'lightning_neurons[figures]'"
-        )
+        raise MissingPackageError(MISSING_MATPLOTLIB)
     from matplotlib.figure import Figure  # optional, and slow to import
 
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def given_or_new(axes: Any, width: float, height: float) -> Any:
+    """The axes given, or those of a new figure of this size in inches.
+
+    Raises:
+        MissingPackageError: If there are none and matplotlib is not installed.
+    """
+    return new_figure(width, height).subplots() if axes is None else axes
+
+
+def shortened(text: str, most: int) -> str:
+    r"""At most ``most`` characters of a text that nobody has chosen for a figure, shown as they are, not as formulas.
+
+    Names of layers tell more at their end, so the beginning goes.
+
+    Example:
+        >>> shortened("backbone.layer3.0.conv1", 16), shortened("$x", 16)
+        ('….layer3.0.conv1', '\\$x')
+    """
+    return (text if len(text) <= most else f"…{text[len(text) - most + 1 :]}").replace("$", r"\$")
+
+
+def put_title(axes: Any, name: str, rest: str) -> None:
+    """Write ``name`` and what there is to say of it above the axes; the name is shortened to fit."""
+    characters = int(axes.bbox.width / axes.figure.dpi * 72 / (0.55 * _TITLE_SIZE))
+    axes.set_title(f"{shortened(name, max(characters - len(rest), 8))}{rest}", fontsize=_TITLE_SIZE)
+
+
+def log_where_positive(set_scale: Any, values: Tensor) -> tuple[Tensor, str]:
+    """A log axis where no value is negative; zeros go to its lower end, and the label is told."""
+    positive = values[values > 0]
+    if (values < 0).any() or not len(positive):
+        return values, ""
+    set_scale("log")
+    zeros = values == 0
+    return values.where(~zeros, positive.min() / 3), " (zeros at the lower end)" if zeros.any() else ""
+
+
+def say_instead(axes: Any, text: str) -> Any:
+    """Write in the middle why there is nothing to draw; returns the axes."""
+    axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes, fontsize=_TITLE_SIZE)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    return axes
 
 
 def save_figure(figure: Any, path: Path) -> Path:

@@ -9,6 +9,22 @@ from rich.table import Table
 
 from lightning_neurons.pruning.reach import Dense
 from lightning_neurons.pruning.rounds import PruningRound, Rounds
+from lightning_neurons.results.pruning_history import PruningHistory, PruningPoint
+
+
+def pruning_history(rounds: Rounds, monitor: str | None) -> PruningHistory | None:
+    """What has been done so far, as plain values; None before the model has been looked at."""
+    dense = rounds.dense
+    if dense is None:
+        return None
+    points, parameters, macs = [], dense.parameters, dense.macs
+    for made in sorted((*rounds.done, *rounds.undone), key=lambda one: one.step):
+        if (cost := made.plan.cost) is not None:
+            parameters, macs = cost.parameters_after, cost.macs_after
+        taken_back = any(made is one for one in rounds.undone)
+        metrics = {"before": made.before, "cut": made.cut, "after": made.after}
+        points.append(PruningPoint(made.epoch, len(made.plan), parameters, macs, **metrics, taken_back=taken_back))
+    return PruningHistory(dense.parameters, dense.macs, dict(dense.widths), rounds.widths(), monitor, tuple(points))
 
 
 def start_scalars(dense: Dense) -> dict[str, float]:

@@ -1,6 +1,8 @@
-"""Every series that is logged. ``{layer}``, ``{criterion}`` and ``{class}`` stand for names.
+"""Every series that is logged.
 
-A second callback of the same kind writes to ``ablation_2/...``, ``classes_2/...``, and so on.
+``{layer}``, ``{criterion}`` and ``{class}`` stand for names, ``{n}`` for a number from 1.
+
+A second callback of the same kind writes to ``ablation_2/...``, ``classes_2/...``, ``saliency_2`` and so on.
 
 The table below is the documentation; a test compares it with what is really written.
 """
@@ -64,6 +66,20 @@ TAGS = (
     Tag("classes/selectivity", "figure", "class selectivity index over neurons"),
     Tag("classes/accuracy", "figure", "accuracy of sub-networks, ablation models and controls"),
     Tag("classes/sharing", "figure", "classes on a circle, joined where they share neurons beyond chance"),
+    Tag("ablation/scatter", "figure", "score by the criterion against |change of loss|, neuron by neuron"),
+    Tag("figures/importance", "figure", "both ends of the ranking, as bars"),
+    Tag("figures/importance_by_layer", "figure", "how importance is spread over each layer's neurons"),
+    Tag("figures/deadness", "figure", "share of dead neurons at every threshold"),
+    Tag("figures/dead_history", "figure", "share of dead neurons of each layer, epoch by epoch"),
+    Tag("figures/deadness_grid/{layer}", "figure", "a cell for each neuron, the brighter the deader"),
+    Tag("figures/magnitudes/{layer}", "figure", "histogram of |activation| over epochs, as a heat map"),
+    Tag("figures/histogram/{layer}", "figure", "histogram of |activation| with the threshold"),
+    Tag("pruning/progress", "figure", "parameters, MACs and the metric over the cuts"),
+    Tag("saliency", "figure", "the same pictures each time, and what of them the model looks at"),
+    Tag("maximization", "figure", "pictures made to excite each target"),
+    Tag("cards/most_important/{n}", "figure", "card of a neuron: what excites it, and its numbers"),
+    Tag("cards/least_important/{n}", "figure", "the same"),
+    Tag("cards/newly_dead/{n}", "figure", "the same"),
     Tag("pruning/taken_back", "scalar", "rounds that were taken back so far, as the metric did not recover"),
     Tag("neurons/ranking", "text", "layers, global ranking, deadness by threshold (shown as .../text_summary)"),
 )

@@ -23,6 +23,6 @@ class NeuronCard:
     name: str
     why: str
     numbers: Mapping[str, float]
-    pictures: Float[Tensor, "picture *shape"]
+    pictures: Float[Tensor, "picture ..."]
     activations: Float[Tensor, " picture"]
-    maximized: Float[Tensor, "*shape"] | None = field(default=None)
+    maximized: Float[Tensor, "..."] | None = field(default=None)

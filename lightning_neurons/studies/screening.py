@@ -15,6 +15,7 @@ from lightning_neurons.network.layer import Pattern, candidates
 from lightning_neurons.network.silence import Replacement
 from lightning_neurons.network.watch import WatchActivations
 from lightning_neurons.results.ablation_report import AblationReport
+from lightning_neurons.results.neuron_report import NeuronReport
 from lightning_neurons.studies.ablation import measure_batches
 from lightning_neurons.studies.ablation_sums import AblationSums
 from lightning_neurons.studies.losses import LossReduction
@@ -37,11 +38,13 @@ class Screening:
         ablation: The measurement, on all samples.
         agreement: Of the criterion with it.
         criterion: The criterion's name.
+        report: The criterion's scores on the samples that it was measured on.
     """
 
     ablation: AblationReport
     agreement: OracleAgreement
     criterion: str
+    report: NeuronReport
 
 
 def screen(
@@ -101,7 +104,7 @@ def screen(
         found_agreement = oracle_agreement(scores, *deltas)
         plain = {"replacement": replacement, "criterion": criterion.name, "ends": ends}
         whole = sums[0].report(settings={**plain, "agreement": asdict(found_agreement)}, notes=study.remarks())
-        return Screening(whole, found_agreement, criterion.name)
+        return Screening(whole, found_agreement, criterion.name, report)
 
 
 def halves(batches: Sequence[Any]) -> tuple[list[Any], list[Any]]:

@@ -1,0 +1,200 @@
+"""Pictures that excite classes and neurons, made while training goes on."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_neurons.callbacks.arguments import lightning_errors
+from lightning_neurons.callbacks.checks import name_of
+from lightning_neurons.callbacks.forward import forward_of
+from lightning_neurons.callbacks.observer import NeuronObserver
+from lightning_neurons.callbacks.replay import StepReplay
+from lightning_neurons.callbacks.sampled_study import SampledStudy, numbered
+from lightning_neurons.errors import ArgumentError, MeasurementError, check_choice, check_count
+from lightning_neurons.network.batches import inputs_of
+from lightning_neurons.pictures.aims import aim_of, logits_of
+from lightning_neurons.pictures.maximization import Target, aims_of, maximized
+from lightning_neurons.pictures.maximization_settings import MaximizationSettings, range_of, seeds_of
+from lightning_neurons.pictures.maximized import MaximizedActivation
+from lightning_neurons.pictures.parametrization import Kind
+from lightning_neurons.pictures.readout import Forward
+from lightning_neurons.pictures.validity import Validity
+from lightning_neurons.report.cards import Chosen, chosen_neurons, neuron_cards, show_cards, show_maximized
+from lightning_neurons.report.drawing import MISSING_MATPLOTLIB, can_draw
+from lightning_neurons.results.neuron_card import NeuronCard
+
+_MOST_CLASSES = 10
+
+
+@dataclass(frozen=True, eq=False)
+class _Found:
+    maximized: MaximizedActivation
+    cards: tuple[NeuronCard, ...]
+
+
+class ActivationMaximizationCallback(SampledStudy):
+    """Makes pictures that excite classes, and cards of neurons that a measurement found worth a look.
+
+    With a ``NeuronSensitivityCallback`` (or any other that measures neurons) in the same Trainer, each measurement
+    yields a card for its most important, least important and newly dead neurons: the validation pictures that excite
+    the neuron most, one that was made to, and its numbers. Pictures go to loggers that show figures or images, under
+    ``maximization`` and ``cards/...``, and the latest to ``pictures/`` in the log directory. Works in ``fit`` and
+    ``validate``; needs matplotlib to draw.
+
+    Args:
+        targets: What is maximised, each as for ``maximize_activation``; None takes the first ten classes.
+        cards: How many neurons of each kind get a card.
+        of: What of a class: its ``"logit"`` or softmax ``"probability"``.
+        value_range: Least and largest value of a valid picture; those of the sample if None.
+        mean: Of the normalisation of the inputs, a number or one per channel.
+        std: The same.
+        parametrization: As for ``maximize_activation``.
+        validity: The same.
+        steps: The same.
+        learning_rate: The same.
+        total_variation: The same.
+        l2: The same.
+        seed: The same, one.
+        max_samples: How many validation pictures are compared with, spread over the data and over the classes.
+        every_n_epochs: How often during ``fit``.
+        forward: From the module and inputs to logits; None takes the module's forward, or its one network if it has
+            none.
+
+    Attributes:
+        found: The latest ``MaximizedActivation``, of ``targets`` and of the neurons on cards, or None before the first.
+        cards: The latest cards.
+
+    Raises:
+        MisconfigurationException: If an argument is out of range (also a ``ValueError``).
+
+    Example:
+        >>> from lightning_neurons import ActivationMaximizationCallback
+        >>> callback = ActivationMaximizationCallback(targets=[3, ("net.conv2", 7)], every_n_epochs=5)
+        >>> # trainer = Trainer(callbacks=[callback]); trainer.fit(module); callback.found.images
+    """
+
+    def __init__(
+        self,
+        targets: Sequence[Target] | None = None,
+        *,
+        cards: int = 2,
+        of: Literal["logit", "probability"] = "logit",
+        value_range: tuple[float, float] | None = None,
+        mean: float | Sequence[float] | None = None,
+        std: float | Sequence[float] | None = None,
+        parametrization: Kind | None = None,
+        validity: Validity = "sigmoid",
+        steps: int = 128,
+        learning_rate: float | None = None,
+        total_variation: float = 0.0,
+        l2: float = 0.0,
+        seed: int = 0,
+        max_samples: int = 256,
+        every_n_epochs: int = 1,
+        forward: Forward | None = None,
+    ) -> None:
+        with lightning_errors():
+            self.settings = MaximizationSettings(parametrization, validity, steps, learning_rate, total_variation, l2)
+            check_choice("of", of, ("logit", "probability"))
+            self.targets = None if targets is None else _listed(targets)
+            self.number_of_cards = check_count("cards", cards, least=0)
+            self.seeds = seeds_of(seed)
+            self.of: Literal["logit", "probability"] = of
+            self.value_range, self.mean, self.std, self.forward = value_range, mean, std, forward
+            if value_range is not None:
+                range_of(value_range, None, None, validity, None, 1)
+            if forward is not None and (not callable(forward) or isinstance(forward, nn.Module | type)):
+                raise ArgumentError.of("forward", type(forward).__name__, "a function (module, inputs) -> logits")
+            super().__init__(None, every_n_epochs, max_samples)
+        self.found: MaximizedActivation | None = None
+        self.cards: tuple[NeuronCard, ...] = ()
+
+    @property
+    def state_key(self) -> str:
+        """Tells callbacks of different settings apart in a checkpoint."""
+        plain = {"targets": self.targets, "cards": self.number_of_cards, "of": self.of, "seeds": self.seeds}
+        return self._generate_state_key(
+            **plain, **vars(self.settings), every_n_epochs=self.every_n_epochs, forward=name_of(self.forward)
+        )
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuse what cannot work, before any time has been spent."""
+        super().setup(trainer, pl_module, stage)
+        if self.targets is not None:
+            with lightning_errors():
+                aims_of(pl_module, self.targets, "logit")
+        if not can_draw():
+            self._warn(MISSING_MATPLOTLIB)
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Wait until all callbacks have made their reports, which say whose cards to make."""
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Make the pictures."""
+        super().on_validation_epoch_end(trainer, pl_module)
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Say if there is nothing to look at."""
+        if self.found is None:
+            self._warn("nothing has been measured")
+
+    def _try(self, pl_module: Any, replay: StepReplay, batches: list[Any]) -> None:
+        self._maximized(pl_module, batches, MaximizationSettings(**{**vars(self.settings), "steps": 1}), ())
+
+    def _study(self, pl_module: Any, replay: StepReplay, batches: list[Any]) -> _Found:
+        observer = next((c for c in replay.trainer.callbacks if isinstance(c, NeuronObserver) and c.publishes), None)
+        chosen: list[Chosen] = []
+        if observer is not None and observer.report is not None:
+            died = observer.history.entries[-1].died if len(observer.history) else {}
+            chosen = chosen_neurons(observer.report, died, self.number_of_cards)
+        found = self._maximized(pl_module, batches, self.settings, chosen)
+        report = None if observer is None else observer.report
+        pictures = torch.cat([inputs_of(batch).cpu() for batch in batches])
+        return _Found(found, neuron_cards(found, chosen, report, pictures))
+
+    def _maximized(
+        self, pl_module: Any, batches: list[Any], settings: MaximizationSettings, chosen: Sequence[Chosen]
+    ) -> MaximizedActivation:
+        images = [inputs_of(batch) for batch in batches]
+        if not all(isinstance(one, Tensor) and one.is_floating_point() for one in images):
+            raise MeasurementError(
+                f"batch of type {type(batches[0]).__name__}: expected (inputs, ...) of one tensor of floating point"
+            )
+        forward = self.forward or forward_of(pl_module)
+        targets = self.targets
+        if targets is None:
+            targets = list(range(min(logits_of(forward(pl_module, images[0][:1])).shape[1], _MOST_CLASSES)))
+        aims = [
+            *(aim_of(pl_module, one, self.of if not isinstance(one, str | tuple) else "logit") for one in targets),
+            *(aim_of(pl_module, (one.layer, one.neuron)) for one in chosen),
+        ]
+        return maximized(
+            pl_module, aims, settings, self.seeds, input_shape=None, value_range=self.value_range, mean=self.mean,
+            std=self.std, images=images, forward=forward,
+        )  # fmt: skip
+
+    def _publish(self, trainer: Any, found: _Found) -> None:
+        self.found, self.cards = found.maximized, found.cards
+        directory = trainer.log_dir  # asks all processes
+        if not trainer.is_global_zero or trainer.fast_dev_run or not trainer.loggers or not can_draw():
+            return
+        folder = None if directory is None else Path(directory)
+        count = len(found.maximized.targets) - len(found.cards)
+        suffix = numbered(trainer, self)
+        show_maximized(trainer.loggers, folder, found.maximized, count, trainer.global_step, f"maximization{suffix}")
+        show_cards(trainer.loggers, folder, found.cards, trainer.global_step, f"cards{suffix}")
+
+
+def _listed(targets: Any) -> list[Any]:
+    """Several targets.
+
+    Raises:
+        ArgumentError: If it is no list, or an empty one.
+    """
+    if isinstance(targets, str) or not isinstance(targets, Sequence | range) or not targets:
+        raise ArgumentError.of("targets", targets, 'a list of targets such as [3, ("net.conv2", 7)], or None')
+    return list(targets)

@@ -1,0 +1,199 @@
+"""What the same few pictures' predictions rest on, epoch after epoch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from lightning_neurons.callbacks.arguments import lightning_errors
+from lightning_neurons.callbacks.checks import name_of
+from lightning_neurons.callbacks.forward import forward_of
+from lightning_neurons.callbacks.replay import StepReplay
+from lightning_neurons.callbacks.sampled_study import SampledStudy, numbered
+from lightning_neurons.errors import ArgumentError, MeasurementError, check_choice, check_count, check_flag
+from lightning_neurons.network.batches import inputs_of, targets_of
+from lightning_neurons.pictures.aims import OF, Of
+from lightning_neurons.pictures.maximization_settings import range_of
+from lightning_neurons.pictures.readout import Forward
+from lightning_neurons.pictures.saliency import METHODS, Method, check_smoothing, saliency
+from lightning_neurons.report.drawing import MISSING_MATPLOTLIB, can_draw
+from lightning_neurons.report.images import keep_picture, show_figure
+from lightning_neurons.report.picture_figures import saliency_rows
+
+_TAG = "saliency"
+
+_Fixed = tuple[Tensor, Tensor | None]
+"""Inputs, and their labels if there are any."""
+
+
+@dataclass(frozen=True, eq=False)
+class SaliencyMaps:
+    """Attributions of the fixed pictures.
+
+    Attributes:
+        inputs: What is explained, as the model takes it.
+        maps: Shaped like it.
+        targets: The class of each sample that was looked at.
+    """
+
+    inputs: Float[Tensor, "batch ..."] | Int[Tensor, "batch ..."]
+    maps: Float[Tensor, "batch ..."]
+    targets: Int[Tensor, " batch"] | None
+
+
+class SaliencyCallback(SampledStudy):
+    """Shows, for a fixed set of validation pictures, what of them the model looks at, while training goes on.
+
+    The pictures are chosen at the first measurement, spread over the data and the classes, and stay the same, also
+    after a resume. They go to loggers that show figures or images, under ``saliency``, and the latest to
+    ``pictures/saliency.png`` in the log directory. Works in ``fit`` and ``validate``; needs matplotlib to draw.
+
+    Args:
+        method: See ``saliency``.
+        target: A class, ``("layer", neuron)`` or the name of a layer; None takes each sample's label, or its predicted
+            class if the batch shows no labels.
+        of: What of a class: its ``"logit"``, softmax ``"probability"`` or ``"loss"``.
+        absolute: Show magnitudes; otherwise, values are signed.
+        smoothing: Standard deviation of a Gaussian that blurs maps; see ``saliency`` for what that costs.
+        layer: Of Grad-CAM, which layer.
+        max_samples: How many pictures.
+        every_n_epochs: How often during ``fit``.
+        mean: Of the normalisation of the inputs, a number or one per channel, to show true colours.
+        std: The same.
+        forward: From the module and inputs to logits; None takes the module's forward, or its one network if it has
+            none.
+
+    Attributes:
+        found: The latest ``SaliencyMaps``, or None before the first.
+
+    Raises:
+        MisconfigurationException: If an argument is out of range (also a ``ValueError``).
+
+    Example:
+        >>> from lightning_neurons import SaliencyCallback
+        >>> callback = SaliencyCallback(method="smoothgrad", max_samples=6, every_n_epochs=5)
+        >>> # trainer = Trainer(callbacks=[callback]); trainer.fit(module); callback.found.maps
+    """
+
+    def __init__(
+        self,
+        *,
+        method: Method = "gradient",
+        target: int | str | tuple[str, int] | None = None,
+        of: Of = "logit",
+        absolute: bool = False,
+        smoothing: float = 0.0,
+        layer: str | None = None,
+        max_samples: int = 8,
+        every_n_epochs: int = 1,
+        mean: float | Sequence[float] | None = None,
+        std: float | Sequence[float] | None = None,
+        forward: Forward | None = None,
+    ) -> None:
+        with lightning_errors():
+            check_choice("method", method, METHODS)
+            check_choice("of", of, OF)
+            if layer is not None and method != "grad_cam":
+                raise ArgumentError.of("layer", layer, f'None with method="{method}"; it belongs to "grad_cam"')
+            if forward is not None and (not callable(forward) or isinstance(forward, nn.Module | type)):
+                raise ArgumentError.of("forward", type(forward).__name__, "a function (module, inputs) -> logits")
+            self.settings: dict[str, Any] = {
+                "method": method, "of": of, "absolute": check_flag("absolute", absolute), "smoothing": smoothing,
+                "layer": layer,
+            }  # fmt: skip
+            check_smoothing(smoothing)
+            self.target, self.mean, self.std, self.forward = target, mean, std, forward
+            super().__init__(None, every_n_epochs, check_count("max_samples", max_samples, least=2))
+        self.found: SaliencyMaps | None = None
+        self._fixed: _Fixed | None = None
+
+    @property
+    def state_key(self) -> str:
+        """Tells callbacks of different settings apart in a checkpoint."""
+        plain = {**self.settings, "target": self.target, "max_samples": self.max_samples}
+        return self._generate_state_key(**plain, every_n_epochs=self.every_n_epochs, forward=name_of(self.forward))
+
+    def state_dict(self) -> dict[str, Any]:
+        """When the last study was made, and of which pictures."""
+        inputs, labels = self._fixed or (None, None)
+        return {**super().state_dict(), "inputs": inputs, "labels": labels}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the rhythm and the pictures of a checkpoint."""
+        super().load_state_dict(state_dict)
+        inputs = state_dict["inputs"]
+        self._fixed = None if inputs is None else (inputs, state_dict["labels"])
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuse what cannot work, before any time has been spent."""
+        super().setup(trainer, pl_module, stage)
+        if not can_draw():
+            self._warn(MISSING_MATPLOTLIB)
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Say if there is nothing to look at."""
+        if self.found is None:
+            self._warn("nothing has been measured")
+
+    def _try(self, pl_module: Any, replay: StepReplay, batches: list[Any]) -> None:
+        self._maps(pl_module, _fixed_of(batches, 1), is_trial=True)
+
+    def _study(self, pl_module: Any, replay: StepReplay, batches: list[Any]) -> tuple[_Fixed, SaliencyMaps]:
+        fixed = self._fixed or _fixed_of(batches, self.max_samples)
+        return fixed, self._maps(pl_module, fixed)
+
+    def _maps(self, pl_module: Any, fixed: _Fixed, *, is_trial: bool = False) -> SaliencyMaps:
+        inputs, labels = fixed
+        target = labels if self.target is None else self.target
+        settings = dict(self.settings)
+        if is_trial and settings["method"] == "integrated_gradients":
+            settings["steps"] = 1
+        forward = self.forward or forward_of(pl_module)
+        maps = saliency(pl_module, inputs.to(pl_module.device), target, forward=forward, **settings)
+        return SaliencyMaps(inputs, maps.cpu(), labels if self.target is None else None)
+
+    def _publish(self, trainer: Any, found: tuple[_Fixed, SaliencyMaps]) -> None:
+        self._fixed, self.found = found
+        directory = trainer.log_dir  # asks all processes
+        if not trainer.is_global_zero or trainer.fast_dev_run or not trainer.loggers or not can_draw():
+            return
+        name = f"{_TAG}{numbered(trainer, self)}"
+        figure = self.figure()
+        show_figure(trainer.loggers, name, figure, trainer.global_step)
+        if directory is not None:
+            when = f"after epoch {trainer.current_epoch}" if trainer.state.fn == "fit" else ""
+            caption = f"{self.settings['method']} of the {self.settings['of']}, {when}".strip(", ")
+            keep_picture(Path(directory), name, figure, "Saliency", caption)
+
+    def figure(self) -> Any:
+        """The latest maps, a row for each picture, as a matplotlib figure.
+
+        Raises:
+            MissingPackageError: If matplotlib is not installed.
+        """
+        assert self.found is not None, "something has been measured"
+        inputs = self.found.inputs
+        shown = None
+        if inputs.is_floating_point():
+            valid = range_of(None, self.mean, self.std, "clip", inputs, inputs.shape[1])
+            shown = valid.shown(valid.pictures(inputs))
+        labels = self.found.targets
+        titles = [f"sample {i}" if labels is None else f"class {int(labels[i])}" for i in range(len(inputs))]
+        return saliency_rows(shown, self.found.maps, titles, absolute=self.settings["absolute"])
+
+
+def _fixed_of(batches: Sequence[Any], most: int) -> _Fixed:
+    """The first samples of some batches, on the CPU."""
+    inputs, labels = [inputs_of(batch) for batch in batches], [targets_of(batch) for batch in batches]
+    if not all(isinstance(one, Tensor) and one.shape[1:] == inputs[0].shape[1:] for one in inputs):
+        raise MeasurementError(
+            f"batch of type {type(batches[0]).__name__}: expected (inputs, ...) of one tensor, of one shape in all "
+            "batches; saliency() takes others"
+        )
+    known = [one for one in labels if one is not None]
+    first = torch.cat(inputs)[:most].detach().cpu().clone()
+    return first, torch.cat(known)[:most].cpu().clone() if len(known) == len(labels) else None

@@ -1,0 +1,133 @@
+"""Whether a map depends on what a model has learnt (Adebayo et al. 2018, arXiv:1810.03292).
+
+Layers are given random weights, one after the other from the output down. A map that stays the same has never looked at
+them: it shows the picture, not the model.
+"""
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+from lightning_neurons.criteria.agreement import agreement
+from lightning_neurons.errors import ArgumentError, MeasurementError, check_seed
+from lightning_neurons.pictures.aims import logits_of
+from lightning_neurons.pictures.question import Target
+from lightning_neurons.pictures.readout import Forward, Readout
+from lightning_neurons.pictures.saliency import Method, saliency
+
+_WINDOW = 5
+
+
+@dataclass(frozen=True)
+class RandomizedLayer:
+    """How much of the maps is left when this layer, and all behind it, have random weights.
+
+    Attributes:
+        layer: Its path.
+        spearman: Mean over samples of the rank correlation of magnitudes with those of the trained model.
+        ssim: Mean structural similarity of the two magnitudes, each divided by its maximum; NaN without two axes of
+            positions of at least 11.
+    """
+
+    layer: str
+    spearman: float
+    ssim: float
+
+
+def randomization_check(
+    model: nn.Module,
+    inputs: Any,
+    target: Target = None,
+    *,
+    method: Method = "gradient",
+    layers: Sequence[str] | None = None,
+    seed: int = 0,
+    forward: Forward | None = None,
+    **options: Any,
+) -> list[RandomizedLayer]:
+    """How similar saliency stays while a copy of the model loses its weights, layer by layer from the output down.
+
+    Args:
+        model: Any module that can be copied; it is not changed.
+        inputs: As for ``saliency``.
+        target: As for ``saliency``; None takes the classes that the trained model predicts.
+        method: As for ``saliency``.
+        layers: Which layers, the first to be randomised first; all from the last to the first to run if None.
+        seed: Of the random weights.
+        forward: As for ``saliency``.
+        **options: As for ``saliency``.
+
+    Returns:
+        One entry per layer; the last one has random weights everywhere. Values near 1 mean that a map does not depend
+        on the weights.
+
+    Raises:
+        ArgumentError: If an argument is out of range, or a layer cannot be given random weights.
+        MeasurementError: If the model cannot be copied, or refuses the inputs.
+
+    Example:
+        >>> net = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
+        >>> for step in randomization_check(net, torch.rand(4, 1, 8, 8)):
+        ...     print(step.layer, step.spearman < 0.5)
+        3 True
+        1 True
+    """
+    check_seed("seed", seed)
+    readout = Readout(model, (), forward)
+    with readout.open():
+        found = readout.learn(inputs)
+        if target is None:
+            target = _predicted(readout, inputs)
+    names = [name for name, layer in found.items() if layer.calls][::-1] if layers is None else list(layers)
+    original = saliency(model, inputs, target, method=method, forward=forward, **options)
+    try:
+        twin = copy.deepcopy(model)
+    except Exception as error:
+        raise MeasurementError(f"{type(model).__name__} cannot be copied: {type(error).__name__}: {error}") from error
+    steps = []
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for name in names:
+            _randomize(twin, name)
+            maps = saliency(twin, inputs, target, method=method, forward=forward, **options)
+            steps.append(RandomizedLayer(name, _spearman(original, maps), _ssim(original, maps)))
+    return steps
+
+
+def _predicted(readout: Readout, inputs: Any) -> Tensor:
+    with torch.no_grad():
+        return logits_of(readout(inputs)[0]).argmax(1)
+
+
+def _randomize(model: nn.Module, name: str) -> None:
+    modules = dict(model.named_modules())
+    reset = getattr(modules.get(name), "reset_parameters", None)
+    if reset is None:
+        raise ArgumentError.of("layers", name, "layers with reset_parameters(), such as nn.Conv2d and nn.Linear")
+    reset()
+
+
+def _spearman(first: Tensor, second: Tensor) -> float:
+    pairs = zip(first.abs().flatten(1), second.abs().flatten(1), strict=True)
+    found = [agreement(a, b).spearman for a, b in pairs]
+    known = [s for s in found if not math.isnan(s)]
+    return sum(known) / len(known) if known else math.nan
+
+
+def _ssim(first: Tensor, second: Tensor) -> float:
+    if first.ndim != 4 or min(first.shape[2:]) < 2 * _WINDOW + 1:
+        return math.nan
+    a, b = (_scaled(maps.abs().sum(1, keepdim=True)) for maps in (first, second))
+    found = structural_similarity_index_measure(a, b, data_range=1.0)
+    assert isinstance(found, Tensor), "one number for the batch"
+    return float(found)
+
+
+def _scaled(maps: Tensor) -> Tensor:
+    return maps / maps.flatten(1).amax(1).clamp_min(torch.finfo(maps.dtype).tiny).view(-1, 1, 1, 1)

@@ -1,0 +1,137 @@
+"""Running a model for the activations of a few layers, and no further than they need."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_neurons.errors import ArgumentError, MeasurementError
+from lightning_neurons.network.isolate import differentiable, eager, frozen, isolated
+from lightning_neurons.network.layer import Layer, Link, candidates
+from lightning_neurons.network.neurons import call
+from lightning_neurons.network.trace import Trace
+from lightning_neurons.network.watch import FollowLayers
+
+Forward = Callable[[nn.Module, Any], Any]
+"""From the model and its inputs to logits."""
+
+
+class _Reached(BaseException):
+    """The last layer that is needed has run."""
+
+
+class Capture(FollowLayers):
+    """While active, keeps what layers have at their activation points; the last call's, where there are several.
+
+    Args:
+        layers: What ``trace.py`` found.
+        modules: The layers to keep.
+        stop: Whether to leave the forward by ``_Reached`` as soon as all of them have run.
+    """
+
+    def __init__(self, layers: Mapping[str, Layer], modules: Mapping[str, nn.Module], *, stop: bool = False) -> None:
+        super().__init__(layers, modules)
+        self.activations: dict[str, Tensor] = {}
+        self.before: dict[str, Tensor] = {}
+        """The values in front of the activation function, where there is one."""
+        self._left = {name: layers[name].calls for name in modules} if stop else {}
+
+    def _follow(self, name: str, links: tuple[Link, ...], value: Tensor) -> Tensor:
+        if links and links[0].kind == "activation":
+            # An activation function in place would overwrite it.
+            self.before[name] = value.clone()
+        return super()._follow(name, links, value)
+
+    def _arrive(self, name: str, value: Tensor) -> Tensor:
+        self.activations[name] = value
+        if self._left:
+            self._left[name] -= 1
+            if not any(self._left.values()):
+                raise _Reached
+        return value.clone()  # what comes next may write into it, as a residual sum does
+
+
+class Readout:
+    """A model as a function: from inputs to its output and to the activations of some layers.
+
+    Args:
+        model: Any module.
+        layers: The layers to read.
+        forward: How to run it; None calls it on the inputs.
+        stop: Whether the output is not needed, so that the forward may end behind the last of the layers.
+    """
+
+    def __init__(
+        self, model: nn.Module, layers: Sequence[str] = (), forward: Forward | None = None, *, stop: bool = False
+    ) -> None:
+        self.model, self.stop = model, stop and bool(layers)
+        self._forward: Forward = call if forward is None else forward
+        everything = candidates(model)
+        self.modules = {name: everything[name] for name in layers}
+        self.layers: Mapping[str, Layer] = {}
+        self.capture: Capture | None = None
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Inside, the model runs in evaluation mode, frozen and with gradients; afterwards it is as it was."""
+        with isolated(self.model), frozen(self.model), differentiable():
+            self.model.eval()
+            yield
+
+    def learn(self, inputs: Any) -> Mapping[str, Layer]:
+        """Find the activation points of all layers by one forward, as long as they are not known.
+
+        Raises:
+            MeasurementError: If the model refuses the inputs.
+            ArgumentError: If a layer that is read does not run.
+        """
+        if not self.layers:
+            trace = Trace(self.model, candidates(self.model))
+            try:
+                with torch.no_grad(), eager(), trace:
+                    self._run(inputs)
+                self.layers = trace.found()
+            finally:
+                trace.close()
+        silent = [name for name in self.modules if not self.layers[name].calls]
+        if silent:
+            raise ArgumentError.of("target", silent[0], "a layer that runs in the model's forward as a module")
+        return self.layers
+
+    def __call__(self, inputs: Any) -> tuple[Any, dict[str, Tensor]]:
+        """The output (None where the forward was left early) and the activations by layer.
+
+        Raises:
+            MeasurementError: If the model refuses the inputs.
+        """
+        if not self.modules:
+            return self._run(inputs), {}
+        self.learn(inputs)
+        outputs = None
+        self.capture = Capture(self.layers, self.modules, stop=self.stop)
+        try:
+            with self.capture:
+                outputs = self._run(inputs)
+        except _Reached:
+            pass
+        missing = self.modules.keys() - self.capture.activations.keys()
+        if missing:
+            raise MeasurementError(f"target: {min(missing)} did not run as it did on the first inputs")
+        return outputs, self.capture.activations
+
+    def _run(self, inputs: Any) -> Any:
+        try:
+            return self._forward(self.model, inputs)
+        except Exception as error:
+            shape = [tuple(t.shape) for t in inputs.values()] if isinstance(inputs, Mapping) else _shape(inputs)
+            raise MeasurementError(
+                f"{type(self.model).__name__} refuses inputs of shape {shape}: {type(error).__name__}: {error}"
+            ) from error
+
+
+def _shape(inputs: Any) -> Any:
+    if isinstance(inputs, Tensor):
+        return tuple(inputs.shape)
+    return [_shape(one) for one in inputs] if isinstance(inputs, list | tuple) else type(inputs).__name__

@@ -1,0 +1,98 @@
+"""What the user's own pictures say: their colours and spectrum, and how strongly they excite what is looked at."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lightning_neurons.errors import ArgumentError
+from lightning_neurons.network.batches import inputs_of
+from lightning_neurons.pictures.aims import Aim
+from lightning_neurons.pictures.parametrization import Colours, Latent
+from lightning_neurons.pictures.readout import Readout
+
+_PART = 64
+_MOST_FOR_STATISTICS = 512
+_LEAST_VARIANCE = 1e-4
+
+
+@dataclass(frozen=True, eq=False)
+class Spectrum:
+    """The mean spectrum of pictures.
+
+    Attributes:
+        magnitudes: In decorrelated colours, ``(channel, *frequency)``.
+        mean: Mean latent value of each channel.
+    """
+
+    magnitudes: Float[Tensor, "channel ..."]
+    mean: Float[Tensor, " channel"]
+
+
+def batches_of(images: Any) -> Iterator[Tensor]:
+    """The inputs of a tensor of pictures, or of an iterable of batches.
+
+    Raises:
+        ArgumentError: If it is neither, or a batch has no tensor of inputs.
+    """
+    if isinstance(images, Tensor):
+        yield from images.split(_PART) if len(images) else ()
+        return
+    if isinstance(images, Dataset | str | dict) or not isinstance(images, Iterable):
+        raise ArgumentError.of("images", type(images).__name__, "a tensor (picture, ...), or an iterable of batches")
+    for batch in images:
+        inputs = inputs_of(batch)
+        if not isinstance(inputs, Tensor):
+            raise ArgumentError.of("images", f"a batch of {type(batch).__name__}", "batches of one tensor of inputs")
+        yield from inputs.split(_PART)
+
+
+def some_of(batches: Sequence[Tensor]) -> Tensor:
+    """Enough pictures for statistics: evenly spread, at most 512."""
+    everything = sum(map(len, batches))
+    step = -(-everything // _MOST_FOR_STATISTICS)
+    return torch.cat(list(batches))[::step].float() if step == 1 else torch.cat([b[::step] for b in batches]).float()
+
+
+def colours_of(latent: Latent | None, channels: int) -> Colours:
+    """The axes along which the colours of pictures are not correlated; plain channels without any.
+
+    Scaled so that the longest axis has length 1 (Olah et al. 2017).
+    """
+    if latent is None or channels == 1 or latent.ndim < 3:
+        return Colours(torch.eye(channels))
+    values = latent.movedim(1, -1).reshape(-1, channels).double()
+    variances, axes = torch.linalg.eigh(torch.cov(values.T))
+    floor = _LEAST_VARIANCE * variances.max().clamp_min(torch.finfo(torch.float32).tiny)
+    mix = axes * variances.clamp_min(floor).sqrt()
+    return Colours((mix / mix.norm(dim=0).max()).float())
+
+
+def spectrum_of(latent: Latent, colours: Colours) -> Spectrum:
+    """The mean spectrum of pictures, and their mean colour."""
+    mean = latent.movedim(1, -1).reshape(-1, latent.shape[1]).mean(0)
+    centred = colours.plain(latent - mean.view(-1, *[1] * (latent.ndim - 2)))
+    magnitudes = torch.fft.rfftn(centred, dim=tuple(range(2, latent.ndim)), norm="ortho").abs().mean(0)
+    return Spectrum(magnitudes, mean)
+
+
+def activations_on(readout: Readout, aims: Sequence[Aim], batches: Iterable[Tensor]) -> Float[Tensor, "aim picture"]:
+    """What every aim reads on every picture. Open the readout around it.
+
+    Args:
+        readout: The model.
+        aims: What is looked at.
+        batches: Inputs, as the model takes them.
+    """
+    found = []
+    device = next((p.device for p in readout.model.parameters()), torch.device("cpu"))
+    with torch.no_grad():
+        for batch in batches:
+            outputs, activations = readout(batch.to(device))
+            read = [aim.read(outputs, activations, readout.layers, len(batch)) for aim in aims]
+            found.append(torch.stack(read).float().cpu())
+    return torch.cat(found, 1)

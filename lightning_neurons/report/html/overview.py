@@ -1,0 +1,136 @@
+"""The first sections: key numbers, the table of layers, both ends of the ranking."""
+
+import math
+from pathlib import Path
+
+from lightning_neurons.report.console import remarks
+from lightning_neurons.report.html.parts import Cell, Column, Section, Side, Table, Tile, Tiles, Words
+from lightning_neurons.report.html.run_folder import RunFolder
+from lightning_neurons.report.html.wording import many, percent, real, whole
+from lightning_neurons.report.numbers import LayerRow, layer_rows, share
+from lightning_neurons.results.history import NeuronHistory
+from lightning_neurons.results.neuron_report import NeuronReport
+
+_SHOWN = 20
+
+
+def overview(run: RunFolder) -> Section:
+    """Key numbers and what the reader should know."""
+    lines = list(remarks(run.report))
+    if run.notes:
+        lines.append(
+            f"{many(len(run.notes), 'file or picture', 'files or pictures')} could not be shown: see the notes"
+        )
+    return Section("overview", "Overview", "", (_tiles(run), Words(tuple(lines))))
+
+
+def _tiles(run: RunFolder) -> Tiles:
+    report, rows = run.report, layer_rows(run.report)
+    neurons = sum(row.neurons for row in rows)
+    tiles = [Tile("neurons", whole(neurons), f"in {many(len(rows), 'layer')}")]
+    for label, meaning in (("dead", "never fired"), ("dormant", "hardly active")):
+        known = [count for row in rows if (count := getattr(row, label)) is not None]
+        if known:
+            of = f"{percent(share(sum(known), neurons))}, {meaning}"
+            tiles.append(Tile(label, whole(sum(known)), of, alarming=label == "dead" and sum(known) > 0))
+    tiles += _changes(run.history)
+    if report.epoch is not None:
+        tiles.append(Tile("epoch", whole(report.epoch), "" if report.step is None else many(report.step, "step")))
+    samples = max((int(c.samples.max()) for c in report.counts.values() if len(c.samples)), default=0)
+    return Tiles((*tiles, Tile("samples", whole(samples), "measured on")))
+
+
+def _changes(history: NeuronHistory | None) -> list[Tile]:
+    if history is None or len(history) < 2:
+        return []
+    last = history.entries[-1]
+    died, revived = (sum(map(len, by_layer.values())) for by_layer in (last.died, last.revived))
+    tiles = [Tile("died, revived", f"{died}, {revived}", "since the last time")]
+    if not math.isnan(last.mean_stability):
+        tiles.append(Tile("rank stability", f"{last.mean_stability:.2f}", "Spearman, with the last time"))
+    return tiles
+
+
+_COLUMNS = (
+    Column("layer"),
+    Column("neurons", numeric=True),
+    Column("dead", numeric=True, meaning="never fired on any sample; the bar is their share of the layer"),
+    Column("dormant", numeric=True, meaning="activity far below the layer's mean (tau-dormant)"),
+    Column("constant", numeric=True, meaning="the value never changes"),
+    Column("most important"),
+    Column("least important"),
+    Column("top 10 % hold", numeric=True, meaning="part of the layer's importance in a tenth of its neurons"),
+    Column("effective", numeric=True, meaning="effective number of important neurons: exp(entropy of importance)"),
+)
+
+
+def layers(report: NeuronReport) -> Section:
+    """One row for each layer, in the order of the model."""
+    rows = layer_rows(report)
+    total = [_sum(rows, name) for name in ("neurons", "dead", "dormant", "constant")]
+    table = Table(
+        caption=f"{many(len(rows), 'layer')} in the order of the model",
+        columns=_COLUMNS,
+        rows=tuple(_cells(row, place) for place, row in enumerate(rows)),
+        total=(Cell("all layers"), *total, *(Cell("") for _ in range(4))),
+        filter_words="Filter layers",
+    )
+    by = f" Importance is judged by {report.main_criterion}." if report.scores else ""
+    return Section("layers", "Layers", f"Each name leads to the page of its layer.{by}", (table,) if rows else ())
+
+
+def _cells(row: LayerRow, place: int) -> tuple[Cell, ...]:
+    ends = (Cell(" ".join(map(str, neurons)) or "-") for neurons in (row.most, row.least))
+    return (
+        Cell(row.layer, link=f"layer-{place}"),
+        _count(row.neurons),
+        Cell(whole(row.dead), row.dead, share=row.dead / row.neurons if row.dead else None),
+        _count(row.dormant),
+        _count(row.constant),
+        *ends,
+        Cell(percent(row.top_share), _known(row.top_share)),
+        Cell(real(row.effective), _known(row.effective)),
+    )
+
+
+def rankings(report: NeuronReport) -> Section:
+    """The neurons that matter most and least, over all layers."""
+    if not report.scores:
+        return Section("rankings", "Rankings", "", ())
+    ranking = report.ranking()
+    least = [n for n in reversed(ranking) if not math.isnan(n.score)]
+    place = {layer: f"layer-{i}" for i, layer in enumerate(report.counts)}
+    columns = (
+        Column("place", numeric=True), Column("layer"), Column("neuron", numeric=True), Column("score", numeric=True)
+    )  # fmt: skip
+    tables = tuple(
+        Table(
+            caption=f"{words} important",
+            columns=columns,
+            rows=tuple(
+                (_count(i), Cell(n.layer, link=place[n.layer]), _count(n.neuron), Cell(real(n.score), _known(n.score)))
+                for i, n in enumerate(chosen[:_SHOWN], 1)
+            ),
+        )
+        for words, chosen in (("Most", ranking), ("Least", least))
+    )
+    lead = f"All neurons of all layers together, by {report.main_criterion}; {_SHOWN} from each end."
+    return Section("rankings", "Rankings", lead, (Side(tables),) if ranking else ())
+
+
+def title_of(directory: Path) -> str:
+    """How the page is called."""
+    return f"Neurons of {directory.resolve().name or directory}"
+
+
+def _count(value: int | None) -> Cell:
+    return Cell(whole(value), value)
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _sum(rows: list[LayerRow], name: str) -> Cell:
+    known = [getattr(row, name) for row in rows if getattr(row, name) is not None]
+    return Cell(whole(sum(known) if known else None))

@@ -1,0 +1,74 @@
+"""Figures in loggers, and in a folder beside the other files of a run."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning_neurons.report.drawing import save_figure
+from lightning_neurons.results.whole_file import write_whole
+
+FOLDER = "pictures"
+PICTURES, CARDS = "pictures.json", "cards.json"
+
+
+def can_show(loggers: Sequence[Any]) -> bool:
+    """Whether any of the loggers takes figures or images."""
+    return any(hasattr(logger, "log_image") or hasattr(_experiment(logger), "add_figure") for logger in loggers)
+
+
+def show_figure(loggers: Sequence[Any], tag: str, figure: Any, step: int) -> None:
+    """Write a figure to every logger that takes figures (TensorBoard) or images (Lightning's own ``log_image``)."""
+    for logger in loggers:
+        if hasattr(_experiment(logger), "add_figure"):
+            _experiment(logger).add_figure(tag, figure, step, close=False)
+        elif hasattr(logger, "log_image"):
+            logger.log_image(key=tag, images=[as_pixels(figure)], step=step)
+
+
+def as_pixels(figure: Any) -> Any:
+    """A figure as an array ``(height, width, 3)`` of bytes."""
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # optional, and slow to import
+
+    canvas: Any = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def keep_picture(directory: Path, name: str, figure: Any, title: str, caption: str) -> None:
+    """Write a figure into the folder of pictures, in place of one of the same name, and into its list."""
+    folder = directory / FOLDER
+    save_figure(figure, folder / f"{name}.png")
+    entry = {"file": f"{name}.png", "title": title, "caption": caption}
+    others = [one for one in _listed(folder / PICTURES) if one.get("file") != entry["file"]]
+    write_whole(folder / PICTURES, json.dumps([*others, entry], indent=1))
+
+
+def keep_cards(directory: Path, cards: Sequence[tuple[Any, Mapping[str, Any]]], prefix: str = "card") -> None:
+    """Write cards into the folder of pictures, in place of all that were there.
+
+    Args:
+        directory: Of the run.
+        cards: Figures, each with what is said of it: ``name``, ``why`` and ``numbers``.
+        prefix: What file names begin with.
+    """
+    folder, entries = directory / FOLDER, []
+    for stale in folder.glob(f"{prefix}_*.png"):
+        stale.unlink()
+    for place, (figure, said) in enumerate(cards):
+        save_figure(figure, folder / f"{prefix}_{place}.png")
+        entries.append({"file": f"{prefix}_{place}.png", **said})
+    write_whole(folder / CARDS, json.dumps(entries, indent=1))
+
+
+def _listed(path: Path) -> list[dict[str, Any]]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return []
+    return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
+
+
+def _experiment(logger: Any) -> Any:
+    return getattr(logger, "experiment", None)
