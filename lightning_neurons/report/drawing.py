@@ -5,7 +5,7 @@ Colours can be told apart by the colour-blind: ``cividis`` for magnitudes, and t
 
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -70,12 +70,22 @@ def put_title(axes: Any, name: str, rest: str) -> None:
     axes.set_title(f"{shortened(name, max(characters - len(rest), 8))}{rest}", fontsize=_TITLE_SIZE)
 
 
-def log_where_positive(set_scale: Any, values: Tensor) -> tuple[Tensor, str]:
-    """A log axis where no value is negative; zeros go to its lower end, and the label is told."""
+def log_where_positive(axes: Any, which: Literal["x", "y"], values: Tensor) -> tuple[Tensor, str]:
+    """Make an axis logarithmic where no value is negative.
+
+    Returns:
+        The values with zeros at the lower end, and what its label should say of that.
+    """
     positive = values[values > 0]
     if (values < 0).any() or not len(positive):
         return values, ""
-    set_scale("log")
+    axes.set(**{f"{which}scale": "log"})
+    if positive.max() < 100 * positive.min():
+        # Else matplotlib writes all of 2, 3, 4, ... times a power of ten, one over the other.
+        axis = getattr(axes, f"{which}axis")
+        axis.get_major_locator().set_params(subs=(1, 2, 5))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("")
     zeros = values == 0
     return values.where(~zeros, positive.min() / 3), " (zeros at the lower end)" if zeros.any() else ""
 

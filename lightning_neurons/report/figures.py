@@ -46,7 +46,8 @@ def activation_histogram(report: NeuronReport, layer: str, axes: Any = None) -> 
     axes.bar([middle], [zeros], width, color=PALETTE[3])
     axes.set_ylim(0, top)
     height = min(max(zeros, 0.04 * top), 0.93 * top)
-    axes.text(middle + 0.7 * width, height, f"{zeros:.3g} % zero", color=PALETTE[3], fontsize=8, va="center")
+    style = {"color": PALETTE[3], "fontsize": 8, "va": "center", "bbox": {"color": "w", "pad": 1}}
+    axes.text(middle + 0.7 * width, height, f"{zeros:.3g} % zero", **style)
     if zeros > top:
         axes.plot([middle - width, middle + width], [0.84 * top, 0.88 * top], color="w", linewidth=3)
     ticks = range(math.ceil(lowest), math.floor(max([*left, lowest]) + figure_data.BAR) + 1)
@@ -181,7 +182,7 @@ def sensitivity_by_layer(report: NeuronReport, criterion: str | None = None, axe
     places = [i for i, s in enumerate(finite.values()) if len(s)]
     if not places:
         return say_instead(axes, "no neuron has a score")
-    scores, note = drawing.log_where_positive(axes.set_xscale, torch.cat(list(finite.values())))
+    scores, note = drawing.log_where_positive(axes, "x", torch.cat(list(finite.values())))
     parts = [part for part in scores.split([len(s) for s in finite.values()]) if len(part)]
     least, low, median, high, most = (np.array([p.quantile(q).item() for p in parts]) for q in (0, 0.1, 0.5, 0.9, 1))
     axes.hlines(places, low, high, color=PALETTE[0], linewidth=4, alpha=0.5, label="10 % to 90 % of neurons")
@@ -223,8 +224,8 @@ def agreement_scatter(
     if not found:
         return say_instead(axes, "no neuron was measured by both")
     (x, below), (y, beneath) = (
-        drawing.log_where_positive(axes.set_xscale, x),
-        drawing.log_where_positive(axes.set_yscale, y),
+        drawing.log_where_positive(axes, "x", x),
+        drawing.log_where_positive(axes, "y", y),
     )
     axes.set_xlabel(axes.get_xlabel() + below)
     axes.set_ylabel(axes.get_ylabel() + beneath, fontsize=9)

@@ -88,7 +88,8 @@ def dead_history(history: NeuronHistory, axes: Any = None) -> Any:
     axes.invert_yaxis()
     step = -(-len(layers) // 65)
     axes.set_yticks(range(0, len(layers), step), [shortened(name, 32) for name in layers[::step]], fontsize=7)
-    axes.figure.colorbar(mesh, ax=axes, label="dead neurons of the layer [%]")
+    aspect = max(20, 5 * axes.bbox.height / axes.figure.dpi)  # as wide beside many layers as beside few
+    axes.figure.colorbar(mesh, ax=axes, label="dead neurons [%]", aspect=aspect)
     return axes
 
 
@@ -114,7 +115,7 @@ def pruning_progress(history: PruningHistory, axes: Any = None) -> Any:
             axes.plot(
                 [p.epoch for p in undone], gone, "x", color=color, label="cuts taken back" if name == "macs" else None
             )
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     handles, labels = axes.get_legend_handles_labels()
     if any(getattr(point, name) is not None for point in history.points for name in _METRICS):
         more = _metric(axes.twinx(), history)
@@ -162,7 +163,7 @@ def _places(entries: Sequence[HistoryEntry]) -> list[int] | None:
 def _epochs(axes: Any, entries: Sequence[HistoryEntry]) -> None:
     """Label the lower axis."""
     axes.set_xlabel("measurement" if _places(entries) is None else "epoch")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
 
 
 def _edges(entries: Sequence[HistoryEntry]) -> Any:

@@ -68,7 +68,7 @@ def attribution(values: Float[Tensor, "*shape"], axes: Any, *, absolute: bool = 
     axes.set_xlabel("position", fontsize=8)
     axes.set_ylabel("attribution", fontsize=8)
     axes.tick_params(labelsize=7)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     return axes
 
 
@@ -164,7 +164,7 @@ def filters_before_after(before: Tensor, after: Tensor, axes: Sequence[Any] | No
 
 
 def maximized_images(images: Sequence[Tensor] | Tensor, titles: Sequence[str]) -> Any:
-    """Pictures in [0, 1] with a title each, side by side.
+    """Pictures in [0, 1] with a title each, of one line or several, side by side.
 
     Returns:
         The figure.
@@ -175,7 +175,7 @@ def maximized_images(images: Sequence[Tensor] | Tensor, titles: Sequence[str]) -
     places = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes, image, title in zip(places, images, titles, strict=False):
         picture(image, axes)
-        axes.set_title(shortened(title, 24), fontsize=8)
+        axes.set_title("\n".join(shortened(line, 24) for line in title.splitlines()), fontsize=8)
     for axes in places[len(images) :]:
         axes.axis("off")
     return figure

@@ -4,8 +4,7 @@ from lightning_neurons.metrics.histogram import representatives
 from lightning_neurons.report import figures, history_figures
 from lightning_neurons.report.html.embed import embedded_figure, new_axes
 from lightning_neurons.report.html.parts import Picture
-from lightning_neurons.report.html.wording import many, percent, real
-from lightning_neurons.report.numbers import THRESHOLDS
+from lightning_neurons.report.html.wording import dead_by_threshold, many, percent, real
 from lightning_neurons.results.history import NeuronHistory
 from lightning_neurons.results.neuron_report import NeuronReport
 
@@ -53,9 +52,7 @@ def _grid(report: NeuronReport, layer: str) -> Picture:
 
 
 def _curve(report: NeuronReport, layer: str) -> Picture:
-    shares = [(t, report.deadness_at(t)[layer]) for t in THRESHOLDS]
-    words = ", ".join(f"{int((d == 1).sum())} at {t:g}" for t, d in shares)
-    alt = f"Dead neurons of {layer} by threshold in units of its root mean square: {words}, of {len(shares[0][1])}."
+    alt = f"Dead neurons of {layer} by threshold {dead_by_threshold(report, layer)}."
     axes = figures.deadness_curve(report, layer, axes=new_axes(*_WIDE))
     return embedded_figure(axes.figure, alt, "Deadness by threshold")
 

@@ -8,8 +8,7 @@ from lightning_neurons.criteria import agreement
 from lightning_neurons.report import figures, history_figures
 from lightning_neurons.report.html.embed import embedded_figure, new_axes
 from lightning_neurons.report.html.parts import Picture
-from lightning_neurons.report.html.wording import percent, real
-from lightning_neurons.report.numbers import THRESHOLDS
+from lightning_neurons.report.html.wording import dead_by_threshold, percent, real
 from lightning_neurons.results.ablation_report import AblationReport
 from lightning_neurons.results.history import NeuronHistory
 from lightning_neurons.results.neuron_report import NeuronReport
@@ -21,13 +20,9 @@ _WIDTH = 4.9
 
 def threshold_figure(report: NeuronReport) -> Picture:
     """How many neurons would be dead at other thresholds."""
-    found = {t: torch.cat(list(report.deadness_at(t).values())) for t in THRESHOLDS}
-    words = ", ".join(f"{int((d == 1).sum())} at {t:g}" for t, d in found.items())
-    neurons = len(next(iter(found.values())))
-    alt = f"Dead neurons by threshold in units of each layer's root mean square: {words}, of {neurons}."
-    return embedded_figure(
-        figures.deadness_curve(report, axes=new_axes(_WIDTH, 3.3)).figure, alt, "Deadness by threshold"
-    )
+    alt = f"Dead neurons of all layers by threshold {dead_by_threshold(report)}."
+    axes = figures.deadness_curve(report, axes=new_axes(_WIDTH, 3.3))
+    return embedded_figure(axes.figure, alt, "Deadness by threshold")
 
 
 def layer_comparisons(report: NeuronReport, history: NeuronHistory | None) -> list[Picture]:

@@ -2,6 +2,12 @@
 
 import math
 
+import numpy as np
+
+from lightning_neurons.report.figure_data import silent_shares
+from lightning_neurons.report.numbers import THRESHOLDS
+from lightning_neurons.results.neuron_report import NeuronReport
+
 
 def percent(share: float) -> str:
     """A share for people; ``"-"`` for NaN.
@@ -45,3 +51,12 @@ def many(count: int, one: str, several: str = "") -> str:
         ('1 layer', '2 layers', '2 classes')
     """
     return f"{whole(count)} {one if count == 1 else several or one + 's'}"
+
+
+def dead_by_threshold(report: NeuronReport, layer: str | None = None) -> str:
+    """How many neurons of a layer, or of all, are dead at several thresholds, in the units of the report's own."""
+    silent = silent_shares(report, layer, np.array(THRESHOLDS))
+    words = ", ".join(f"{int((found == 1).sum())} at {t:g}" for t, found in zip(THRESHOLDS, silent, strict=True))
+    relative = report.settings.get("relative_threshold", True)
+    unit = "root mean squares of the layer" if relative else "units of activations"
+    return f"in {unit}: {words}, of {silent.shape[1]}"
