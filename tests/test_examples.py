@@ -14,6 +14,7 @@ SAYS = {
     "own_criterion": "fires_in",
     "agreement_of_criteria": "second_order_ggn",
     "prune_and_finetune": "recovered",
+    "look_inside": "3 above the data's 99th percentile",
     "class_subnetwork": "MACs 128,640 -> ",
     "rank_critical_neurons": "critical neurons: change of the loss",
 }
@@ -51,6 +52,14 @@ def test_the_benchmark_of_cuts_compares_with_torch_pruning_on_a_small_scale(tmp_
     assert out.returncode == 0, out.stderr
     assert "logits differ by 0.0e+00 of the largest" in out.stdout
     assert "cut with AdamW state" in out.stdout
+
+
+def test_the_benchmark_of_looking_compares_with_captum_on_a_small_scale(tmp_path: Path):
+    script = ROOT / "examples" / "benchmarks" / "looking.py"
+    out = run(tmp_path, script, "--pictures", "4", "--repeats", "1", "--steps", "2", "--no-figures")
+    assert out.returncode == 0, out.stderr
+    for case in ("captum Saliency", "captum NoiseTunnel", "maximisation of 8 neurons", "peak memory"):
+        assert case in out.stdout
 
 
 def test_the_benchmark_of_continued_training_shows_what_no_longer_moves(tmp_path: Path):

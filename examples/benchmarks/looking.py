@@ -129,6 +129,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--no-figures", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
     net, x, y = resnet20_and_pictures(options.pictures, options.data)
@@ -154,8 +155,9 @@ def main() -> None:
     layer = next(one.name for one in find_neurons(net, x[:1].detach()) if one.neurons == 32)
     found = cpu_seconds(maximization_cases(net, layer, options.steps), max(1, options.repeats // 2))
     show(f"maximisation of {NEURONS} neurons of {layer} x {options.steps} steps", found, "lucent, one by one")
-    count, seconds = figure_seconds(net, x.detach(), y)
-    print(f"{count} figures of a report: {seconds:.1f} s")
+    if not options.no_figures:
+        count, seconds = figure_seconds(net, x.detach(), y)
+        print(f"{count} figures of a report: {seconds:.1f} s")
 
 
 def show(title: str, found: Mapping[str, float], peer: str) -> None:
