@@ -14,9 +14,12 @@ from lightning_neurons.metrics.histogram import (
     BINS,
     HIGHEST,
     LOWEST,
+    PARTS,
     POSITIONS,
     RELATIVE_ERROR,
     bin_index,
+    folded,
+    folded_edges,
     positions,
     representatives,
     share_at_most,
@@ -139,3 +142,43 @@ def test_positions_spread_over_rows_and_columns(side):
     chosen = positions(side * side)
     for half in (chosen // side, chosen % side):
         assert 3 <= int((half < side // 2).sum()) <= 5
+
+
+@laws
+@given(st.integers(0, 1000), st.sampled_from([1, 2, 4, 8, 64]))
+def test_folded_bars_are_sums_of_neighbouring_bins(seed, parts):
+    torch.manual_seed(seed)
+    counts = torch.randint(0, 50, (3, BINS))
+    bars = folded(counts, parts).tolist()
+    width, expected = PARTS // parts, [0] * ((BINS - 2) // (PARTS // parts) + 2)
+    for neuron in counts.tolist():
+        for place, count_ in enumerate(neuron):
+            inner = (place - 1) // width + 1
+            expected[0 if place == 0 else len(expected) - 1 if place == BINS - 1 else inner] += count_
+    assert bars == expected
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4, 64])
+def test_edges_are_equal_parts_of_every_power_of_two(parts):
+    expected = [2.0**power * (1 + part / parts) for power in range(-20, 12) for part in range(parts)] + [2.0**12]
+    assert folded_edges(parts).tolist() == expected
+
+
+@laws
+@given(st.lists(magnitudes, min_size=1, max_size=20), st.sampled_from([1, 2, 4]))
+def test_each_value_lies_between_the_edges_of_its_bar(values, parts):
+    bars, edges = folded(count(torch.tensor(values)), parts), folded_edges(parts)
+    expected = [sum(low <= value < high for value in values) for low, high in zip(edges, edges[1:], strict=False)]
+    assert bars[1:-1].tolist() == expected
+    assert bars[[0, -1]].tolist() == [0, 0]
+
+
+def test_what_counts_as_zero_and_what_is_above_have_bars_of_their_own():
+    bars = folded(count(torch.tensor([0.0, 1e-9, -1e9, 1.0])), 2)
+    assert (int(bars[0]), int(bars[-1]), int(bars.sum())) == (2, 1, 4)
+
+
+def test_folded_counts_are_exact_beyond_what_single_precision_can_count():
+    counts = torch.zeros(2, BINS, dtype=torch.int64)
+    counts[:, 5] = 2**24 + 1
+    assert folded(counts, 2).max().item() == 2 * (2**24 + 1)

@@ -176,7 +176,7 @@ def test_a_failed_save_leaves_the_old_report_and_nothing_else(tmp_path, monkeypa
     with pytest.raises(TypeError):
         dataclasses.replace(report_of(["rms"]), settings={"what": object()}).save(path)
 
-    def full(*_):
+    def full(*_, **__):
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patch:
