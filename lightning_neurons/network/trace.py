@@ -186,6 +186,10 @@ class Trace(HookedMode):
             note="" if ends else "did not run as a module (unused, or its weights are used by a function)",
         )
 
+    def in_order(self) -> list[str]:
+        """The layers that ran, in the order in which they ran first."""
+        return list(self._calls)
+
     def activations(self) -> Iterator[tuple[str, Tensor]]:
         """The final value of every call of every layer."""
         for name, calls in self._calls.items():

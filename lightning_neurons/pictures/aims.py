@@ -15,7 +15,7 @@ from lightning_neurons.network.samples import samples_first
 Of = Literal["logit", "probability", "loss"]
 OF: tuple[Of, ...] = get_args(Of)
 
-_ALLOWED = 'a class index, ("layer", neuron) or the name of a layer'
+ALLOWED = 'a class index, ("layer", neuron) or the name of a layer'
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,10 @@ class Aim:
             raise ArgumentError.of("target", int(wrong[0]), f"one of the model's outputs, 0 to {logits.shape[1] - 1}")
         if self.of == "logit":
             scores = logits
-        elif self.of == "loss":
-            scores = -logits.log_softmax(1)
+        elif logits.shape[1] == 1:  # of a binary model: the other class has no output
+            scores = logits.sigmoid() if self.of == "probability" else -nn.functional.logsigmoid(logits)
         else:
-            scores = logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(1)
+            scores = logits.softmax(1) if self.of == "probability" else -logits.log_softmax(1)
         return scores[torch.arange(len(scores), device=scores.device), classes]
 
 
@@ -126,7 +126,7 @@ def logits_of(outputs: Any) -> Float[Tensor, "batch klass"]:
     return logits.flatten(2).mean(2) if logits.ndim > 2 else logits
 
 
-def aim_of(model: nn.Module, target: Any, of: Of = "logit", minus: Any = None, *, name: str = "target") -> Aim:
+def aim_of(model: nn.Module, target: Any, of: Of = "logit", minus: Any = None, *, allowed: str = ALLOWED) -> Aim:
     """The aim that is meant.
 
     Args:
@@ -134,7 +134,7 @@ def aim_of(model: nn.Module, target: Any, of: Of = "logit", minus: Any = None, *
         target: A class, a pair of a layer's path and a neuron, or a layer's path.
         of: What of a class's output.
         minus: What is subtracted from it, of the same kinds, or None.
-        name: What the argument is called in errors.
+        allowed: What errors say that a target may be.
 
     Raises:
         ArgumentError: If it is none of these, or a neuron is out of range.
@@ -146,11 +146,38 @@ def aim_of(model: nn.Module, target: Any, of: Of = "logit", minus: Any = None, *
         ('0 2', 'class 1 - class 0')
     """
     check_choice("of", of, OF)
-    aim = _single(model, target, of, name)
-    return aim if minus is None else replace(aim, minus=_single(model, minus, of, "minus"))
+    aim = _single(model, target, of, "target", allowed)
+    return aim if minus is None else replace(aim, minus=_single(model, minus, of, "minus", ALLOWED))
 
 
-def _single(model: nn.Module, target: Any, of: Of, name: str) -> Aim:
+def layer_of(model: nn.Module, layer: Any) -> str:
+    """The name of a layer, if that is what it is.
+
+    Raises:
+        ArgumentError: If it is no name.
+        UnknownNameError: If there is no such layer; names the nearest.
+    """
+    if not isinstance(layer, str):
+        raise ArgumentError.of("layer", layer, "the name of a layer")
+    widths = widths_of(model)
+    if layer not in widths:
+        raise UnknownNameError.among("layer", layer, widths)
+    return layer
+
+
+def neuron_of(model: nn.Module, layer: str, neuron: Any) -> int:
+    """The index of a neuron, if the layer has one.
+
+    Raises:
+        ArgumentError: If it has none.
+    """
+    width = widths_of(model)[layer]
+    if not (is_number(neuron) and hasattr(neuron, "__index__")) or not 0 <= neuron < width:
+        raise ArgumentError.of("neuron", neuron, f"one of 0 to {width - 1} in {layer!r}")
+    return int(neuron)
+
+
+def _single(model: nn.Module, target: Any, of: Of, name: str, allowed: str) -> Aim:
     if isinstance(target, Tensor) and target.ndim == 0:
         target = target.item()
     if is_number(target) and hasattr(target, "__index__"):
@@ -158,7 +185,7 @@ def _single(model: nn.Module, target: Any, of: Of, name: str) -> Aim:
     is_pair = isinstance(target, tuple | list) and len(target) == 2
     layer, index = target if is_pair else (target, None)
     if not isinstance(layer, str) or (is_pair and not (is_number(index) and hasattr(index, "__index__"))):
-        raise ArgumentError.of(name, target, _ALLOWED)
+        raise ArgumentError.of(name, target, allowed)
     widths = widths_of(model)
     if layer not in widths:
         raise UnknownNameError.among(name, layer, widths)

@@ -17,9 +17,9 @@ COMPLETENESS = 1e-3
 """How far integrated gradients may miss the difference that they divide up, as a share of it."""
 
 MOST_POINTS = 2048
-_ROUNDING = 1e-6  # of float32, as a share of what is looked at
+_ROUNDING = 8  # in units of the last place of what is looked at
 _FIRST_PIECES = 32
-_SHARE_OF_TOLERANCE = 1 / 16  # that one piece may miss; misses partly cancel
+_SHARES = (1 / 16, 1 / 64, 1 / 256)  # of the tolerance, that one piece may miss; the next where that is not enough
 _AT_ONCE = 32
 
 
@@ -30,7 +30,8 @@ class Integrated(NamedTuple):
         attributions: Shaped like what is explained.
         difference: Of each sample: what is looked at, minus the same on the baseline.
         gap: Of each sample: sum of the attributions, minus ``difference``; 0 if they are complete.
-        tolerance: Of each sample: 0.1 % of ``difference``, and what float32 cannot tell.
+        tolerance: Of each sample: 0.1 % of ``difference``, and what its type of numbers cannot tell.
+        spread: Of each sample: how far what is looked at varies along the line.
         points: Of each sample: how many gradients were taken.
     """
 
@@ -38,6 +39,7 @@ class Integrated(NamedTuple):
     difference: Float[Tensor, " batch"]
     gap: Float[Tensor, " batch"]
     tolerance: Float[Tensor, " batch"]
+    spread: Float[Tensor, " batch"]
     points: Int[Tensor, " batch"]
 
     @property
@@ -79,44 +81,80 @@ def integrated(question: Question, baseline: Values, steps: int | None) -> Integ
 
 
 def _one_part(question: Question, baseline: Tensor, rows: Tensor, steps: int | None) -> Integrated:
-    start = baseline[rows]
-    line = question.entrance.values[rows] - start
-    pieces = _equal_pieces(question, start, line, rows, _FIRST_PIECES if steps is None else steps)
-    count = len(pieces.row) // len(rows)
-    low, high = pieces.low[::count], pieces.high[count - 1 :: count]
-    difference = high - low
-    tolerance = COMPLETENESS * difference.abs() + _ROUNDING * (high.abs() + low.abs())
-    total = torch.zeros(line.shape, dtype=torch.float64, device=line.device)
-    points, gap = torch.zeros(len(rows), dtype=torch.int64), torch.zeros(len(rows), dtype=torch.float64)
-    while len(pieces.row):
-        now, pieces = pieces.at(slice(_AT_ONCE)), pieces.at(slice(_AT_ONCE, None))
-        on = now.row.to(line.device)
-        place = _stretched((now.begin + now.length / 2).to(line), line)
-        middle, gradient = question.gradient(start[on] + place * line[on], rows[on])
-        shares = gradient.double() * _stretched(now.length.to(line.device), line)
-        missed = (shares * line[on].double()).flatten(1).sum(1).cpu() - (now.high - now.low)
-        points += torch.bincount(now.row, minlength=len(rows))
-        far = (missed.abs() > _SHARE_OF_TOLERANCE * tolerance[now.row]) & (points[now.row] < MOST_POINTS)
-        far &= torch.tensor(steps is None)
-        near = ~far
-        total.index_add_(0, on[near.to(on.device)], shares[near.to(on.device)])
-        gap.index_add_(0, now.row[near], missed[near])
-        halves = now.at(far).halves(middle.double().cpu()[far])
-        pieces = _Pieces(*(torch.cat(pair) for pair in zip(halves, pieces, strict=True)))
-    return Integrated((total * line).to(line), difference, gap, tolerance, points)
+    lines = _Lines(question, baseline[rows], question.entrance.values[rows] - baseline[rows], rows)
+    ends, rounding = lines.values_at(_FIRST_PIECES if steps is None else steps)
+    low, high = ends[:, 0], ends[:, -1]
+    tolerance = COMPLETENESS * (high - low).abs() + rounding * (high.abs() + low.abs())
+    if steps is not None:
+        lines.integrate(_equal_pieces(ends, torch.arange(len(rows))), tolerance, halving=False)
+    for share in _SHARES if steps is None else ():
+        far = (lines.gap.isnan() | (lines.gap.abs() > tolerance)) & (lines.points + _FIRST_PIECES <= MOST_POINTS)
+        lines.integrate(_equal_pieces(ends, far.nonzero().flatten()), share * tolerance)
+    spread = ends.amax(1) - ends.amin(1)
+    attributions = (lines.total * lines.line).to(lines.line)
+    return Integrated(attributions, high - low, lines.gap, tolerance, spread, lines.points)
 
 
-def _equal_pieces(question: Question, start: Tensor, line: Tensor, rows: Tensor, count: int) -> _Pieces:
-    places = torch.arange(count + 1, dtype=torch.float64) / count
-    with torch.no_grad():
-        values = [question.value(start + float(place) * line, rows).double().cpu() for place in places]
-    at = torch.stack(values, 1)
+class _Lines:
+    """The way from the baseline to each of some samples, and what has been integrated on it."""
+
+    def __init__(self, question: Question, start: Tensor, line: Tensor, rows: Tensor) -> None:
+        self._question, self._start, self._rows = question, start, rows
+        self.line = line
+        self.total = torch.zeros(line.shape, dtype=torch.float64, device=line.device)
+        self.gap = torch.full((len(rows),), torch.nan, dtype=torch.float64)
+        self.points = torch.zeros(len(rows), dtype=torch.int64)
+
+    def values_at(self, count: int) -> tuple[Float[Tensor, "row place"], float]:
+        """What is looked at between ``count`` equal pieces, and what its type of numbers cannot tell."""
+        with torch.no_grad():
+            found = [self._question.value(self._start + i / count * self.line, self._rows) for i in range(count + 1)]
+        return torch.stack(found, 1).double().cpu(), _ROUNDING * torch.finfo(found[0].dtype).eps
+
+    def integrate(self, pieces: _Pieces, allowed: Float[Tensor, " row"], *, halving: bool = True) -> None:
+        """Integrate pieces, anew for the samples that they belong to.
+
+        Args:
+            pieces: All pieces of some samples.
+            allowed: How much one piece may miss before it is halved, by sample.
+            halving: Whether pieces are halved at all.
+        """
+        again = pieces.row.unique()
+        self.total[again.to(self.line.device)], self.gap[again] = 0.0, 0.0
+        planned = self.points + torch.bincount(pieces.row, minlength=len(self.points))
+        while len(pieces.row):
+            now, pieces = pieces.at(slice(_AT_ONCE)), pieces.at(slice(_AT_ONCE, None))
+            on = now.row.to(self.line.device)
+            middle, shares = self._gradients(now, on)
+            missed = (shares * self.line[on].double()).flatten(1).sum(1).cpu() - (now.high - now.low)
+            self.points += torch.bincount(now.row, minlength=len(self.points))
+            far = missed.abs() > allowed[now.row] if halving else torch.zeros_like(missed, dtype=torch.bool)
+            for place in far.nonzero().flatten().tolist():
+                row = now.row[place]
+                far[place] = planned[row] + 2 <= MOST_POINTS
+                planned[row] += 2 * int(far[place])
+            near = (~far).to(on.device)
+            self.total.index_add_(0, on[near], shares[near])
+            self.gap.index_add_(0, now.row[~far], missed[~far])
+            halves = now.at(far).halves(middle[far])
+            pieces = _Pieces(*(torch.cat(pair) for pair in zip(halves, pieces, strict=True)))
+
+    def _gradients(self, now: _Pieces, on: Tensor) -> tuple[Tensor, Tensor]:
+        """What is looked at in the middle of each piece, and the gradient there times the length of the piece."""
+        place = _stretched((now.begin + now.length / 2).to(self.line), self.line)
+        middle, gradient = self._question.gradient(self._start[on] + place * self.line[on], self._rows[on])
+        length = _stretched(now.length.to(self.line.device), self.line)
+        return middle.double().cpu(), gradient.double() * length
+
+
+def _equal_pieces(ends: Float[Tensor, "row place"], rows: Int[Tensor, " chosen"]) -> _Pieces:
+    count = ends.shape[1] - 1
     return _Pieces(
-        row=torch.arange(len(rows)).repeat_interleave(count),
-        begin=places[:-1].repeat(len(rows)),
+        row=rows.repeat_interleave(count),
+        begin=(torch.arange(count, dtype=torch.float64) / count).repeat(len(rows)),
         length=torch.full((count * len(rows),), 1 / count, dtype=torch.float64),
-        low=at[:, :-1].flatten(),
-        high=at[:, 1:].flatten(),
+        low=ends[rows, :-1].flatten(),
+        high=ends[rows, 1:].flatten(),
     )
 
 

@@ -8,11 +8,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lightning_neurons.errors import ArgumentError, MeasurementError
-from lightning_neurons.network.batches import batch_size_of, rows_of
+from lightning_neurons.network.batches import rows_of
 from lightning_neurons.network.layer import Layer
-from lightning_neurons.pictures.aims import aim_of
+from lightning_neurons.pictures.aims import layer_of, neuron_of
 from lightning_neurons.pictures.question import Question
-from lightning_neurons.pictures.readout import Forward, Readout
+from lightning_neurons.pictures.readout import Forward, Readout, require_samples
+from lightning_neurons.studies.given import given_model
 
 _MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
 _PART = 64
@@ -43,16 +44,17 @@ def activation_map(
         >>> activation_map(net, torch.rand(5, 1, 8, 8), "0", neuron=1).shape
         torch.Size([5, 8, 8])
     """
-    aim = aim_of(model, layer if neuron is None else (layer, neuron), name="layer")
-    readout = Readout(model, sorted(aim.layers), forward, stop=True)
+    given_model(model)
+    layer = layer_of(model, layer)
+    chosen = slice(None) if neuron is None else slice(index := neuron_of(model, layer, neuron), index + 1)
+    readout = Readout(model, [layer], forward, stop=True)
     pictures = pictures_in(inputs)
-    size, found = batch_size_of(inputs), []
+    size, found = require_samples(inputs), []
     with readout.open(), torch.no_grad():
         for rows in torch.arange(size).split(_PART):
             activation = readout(rows_of(inputs, rows, size))[1][layer]
             require_positions(readout.layers[layer], activation)
-            chosen = activation.mean(1, keepdim=True) if neuron is None else activation[:, neuron : neuron + 1]
-            found.append(resized(chosen, pictures.shape[2:])[:, 0])
+            found.append(resized(activation[:, chosen].mean(1, keepdim=True), pictures.shape[2:])[:, 0])
     return torch.cat(found)
 
 

@@ -17,6 +17,7 @@ from lightning_neurons.pictures.readout import Forward, Readout
 from lightning_neurons.pictures.reference import activations_on, batches_of, some_of
 from lightning_neurons.pictures.starts import parametrization_of, shape_of, start_of
 from lightning_neurons.pictures.validity import Validity
+from lightning_neurons.studies.given import given_model
 
 Target = int | str | tuple[str, int]
 
@@ -116,8 +117,7 @@ def aims_of(model: nn.Module, target: Any, of: Of = "logit", minus: Any = None) 
         ArgumentError: If one is none, or there are none.
         UnknownNameError: If there is no such layer.
     """
-    if not isinstance(model, nn.Module):
-        raise ArgumentError.of("model", type(model).__name__, "a torch.nn.Module (an instance, not its class)")
+    given_model(model)
     is_pair = isinstance(target, tuple) and len(target) == 2 and isinstance(target[0], str)
     several = isinstance(target, Sequence | range) and not isinstance(target, str) and not is_pair
     given = list(target) if several else [target]

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from lightning_neurons.errors import ArgumentError, MeasurementError, check_choice, is_number
 from lightning_neurons.network.layer import candidates
-from lightning_neurons.pictures.aims import OF, Aim, Of, aim_of, logits_of
+from lightning_neurons.pictures.aims import ALLOWED, OF, Aim, Of, aim_of, layer_of, logits_of
 from lightning_neurons.pictures.entrance import Entrance
 from lightning_neurons.pictures.readout import Forward, Readout
+from lightning_neurons.studies.given import given_model
 
 _PART = 32
 
@@ -80,12 +81,12 @@ def asked(
     Raises:
         ArgumentError: If an argument is out of range.
     """
-    if not isinstance(model, nn.Module):
-        raise ArgumentError.of("model", type(model).__name__, "a torch.nn.Module (an instance, not its class)")
+    given_model(model)
     check_choice("of", of, OF)
     by_sample = target is None or (not isinstance(target, str) and _is_list_of_classes(target))
-    aim = Aim(None, None, of) if by_sample else aim_of(model, target, of)
-    read = aim.layers if layer is None else aim.layers | aim_of(model, layer, name="layer").layers
+    allowed = f"{ALLOWED}, or one class for each sample, as a list or tensor"
+    aim = Aim(None, None, of) if by_sample else aim_of(model, target, of, allowed=allowed)
+    read = aim.layers if layer is None else aim.layers | {layer_of(model, layer)}
     readout = Readout(model, sorted(read), forward, stop=not aim.reads_output and not cam)
     with readout.open():
         entrance = Entrance(readout, inputs)

@@ -8,20 +8,23 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from lightning_neurons.criteria.agreement import agreement
-from lightning_neurons.errors import ArgumentError, MeasurementError, check_seed
+from lightning_neurons.errors import ArgumentError, MeasurementError, UnknownNameError, check_seed
+from lightning_neurons.network.layer import Link, modules_by_name
 from lightning_neurons.pictures.aims import logits_of
 from lightning_neurons.pictures.question import Target
-from lightning_neurons.pictures.readout import Forward, Readout
+from lightning_neurons.pictures.readout import Forward, Readout, require_samples
 from lightning_neurons.pictures.saliency import Method, saliency
+from lightning_neurons.studies.given import given_model
 
 _WINDOW = 5
+_STEPS = 32  # of integrated gradients: similarity does not need completeness
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,8 @@ def randomization_check(
         **options: As for ``saliency``.
 
     Returns:
-        One entry per layer; the last one has random weights everywhere. Values near 1 mean that a map does not depend
-        on the weights.
+        One entry per layer, which gets random weights together with the norm layers behind it. Values near 1 mean that
+        a map does not depend on the weights.
 
     Raises:
         ArgumentError: If an argument is out of range, or a layer cannot be given random weights.
@@ -79,25 +82,34 @@ def randomization_check(
         1 True
     """
     check_seed("seed", seed)
+    given_model(model)
+    if layers is not None and (isinstance(layers, str) or not isinstance(layers, Sequence)):
+        raise ArgumentError.of("layers", layers, "None, or a list of names of layers")
+    require_samples(inputs)
     readout = Readout(model, (), forward)
     with readout.open():
         found = readout.learn(inputs)
-        if target is None:
-            target = _predicted(readout, inputs)
-    names = [name for name, layer in found.items() if layer.calls][::-1] if layers is None else list(layers)
+        target = _predicted(readout, inputs) if target is None else target
+    names = list(found)[::-1] if layers is None else [_resettable(model, name) for name in layers]
+    if method == "integrated_gradients":
+        options.setdefault("steps", _STEPS)
     original = saliency(model, inputs, target, method=method, forward=forward, **options)
-    try:
-        twin = copy.deepcopy(model)
-    except Exception as error:
-        raise MeasurementError(f"{type(model).__name__} cannot be copied: {type(error).__name__}: {error}") from error
     steps = []
-    with torch.random.fork_rng():
+    with torch.inference_mode(False), torch.random.fork_rng():
+        twin = _copied(model)
         torch.manual_seed(seed)
         for name in names:
-            _randomize(twin, name)
+            _randomize(twin, name, found[name].chain if name in found else ())
             maps = saliency(twin, inputs, target, method=method, forward=forward, **options)
             steps.append(RandomizedLayer(name, _spearman(original, maps), _ssim(original, maps)))
     return steps
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise MeasurementError(f"{type(model).__name__} cannot be copied: {type(error).__name__}: {error}") from error
 
 
 def _predicted(readout: Readout, inputs: Any) -> Tensor:
@@ -105,12 +117,23 @@ def _predicted(readout: Readout, inputs: Any) -> Tensor:
         return logits_of(readout(inputs)[0]).argmax(1)
 
 
-def _randomize(model: nn.Module, name: str) -> None:
-    modules = dict(model.named_modules())
-    reset = getattr(modules.get(name), "reset_parameters", None)
-    if reset is None:
+def _randomize(model: nn.Module, name: str, chain: Sequence[Link]) -> None:
+    """Give a layer, and the norm layers in its chain, random weights."""
+    modules = modules_by_name(model)
+    for one in (name, *(link.module for link in chain if link.kind == "norm")):
+        if one is not None and hasattr(modules[one], "reset_parameters"):
+            cast(Any, modules[one]).reset_parameters()
+
+
+def _resettable(model: nn.Module, name: Any) -> str:
+    modules = modules_by_name(model)
+    if not isinstance(name, str):
+        raise ArgumentError.of("layers", name, "a list of names of layers")
+    if name not in modules:
+        raise UnknownNameError.among("layers", name, [n for n in modules if hasattr(modules[n], "reset_parameters")])
+    if not hasattr(modules[name], "reset_parameters"):
         raise ArgumentError.of("layers", name, "layers with reset_parameters(), such as nn.Conv2d and nn.Linear")
-    reset()
+    return name
 
 
 def _spearman(first: Tensor, second: Tensor) -> float:

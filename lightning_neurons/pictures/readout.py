@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_neurons.errors import ArgumentError, MeasurementError
+from lightning_neurons.network.batches import batch_size_of, map_tensors
 from lightning_neurons.network.isolate import differentiable, eager, frozen, isolated
-from lightning_neurons.network.layer import Layer, Link, candidates
+from lightning_neurons.network.layer import Layer, Link, candidates, require_materialized
 from lightning_neurons.network.neurons import call
 from lightning_neurons.network.trace import Trace
 from lightning_neurons.network.watch import FollowLayers
@@ -61,11 +62,17 @@ class Readout:
         layers: The layers to read.
         forward: How to run it; None calls it on the inputs.
         stop: Whether the output is not needed, so that the forward may end behind the last of the layers.
+
+    Raises:
+        ArgumentError: If the model is lazy, or ``forward`` is no function.
     """
 
     def __init__(
         self, model: nn.Module, layers: Sequence[str] = (), forward: Forward | None = None, *, stop: bool = False
     ) -> None:
+        require_materialized(model)
+        if forward is not None and (not callable(forward) or isinstance(forward, nn.Module | type)):
+            raise ArgumentError.of("forward", forward, "a function (model, inputs) -> logits")
         self.model, self.stop = model, stop and bool(layers)
         self._forward: Forward = call if forward is None else forward
         everything = candidates(model)
@@ -76,12 +83,12 @@ class Readout:
     @contextmanager
     def open(self) -> Iterator[None]:
         """Inside, the model runs in evaluation mode, frozen and with gradients; afterwards it is as it was."""
-        with isolated(self.model), frozen(self.model), differentiable():
+        with isolated(self.model), frozen(self.model), differentiable(), _kept_embeddings(self.model):
             self.model.eval()
             yield
 
     def learn(self, inputs: Any) -> Mapping[str, Layer]:
-        """Find the activation points of all layers by one forward, as long as they are not known.
+        """Find the activation points of all layers that run, in that order, by one forward.
 
         Raises:
             MeasurementError: If the model refuses the inputs.
@@ -92,12 +99,13 @@ class Readout:
             try:
                 with torch.no_grad(), eager(), trace:
                     self._run(inputs)
-                self.layers = trace.found()
+                found = trace.found()
+                self.layers = {name: found[name] for name in trace.in_order()}
             finally:
                 trace.close()
-        silent = [name for name in self.modules if not self.layers[name].calls]
+        silent = [name for name in self.modules if name not in self.layers]
         if silent:
-            raise ArgumentError.of("target", silent[0], "a layer that runs in the model's forward as a module")
+            raise ArgumentError.of("target or layer", silent[0], "one that runs in the model's forward as a module")
         return self.layers
 
     def __call__(self, inputs: Any) -> tuple[Any, dict[str, Tensor]]:
@@ -123,7 +131,7 @@ class Readout:
 
     def _run(self, inputs: Any) -> Any:
         try:
-            return self._forward(self.model, inputs)
+            return self._forward(self.model, map_tensors(inputs, Tensor.clone))  # which the model may write into
         except Exception as error:
             shape = [tuple(t.shape) for t in inputs.values()] if isinstance(inputs, Mapping) else _shape(inputs)
             raise MeasurementError(
@@ -135,3 +143,31 @@ def _shape(inputs: Any) -> Any:
     if isinstance(inputs, Tensor):
         return tuple(inputs.shape)
     return [_shape(one) for one in inputs] if isinstance(inputs, list | tuple) else type(inputs).__name__
+
+
+def require_samples(inputs: Any) -> int:
+    """How many samples there are.
+
+    Raises:
+        ArgumentError: If there are none.
+    """
+    size = batch_size_of(inputs)
+    if not size:
+        raise ArgumentError.of("inputs", _shape(inputs), "at least one sample along the first axis")
+    return size
+
+
+@contextmanager
+def _kept_embeddings(model: nn.Module) -> Iterator[None]:
+    """Put back the weights of embeddings with a maximal norm, which every forward writes into."""
+    kept = [
+        (m.weight, m.weight.detach().clone())
+        for m in model.modules()
+        if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.max_norm is not None
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, value in kept:
+                weight.copy_(value)

@@ -18,7 +18,7 @@ from lightning_neurons.errors import (
 )
 from lightning_neurons.pictures.aims import Of
 from lightning_neurons.pictures.gradients import smoothgrad, vanilla
-from lightning_neurons.pictures.integrated import MOST_POINTS, Integrated, integrated
+from lightning_neurons.pictures.integrated import COMPLETENESS, MOST_POINTS, Integrated, integrated
 from lightning_neurons.pictures.maps import grad_cam
 from lightning_neurons.pictures.question import Question, Target, asked
 from lightning_neurons.pictures.readout import Forward
@@ -26,6 +26,8 @@ from lightning_neurons.pictures.smoothing import gaussian_blur
 
 Method = Literal["gradient", "grad_x_input", "smoothgrad", "integrated_gradients", "grad_cam"]
 METHODS: tuple[Method, ...] = get_args(Method)
+
+_MOST_SMOOTHING = 1000
 
 
 def saliency(
@@ -97,11 +99,12 @@ def saliency(
     _refuse_options_of_others(method, own)
     if method == "integrated_gradients":
         found = integrated_gradients(model, inputs, target, of=of, steps=steps, baseline=baseline, forward=forward)
-        if steps is None and not bool(found.complete.all()):
-            missing = int((~found.complete).sum())
+        far = found.gap.abs() > COMPLETENESS * found.spread + found.tolerance
+        if steps is None and bool(far.any()):
+            missing = int(far.sum())
             warnings.warn(
                 f"integrated gradients of {missing} of {len(found.gap)} samples are not complete to 0.1 % after "
-                f"{MOST_POINTS:,} points; the model jumps along the path",
+                f"{MOST_POINTS:,} points: what is looked at may jump along the path",
                 stacklevel=2,
             )
         return finished(found.attributions, absolute=absolute, smoothing=smoothing)
@@ -173,8 +176,8 @@ def check_smoothing(smoothing: float) -> None:
     Raises:
         ArgumentError: If it is negative or no number.
     """
-    if not is_number(smoothing) or not 0 <= smoothing < float("inf"):
-        raise ArgumentError.of("smoothing", smoothing, "a number of positions, at least 0")
+    if not is_number(smoothing) or not 0 <= smoothing <= _MOST_SMOOTHING:
+        raise ArgumentError.of("smoothing", smoothing, f"a number of at least 0, at most {_MOST_SMOOTHING:,}")
 
 
 def _refuse_options_of_others(method: str, given: dict[str, Any]) -> None:
@@ -185,12 +188,15 @@ def _refuse_options_of_others(method: str, given: dict[str, Any]) -> None:
 
 
 def _baseline(baseline: Tensor | float | None, values: Tensor) -> Tensor:
-    if baseline is None or isinstance(baseline, int | float):
-        return torch.full_like(values, float(baseline or 0))
-    if not isinstance(baseline, Tensor) or baseline.shape not in (values.shape, values.shape[1:]):
-        got = tuple(baseline.shape) if isinstance(baseline, Tensor) else baseline
-        raise ArgumentError.of("baseline", got, f"a number, or a tensor of shape {tuple(values.shape[1:])}")
-    return baseline.to(values)
+    allowed = f"a finite number, or a finite tensor of shape {tuple(values.shape[1:])}"
+    found: Any = 0.0 if baseline is None else baseline
+    if is_number(found):
+        found = torch.full_like(values, float(found))
+    if not isinstance(found, Tensor) or found.shape not in (values.shape, values.shape[1:]):
+        raise ArgumentError.of("baseline", tuple(found.shape) if isinstance(found, Tensor) else found, allowed)
+    if not bool(found.isfinite().all()):
+        raise ArgumentError.of("baseline", "NaN or infinite values" if found is baseline else baseline, allowed)
+    return found.to(values)
 
 
 def _per_token(question: Question, values: Tensor, how: Literal["norm", "sum"]) -> Tensor:
