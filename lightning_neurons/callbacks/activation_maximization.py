@@ -106,7 +106,7 @@ class ActivationMaximizationCallback(SampledStudy):
             self.of: Literal["logit", "probability"] = of
             self.value_range, self.mean, self.std, self.forward = value_range, mean, std, forward
             if value_range is not None:
-                range_of(value_range, None, None, validity, None, 1)
+                range_of(value_range, None, None, validity, [], 1)
             if forward is not None and (not callable(forward) or isinstance(forward, nn.Module | type)):
                 raise ArgumentError.of("forward", type(forward).__name__, "a function (module, inputs) -> logits")
             super().__init__(None, every_n_epochs, max_samples)
@@ -116,7 +116,13 @@ class ActivationMaximizationCallback(SampledStudy):
     @property
     def state_key(self) -> str:
         """Tells callbacks of different settings apart in a checkpoint."""
-        plain = {"targets": self.targets, "cards": self.number_of_cards, "of": self.of, "seeds": self.seeds}
+        plain: dict[str, Any] = {
+            "targets": self.targets,
+            "cards": self.number_of_cards,
+            "of": self.of,
+            "seeds": self.seeds,
+        }
+        plain |= {"value_range": self.value_range, "mean": self.mean, "std": self.std, "max_samples": self.max_samples}
         return self._generate_state_key(
             **plain, **vars(self.settings), every_n_epochs=self.every_n_epochs, forward=name_of(self.forward)
         )
@@ -139,7 +145,7 @@ class ActivationMaximizationCallback(SampledStudy):
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Say if there is nothing to look at."""
-        if self.found is None:
+        if self.found is None and not trainer.fast_dev_run:
             self._warn("nothing has been measured")
 
     def _try(self, pl_module: Any, replay: StepReplay, batches: list[Any]) -> None:
@@ -153,18 +159,18 @@ class ActivationMaximizationCallback(SampledStudy):
             chosen = chosen_neurons(observer.report, died, self.number_of_cards)
         found = self._maximized(pl_module, batches, self.settings, chosen)
         report = None if observer is None else observer.report
-        pictures = torch.cat([inputs_of(batch).cpu() for batch in batches])
+        pictures = torch.cat([_picture_in(batch)[1].cpu() for batch in batches])
         return _Found(found, neuron_cards(found, chosen, report, pictures))
 
     def _maximized(
         self, pl_module: Any, batches: list[Any], settings: MaximizationSettings, chosen: Sequence[Chosen]
     ) -> MaximizedActivation:
-        images = [inputs_of(batch) for batch in batches]
-        if not all(isinstance(one, Tensor) and one.is_floating_point() for one in images):
-            raise MeasurementError(
-                f"batch of type {type(batches[0]).__name__}: expected (inputs, ...) of one tensor of floating point"
-            )
-        forward = self.forward or forward_of(pl_module)
+        images = [_picture_in(batch)[1] for batch in batches]
+        key, own = _picture_in(batches[0])[0], self.forward or forward_of(pl_module)
+
+        def forward(module: nn.Module, inputs: Tensor) -> Any:
+            return own(module, inputs if key is None else {key: inputs})
+
         targets = self.targets
         if targets is None:
             targets = list(range(min(logits_of(forward(pl_module, images[0][:1])).shape[1], _MOST_CLASSES)))
@@ -187,6 +193,24 @@ class ActivationMaximizationCallback(SampledStudy):
         suffix = numbered(trainer, self)
         show_maximized(trainer.loggers, folder, found.maximized, count, trainer.global_step, f"maximization{suffix}")
         show_cards(trainer.loggers, folder, found.cards, trainer.global_step, f"cards{suffix}")
+
+
+def _picture_in(batch: Any) -> tuple[Any, Tensor]:
+    """The one tensor of inputs, and what a dict calls it.
+
+    Raises:
+        MeasurementError: If there is none, or it cannot be optimised.
+    """
+    inputs = inputs_of(batch)
+    found = list(inputs.items()) if isinstance(inputs, dict) else [(None, inputs)]
+    key, tensor = found[0]
+    if len(found) != 1 or not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        types = [str(t.dtype) if isinstance(t, Tensor) else type(t).__name__ for _, t in found]
+        raise MeasurementError(
+            f"inputs of {', '.join(types)}: what is optimised is one tensor of floating point, in (inputs, labels) or "
+            "a dict; tokens cannot be, SaliencyCallback explains them"
+        )
+    return key, tensor
 
 
 def _listed(targets: Any) -> list[Any]:

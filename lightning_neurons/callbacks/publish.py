@@ -1,6 +1,8 @@
 """Where results go: the Trainer's loggers and its log directory."""
 
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,22 +29,35 @@ def publish(trainer: Any, observer: Any, report: NeuronReport, entry: HistoryEnt
     directory = trainer.log_dir  # asks all processes
     if not trainer.is_global_zero or trainer.fast_dev_run or not trainer.loggers:
         return
-    write_layout(trainer.loggers)
-    write_loggers(trainer.loggers, report, entry, trainer.global_step)
-    if directory is not None:
-        # Of several observers, the first with sensitivities writes neurons.json; the others are numbered.
-        observers = [c for c in trainer.callbacks if getattr(c, "publishes", False)]
-        place = sorted(observers, key=lambda c: not c.max_samples).index(observer)
-        suffix = f"_{place + 1}" if place else ""
-        report.save(Path(directory) / f"neurons{suffix}.json")
-        if len(observer.history):
-            observer.history.save(Path(directory) / f"history{suffix}.json", _versions())
+    with _keeping_training(observer, "the report was not written everywhere"):
+        write_layout(trainer.loggers)
+        write_loggers(trainer.loggers, report, entry, trainer.global_step)
+    with _keeping_training(observer, "the report was not written to the log directory"):
+        if directory is not None:
+            _write_files(trainer, observer, report, Path(directory))
     if observer.max_figures and can_draw() and can_show(trainer.loggers):
-        try:
+        with _keeping_training(observer, "not all figures were drawn"):
             for tag, figure in report_figures(report, observer.history, observer.max_figures):
                 show_figure(trainer.loggers, tag, figure, trainer.global_step)
-        except Exception as error:  # noqa: BLE001 (a picture that cannot be drawn must not stop training)
-            rank_zero_warn(f"{type(observer).__name__}: no figures: {type(error).__name__}: {error}")
+
+
+def _write_files(trainer: Any, observer: Any, report: NeuronReport, directory: Path) -> None:
+    # Of several observers, the first with sensitivities writes neurons.json; the others are numbered.
+    observers = [c for c in trainer.callbacks if getattr(c, "publishes", False)]
+    place = sorted(observers, key=lambda c: not c.max_samples).index(observer)
+    suffix = f"_{place + 1}" if place else ""
+    report.save(directory / f"neurons{suffix}.json")
+    if len(observer.history):
+        observer.history.save(directory / f"history{suffix}.json", _versions())
+
+
+@contextmanager
+def _keeping_training(callback: Any, what: str) -> Iterator[None]:
+    """A full disk, or a picture that cannot be drawn, must not stop training."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001
+        rank_zero_warn(f"{type(callback).__name__}: {what}: {type(error).__name__}: {error}")
 
 
 def show(trainer: Any, observer: Any) -> None:
@@ -52,15 +67,9 @@ def show(trainer: Any, observer: Any) -> None:
         return
     print_report(observer.report, observer.history)
     if observer.html and directory is not None and trainer.loggers and not trainer.fast_dev_run:
-        try:
-            path = write_html(Path(directory))
-        except Exception as error:  # noqa: BLE001 (training has been done; the page can be written later)
-            rank_zero_warn(
-                f"{type(observer).__name__}: no report.html: {type(error).__name__}: {error}; python -m "
-                f"lightning_neurons report {directory} writes it later"
-            )
-        else:
-            print(f"wrote {path}")
+        again = f"no report.html (python -m lightning_neurons report {directory} writes it later)"
+        with _keeping_training(observer, again):
+            print(f"wrote {write_html(Path(directory))}")
 
 
 def publish_rounds(trainer: Any, pruner: Any, values: dict[str, float]) -> None:
@@ -72,10 +81,11 @@ def publish_rounds(trainer: Any, pruner: Any, values: dict[str, float]) -> None:
     history = pruning_history(pruner.rounds, pruner.pruning.monitor)
     if history is None or trainer.fast_dev_run:
         return
-    if directory is not None:
-        history.save(Path(directory) / "pruning.json")
-    if history.points and can_draw() and can_show(trainer.loggers):
-        show_figure(trainer.loggers, "pruning/progress", pruning_progress(history).figure, trainer.global_step)
+    with _keeping_training(pruner, "pruning.json and its figure were not written"):
+        if directory is not None:
+            history.save(Path(directory) / "pruning.json")
+        if history.points and can_draw() and can_show(trainer.loggers):
+            show_figure(trainer.loggers, "pruning/progress", pruning_progress(history).figure, trainer.global_step)
 
 
 def _versions() -> dict[str, str]:

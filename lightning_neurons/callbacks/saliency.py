@@ -15,7 +15,16 @@ from lightning_neurons.callbacks.forward import forward_of
 from lightning_neurons.callbacks.replay import StepReplay
 from lightning_neurons.callbacks.sampled_study import SampledStudy, numbered
 from lightning_neurons.errors import ArgumentError, MeasurementError, check_choice, check_count, check_flag
-from lightning_neurons.network.batches import inputs_of, targets_of
+from lightning_neurons.network.batches import (
+    batch_size_of,
+    form_of,
+    inputs_of,
+    join,
+    map_tensors,
+    rows_of,
+    targets_of,
+    tensors_of,
+)
 from lightning_neurons.pictures.aims import OF, Of
 from lightning_neurons.pictures.maximization_settings import range_of
 from lightning_neurons.pictures.readout import Forward
@@ -26,8 +35,8 @@ from lightning_neurons.report.picture_figures import saliency_rows
 
 _TAG = "saliency"
 
-_Fixed = tuple[Tensor, Tensor | None]
-"""Inputs, and their labels if there are any."""
+_Fixed = tuple[Any, Tensor | None]
+"""Inputs, a tensor or a dict of tensors, and their labels if there are any."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +123,8 @@ class SaliencyCallback(SampledStudy):
     @property
     def state_key(self) -> str:
         """Tells callbacks of different settings apart in a checkpoint."""
-        plain = {**self.settings, "target": self.target, "max_samples": self.max_samples}
+        shown = {"mean": self.mean, "std": self.std}
+        plain = {**self.settings, **shown, "target": self.target, "max_samples": self.max_samples}
         return self._generate_state_key(**plain, every_n_epochs=self.every_n_epochs, forward=name_of(self.forward))
 
     def state_dict(self) -> dict[str, Any]:
@@ -136,11 +146,11 @@ class SaliencyCallback(SampledStudy):
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Say if there is nothing to look at."""
-        if self.found is None:
+        if self.found is None and not trainer.fast_dev_run:
             self._warn("nothing has been measured")
 
     def _try(self, pl_module: Any, replay: StepReplay, batches: list[Any]) -> None:
-        self._maps(pl_module, _fixed_of(batches, 1), is_trial=True)
+        self.shown(self._maps(pl_module, _fixed_of(batches, 1), is_trial=True))
 
     def _study(self, pl_module: Any, replay: StepReplay, batches: list[Any]) -> tuple[_Fixed, SaliencyMaps]:
         fixed = self._fixed or _fixed_of(batches, self.max_samples)
@@ -152,9 +162,10 @@ class SaliencyCallback(SampledStudy):
         settings = dict(self.settings)
         if is_trial and settings["method"] == "integrated_gradients":
             settings["steps"] = 1
-        forward = self.forward or forward_of(pl_module)
-        maps = saliency(pl_module, inputs.to(pl_module.device), target, forward=forward, **settings)
-        return SaliencyMaps(inputs, maps.cpu(), labels if self.target is None else None)
+        on_device = map_tensors(inputs, lambda t: t.to(pl_module.device))
+        maps = saliency(pl_module, on_device, target, forward=self.forward or forward_of(pl_module), **settings).cpu()
+        explained = next(t for t in tensors_of(inputs) if t.shape == maps.shape)
+        return SaliencyMaps(explained, maps, labels if self.target is None else None)
 
     def _publish(self, trainer: Any, found: tuple[_Fixed, SaliencyMaps]) -> None:
         self._fixed, self.found = found
@@ -176,24 +187,34 @@ class SaliencyCallback(SampledStudy):
             MissingPackageError: If matplotlib is not installed.
         """
         assert self.found is not None, "something has been measured"
-        inputs = self.found.inputs
-        shown = None
-        if inputs.is_floating_point():
-            valid = range_of(None, self.mean, self.std, "clip", inputs, inputs.shape[1])
-            shown = valid.shown(valid.pictures(inputs))
         labels = self.found.targets
-        titles = [f"sample {i}" if labels is None else f"class {int(labels[i])}" for i in range(len(inputs))]
-        return saliency_rows(shown, self.found.maps, titles, absolute=self.settings["absolute"])
+        titles = [f"sample {i}" if labels is None else f"class {int(labels[i])}" for i in range(len(self.found.maps))]
+        return saliency_rows(self.shown(self.found), self.found.maps, titles, absolute=self.settings["absolute"])
+
+    def shown(self, found: SaliencyMaps) -> Tensor | None:
+        """What is explained, in [0, 1]; None for tokens.
+
+        Raises:
+            ArgumentError: If ``mean`` or ``std`` do not fit it.
+        """
+        if not found.inputs.is_floating_point():
+            return None
+        low, high = found.inputs.float().aminmax()
+        spread = None if low < high else (float(low) - 0.5, float(low) + 0.5)  # nothing to see, and no reason to fail
+        valid = range_of(spread, self.mean, self.std, "clip", [found.inputs], found.inputs.shape[1])
+        return valid.shown(valid.pictures(found.inputs.float()))
 
 
 def _fixed_of(batches: Sequence[Any], most: int) -> _Fixed:
     """The first samples of some batches, on the CPU."""
     inputs, labels = [inputs_of(batch) for batch in batches], [targets_of(batch) for batch in batches]
-    if not all(isinstance(one, Tensor) and one.shape[1:] == inputs[0].shape[1:] for one in inputs):
+    if not all(isinstance(one, Tensor | dict) and form_of(one) == form_of(inputs[0]) for one in inputs):
         raise MeasurementError(
-            f"batch of type {type(batches[0]).__name__}: expected (inputs, ...) of one tensor, of one shape in all "
-            "batches; saliency() takes others"
+            f"batch of type {type(batches[0]).__name__}: expected (inputs, labels), or a dict with inputs and labels, "
+            "of one shape in all batches; saliency() takes others"
         )
+    sizes = [batch_size_of(one) for one in inputs]
     known = [one for one in labels if one is not None]
-    first = torch.cat(inputs)[:most].detach().cpu().clone()
+    first = rows_of(join(inputs, sizes), torch.arange(min(most, sum(sizes))), sum(sizes))
+    first = map_tensors(first, lambda t: t.detach().to("cpu", copy=True))
     return first, torch.cat(known)[:most].cpu().clone() if len(known) == len(labels) else None

@@ -26,13 +26,13 @@ class Aim:
         layer: A layer's path; None for the model's output.
         index: A neuron of the layer, or a class; None for the layer's mean, or for the class that each sample is given.
         of: What of an output: its ``"logit"``, its softmax ``"probability"``, or the cross entropy (``"loss"``) with
-            the class as target.
+            the class as target; or ``"log_probability"``.
         minus: What is subtracted, or None.
     """
 
     layer: str | None
     index: int | None
-    of: Of = "logit"
+    of: Of | Literal["log_probability"] = "logit"
     minus: "Aim | None" = None
 
     @property
@@ -41,6 +41,11 @@ class Aim:
         index = "" if self.index is None else f" {self.index}"
         own = f"class{index}" if self.layer is None else f"{self.layer}{index}"
         return own if self.minus is None else f"{own} - {self.minus.name}"
+
+    @property
+    def climbed(self) -> "Aim":
+        """What to maximise instead: a probability's gradient vanishes where it is near 1, its logarithm's later."""
+        return replace(self, of="log_probability") if self.of == "probability" and self.minus is None else self
 
     @property
     def layers(self) -> set[str]:
@@ -61,6 +66,7 @@ class Aim:
         batch_size: int,
         classes: Int[Tensor, " batch"] | None = None,
         before: Mapping[str, Tensor] | None = None,
+        name: str = "target",
     ) -> Float[Tensor, " batch"]:
         """The number of each sample: mean over positions, and over neurons where none is named.
 
@@ -72,16 +78,17 @@ class Aim:
             classes: The class of each sample, where the aim names none.
             before: By layer, the values in front of its activation function. If given, those of a neuron that a
                 rectifier holds at zero are read there, where they have a gradient.
+            name: What the argument is called in errors.
         """
         if self.layer is None:
-            found = self._read_output(outputs, classes)
+            found = self._read_output(outputs, classes, name)
         else:
             found = self._read_layer(activations[self.layer], layers[self.layer], batch_size)
             if before is not None and self.index is not None and layers[self.layer].rectified:
                 found = found.where(found > 0, self._read_layer(before[self.layer], layers[self.layer], batch_size))
         if self.minus is None:
             return found
-        return found - self.minus.read(outputs, activations, layers, batch_size, classes, before)
+        return found - self.minus.read(outputs, activations, layers, batch_size, classes, before, "minus")
 
     def _read_layer(self, activation: Tensor, layer: Layer, batch_size: int) -> Tensor:
         values = samples_first(activation, layer.axis, batch_size, layer.rows_per_sample).mean(-1)
@@ -89,20 +96,20 @@ class Aim:
             raise MeasurementError(f"target: {self.layer} does not have one activation per sample")
         return values.mean(1) if self.index is None else values[:, self.index]
 
-    def _read_output(self, outputs: Any, classes: Tensor | None) -> Tensor:
+    def _read_output(self, outputs: Any, classes: Tensor | None, name: str) -> Tensor:
         logits = logits_of(outputs)
         if classes is None or self.index is not None:
             assert self.index is not None, "aims at outputs name a class unless they are given classes"
             classes = torch.full((len(logits),), self.index, device=logits.device)
         wrong = classes[(classes < 0) | (classes >= logits.shape[1])]
         if len(wrong):
-            raise ArgumentError.of("target", int(wrong[0]), f"one of the model's outputs, 0 to {logits.shape[1] - 1}")
+            raise ArgumentError.of(name, int(wrong[0]), f"one of the model's outputs, 0 to {logits.shape[1] - 1}")
         if self.of == "logit":
             scores = logits
-        elif logits.shape[1] == 1:  # of a binary model: the other class has no output
-            scores = logits.sigmoid() if self.of == "probability" else -nn.functional.logsigmoid(logits)
-        else:
-            scores = logits.softmax(1) if self.of == "probability" else -logits.log_softmax(1)
+        else:  # of a binary model, the other class has no output
+            binary = logits.shape[1] == 1
+            logs = nn.functional.logsigmoid(logits) if binary else logits.log_softmax(1)
+            scores = {"probability": logs.exp(), "log_probability": logs, "loss": -logs}[self.of]
         return scores[torch.arange(len(scores), device=scores.device), classes]
 
 
@@ -180,7 +187,7 @@ def neuron_of(model: nn.Module, layer: str, neuron: Any) -> int:
 def _single(model: nn.Module, target: Any, of: Of, name: str, allowed: str) -> Aim:
     if isinstance(target, Tensor) and target.ndim == 0:
         target = target.item()
-    if is_number(target) and hasattr(target, "__index__"):
+    if is_number(target) and hasattr(target, "__index__") and abs(target) < 2**31:
         return Aim(None, int(target), of)
     is_pair = isinstance(target, tuple | list) and len(target) == 2
     layer, index = target if is_pair else (target, None)

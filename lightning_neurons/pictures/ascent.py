@@ -48,21 +48,22 @@ class Ascent:
         self.stopped: dict[int, int] = {}
         """By row, the step at which its values were no longer finite."""
 
-    def run(self, raw: Tensor, generators: Sequence[torch.Generator]) -> Latent:
-        """Take all steps from a start; returns the pictures."""
+    def run(self, raw: Tensor, generators: Sequence[torch.Generator]) -> tuple[Latent, Float[Tensor, " row"]]:
+        """Take all steps from a start; returns the pictures, and what each row's aim reads on its own."""
         settings = self.settings
         draws = self.robustness.draws(generators, settings.steps)
         raw = raw.requires_grad_()
+        good = raw.detach().clone()
         rate = LEARNING_RATES[self.kind] if settings.learning_rate is None else settings.learning_rate
         optimizer = (torch.optim.NAdam if self.kind == "maco" else torch.optim.Adam)([raw], lr=rate)
         kept = self._kept_steps()
         for step in range(settings.steps):
             if step in kept:
                 self.frames.append(self.pictures(raw).cpu())
-            good = raw.detach().clone()
             values, raw.grad = self._gradient(raw, draws[step])
-            self.trajectory.append(values.detach().cpu())
-            fine = self._fine_rows(values, raw.grad, step)
+            self.trajectory.append(self._as_read(values.detach()).cpu())
+            fine = self._fine_rows(values.detach().isfinite() & raw.grad.flatten(1).isfinite().all(1), step)
+            good[fine] = raw.detach()[fine]
             raw.grad[~fine] = 0
             optimizer.step()
             with torch.no_grad():
@@ -70,9 +71,11 @@ class Ascent:
                 raw[~fine] = good[~fine]
             if not bool(fine.any()):
                 break
+        fine = self._fine_rows(self.read(self.pictures(raw)).isfinite(), settings.steps)
+        raw = raw.detach().where(fine.view(-1, *[1] * (raw.ndim - 1)), good)
         if settings.frames:
             self.frames.append(self.pictures(raw).cpu())
-        return self.pictures(raw)
+        return self.pictures(raw), self.read(self.pictures(raw))
 
     def pictures(self, raw: Tensor) -> Latent:
         """The valid pictures that are described."""
@@ -81,7 +84,7 @@ class Ascent:
     def read(self, pictures: Latent) -> Float[Tensor, " row"]:
         """What each row's aim reads on its picture."""
         with torch.no_grad():
-            return self._read(pictures, silent_too=False)
+            return self._read(pictures, climbing=False)
 
     def _kept_steps(self) -> set[int]:
         count = min(self.settings.frames - 1, self.settings.steps)
@@ -89,7 +92,7 @@ class Ascent:
 
     def _gradient(self, raw: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
         pictures = self.range.valid(self.parametrization.decode(raw))
-        values = self._read(self.robustness.applied(pictures, draws), silent_too=True)
+        values = self._read(self.robustness.applied(pictures, draws), climbing=True)
         objective = values.sum()
         if self.settings.total_variation:
             objective = objective - self.settings.total_variation * total_variation(self.range.shown(pictures)).sum()
@@ -102,20 +105,26 @@ class Ascent:
             )
         return values, torch.autograd.grad(-objective, raw)[0]
 
-    def _read(self, pictures: Latent, *, silent_too: bool) -> Float[Tensor, " row"]:
+    def _read(self, pictures: Latent, *, climbing: bool) -> Float[Tensor, " row"]:
         parameter = next(self.readout.model.parameters(), pictures)
         inputs = self.range.inputs(pictures).to(parameter.dtype)
         outputs, activations = self.readout(inputs)
-        before = self.readout.capture.before if silent_too and self.readout.capture is not None else None
+        before = self.readout.capture.before if climbing and self.readout.capture is not None else None
         found: Tensor = pictures.new_zeros(len(pictures))
         for aim in dict.fromkeys(self.aims):
             mine = torch.tensor([one == aim for one in self.aims], device=pictures.device)
-            read = aim.read(outputs, activations, self.readout.layers, len(pictures), before=before)
+            wanted = aim.climbed if climbing else aim
+            read = wanted.read(outputs, activations, self.readout.layers, len(pictures), before=before)
             found = torch.where(mine, read.to(found.dtype), found)
         return found
 
-    def _fine_rows(self, values: Tensor, gradient: Tensor, step: int) -> Bool[Tensor, " row"]:
-        finite = values.detach().isfinite() & gradient.flatten(1).isfinite().all(1)
+    def _as_read(self, climbed: Float[Tensor, " row"]) -> Float[Tensor, " row"]:
+        """Values that were climbed, in the units of the aims."""
+        logs = torch.tensor([aim.climbed != aim for aim in self.aims], device=climbed.device)
+        return torch.where(logs, climbed.exp(), climbed)
+
+    def _fine_rows(self, finite: Bool[Tensor, " row"], step: int) -> Bool[Tensor, " row"]:
+        """The rows that have been finite up to this step."""
         for row in (~finite).nonzero().flatten().tolist():
             self.stopped.setdefault(row, step)
         fine = torch.ones_like(finite)

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lightning_neurons.errors import ArgumentError, MeasurementError
+from lightning_neurons.errors import ArgumentError
 from lightning_neurons.network.batches import map_tensors
 from lightning_neurons.network.isolate import eager
 from lightning_neurons.pictures.readout import Readout
@@ -32,21 +32,30 @@ class Entrance:
         self.inputs = inputs
         self._readout = readout
         found = _tensors(inputs)
+        for tensor in found.values():
+            if tensor.ndim < 1 or not len(tensor):
+                raise ArgumentError.of("inputs", tuple(tensor.shape), "at least one sample along the first axis")
         floating = [key for key, tensor in found.items() if tensor.is_floating_point()]
-        if len(floating) > 1:
+        self.embedding: nn.Module | None = None
+        self.values: Float[Tensor, "batch ..."]
+        # Beside tokens, a tensor of floating point is likely a mask; a single number per sample is no token.
+        tokens = {key: t for key, t in found.items() if key not in floating and (t.ndim > 1 or not floating)}
+        read = self._embedded(tokens) if tokens else None
+        if read is not None:
+            self._key, self.embedding, self.values = read
+        elif not floating:
+            got = ", ".join(str(tensor.dtype) for tensor in found.values())
+            raise ArgumentError.of(
+                "inputs", got, "floating point, which gradients need, or tokens that an nn.Embedding reads"
+            )
+        elif len(floating) > 1:
             names = ", ".join(map(str, floating))
             raise ArgumentError.of("inputs", names, "one tensor of floating point; wrap the model, or pass forward=")
-        self._key = floating[0] if floating else next(iter(found))
-        given = found[self._key]
-        if given.ndim < 1 or not len(given):
-            raise ArgumentError.of("inputs", tuple(given.shape), "at least one sample along the first axis")
-        if floating and not bool(given.isfinite().all()):
+        else:
+            self._key, self.values = floating[0], found[floating[0]].detach()
+        if not bool(self.values.isfinite().all()):
             raise ArgumentError.of("inputs", "NaN or infinite values", "finite values")
-        self.embedding: nn.Module | None = None
-        self.values: Float[Tensor, "batch ..."] = given.detach()
-        self.shape = given.shape
-        if not floating:
-            self.embedding, self.values = self._embedded(given)
+        self.shape = found[self._key].shape
 
     def __len__(self) -> int:
         return len(self.values)
@@ -60,29 +69,26 @@ class Entrance:
         with _replaced(self.embedding, _tensors(part)[self._key], values):
             return self._readout(part)
 
-    def _embedded(self, given: Tensor) -> tuple[nn.Module, Tensor]:
-        """The embedding that reads the tokens, and what it makes of them."""
-        found: list[tuple[nn.Module, Tensor]] = []
+    def _embedded(self, tokens: Mapping[Any, Tensor]) -> tuple[Any, nn.Module, Tensor] | None:
+        """Which of some tensors an embedding reads first, the embedding, and what it makes of it."""
+        found: list[tuple[Any, nn.Module, Tensor]] = []
 
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if args and isinstance(output, Tensor) and _same(args[0], given):
-                found.append((module, output.detach()))
+            for key, given in tokens.items():
+                if args and isinstance(output, Tensor) and _same(args[0], given):
+                    found.append((key, module, output.detach()))
 
-        handles = [m.register_forward_hook(hook) for m in self._readout.model.modules() if isinstance(m, nn.Embedding)]
+        embeddings = [m for m in self._readout.model.modules() if isinstance(m, nn.Embedding)]
+        if not embeddings:
+            return None
+        handles = [embedding.register_forward_hook(hook) for embedding in embeddings]
         try:
             with torch.no_grad(), eager():
                 self._readout(self.inputs)
-        except MeasurementError:
-            if handles:  # else the dtype is what is wrong, which the error below says
-                raise
         finally:
             for handle in handles:
                 handle.remove()
-        if not found:
-            raise ArgumentError.of(
-                "inputs", str(given.dtype), "floating point, which gradients need, or tokens that an nn.Embedding reads"
-            )
-        return found[0]
+        return found[0] if found else None
 
 
 def _tensors(inputs: Any) -> dict[Any, Tensor]:

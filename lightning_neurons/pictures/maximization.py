@@ -70,16 +70,17 @@ def maximize_activation(
         start: ``"noise"``, ``"grey"`` or a picture in the range, ``(channel, *space)``.
         parametrization: ``"fourier"``: frequency by frequency, in the colours of ``images``; ``"pixel"``; ``"maco"``:
             phases alone, with the magnitudes of the spectrum of ``images``. Fourier if None and there are positions.
-        validity: ``"sigmoid"`` bends values into the range; ``"clip"`` cuts them off after each step.
+        validity: ``"sigmoid"`` bends values into the range; ``"clip"`` cuts them off after each step, which
+            between Fourier coefficients and pixels can end short of the maximum.
         steps: How many steps of Adam (NAdam for phases).
         learning_rate: 0.05 if None, 0.1 for phases.
         total_variation: Weight of the mean difference between neighbours, in units of the activation.
         l2: Weight of the mean square distance from the middle of the range.
         blur: Standard deviation, in positions, of a Gaussian over the picture every fourth step.
         jitter: At each step the picture is moved by up to so many positions along each axis; a sixteenth of the shorter
-            side if None.
-        scale: Grown or shrunk by up to this share; 0.05 if None and there are two axes of positions.
-        rotation: Turned by up to so many degrees; 5 if None and there are two axes of positions.
+            side, rounded down, if None.
+        scale: Grown or shrunk by up to this share; 0.05 if None and there are two axes of at least 16 positions.
+        rotation: Turned by up to so many degrees; 5 if None and there are two axes of at least 16 positions.
         seed: Of the start and the movements; several make as many pictures of each target.
         frames: How many pictures to keep along the way.
         forward: How to run the model: ``(model, inputs) -> logits``; None calls it.
@@ -126,6 +127,7 @@ def aims_of(model: nn.Module, target: Any, of: Of = "logit", minus: Any = None) 
     return [aim_of(model, one, of, minus) for one in given]
 
 
+@torch.inference_mode(False)  # what is made in it could not be differentiated
 def maximized(
     model: nn.Module,
     aims: Sequence[Aim],
@@ -141,13 +143,13 @@ def maximized(
     forward: Forward | None = None,
 ) -> MaximizedActivation:
     """``maximize_activation``, of aims."""
-    batches = [] if images is None else [batch for batch in batches_of(images) if len(batch)]
+    batches = [] if images is None else list(batches_of(images))
     if images is not None and not batches:
         raise ArgumentError.of("images", images, "at least one picture")
     pictures = some_of(batches) if batches else None
     shape = shape_of(input_shape, pictures)
     kind, robustness = settings.kind(shape, has_pictures=bool(batches)), settings.robustness(shape)
-    valid = range_of(value_range, mean, std, settings.validity, pictures, shape[0])
+    valid = range_of(value_range, mean, std, settings.validity, batches, shape[0])
     latent = None if pictures is None else valid.latent(valid.pictures(pictures))
     described = parametrization_of(kind, shape, latent)
     rows = [(aim, seed) for aim in aims for seed in seeds]
@@ -156,15 +158,14 @@ def maximized(
     )
     with readout.open():
         ascent = Ascent(readout, [aim for aim, _ in rows], settings, kind, described, valid, robustness)
+        own = activations_on(readout, aims, batches).repeat_interleave(len(seeds), 0) if batches else None
         generators = [torch.Generator().manual_seed(seed) for _, seed in rows]
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        found = ascent.run(start_of(start, described, valid, shape, generators).to(device), generators)
-        reached = ascent.read(found).float().cpu()
-        own = activations_on(readout, aims, batches).repeat_interleave(len(seeds), 0) if batches else None
+        found, reached = ascent.run(start_of(start, described, valid, shape, generators).to(device), generators)
     notes = _notes(ascent, rows)
     for note in notes:
         warnings.warn(note, stacklevel=3)
-    return _result(ascent, rows, found.cpu(), reached, own, notes)
+    return _result(ascent, rows, found.cpu(), reached.float().cpu(), own, notes)
 
 
 def _result(

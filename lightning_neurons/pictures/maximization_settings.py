@@ -1,5 +1,6 @@
 """How activation is maximised: all that does not depend on the model, checked."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,8 @@ from lightning_neurons.pictures.validity import VALIDITIES, Range, Validity
 LEARNING_RATES: dict[Kind, float] = {"pixel": 0.05, "fourier": 0.05, "maco": 0.1}
 
 _PAIR = "(least, largest) value of a picture, such as (0.0, 1.0)"
+_MOST_BLUR = 1000
+_LARGEST = 1e30  # of values that float32 can still calculate with
 _SLACK = 0.01
 """By how much of the range given pictures may leave it, as after a resize."""
 
@@ -46,7 +49,7 @@ class MaximizationSettings:
         check_count("steps", self.steps)
         check_count("frames", self.frames, least=0)
         for name in ("total_variation", "l2", "blur"):
-            _at_least_zero(name, getattr(self, name))
+            _at_least_zero(name, getattr(self, name), _MOST_BLUR if name == "blur" else math.inf)
         if self.learning_rate is not None:
             _at_least_zero("learning_rate", self.learning_rate)
         if self.blur and self.parametrization == "maco":
@@ -70,16 +73,16 @@ class MaximizationSettings:
 
 
 def range_of(
-    value_range: Any, mean: Any, std: Any, validity: Validity, pictures: Tensor | None, channels: int
+    value_range: Any, mean: Any, std: Any, validity: Validity, batches: Sequence[Tensor], channels: int
 ) -> Range:
     """The range of valid pictures.
 
     Args:
-        value_range: Least and largest value of a picture; None takes those of ``pictures``.
+        value_range: Least and largest value of a picture; None takes those of ``batches``.
         mean: Of the normalisation, a number or one per channel; None for none.
         std: The same.
         validity: How pictures are kept in the range.
-        pictures: The user's, as the model takes them, or None.
+        batches: The user's pictures, as the model takes them; may be none.
         channels: Of a picture.
 
     Raises:
@@ -89,23 +92,23 @@ def range_of(
     if bool((spread <= 0).any()):
         raise ArgumentError.of("std", std, "numbers above 0")
     plain = Range(0.0, 1.0, center, spread, validity)
-    seen = None if pictures is None else plain.pictures(pictures)
+    ends = [end for batch in batches for end in plain.pictures(batch.float()).aminmax()]
+    least, largest = float(min(ends, default=0.0)), float(max(ends, default=0.0))
     if value_range is None:
-        if seen is None:
+        if not ends:
             raise ArgumentError.of(
                 "value_range", None, "(least, largest) value of a picture, such as (0.0, 1.0), or images="
             )
-        low, high = float(seen.min()), float(seen.max())
-        if not low < high:
-            raise ArgumentError.of("images", f"only {low}", "pictures that differ, or value_range=")
-        return Range(low, high, center, spread, validity)
+        if not least < largest:
+            raise ArgumentError.of("images", f"only {least}", "pictures that differ, or value_range=")
+        return Range(least, largest, center, spread, validity)
     is_pair = isinstance(value_range, Sequence) and len(value_range) == 2 and all(map(is_number, value_range))
-    if not is_pair or not -torch.inf < value_range[0] < value_range[1] < torch.inf:
+    if not is_pair or not -_LARGEST < value_range[0] < value_range[1] < _LARGEST:
         raise ArgumentError.of("value_range", value_range, _PAIR)
     low, high = float(value_range[0]), float(value_range[1])
     slack = _SLACK * (high - low)
-    if seen is not None and (float(seen.min()) < low - slack or float(seen.max()) > high + slack):
-        got = f"values from {float(seen.min()):.3g} to {float(seen.max()):.3g}"
+    if ends and (least < low - slack or largest > high + slack):
+        got = f"values from {least:.3g} to {largest:.3g}"
         raise ArgumentError.of(
             "images",
             got,
@@ -131,9 +134,11 @@ def _by_channel(name: str, given: Any, default: float, channels: int) -> Tensor:
     values = list(values) if isinstance(values, Sequence) else [values]
     if len(values) not in (1, channels) or not all(is_number(v) and -torch.inf < v < torch.inf for v in values):
         raise ArgumentError.of(name, given, f"a number, or one for each of the {channels} channels")
-    return torch.tensor([float(v) for v in values])
+    return torch.tensor([float(v) for v in values], dtype=torch.float32).expand(channels).clone()
 
 
-def _at_least_zero(name: str, value: Any) -> None:
-    if not is_number(value) or not 0 <= value < float("inf"):
-        raise ArgumentError.of(name, value, "a number of at least 0")
+def _at_least_zero(name: str, value: Any, most: float = math.inf) -> None:
+    if not is_number(value) or not 0 <= value <= most or value == math.inf:
+        raise ArgumentError.of(
+            name, value, "a number of at least 0" + (f", at most {most:,}" if most < math.inf else "")
+        )

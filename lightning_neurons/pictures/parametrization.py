@@ -67,7 +67,7 @@ class Pixel:
 
     def noise(self, generators: Sequence[torch.Generator]) -> Tensor:
         """A random start for each row."""
-        return _START * torch.stack([torch.randn(self.shape, generator=g) for g in generators])
+        return _START * torch.stack([torch.randn(self.shape, generator=g, dtype=torch.float32) for g in generators])
 
     def encode(self, latent: Latent) -> Tensor:
         """What describes given pictures."""
@@ -95,7 +95,7 @@ class Fourier:
     def noise(self, generators: Sequence[torch.Generator]) -> Tensor:
         """A random start for each row: real and imaginary parts, along a last axis."""
         shape = (self.shape[0], *self._scale.shape, 2)
-        return _START * torch.stack([torch.randn(shape, generator=g) for g in generators])
+        return _START * torch.stack([torch.randn(shape, generator=g, dtype=torch.float32) for g in generators])
 
     def encode(self, latent: Latent) -> Tensor:
         """What describes given pictures."""
@@ -125,7 +125,9 @@ class Maco:
 
     def noise(self, generators: Sequence[torch.Generator]) -> Tensor:
         """Random phases for each row."""
-        return torch.pi * torch.stack([2 * torch.rand(self.magnitudes.shape, generator=g) - 1 for g in generators])
+        shape = self.magnitudes.shape
+        drawn = [torch.rand(shape, generator=g, dtype=torch.float32) for g in generators]
+        return torch.pi * (2 * torch.stack(drawn) - 1)
 
     def encode(self, latent: Latent) -> Tensor:
         """The phases of given pictures."""
@@ -147,9 +149,9 @@ def frequencies(space: Sequence[int]) -> Float[Tensor, "..."]:
         >>> frequencies((4,)), frequencies((4, 4)).shape
         (tensor([0.0000, 0.2500, 0.5000]), torch.Size([4, 3]))
     """
-    squares = torch.fft.rfftfreq(space[-1]).square()
+    squares = torch.fft.rfftfreq(space[-1], dtype=torch.float32).square()
     for length in reversed(space[:-1]):
-        squares = torch.fft.fftfreq(length).square().view(-1, *[1] * squares.ndim) + squares
+        squares = torch.fft.fftfreq(length, dtype=torch.float32).square().view(-1, *[1] * squares.ndim) + squares
     root: Tensor = squares.sqrt()
     return root
 

@@ -109,7 +109,13 @@ def _classes(readout: Readout, entrance: Entrance, target: Any) -> Int[Tensor, "
         with torch.no_grad():
             parts = torch.arange(len(entrance), device=device).split(_PART)
             return torch.cat([logits_of(entrance.run(entrance.values[rows], rows)[0]).argmax(1) for rows in parts])
-    classes = torch.as_tensor(target)
+    if isinstance(target, Tensor):
+        classes = target
+    else:
+        beyond = [one for one in target if abs(one) >= 2**31]
+        if beyond:
+            raise ArgumentError.of("target", beyond[0], "one of the model's outputs")
+        classes = torch.as_tensor(target)
     if classes.is_floating_point() or classes.dtype == torch.bool or len(classes) != len(entrance):
         got = f"{len(classes)} of {classes.dtype}"
         raise ArgumentError.of("target", got, f"one whole number for each of the {len(entrance)} samples")

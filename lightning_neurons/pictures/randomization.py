@@ -6,6 +6,7 @@ them: it shows the picture, not the model.
 
 import copy
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -16,7 +17,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from lightning_neurons.criteria.agreement import agreement
 from lightning_neurons.errors import ArgumentError, MeasurementError, UnknownNameError, check_seed
-from lightning_neurons.network.layer import Link, modules_by_name
+from lightning_neurons.network.layer import modules_by_name, public_name
 from lightning_neurons.pictures.aims import logits_of
 from lightning_neurons.pictures.question import Target
 from lightning_neurons.pictures.readout import Forward, Readout, require_samples
@@ -61,14 +62,15 @@ def randomization_check(
         inputs: As for ``saliency``.
         target: As for ``saliency``; None takes the classes that the trained model predicts.
         method: As for ``saliency``.
-        layers: Which layers, the first to be randomised first; all from the last to the first to run if None.
+        layers: Modules with ``reset_parameters()``, the first to be randomised first; all that have weights, from the
+            last to the first to run, if None.
         seed: Of the random weights.
         forward: As for ``saliency``.
         **options: As for ``saliency``.
 
     Returns:
-        One entry per layer, which gets random weights together with the norm layers behind it. Values near 1 mean that
-        a map does not depend on the weights.
+        One entry per layer. Values near 1 mean that a map does not depend on the weights; a warning names modules whose
+        weights cannot be drawn anew, and stay.
 
     Raises:
         ArgumentError: If an argument is out of range, or a layer cannot be given random weights.
@@ -88,9 +90,11 @@ def randomization_check(
     require_samples(inputs)
     readout = Readout(model, (), forward)
     with readout.open():
-        found = readout.learn(inputs)
-        target = _predicted(readout, inputs) if target is None else target
-    names = list(found)[::-1] if layers is None else [_resettable(model, name) for name in layers]
+        found, logits = _run_order(readout, inputs)
+    target = logits_of(logits).argmax(1) if target is None else target
+    names = found[::-1] if layers is None else [_resettable(model, name) for name in layers]
+    if layers is None:
+        _say_what_is_left(model, names)
     if method == "integrated_gradients":
         options.setdefault("steps", _STEPS)
     original = saliency(model, inputs, target, method=method, forward=forward, **options)
@@ -98,8 +102,9 @@ def randomization_check(
     with torch.inference_mode(False), torch.random.fork_rng():
         twin = _copied(model)
         torch.manual_seed(seed)
+        paths = {public_name(path): path for path, _ in twin.named_modules()}
         for name in names:
-            _randomize(twin, name, found[name].chain if name in found else ())
+            cast(Any, twin.get_submodule(paths[name])).reset_parameters()
             maps = saliency(twin, inputs, target, method=method, forward=forward, **options)
             steps.append(RandomizedLayer(name, _spearman(original, maps), _ssim(original, maps)))
     return steps
@@ -112,17 +117,35 @@ def _copied(model: nn.Module) -> nn.Module:
         raise MeasurementError(f"{type(model).__name__} cannot be copied: {type(error).__name__}: {error}") from error
 
 
-def _predicted(readout: Readout, inputs: Any) -> Tensor:
-    with torch.no_grad():
-        return logits_of(readout(inputs)[0]).argmax(1)
+def _run_order(readout: Readout, inputs: Any) -> tuple[list[str], Any]:
+    """The modules with weights that can be drawn anew, in the order in which they run first; and the output."""
+    found: dict[str, None] = {}
+    modules = {name: m for name, m in modules_by_name(readout.model).items() if _has_own_weights(m)}
+    handles = [
+        m.register_forward_hook(lambda *_, name=name: found.setdefault(name))
+        for name, m in modules.items()
+        if hasattr(m, "reset_parameters")
+    ]
+    try:
+        with torch.no_grad():
+            outputs, _ = readout(inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(found), outputs
 
 
-def _randomize(model: nn.Module, name: str, chain: Sequence[Link]) -> None:
-    """Give a layer, and the norm layers in its chain, random weights."""
-    modules = modules_by_name(model)
-    for one in (name, *(link.module for link in chain if link.kind == "norm")):
-        if one is not None and hasattr(modules[one], "reset_parameters"):
-            cast(Any, modules[one]).reset_parameters()
+def _has_own_weights(module: nn.Module) -> bool:
+    return any(parameter is not None for parameter in module._parameters.values())
+
+
+def _say_what_is_left(model: nn.Module, names: Sequence[str]) -> None:
+    left = [name for name, m in modules_by_name(model).items() if _has_own_weights(m) and name not in names]
+    if not names:
+        raise ArgumentError.of("model", type(model).__name__, "modules with reset_parameters(), such as nn.Linear")
+    if left:
+        listed = ", ".join(name or "the model itself" for name in left)
+        warnings.warn(f"randomization_check leaves the weights of {listed} as they are", stacklevel=3)
 
 
 def _resettable(model: nn.Module, name: Any) -> str:

@@ -1,5 +1,6 @@
 """What the user's own pictures say: their colours and spectrum, and how strongly they excite what is looked at."""
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,22 +41,31 @@ def batches_of(images: Any) -> Iterator[Tensor]:
         ArgumentError: If it is neither, or a batch has no tensor of inputs.
     """
     if isinstance(images, Tensor):
-        yield from images.split(_PART) if len(images) else ()
-        return
+        images = [images] if images.ndim else images
     if isinstance(images, Dataset | str | dict) or not isinstance(images, Iterable):
         raise ArgumentError.of("images", type(images).__name__, "a tensor (picture, ...), or an iterable of batches")
+    shape: torch.Size | None = None
     for batch in images:
         inputs = inputs_of(batch)
-        if not isinstance(inputs, Tensor):
-            raise ArgumentError.of("images", f"a batch of {type(batch).__name__}", "batches of one tensor of inputs")
-        yield from inputs.split(_PART)
+        if not isinstance(inputs, Tensor) or inputs.ndim < 2 or not inputs.is_floating_point():
+            got = f"{inputs.dtype} {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else type(inputs).__name__
+            raise ArgumentError.of("images", got, "pictures of floating point, (picture, ...), or batches of them")
+        shape = inputs.shape[1:] if shape is None else shape
+        if inputs.shape[1:] != shape:
+            raise ArgumentError.of("images", tuple(inputs.shape[1:]), f"pictures of one shape, {tuple(shape)}")
+        if not bool(inputs.isfinite().all()):
+            raise ArgumentError.of("images", "NaN or infinite values", "finite values")
+        yield from inputs.split(_PART) if len(inputs) else ()
 
 
 def some_of(batches: Sequence[Tensor]) -> Tensor:
     """Enough pictures for statistics: evenly spread, at most 512."""
     everything = sum(map(len, batches))
     step = -(-everything // _MOST_FOR_STATISTICS)
-    return torch.cat(list(batches))[::step].float() if step == 1 else torch.cat([b[::step] for b in batches]).float()
+    starts = itertools.accumulate(map(len, batches), initial=0)
+    return (
+        torch.cat([batch[-start % step :: step] for batch, start in zip(batches, starts, strict=False)]).float().cpu()
+    )
 
 
 def colours_of(latent: Latent | None, channels: int) -> Colours:
@@ -64,7 +74,7 @@ def colours_of(latent: Latent | None, channels: int) -> Colours:
     Scaled so that the longest axis has length 1 (Olah et al. 2017).
     """
     if latent is None or channels == 1 or latent.ndim < 3:
-        return Colours(torch.eye(channels))
+        return Colours(torch.eye(channels, dtype=torch.float32))
     values = latent.movedim(1, -1).reshape(-1, channels).double()
     variances, axes = torch.linalg.eigh(torch.cov(values.T))
     floor = _LEAST_VARIANCE * variances.max().clamp_min(torch.finfo(torch.float32).tiny)
@@ -89,10 +99,10 @@ def activations_on(readout: Readout, aims: Sequence[Aim], batches: Iterable[Tens
         batches: Inputs, as the model takes them.
     """
     found = []
-    device = next((p.device for p in readout.model.parameters()), torch.device("cpu"))
+    parameter = next((p for p in readout.model.parameters() if p.is_floating_point()), torch.zeros(0))
     with torch.no_grad():
         for batch in batches:
-            outputs, activations = readout(batch.to(device))
+            outputs, activations = readout(batch.to(parameter.device, parameter.dtype))
             read = [aim.read(outputs, activations, readout.layers, len(batch)) for aim in aims]
             found.append(torch.stack(read).float().cpu())
     return torch.cat(found, 1)

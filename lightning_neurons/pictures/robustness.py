@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from lightning_neurons.errors import ArgumentError, is_number
 from lightning_neurons.pictures.parametrization import Latent
 
-_DRAWS = 4  # jitter along two axes, scale, rotation
+_AXES, _DRAWS = 3, 5  # jitter along up to three axes, scale, rotation
+_LEAST_SIDE = 16  # of pictures that bear to be interpolated
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,12 @@ class Robustness:
             ArgumentError: If one is negative or too large, or needs two axes of positions.
         """
         plane = len(space) == 2
-        largest = max(min(space) // 2, 0) if space else 0
+        turned = plane and min(space) >= _LEAST_SIDE
+        largest = min(space, default=0) // 2
         defaults = {
-            "jitter": (jitter, largest, min(space) / 16 if space else 0.0),
-            "scale": (scale, 0.9, 0.05 if plane else 0.0),
-            "rotation": (rotation, 180, 5.0 if plane else 0.0),
+            "jitter": (jitter, largest, min(space, default=0) // 16),
+            "scale": (scale, 0.9, 0.05 if turned else 0.0),
+            "rotation": (rotation, 180, 5.0 if turned else 0.0),
         }
         for name, (given, most, _) in defaults.items():
             if given is not None and (not is_number(given) or not 0 <= given <= most):
@@ -53,7 +55,7 @@ class Robustness:
 
     def draws(self, generators: Sequence[torch.Generator], steps: int) -> Float[Tensor, "step row amount"]:
         """Random amounts in [-1, 1] for all steps; those of a row are the same whatever the other rows are."""
-        return torch.stack([2 * torch.rand(steps, _DRAWS, generator=g) - 1 for g in generators], 1)
+        return torch.stack([2 * torch.rand(steps, _DRAWS, generator=g, dtype=torch.float32) - 1 for g in generators], 1)
 
     def applied(self, pictures: Latent, draws: Float[Tensor, "row amount"]) -> Latent:
         """Pictures, moved."""
@@ -62,7 +64,7 @@ class Robustness:
             return self._moved(pictures, draws.to(pictures))
         if space and self.jitter:
             shifts = (self.jitter * draws).round().int().tolist()
-            axes = tuple(range(1, 1 + min(len(space), 2)))
+            axes = tuple(range(1, 1 + min(len(space), _AXES)))
             rows = zip(pictures, shifts, strict=True)
             return torch.stack([picture.roll(shift[: len(axes)], axes) for picture, shift in rows])
         return pictures
@@ -70,9 +72,11 @@ class Robustness:
     def _moved(self, pictures: Tensor, draws: Tensor) -> Tensor:
         height, width = pictures.shape[2:]
         shift = 2 * self.jitter * draws[:, :2] / draws.new_tensor([width, height])
-        angle = math.radians(self.rotation) * draws[:, 3]
-        zoom = 1 / (1 + self.scale * draws[:, 2])
-        turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(-1, 2, 2)
+        angle = math.radians(self.rotation) * draws[:, _AXES + 1]
+        zoom = 1 / (1 + self.scale * draws[:, _AXES])
+        # Places are in halves of the sides, which need not be equal.
+        across, down = -angle.sin() * height / width, angle.sin() * width / height
+        turn = torch.stack([angle.cos(), across, down, angle.cos()], 1).view(-1, 2, 2)
         transform = torch.cat([zoom[:, None, None] * turn, shift[:, :, None]], 2)
         grid = nn.functional.affine_grid(transform, list(pictures.shape), align_corners=False)
         return nn.functional.grid_sample(pictures, grid, padding_mode="reflection", align_corners=False)

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -63,13 +62,3 @@ class Range:
 
 def _by_channel(values: Tensor, pictures: Tensor) -> Tensor:
     return values.to(pictures) if pictures.ndim < 3 else values.to(pictures).view(-1, *[1] * (pictures.ndim - 2))
-
-
-def plain_range(low: float, high: float) -> Range:
-    """A range without normalisation, to show pictures.
-
-    Example:
-        >>> plain_range(-1.0, 1.0).shown(torch.tensor([[[0.0]]])).item()
-        0.5
-    """
-    return Range(low, high, torch.zeros(1), torch.ones(1), "clip")

@@ -110,5 +110,5 @@ def show_cards(loggers: Sequence[Any], folder: Path | None, cards: Sequence[Neur
         show_figure(loggers, f"{group}/{card.why.replace(' ', '_')}/{place}", figure, step)
         said = {"name": card.name, "why": card.why, "numbers": plain(dict(card.numbers))}
         drawn.append((figure, said))
-    if folder is not None and cards:
-        keep_cards(folder, drawn)
+    if folder is not None:
+        keep_cards(folder, drawn, group)

@@ -45,20 +45,21 @@ def keep_picture(directory: Path, name: str, figure: Any, title: str, caption: s
     write_whole(folder / PICTURES, json.dumps([*others, entry], indent=1))
 
 
-def keep_cards(directory: Path, cards: Sequence[tuple[Any, Mapping[str, Any]]], prefix: str = "card") -> None:
-    """Write cards into the folder of pictures, in place of all that were there.
+def keep_cards(directory: Path, cards: Sequence[tuple[Any, Mapping[str, Any]]], group: str) -> None:
+    """Write cards into the folder of pictures, in place of all of this group that were there.
 
     Args:
         directory: Of the run.
         cards: Figures, each with what is said of it: ``name``, ``why`` and ``numbers``.
-        prefix: What file names begin with.
+        group: What file names begin with.
     """
-    folder, entries = directory / FOLDER, []
-    for stale in folder.glob(f"{prefix}_*.png"):
+    folder = directory / FOLDER
+    entries = [one for one in _listed(folder / CARDS) if not str(one.get("file")).startswith(f"{group}-")]
+    for stale in folder.glob(f"{group}-*.png"):
         stale.unlink()
     for place, (figure, said) in enumerate(cards):
-        save_figure(figure, folder / f"{prefix}_{place}.png")
-        entries.append({"file": f"{prefix}_{place}.png", **said})
+        save_figure(figure, folder / f"{group}-{place}.png")
+        entries.append({"file": f"{group}-{place}.png", **said})
     write_whole(folder / CARDS, json.dumps(entries, indent=1))
 
 

@@ -56,8 +56,8 @@ def _changes(report: NeuronReport, entry: HistoryEntry) -> str:
 
 
 def _ranking(report: NeuronReport) -> str:
-    ranking = report.ranking()
-    ends = {"most": ranking[:_SHOWN], "least": [n for n in ranking[::-1] if not math.isnan(n.score)][:_SHOWN]}
+    ranking = [neuron for neuron in report.ranking() if not math.isnan(neuron.score)]
+    ends = {"most": ranking[:_SHOWN], "least": ranking[::-1][:_SHOWN]}
     rows = [
         (
             place + 1,

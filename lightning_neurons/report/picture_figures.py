@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lightning_neurons.errors import ArgumentError
 from lightning_neurons.report.drawing import MAGNITUDES, PALETTE, SIGNED, new_figure, shortened
 from lightning_neurons.report.figure_data import as_channels, finite, is_signal, summed_channels, tiled
 from lightning_neurons.results.neuron_card import NeuronCard
@@ -90,7 +91,12 @@ def saliency_rows(
 
     Returns:
         The figure.
+
+    Raises:
+        ArgumentError: If there is not one title and one picture for each map.
     """
+    if not len(maps) or len(maps) != len(titles) or (images is not None and len(images) != len(maps)):
+        raise ArgumentError.of("titles", list(titles), f"one title and one picture for each of the {len(maps)} maps")
     signals = images is None or is_signal(images[0])
     columns = 1 if images is None else 2 if signals else 3
     width, height = (6.5, 1.7) if signals else (7.0, 2.4)
@@ -114,18 +120,32 @@ def activation_overlay(image: Tensor, maps: Sequence[Tensor] | Tensor, titles: S
 
     Args:
         image: As ``picture`` takes it.
-        maps: ``(height, width)`` each, not negative, of the size of the picture.
+        maps: ``(height, width)`` each, not negative, of the size of the picture; ``(length,)`` for a signal.
         titles: One for each map.
 
     Returns:
         The figure.
+
+    Raises:
+        ArgumentError: If there is no map, or not one title for each.
     """
+    if not len(maps) or len(maps) != len(titles):
+        raise ArgumentError.of("titles", list(titles), f"one title for each of the {len(maps)} maps, at least one")
     figure = new_figure(2.6 * (len(maps) + 1) + 0.8, 3.0)
     first, *others = figure.subplots(1, len(maps) + 1, squeeze=False)[0]
     picture(image, first)
     first.set_title("picture", fontsize=9)
     together = torch.cat([finite(m).flatten() for m in maps])
     highest = max(float(together.max()), 1e-12)
+    if is_signal(image):
+        for axes, values, title in zip(others, maps, titles, strict=True):
+            picture(image, axes)
+            axes.set_title(shortened(title, 34), fontsize=9)
+            active = axes.twinx()
+            active.fill_between(range(values.shape[-1]), finite(values).flatten().numpy(), color=PALETTE[1], alpha=0.4)
+            active.set_ylim(0, highest)
+        others[-1].figure.axes[-1].set_ylabel("activation")
+        return figure
     for axes, values, title in zip(others, maps, titles, strict=True):
         shown = _overlay(axes, image, finite(values), absolute=True, limit=highest)
         axes.set_title(shortened(title, 34), fontsize=9)
@@ -228,7 +248,9 @@ def _limit(values: Tensor) -> float:
 
 def _overlay(axes: Any, image: Tensor, values: Tensor, *, absolute: bool, limit: float | None = None) -> Any:
     """Lay a map over a grey picture, the stronger the less transparent; it is stretched to the picture's size."""
-    picture(as_channels(finite(image)).mean(0)[None], axes)
+    grey = as_channels(finite(image)).mean(0)[None]
+    # Dark purple could not be seen on black.
+    picture(grey if absolute else 0.4 + 0.6 * grey, axes, value_range=(0, 1))
     limit = _limit(values) if limit is None else limit
     strength = (values.abs() / limit).clamp(0, 1)
     height, width = image.shape[-2:]
@@ -238,8 +260,8 @@ def _overlay(axes: Any, image: Tensor, values: Tensor, *, absolute: bool, limit:
 
 def _table(axes: Any, card: NeuronCard) -> None:
     axes.axis("off")
-    cells = [[shortened(str(name), 26), f"{value:.4g}"] for name, value in card.numbers.items()]
-    table = axes.table(cells, loc="center", cellLoc="left", edges="horizontal", colWidths=[0.68, 0.32])
+    cells = [[shortened(str(name), 34), f"{value:.4g}"] for name, value in card.numbers.items()]
+    table = axes.table(cells, loc="center", cellLoc="left", edges="horizontal", colWidths=[0.74, 0.26])
     table.auto_set_font_size(False)
     table.set_fontsize(8)
     table.scale(1, 1.2)

@@ -92,7 +92,7 @@ def load(path: Path, counts_type: Callable[..., Any]) -> dict[str, Any]:
 def _fields(document: dict[str, Any], counts_type: Callable[..., Any]) -> dict[str, Any]:
     if document["version"] < 1:
         raise ValueError("version")
-    return {
+    return _consistent({
         "layers": tuple(_read_layer(entry) for entry in document["layers"]),
         "scores": _read_nested(document["scores"]),
         "deadness_by": _read_nested(document["deadness"]),
@@ -104,7 +104,27 @@ def _fields(document: dict[str, Any], counts_type: Callable[..., Any]) -> dict[s
         "notes": tuple(document["notes"]),
         "epoch": document["epoch"],
         "step": document["step"],
-    }
+    })
+
+
+def _consistent(found: dict[str, Any]) -> dict[str, Any]:
+    """The fields, if every number belongs to a neuron.
+
+    Raises:
+        ValueError: If not.
+    """
+    widths = {name: len(counts.samples) for name, counts in found["counts"].items()}
+    if not isinstance(found["settings"], dict) or not isinstance(found["refused"], dict):
+        raise ValueError("settings and refused have to be mappings")
+    for key in ("epoch", "step"):
+        if not isinstance(found[key], int | None):
+            raise ValueError(f"{key} has to be a whole number")
+    for group in ("scores", "deadness_by", "per_class"):
+        for criterion, by_layer in found[group].items():
+            for layer, values in by_layer.items():
+                if layer not in widths or values.shape[-1:] != (widths[layer],):
+                    raise ValueError(f"{criterion} of {layer} does not have one value for each of its neurons")
+    return found
 
 
 def _item(by_layer: Mapping[str, Tensor], row: Mapping[str, Any]) -> float | None:

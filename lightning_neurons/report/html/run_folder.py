@@ -101,7 +101,8 @@ def _optional(path: Path, load: Callable[[Path], Found], notes: list[str]) -> Fo
     try:
         return load(path)
     except _BROKEN as error:
-        notes.append(f"{path.name} is left out: {error or type(error).__name__}")
+        said = str(error).replace(f"{path.parent}/", "") or type(error).__name__  # a page to send tells no paths
+        notes.append(f"{path.name} is left out: {said}")
         return None
 
 
