@@ -1,6 +1,6 @@
 """Pictures that excite classes and neurons, made while training goes on."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,11 +14,11 @@ from lightning_neurons.callbacks.forward import forward_of
 from lightning_neurons.callbacks.observer import NeuronObserver
 from lightning_neurons.callbacks.replay import StepReplay
 from lightning_neurons.callbacks.sampled_study import SampledStudy, numbered
-from lightning_neurons.errors import ArgumentError, MeasurementError, check_choice, check_count
+from lightning_neurons.errors import ArgumentError, MeasurementError, check_choice, check_count, check_seed
 from lightning_neurons.network.batches import inputs_of
-from lightning_neurons.pictures.aims import aim_of, logits_of
+from lightning_neurons.pictures.aims import aim_of, logits_of, target_parts
 from lightning_neurons.pictures.maximization import Target, aims_of, maximized
-from lightning_neurons.pictures.maximization_settings import MaximizationSettings, range_of, seeds_of
+from lightning_neurons.pictures.maximization_settings import MaximizationSettings, check_normalization, range_of
 from lightning_neurons.pictures.maximized import MaximizedActivation
 from lightning_neurons.pictures.parametrization import Kind
 from lightning_neurons.pictures.readout import Forward
@@ -26,6 +26,7 @@ from lightning_neurons.pictures.validity import Validity
 from lightning_neurons.report.cards import Chosen, chosen_neurons, neuron_cards, show_cards, show_maximized
 from lightning_neurons.report.drawing import MISSING_MATPLOTLIB, can_draw
 from lightning_neurons.results.neuron_card import NeuronCard
+from lightning_neurons.results.neuron_report import NeuronReport
 
 _MOST_CLASSES = 10
 
@@ -102,7 +103,8 @@ class ActivationMaximizationCallback(SampledStudy):
             check_choice("of", of, ("logit", "probability"))
             self.targets = None if targets is None else _listed(targets)
             self.number_of_cards = check_count("cards", cards, least=0)
-            self.seeds = seeds_of(seed)
+            self.seeds = (check_seed("seed", seed),)
+            check_normalization(mean, std)
             self.of: Literal["logit", "probability"] = of
             self.value_range, self.mean, self.std, self.forward = value_range, mean, std, forward
             if value_range is not None:
@@ -116,15 +118,10 @@ class ActivationMaximizationCallback(SampledStudy):
     @property
     def state_key(self) -> str:
         """Tells callbacks of different settings apart in a checkpoint."""
-        plain: dict[str, Any] = {
-            "targets": self.targets,
-            "cards": self.number_of_cards,
-            "of": self.of,
-            "seeds": self.seeds,
-        }
-        plain |= {"value_range": self.value_range, "mean": self.mean, "std": self.std, "max_samples": self.max_samples}
+        names = ("targets", "of", "seeds", "value_range", "mean", "std", "max_samples", "every_n_epochs")
+        plain = {name: getattr(self, name) for name in names}
         return self._generate_state_key(
-            **plain, **vars(self.settings), every_n_epochs=self.every_n_epochs, forward=name_of(self.forward)
+            **plain, **vars(self.settings), cards=self.number_of_cards, forward=name_of(self.forward)
         )
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -152,13 +149,9 @@ class ActivationMaximizationCallback(SampledStudy):
         self._maximized(pl_module, batches, MaximizationSettings(**{**vars(self.settings), "steps": 1}), ())
 
     def _study(self, pl_module: Any, replay: StepReplay, batches: list[Any]) -> _Found:
-        observer = next((c for c in replay.trainer.callbacks if isinstance(c, NeuronObserver) and c.publishes), None)
-        chosen: list[Chosen] = []
-        if observer is not None and observer.report is not None:
-            died = observer.history.entries[-1].died if len(observer.history) else {}
-            chosen = chosen_neurons(observer.report, died, self.number_of_cards)
+        report, died = _measured_now(replay.trainer)
+        chosen = [] if report is None else chosen_neurons(report, died, self.number_of_cards)
         found = self._maximized(pl_module, batches, self.settings, chosen)
-        report = None if observer is None else observer.report
         pictures = torch.cat([_picture_in(batch)[1].cpu() for batch in batches])
         return _Found(found, neuron_cards(found, chosen, report, pictures))
 
@@ -195,6 +188,17 @@ class ActivationMaximizationCallback(SampledStudy):
         show_cards(trainer.loggers, folder, found.cards, trainer.global_step, f"cards{suffix}")
 
 
+def _measured_now(trainer: Any) -> tuple[NeuronReport | None, Mapping[str, list[int]]]:
+    """The report of this validation, if a callback has made one, and who has died since the one before."""
+    for one in trainer.callbacks:
+        if isinstance(one, NeuronObserver) and one.publishes and one.report is not None:
+            if trainer.state.fn != "fit" and one.report.epoch is None:
+                return one.report, {}
+            if (one.report.epoch, one.report.step) == (trainer.current_epoch, trainer.global_step):
+                return one.report, one.history.entries[-1].died
+    return None, {}
+
+
 def _picture_in(batch: Any) -> tuple[Any, Tensor]:
     """The one tensor of inputs, and what a dict calls it.
 
@@ -221,4 +225,6 @@ def _listed(targets: Any) -> list[Any]:
     """
     if isinstance(targets, str) or not isinstance(targets, Sequence | range) or not targets:
         raise ArgumentError.of("targets", targets, 'a list of targets such as [3, ("net.conv2", 7)], or None')
+    for target in targets:
+        target_parts(target, "targets")
     return list(targets)

@@ -25,8 +25,8 @@ from lightning_neurons.network.batches import (
     targets_of,
     tensors_of,
 )
-from lightning_neurons.pictures.aims import OF, Of
-from lightning_neurons.pictures.maximization_settings import range_of
+from lightning_neurons.pictures.aims import OF, Of, target_parts
+from lightning_neurons.pictures.maximization_settings import check_normalization, range_of
 from lightning_neurons.pictures.readout import Forward
 from lightning_neurons.pictures.saliency import METHODS, Method, check_smoothing, saliency
 from lightning_neurons.report.drawing import MISSING_MATPLOTLIB, can_draw
@@ -115,6 +115,11 @@ class SaliencyCallback(SampledStudy):
                 "layer": layer,
             }  # fmt: skip
             check_smoothing(smoothing)
+            check_normalization(mean, std)
+            if target is not None:
+                target_parts(target)
+            if layer is not None and not isinstance(layer, str):
+                raise ArgumentError.of("layer", layer, "the name of a layer")
             self.target, self.mean, self.std, self.forward = target, mean, std, forward
             super().__init__(None, every_n_epochs, check_count("max_samples", max_samples, least=2))
         self.found: SaliencyMaps | None = None

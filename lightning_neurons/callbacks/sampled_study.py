@@ -96,7 +96,10 @@ class SampledStudy(lightning.pytorch.Callback, pytorch_lightning.Callback):  # t
         try:
             self._publish(trainer, found)
         except Exception as error:  # noqa: BLE001 (a picture that cannot be drawn must not stop training)
-            self._warn(f"epoch {trainer.current_epoch} was measured and not shown: {type(error).__name__}: {error}")
+            self._warn(
+                f"epoch {trainer.current_epoch} was measured and not shown: {type(error).__name__}: {error}",
+                once=str(error),
+            )
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Let go of the samples."""

@@ -184,15 +184,27 @@ def neuron_of(model: nn.Module, layer: str, neuron: Any) -> int:
     return int(neuron)
 
 
-def _single(model: nn.Module, target: Any, of: Of, name: str, allowed: str) -> Aim:
+def target_parts(target: Any, name: str = "target", allowed: str = ALLOWED) -> tuple[str | None, int | None]:
+    """The layer and the neuron, or the class, that a target consists of.
+
+    Raises:
+        ArgumentError: If it is none.
+    """
     if isinstance(target, Tensor) and target.ndim == 0:
         target = target.item()
     if is_number(target) and hasattr(target, "__index__") and abs(target) < 2**31:
-        return Aim(None, int(target), of)
+        return None, int(target)
     is_pair = isinstance(target, tuple | list) and len(target) == 2
     layer, index = target if is_pair else (target, None)
     if not isinstance(layer, str) or (is_pair and not (is_number(index) and hasattr(index, "__index__"))):
         raise ArgumentError.of(name, target, allowed)
+    return layer, None if index is None else int(index)
+
+
+def _single(model: nn.Module, target: Any, of: Of, name: str, allowed: str) -> Aim:
+    layer, index = target_parts(target, name, allowed)
+    if layer is None:
+        return Aim(None, index, of)
     widths = widths_of(model)
     if layer not in widths:
         raise UnknownNameError.among(name, layer, widths)
@@ -200,4 +212,4 @@ def _single(model: nn.Module, target: Any, of: Of, name: str, allowed: str) -> A
         raise ArgumentError.of(name, (layer, index), f"neurons of 0 to {widths[layer] - 1} in {layer!r}")
     if of != "logit":
         raise ArgumentError.of("of", of, f'"logit" where {name} is a neuron or a layer: its activation')
-    return Aim(layer, None if index is None else int(index))
+    return Aim(layer, index)

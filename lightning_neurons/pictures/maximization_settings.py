@@ -117,6 +117,16 @@ def range_of(
     return Range(low, high, center, spread, validity)
 
 
+def check_normalization(mean: Any, std: Any) -> None:
+    """Refuse what cannot be a normalisation of any picture.
+
+    Raises:
+        ArgumentError: If there are no numbers, or of different length, or a deviation is not above 0.
+    """
+    lengths = [len(given) for given in (mean, std) if hasattr(given, "__len__") and not isinstance(given, str)]
+    range_of((0.0, 1.0), mean, std, "clip", [], max(lengths, default=1))
+
+
 def seeds_of(seed: Any) -> tuple[int, ...]:
     """One seed or several.
 

@@ -9,8 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lightning_neurons.pictures.maximized import MaximizedActivation
+from lightning_neurons.report.card_figure import neuron_card
 from lightning_neurons.report.images import keep_cards, keep_picture, show_figure
-from lightning_neurons.report.picture_figures import maximized_images, neuron_card
+from lightning_neurons.report.picture_figures import maximized_images
 from lightning_neurons.results.neuron_card import NeuronCard
 from lightning_neurons.results.neuron_report import NeuronReport
 from lightning_neurons.results.plain import plain

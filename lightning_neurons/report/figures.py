@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from lightning_neurons.criteria import agreement
+from lightning_neurons.errors import check_count
 from lightning_neurons.report import drawing, figure_data
 from lightning_neurons.report.drawing import MAGNITUDES, PALETTE, given_or_new, put_title, say_instead, shortened
 from lightning_neurons.results.ablation_report import AblationReport
@@ -136,8 +137,10 @@ def importance_bars(
         axes: Where to draw; None makes a figure.
 
     Raises:
+        ArgumentError: If ``shown`` is no number of at least 1.
         UnknownNameError: If the criterion or the layer was not measured.
     """
+    check_count("shown", shown)
     ranked = [n for n in report.ranking(criterion, layer=layer) if math.isfinite(n.score)]
     both_ends = len(ranked) > 2 * shown
     rows: list[RankedNeuron | None] = [*ranked[:shown], None, *ranked[-shown:]] if both_ends else [*ranked]

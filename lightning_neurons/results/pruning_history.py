@@ -4,9 +4,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from lightning_neurons.errors import ArgumentError
-from lightning_neurons.results.plain import plain
+from lightning_neurons.results.plain import number, plain
 from lightning_neurons.results.whole_file import write_whole
 
 FORMAT, VERSION = "lightning_neurons pruning", 1
@@ -79,6 +80,11 @@ class PruningHistory:
             found = json.loads(Path(path).read_text())
             if found.pop("format") != FORMAT or found.pop("version") > VERSION:
                 raise ValueError("format")
-            return cls(**{**found, "points": tuple(PruningPoint(**point) for point in found["points"])})
+            points = tuple(PruningPoint(**{**point, **_metrics(point)}) for point in found["points"])
+            return cls(**{**found, "points": points})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ArgumentError.of("path", str(path), allowed) from error
+
+
+def _metrics(point: Mapping[str, Any]) -> dict[str, float | None]:
+    return {name: None if point[name] is None else number(point[name]) for name in ("before", "cut", "after")}
