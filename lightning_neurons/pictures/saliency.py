@@ -162,8 +162,14 @@ def integrated_gradients(
 
 
 def finished(values: Tensor, *, absolute: bool, smoothing: float) -> Tensor:
-    """A map as it was asked for."""
+    """A map as it was asked for; warns of those that are no numbers."""
     values = values.detach()
+    wrong = int((~values.isfinite()).flatten(1).any(1).sum())
+    if wrong:
+        warnings.warn(
+            f"saliency of {wrong} of {len(values)} samples is NaN or infinite: the model's activations or weights are",
+            stacklevel=3,
+        )
     if smoothing and values.ndim > 1:
         channels = values if values.ndim > 2 else values[:, None]
         values = gaussian_blur(channels, smoothing).view(values.shape)

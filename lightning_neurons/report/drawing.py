@@ -4,6 +4,9 @@ Colours can be told apart by the colour-blind: ``cividis`` for magnitudes, and t
 """
 
 import importlib.util
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -98,8 +101,17 @@ def say_instead(axes: Any, text: str) -> Any:
     return axes
 
 
+@contextmanager
+def any_letters() -> Iterator[None]:
+    """Say nothing of letters in names of layers that the font has not got: boxes stand for them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        yield
+
+
 def save_figure(figure: Any, path: Path) -> Path:
     """Write a figure as PNG; returns where."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with any_letters():
+        figure.savefig(path, dpi=120)
     return path

@@ -226,10 +226,8 @@ def agreement_scatter(
     axes.set_ylabel("|change of loss without the neuron|")
     if not found:
         return say_instead(axes, "no neuron was measured by both")
-    (x, below), (y, beneath) = (
-        drawing.log_where_positive(axes, "x", x),
-        drawing.log_where_positive(axes, "y", y),
-    )
+    x, below = drawing.log_where_positive(axes, "x", x)
+    y, beneath = drawing.log_where_positive(axes, "y", y)
     axes.set_xlabel(axes.get_xlabel() + below)
     axes.set_ylabel(axes.get_ylabel() + beneath, fontsize=9)
     few, start = len(found) <= len(PALETTE), 0

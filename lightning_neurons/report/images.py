@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_neurons.report.drawing import save_figure
+from lightning_neurons.report.drawing import any_letters, save_figure
 from lightning_neurons.results.whole_file import write_whole
 
 FOLDER = "pictures"
@@ -21,7 +21,8 @@ def show_figure(loggers: Sequence[Any], tag: str, figure: Any, step: int) -> Non
     """Write a figure to every logger that takes figures (TensorBoard) or images (Lightning's own ``log_image``)."""
     for logger in loggers:
         if hasattr(_experiment(logger), "add_figure"):
-            _experiment(logger).add_figure(tag, figure, step, close=False)
+            with any_letters():
+                _experiment(logger).add_figure(tag, figure, step, close=False)
         elif hasattr(logger, "log_image"):
             logger.log_image(key=tag, images=[as_pixels(figure)], step=step)
 
@@ -32,7 +33,8 @@ def as_pixels(figure: Any) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # optional, and slow to import
 
     canvas: Any = FigureCanvasAgg(figure)
-    canvas.draw()
+    with any_letters():
+        canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
