@@ -26,13 +26,13 @@ class Aim:
         layer: A layer's path; None for the model's output.
         index: A neuron of the layer, or a class; None for the layer's mean, or for the class that each sample is given.
         of: What of an output: its ``"logit"``, its softmax ``"probability"``, or the cross entropy (``"loss"``) with
-            the class as target; or ``"log_probability"``.
+            the class as target; or the ``"log_odds"`` of its probability.
         minus: What is subtracted, or None.
     """
 
     layer: str | None
     index: int | None
-    of: Of | Literal["log_probability"] = "logit"
+    of: Of | Literal["log_odds"] = "logit"
     minus: "Aim | None" = None
 
     @property
@@ -44,8 +44,8 @@ class Aim:
 
     @property
     def climbed(self) -> "Aim":
-        """What to maximise instead: a probability's gradient vanishes where it is near 1, its logarithm's later."""
-        return replace(self, of="log_probability") if self.of == "probability" and self.minus is None else self
+        """What to maximise instead: a probability's gradient vanishes where it is near 1, that of its odds does not."""
+        return replace(self, of="log_odds") if self.of == "probability" and self.minus is None else self
 
     @property
     def layers(self) -> set[str]:
@@ -104,13 +104,23 @@ class Aim:
         wrong = classes[(classes < 0) | (classes >= logits.shape[1])]
         if len(wrong):
             raise ArgumentError.of(name, int(wrong[0]), f"one of the model's outputs, 0 to {logits.shape[1] - 1}")
+        if self.of == "log_odds":
+            return _log_odds(logits, classes)
         if self.of == "logit":
             scores = logits
         else:  # of a binary model, the other class has no output
             binary = logits.shape[1] == 1
             logs = nn.functional.logsigmoid(logits) if binary else logits.log_softmax(1)
-            scores = {"probability": logs.exp(), "log_probability": logs, "loss": -logs}[self.of]
+            scores = logs.exp() if self.of == "probability" else -logs
         return scores[torch.arange(len(scores), device=scores.device), classes]
+
+
+def _log_odds(logits: Float[Tensor, "batch klass"], classes: Int[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+    """The logarithm of p / (1 - p) of each sample's class; of a binary model, its one output."""
+    own = logits.gather(1, classes[:, None])
+    if logits.shape[1] == 1:
+        return own[:, 0]
+    return own[:, 0] - logits.scatter(1, classes[:, None], -torch.inf).logsumexp(1)
 
 
 def logits_of(outputs: Any) -> Float[Tensor, "batch klass"]:

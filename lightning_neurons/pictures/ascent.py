@@ -71,11 +71,15 @@ class Ascent:
                 raw[~fine] = good[~fine]
             if not bool(fine.any()):
                 break
-        fine = self._fine_rows(self.read(self.pictures(raw)).isfinite(), settings.steps)
-        raw = raw.detach().where(fine.view(-1, *[1] * (raw.ndim - 1)), good)
+        found = self.pictures(raw)
+        reached = self.read(found)
+        fine = self._fine_rows(reached.isfinite(), settings.steps)
+        if not bool(fine.all()):
+            found = self.pictures(raw.detach().where(fine.view(-1, *[1] * (raw.ndim - 1)), good))
+            reached = self.read(found)
         if settings.frames:
-            self.frames.append(self.pictures(raw).cpu())
-        return self.pictures(raw), self.read(self.pictures(raw))
+            self.frames.append(found.cpu())
+        return found, reached
 
     def pictures(self, raw: Tensor) -> Latent:
         """The valid pictures that are described."""
@@ -120,8 +124,8 @@ class Ascent:
 
     def _as_read(self, climbed: Float[Tensor, " row"]) -> Float[Tensor, " row"]:
         """Values that were climbed, in the units of the aims."""
-        logs = torch.tensor([aim.climbed != aim for aim in self.aims], device=climbed.device)
-        return torch.where(logs, climbed.exp(), climbed)
+        odds = torch.tensor([aim.climbed != aim for aim in self.aims], device=climbed.device)
+        return torch.where(odds, climbed.sigmoid(), climbed)
 
     def _fine_rows(self, finite: Bool[Tensor, " row"], step: int) -> Bool[Tensor, " row"]:
         """The rows that have been finite up to this step."""

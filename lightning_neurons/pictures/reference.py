@@ -41,7 +41,7 @@ def batches_of(images: Any) -> Iterator[Tensor]:
         ArgumentError: If it is neither, or a batch has no tensor of inputs.
     """
     if isinstance(images, Tensor):
-        images = [images] if images.ndim else images
+        images = [images]
     if isinstance(images, Dataset | str | dict) or not isinstance(images, Iterable):
         raise ArgumentError.of("images", type(images).__name__, "a tensor (picture, ...), or an iterable of batches")
     shape: torch.Size | None = None

@@ -58,7 +58,8 @@ def percentile(values):
 def test_every_class_gets_higher_than_on_nearly_all_data(way, klass):
     found = of_classes(way)
     logits = by_hand(trained_digits(), klass, digit_pictures()[0])
-    assert found.activations[klass] > percentile(logits)
+    share = 0.9 if way == "fourier, clip" else 1  # which may end short of the maximum
+    assert found.activations[klass] > share * percentile(logits)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -108,6 +109,8 @@ def test_every_probability_is_nearly_one_and_that_of_a_plain_forward():
     torch.testing.assert_close(found.activations, own)
     torch.testing.assert_close(found.data_maximum, data.amax(0))
     assert found.activations.min() > 0.95
+    assert 0 <= found.trajectory.min() <= found.trajectory.max() <= 1
+    torch.testing.assert_close(found.trajectory[-1], own, atol=0.01, rtol=0)
 
 
 @cache

@@ -37,16 +37,17 @@ BAD = {
     "normalised images": ({"images": 4 * X - 2}, NOT_IN_RANGE),
     "images too bright": ({"images": 255 * X}, NOT_IN_RANGE),
     "images of one value": ({"images": X * 0, "value_range": None}, "images='only 0.0'.*value_range="),
-    "images with NaN": ({"images": NAN_PICTURE}, "images=.*"),
-    "images with infinity": ({"images": NAN_PICTURE.nan_to_num(torch.inf), "value_range": None}, "images=.*"),
+    "images with NaN": ({"images": NAN_PICTURE}, "images=.*finite values"),
+    "images with infinity": ({"images": NAN_PICTURE.nan_to_num(torch.inf), "value_range": None}, "images=.*finite"),
     "a data set": ({"images": TensorDataset(X)}, "images='TensorDataset'.*iterable of batches"),
     "text as images": ({"images": "digits"}, "images='str'.*iterable of batches"),
     "no images": ({"images": X[:0]}, "images=.*at least one picture"),
     "no batches": ({"images": []}, "images=.*at least one picture"),
     "empty batches": ({"images": [X[:0]]}, "images=.*at least one picture"),
-    "images of two shapes": ({"images": [X, X[..., :5]], "input_shape": None}, r"images=.*"),
+    "images of two shapes": ({"images": [X, X[..., :5]], "input_shape": None}, r"images=.*of one shape, \(3, 8, 8\)"),
     "one number as images": ({"images": torch.tensor(0.5)}, "images=.*"),
-    "numbers as images": ({"images": torch.rand(5), "input_shape": None}, "images=.*"),
+    "numbers as images": ({"images": torch.rand(5), "input_shape": None}, "images=.*pictures of floating"),
+    "whole numbers as images": ({"images": (255 * X).int()}, "images=.*pictures of floating"),
     "a std of 0": ({"std": 0}, "std=0.*above 0"),
     "a std of 0 in a channel": ({"std": [1, 0, 1]}, r"std=\[1, 0, 1\].*above 0"),
     "a negative std": ({"std": -1.0}, "std=-1.0.*above 0"),
@@ -189,7 +190,7 @@ def test_outputs_that_are_no_logits_are_refused():
 def test_a_layer_that_does_not_run_is_refused():
     net = seeded(ConvNet)
     net.spare = nn.Linear(3, 3)
-    with pytest.raises(ArgumentError, match=r"^target='spare'.*runs in the model's forward"):
+    with pytest.raises(ArgumentError, match=r"^target.*='spare'.*runs in the model's forward"):
         maximize_activation(net, ("spare", 1), **GOOD)
 
 

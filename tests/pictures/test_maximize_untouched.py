@@ -93,9 +93,10 @@ def test_an_exception_in_the_forward_leaves_no_trace(good, target, error, raised
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("target", [1, ("conv2", 1)], ids=str)
 def test_gradients_are_found_where_they_are_switched_off(option, mode, target):
-    expected = maximized(seeded(ConvNet), target, **OPTIONS[option])
+    net = seeded(ConvNet)
+    expected = maximized(net, target, **OPTIONS[option])
     with mode():
-        found = maximized(seeded(ConvNet), target, **OPTIONS[option])
+        found = maximized(net, target, **OPTIONS[option])
         torch.testing.assert_close(found.images, expected.images)
         torch.testing.assert_close(found.data_activations, expected.data_activations)
 

@@ -12,7 +12,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from lightning_neurons import ArgumentError, MeasurementError, randomization_check, saliency
 from tests.models import ConvNet, pictures, seeded
 
-LAYERS = ["fc2", "fc1", "conv2", "conv1"]
+LAYERS = ["fc2", "fc1", "norm2", "conv2", "norm1", "conv1"]
 
 
 def state_of(model):
@@ -50,9 +50,6 @@ def test_a_map_that_does_not_look_at_the_weights_stays_alike():
     assert step.spearman > 0.999
 
 
-NORMS = {"conv1": "norm1", "conv2": "norm2"}
-
-
 def test_numbers_are_those_of_layers_reset_by_hand(trained):
     net, x, _ = trained
     x, found = x[:6], randomization_check(net, x[:6], 3, seed=7)
@@ -60,8 +57,6 @@ def test_numbers_are_those_of_layers_reset_by_hand(trained):
     torch.manual_seed(7)
     for step in found:
         twin.get_submodule(step.layer).reset_parameters()
-        if step.layer in NORMS:
-            twin.get_submodule(NORMS[step.layer]).reset_parameters()
         pairs = zip(before.abs().flatten(1), saliency(twin, x, 3).abs().flatten(1), strict=True)
         expected = [spearmanr(a.numpy(), b.numpy()).statistic for a, b in pairs]
         assert step.spearman == pytest.approx(sum(expected) / len(expected), abs=1e-6)
@@ -127,8 +122,33 @@ class OutOfOrder(nn.Module):
 
 
 def test_layers_are_randomized_from_the_last_to_the_first_to_run():
-    found = randomization_check(seeded(OutOfOrder), torch.randn(4, 9))
+    with pytest.warns(UserWarning, match="leaves the weights of spare as they are"):
+        found = randomization_check(seeded(OutOfOrder), torch.randn(4, 9))
     assert [step.layer for step in found] == ["head", "stem"]
+
+
+class Scaled(nn.Module):
+    """Has weights that nothing draws anew."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.net, self.scale = nn.Sequential(*layers), nn.Parameter(torch.full((9,), 2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x * self.scale)
+
+
+def test_weights_that_cannot_be_drawn_anew_are_named():
+    model = Scaled(nn.Linear(9, 5), nn.LayerNorm(5), nn.Linear(5, 3))
+    with pytest.warns(UserWarning, match="leaves the weights of the model itself as they are"):
+        found = randomization_check(model, torch.randn(4, 9))
+    assert [step.layer for step in found] == ["net.2", "net.1", "net.0"]
+
+
+@pytest.mark.parametrize("make", [Scaled, nn.Flatten], ids=["weights of its own", "no weights"])
+def test_a_model_without_weights_to_draw_is_refused(make):
+    with pytest.raises(ArgumentError, match=rf"model='{make.__name__}' .*modules with reset_parameters"):
+        randomization_check(make(), torch.randn(4, 9), 1)
 
 
 def test_in_the_end_weights_are_random_everywhere(trained):

@@ -70,7 +70,23 @@ def test_all_pictures_come_once_and_in_order_in_small_parts(form):
     ids=["a data set", "text", "a mapping", "a number", "an array", "mappings", "texts", "arrays"],
 )  # fmt: skip
 def test_anything_else_is_refused(images):
-    with pytest.raises(ArgumentError, match=r"^images=.*expected (a tensor|batches of one tensor)"):
+    with pytest.raises(ArgumentError, match=r"^images=.*expected (a tensor|pictures of floating point)"):
+        list(batches_of(images))
+
+
+@pytest.mark.parametrize(
+    "images, message",
+    [
+        (X.int(), r"torch.int32 \(200, 1, 2, 2\).*expected pictures of floating point"),
+        (X[:, 0, 0, 0], r"torch.float32 \(200,\).*expected pictures of floating point"),
+        ([X, X[..., :1]], r"\(1, 2, 1\).*expected pictures of one shape, \(1, 2, 2\)"),
+        ([X, X * torch.nan], "NaN or infinite values.*expected finite values"),
+        (X / 0, "NaN or infinite values.*expected finite values"),
+    ],
+    ids=["whole numbers", "numbers", "two shapes", "NaN", "infinity"],
+)
+def test_pictures_that_cannot_be_used_are_refused(images, message):
+    with pytest.raises(ArgumentError, match=f"^images=.*{message}"):
         list(batches_of(images))
 
 

@@ -26,25 +26,25 @@ def dot(height, width, *, down=0, right=0):
 @pytest.mark.parametrize("shape", [(2, 3), (2, 3, 7), (2, 3, 6, 5), (2, 1, 3, 4, 5)], ids=str)
 def test_amounts_of_zero_change_nothing(shape):
     pictures = torch.rand(shape)
-    assert torch.equal(moved(pictures, draws=[1.0, -1.0, 1.0, -1.0]), pictures)
+    assert torch.equal(moved(pictures, draws=[1.0, -1.0, 1.0, -1.0, 1.0]), pictures)
 
 
 @pytest.mark.parametrize("options", [{"jitter": 2.0}, {"scale": 0.5}, {"rotation": 90.0}], ids=str)
 def test_draws_of_zero_change_nothing(options):
     pictures = torch.rand(2, 3, 7, 6)
-    torch.testing.assert_close(moved(pictures, draws=[0.0] * 4, **options), pictures, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(moved(pictures, draws=[0.0] * 5, **options), pictures, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("across, down", [(2, 0), (0, 1), (-1, 2), (1, -2)])
 @pytest.mark.parametrize("size", [(9, 9), (8, 12), (7, 10)], ids=str)
 def test_whole_positions_are_a_roll_but_for_the_edges(across, down, size):
     pictures = torch.rand(2, 3, *size)
-    found = moved(pictures, jitter=2.0, draws=[across / 2, down / 2, 0.0, 0.0])
+    found = moved(pictures, jitter=2.0, draws=[across / 2, down / 2, 0.0, 0.0, 0.0])
     rolled = pictures.roll((-down, -across), (2, 3))
     torch.testing.assert_close(found[..., 2:-2, 2:-2], rolled[..., 2:-2, 2:-2], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("axis, draws", [(2, [1.0, 0.0, 0.0, 0.0]), (2, [-0.5, 1.0, 1.0, 1.0])])
+@pytest.mark.parametrize("axis, draws", [(2, [1.0, 0.0, 0.0, 0.0, 0.0]), (2, [-0.5, 1.0, 1.0, 1.0, 1.0])])
 def test_signals_are_rolled(axis, draws):
     pictures = torch.rand(2, 3, 11)
     found = moved(pictures, jitter=4.0, draws=draws)
@@ -70,16 +70,17 @@ def test_a_quarter_turn_is_that_of_rot90(size):
     size = torch.Size(size)
     if size[0] == size[1]:
         picture = torch.rand(2, 3, *size)
-        found = moved(picture, rotation=90.0, draws=[0.0, 0.0, 0.0, 1.0])
+        found = moved(picture, rotation=90.0, draws=[0.0, 0.0, 0.0, 0.0, 1.0])
         torch.testing.assert_close(found, picture.rot90(1, (2, 3)), atol=1e-4, rtol=1e-4)
         return
-    found = moved(dot(*size, right=2), rotation=90.0, draws=[0.0, 0.0, 0.0, 1.0])
-    torch.testing.assert_close(found, dot(*size, down=-2), atol=1e-4, rtol=1e-4)
+    found = moved(dot(*size, right=2), rotation=90.0, draws=[0.0, 0.0, 0.0, 0.0, 1.0])
+    high, wide = (slice(n // 2 - 2, n // 2 + 3) for n in size)  # further out are reflections
+    torch.testing.assert_close(found[..., high, wide], dot(5, 5, down=-2), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("angle", [-180, -90, 90, 180])
 def test_angles_of_either_sign(angle):
-    found = moved(dot(9, 9, right=3), rotation=180.0, draws=[0.0, 0.0, 0.0, angle / 180])
+    found = moved(dot(9, 9, right=3), rotation=180.0, draws=[0.0, 0.0, 0.0, 0.0, angle / 180])
     turned = dot(9, 9, right=3).rot90(angle // 90, (2, 3))
     torch.testing.assert_close(found, turned, atol=1e-4, rtol=1e-4)
 
@@ -89,7 +90,7 @@ def test_angles_of_either_sign(angle):
 def test_distances_from_the_middle_stay_when_turned(size, degrees):
     down, right = torch.meshgrid(*(torch.arange(n) - n // 2 for n in size), indexing="ij")
     blob = (-((down**2 + (right - 8) ** 2) / 8.0)).exp()
-    found = moved(blob[None, None], rotation=degrees, draws=[0.0, 0.0, 0.0, 1.0])[0, 0]
+    found = moved(blob[None, None], rotation=degrees, draws=[0.0, 0.0, 0.0, 0.0, 1.0])[0, 0]
     middle = [float((found * place).sum() / found.sum()) for place in (down, right)]
     expected = [-8 * math.sin(math.radians(degrees)), 8 * math.cos(math.radians(degrees))]
     assert middle == pytest.approx(expected, abs=0.05)
@@ -101,7 +102,7 @@ def test_pictures_grow_and_shrink_by_their_share(draw, factor, size):
     down, right = torch.meshgrid(*(torch.arange(n) - n // 2 for n in size), indexing="ij")
     for distance, axis in ((down, 0), (right, 1)):
         blob = (-((distance - 6) ** 2 + (distance * 0 + (right if axis == 0 else down)) ** 2) / 6.0).exp()
-        found = moved(blob[None, None], scale=0.5, draws=[0.0, 0.0, draw, 0.0])[0, 0]
+        found = moved(blob[None, None], scale=0.5, draws=[0.0, 0.0, 0.0, draw, 0.0])[0, 0]
         if draw < 0:  # what lay beyond the edges is a reflection
             found = found * (down.abs() <= 7) * (right.abs() <= 7)
         assert float((found * distance).sum() / found.sum()) == pytest.approx(6 * factor, abs=0.1)
@@ -110,7 +111,7 @@ def test_pictures_grow_and_shrink_by_their_share(draw, factor, size):
 def test_draws_lie_between_minus_one_and_one_and_do_not_depend_on_the_other_rows():
     robustness = Robustness(1.0, 0.1, 5.0)
     draws = robustness.draws([torch.Generator().manual_seed(seed) for seed in (3, 4, 5)], 200)
-    assert draws.shape[:2] == (200, 3)
+    assert draws.shape == (200, 3, 5)
     assert -1 <= draws.min() < -0.98
     assert 0.98 < draws.max() <= 1
     alone = robustness.draws([torch.Generator().manual_seed(4)], 200)
@@ -118,7 +119,7 @@ def test_draws_lie_between_minus_one_and_one_and_do_not_depend_on_the_other_rows
 
 
 def test_rows_are_moved_by_their_own_amounts():
-    pictures, draws = torch.rand(3, 2, 8, 8), 2 * torch.rand(3, 4) - 1
+    pictures, draws = torch.rand(3, 2, 8, 8), 2 * torch.rand(3, 5) - 1
     robustness = Robustness(1.5, 0.3, 40.0)
     together = robustness.applied(pictures, draws)
     for row in range(3):
@@ -129,7 +130,15 @@ def test_rows_are_moved_by_their_own_amounts():
 
 @pytest.mark.parametrize(
     "space, amounts",
-    [((32, 48), (2, 0.05, 5)), ((32,), (2, 0, 0)), ((16, 32, 48), (1, 0, 0)), ((), (0, 0, 0))],
+    [
+        ((32, 48), (2, 0.05, 5)),
+        ((48, 16), (1, 0.05, 5)),
+        ((15, 48), (0, 0, 0)),
+        ((8, 8), (0, 0, 0)),
+        ((32,), (2, 0, 0)),
+        ((16, 32, 48), (1, 0, 0)),
+        ((), (0, 0, 0)),
+    ],
     ids=str,
 )
 def test_defaults_suit_the_size(space, amounts):

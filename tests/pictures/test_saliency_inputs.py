@@ -118,7 +118,7 @@ def test_many_texts_are_independent_of_each_other():
 
 
 def test_similarity_of_token_maps_falls_too():
-    assert [s.layer for s in randomization_check(reader(), TOKENS)] == ["head", "hidden"]
+    assert [s.layer for s in randomization_check(reader(), TOKENS)] == ["head", "hidden", "word"]
 
 
 class Hashed(Reader):

@@ -7,7 +7,7 @@ import torch
 
 from lightning_neurons import maximize_activation
 from lightning_neurons.pictures.parametrization import Colours, Fourier, Pixel
-from lightning_neurons.pictures.validity import VALIDITIES, Range, plain_range
+from lightning_neurons.pictures.validity import VALIDITIES, Range
 from tests.models import ConvNet, seeded
 from tests.pictures.trained import digit_pictures, trained_digits
 
@@ -98,7 +98,6 @@ def test_inputs_are_normalised_by_channel_and_back(shape):
 def test_shown_runs_from_zero_to_one(low, high):
     pictures = torch.tensor([low, (low + high) / 2, high]).view(1, 1, 3)
     torch.testing.assert_close(range_(low, high).shown(pictures), torch.tensor([[[0.0, 0.5, 1.0]]]))
-    torch.testing.assert_close(plain_range(low, high).shown(pictures), torch.tensor([[[0.0, 0.5, 1.0]]]))
 
 
 @pytest.mark.parametrize("described", [Pixel((2, 6)), Fourier((2, 6), Colours(torch.eye(2)))], ids=["pixel", "fourier"])

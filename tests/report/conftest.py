@@ -2,4 +2,4 @@
 
 from tests.report.browser import BROWSER
 
-collect_ignore = [] if BROWSER else ["test_browser.py", "test_html_browser.py"]
+collect_ignore = [] if BROWSER else ["test_browser.py", "test_browser_pictures.py", "test_html_browser.py"]

@@ -7,7 +7,9 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
+from lightning_neurons.errors import ArgumentError
 from lightning_neurons.report import picture_figures
+from lightning_neurons.report.card_figure import neuron_card
 from lightning_neurons.report.drawing import new_figure
 from lightning_neurons.report.figure_data import tiled
 from lightning_neurons.results.neuron_card import NeuronCard
@@ -40,7 +42,7 @@ def every_picture_figure():
         picture_figures.activation_overlay(images[0], noise(2, 8, 8).relu(), ["before", "after"]),
         picture_figures.filters_before_after(noise(5, 3, 3, 3), noise(4, 3, 3, 3)),
         picture_figures.maximized_images(images, ["a", "b", "c", "d"]),
-        picture_figures.neuron_card(card(deadness=0.5)),
+        neuron_card(card(deadness=0.5)),
     ]
 
 
@@ -120,7 +122,7 @@ def test_rows_have_the_picture_the_attribution_and_both():
     assert len(figure.axes) == 6
     assert figure.axes[3].get_title(loc="left") == "<script>"
     both = figure.axes[5].images
-    assert torch.equal(torch.as_tensor(both[0].get_array().data), images[1, 0])
+    assert torch.allclose(torch.as_tensor(both[0].get_array().data), 0.4 + 0.6 * images[1, 0]), "light"
     assert torch.equal(torch.as_tensor(both[1].get_array().data), maps[1, 0])
     assert both[1].get_extent() == [-0.5, 7.5, 7.5, -0.5], "a smaller map is stretched"
     assert len(picture_figures.saliency_rows(noise(2, 50), noise(2, 50), ["a", "b"]).axes) == 4
@@ -134,6 +136,24 @@ def test_maps_share_one_scale():
     assert [axes.images[1].get_clim() for axes in figure.axes[1:3]] == [(0, 2), (0, 2)]
     assert figure.axes[-1].get_ylabel() == "activation"
     picture_figures.activation_overlay(digits(1)[0], [torch.zeros(8, 8)], ["dead"]).draw_without_rendering()
+
+
+def test_where_a_neuron_is_active_in_a_signal_is_drawn():
+    signal, maps = noise(3, 60), noise(2, 60).relu()
+    figure = picture_figures.activation_overlay(signal, maps, ["a", "b"])
+    figure.draw_without_rendering()
+    active = [axes for axes in figure.axes if axes.collections]
+    assert [axes.get_ylim() for axes in active] == [(0, pytest.approx(float(maps.max())))] * 2
+    assert all(line.get_ydata().tolist() == signal[0].tolist() for line in [axes.lines[0] for axes in figure.axes[:3]])
+    assert figure.axes[-1].get_ylabel() == "activation"
+
+
+@pytest.mark.parametrize("titles", [[], ["a"], ["a", "b", "c"]])
+def test_a_wrong_number_of_titles_is_refused(titles):
+    with pytest.raises(ArgumentError, match=r"titles=\[.*one title and one picture for each of the 2 maps"):
+        picture_figures.saliency_rows(digits(2), noise(2, 1, 8, 8), titles)
+    with pytest.raises(ArgumentError, match=r"titles=\[.*one title for each of the 2 maps"):
+        picture_figures.activation_overlay(digits(1)[0], noise(2, 8, 8).relu(), titles)
 
 
 @pytest.mark.parametrize("filters", [1, 5, 16, 200])
@@ -176,7 +196,7 @@ def test_maximized_pictures_have_their_titles(count):
 @pytest.mark.parametrize("maximized", [True, False])
 @pytest.mark.parametrize("numbers", [{}, {"deadness": 0.25, "$n$": math.nan}])
 def test_a_card_has_what_is_known_of_the_neuron(pictures, maximized, numbers):
-    figure = picture_figures.neuron_card(card(pictures, maximized, **numbers))
+    figure = neuron_card(card(pictures, maximized, **numbers))
     figure.draw_without_rendering()
     assert figure.get_suptitle() == "net.conv2 7: most important"
     drawn = [axes for axes in figure.axes if axes.images]
@@ -191,5 +211,5 @@ def test_a_card_has_what_is_known_of_the_neuron(pictures, maximized, numbers):
 @pytest.mark.parametrize("name", HOSTILE)
 def test_names_on_a_card_are_shown_as_they_are(name):
     made = NeuronCard(name, name, {name: 1.0}, digits(2), torch.ones(2), digits(1)[0])
-    picture_figures.neuron_card(made).draw_without_rendering()
+    neuron_card(made).draw_without_rendering()
     picture_figures.maximized_images(digits(1), [name]).draw_without_rendering()

@@ -166,6 +166,28 @@ def test_a_report_with_a_part_missing_is_refused_by_its_name(part, tmp_path):
         NeuronReport.load(path)
 
 
+INCONSISTENT = {
+    "too few scores": lambda d: d["scores"]["rms"]["0"].pop(),
+    "too many dead": lambda d: d["deadness"]["near_zero"]["3"].append(0.5),
+    "one number for a layer": lambda d: d["scores"]["rms"].update({"0": 1.0}),
+    "unknown layer": lambda d: d["scores"]["rms"].update(other=[1.0]),
+    "settings": lambda d: d.update(settings=[1, 2]),
+    "refused": lambda d: d.update(refused=["rms"]),
+    "epoch": lambda d: d.update(epoch="three"),
+    "step": lambda d: d.update(step=1.5),
+    "version": lambda d: d.update(version=0),
+}
+
+
+@pytest.mark.parametrize("part", INCONSISTENT)
+def test_a_report_that_contradicts_itself_is_refused(part, tmp_path):
+    path, document = saved(tmp_path)
+    INCONSISTENT[part](document)
+    path.write_text(json.dumps(document))
+    with pytest.raises(ArgumentError, match=r"path='.*neurons\.json \(.*a JSON file that NeuronReport\.save wrote"):
+        NeuronReport.load(path)
+
+
 def test_a_missing_file_is_missing(tmp_path):
     with pytest.raises(FileNotFoundError):
         NeuronReport.load(tmp_path / "nowhere.json")
