@@ -78,13 +78,13 @@ def demo(seed: int = 0, epochs: int = 5, output_dir: Path = Path("neurons_demo")
     Args:
         seed: Same seed, same numbers.
         epochs: How many epochs to train.
-        output_dir: Where the TensorBoard run and neurons.json go.
+        output_dir: Where the TensorBoard run, neurons.json and report.html go.
 
     Returns:
         The callback, with its report and history.
     """
     console = Console()
-    callback = NeuronSensitivityCallback()
+    callback = NeuronSensitivityCallback(html=True)
     trainer = train_digits(seed, epochs, output_dir, [callback])
     console.print(f"\nvalidation accuracy: {float(trainer.callback_metrics['val_acc']):.1%}", highlight=False)
     console.print(
