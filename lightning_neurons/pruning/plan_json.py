@@ -37,7 +37,7 @@ def read(path: Path) -> Any:
         ArgumentError: If it is no JSON.
     """
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ArgumentError.of("path", str(path), "a JSON file that PruningPlan.save wrote, whole") from error
 

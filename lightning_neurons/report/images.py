@@ -67,7 +67,7 @@ def keep_cards(directory: Path, cards: Sequence[tuple[Any, Mapping[str, Any]]], 
 
 def _listed(path: Path) -> list[dict[str, Any]]:
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return []
     return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []

@@ -110,7 +110,7 @@ class AblationReport:
         """
         allowed = "a JSON file that AblationReport.save wrote, whole"
         try:
-            found = json.loads(Path(path).read_text())
+            found = json.loads(Path(path).read_text(encoding="utf-8"))
         except ValueError as error:
             raise ArgumentError.of("path", str(path), allowed) from error
         if not isinstance(found, dict) or found.get("format") != FORMAT or found.get("version", 0) > VERSION:

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from lightning_neurons.criteria import agreement
-from lightning_neurons.errors import ArgumentError
 from lightning_neurons.metrics.histogram import folded
 from lightning_neurons.results.neuron_report import NeuronReport
 from lightning_neurons.results.plain import number, plain
-from lightning_neurons.results.whole_file import write_whole
+from lightning_neurons.results.whole_file import reading_document, write_whole
 
 FORMAT, VERSION = "lightning_neurons history", 1
 
@@ -142,16 +141,10 @@ class NeuronHistory:
         Raises:
             ArgumentError: If the file is no such history, or of a newer version.
         """
-        allowed = f"a JSON file that NeuronHistory.save wrote, whole, of version {VERSION} or older"
-        try:
-            found = json.loads(Path(path).read_text())
-            if found["format"] != FORMAT or found["version"] > VERSION:
-                raise ValueError("format")
+        with reading_document(Path(path), FORMAT, VERSION, "NeuronHistory.save") as found:
             entries = [HistoryEntry(**entry) for entry in found["entries"]]
-            stability = [{n: number(s) for n, s in entry.stability.items()} for entry in entries]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ArgumentError.of("path", str(path), allowed) from error
-        return cls([replace(entry, stability=s) for entry, s in zip(entries, stability, strict=True)])
+            known = [{name: number(s) for name, s in entry.stability.items()} for entry in entries]
+            return cls([replace(entry, stability=s) for entry, s in zip(entries, known, strict=True)])
 
 
 def _main_scores(report: NeuronReport) -> Mapping[str, Tensor]:

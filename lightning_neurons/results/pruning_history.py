@@ -6,9 +6,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning_neurons.errors import ArgumentError
 from lightning_neurons.results.plain import number, plain
-from lightning_neurons.results.whole_file import write_whole
+from lightning_neurons.results.whole_file import reading_document, write_whole
 
 FORMAT, VERSION = "lightning_neurons pruning", 1
 
@@ -75,15 +74,9 @@ class PruningHistory:
         Raises:
             ArgumentError: If the file is no such history, or of a newer version.
         """
-        allowed = f"a JSON file that PruningHistory.save wrote, whole, of version {VERSION} or older"
-        try:
-            found = json.loads(Path(path).read_text())
-            if found.pop("format") != FORMAT or found.pop("version") > VERSION:
-                raise ValueError("format")
+        with reading_document(Path(path), FORMAT, VERSION, "PruningHistory.save") as found:
             points = tuple(PruningPoint(**{**point, **_metrics(point)}) for point in found["points"])
             return cls(**{**found, "points": points})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ArgumentError.of("path", str(path), allowed) from error
 
 
 def _metrics(point: Mapping[str, Any]) -> dict[str, float | None]:

@@ -76,7 +76,7 @@ def load(path: Path, counts_type: Callable[..., Any]) -> dict[str, Any]:
     """
     allowed = "a JSON file that NeuronReport.save wrote, whole"
     try:
-        document = json.loads(path.read_text())
+        document = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ArgumentError.of("path", str(path), allowed) from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
