@@ -52,6 +52,8 @@ class Ascent:
         """Take all steps from a start; returns the pictures, and what each row's aim reads on its own."""
         settings = self.settings
         draws = self.robustness.draws(generators, settings.steps)
+        self._rows = {aim: torch.tensor([one == aim for one in self.aims], device=raw.device) for aim in self.aims}
+        self._odds = torch.tensor([aim.climbed != aim for aim in self.aims], device=raw.device)
         raw = raw.requires_grad_()
         good = raw.detach().clone()
         rate = LEARNING_RATES[self.kind] if settings.learning_rate is None else settings.learning_rate
@@ -115,8 +117,7 @@ class Ascent:
         outputs, activations = self.readout(inputs)
         before = self.readout.capture.before if climbing and self.readout.capture is not None else None
         found: Tensor = pictures.new_zeros(len(pictures))
-        for aim in dict.fromkeys(self.aims):
-            mine = torch.tensor([one == aim for one in self.aims], device=pictures.device)
+        for aim, mine in self._rows.items():
             wanted = aim.climbed if climbing else aim
             read = wanted.read(outputs, activations, self.readout.layers, len(pictures), before=before)
             found = torch.where(mine, read.to(found.dtype), found)
@@ -124,8 +125,7 @@ class Ascent:
 
     def _as_read(self, climbed: Float[Tensor, " row"]) -> Float[Tensor, " row"]:
         """Values that were climbed, in the units of the aims."""
-        odds = torch.tensor([aim.climbed != aim for aim in self.aims], device=climbed.device)
-        return torch.where(odds, climbed.sigmoid(), climbed)
+        return torch.where(self._odds, climbed.sigmoid(), climbed)
 
     def _fine_rows(self, finite: Bool[Tensor, " row"], step: int) -> Bool[Tensor, " row"]:
         """The rows that have been finite up to this step."""
