@@ -1,20 +1,15 @@
 """The demo's TensorBoard, started for real and looked at in a browser. Collected where a browser is installed."""
 
-import contextlib
-import json
 import os
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-from urllib.request import urlopen
 
 import pytest
 
 from tests.report.browser import look
+from tests.report.served import fetch, serving
 
 LAYERS = ("net.conv1", "net.conv2", "net.fc1", "net.fc2")
 
@@ -26,29 +21,8 @@ def tensorboard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     run = [sys.executable, "-m", "lightning_neurons", "demo", "--epochs", "3", "--output_dir", "neurons_demo"]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     subprocess.run(run, cwd=folder, env=environment, capture_output=True, check=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", "neurons_demo", "--host", "127.0.0.1"]
-    process = subprocess.Popen(
-        [*command, "--port", str(port)], cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    address = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(120):
-            with contextlib.suppress(OSError):
-                if fetch(f"{address}/data/plugin/text/tags"):
-                    break
-            time.sleep(0.5)
+    with serving(folder, "neurons_demo", "text") as address:
         yield address
-    finally:
-        process.terminate()
-        process.wait(20)
-
-
-def fetch(url: str) -> Any:
-    with urlopen(url, timeout=30) as answer:
-        return json.load(answer)
 
 
 @pytest.fixture

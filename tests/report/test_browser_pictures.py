@@ -1,16 +1,10 @@
 """TensorBoard with the pictures of a run, looked at in a browser. Collected where a browser is installed."""
 
 import asyncio
-import contextlib
 import json
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-from urllib.request import urlopen
 
 import lightning as L  # noqa: N812
 import pytest
@@ -21,6 +15,7 @@ from lightning_neurons.demo import DigitsModule, digits
 from lightning_neurons.report.layout import LAYOUT
 from tests.callbacks.modules import trainer_of
 from tests.report.browser import Page, visit
+from tests.report.served import fetch, serving
 
 TAGS = ("figures/importance", "saliency", "maximization", "cards/most_important/1", "cards/least_important/1")
 
@@ -42,29 +37,8 @@ def tensorboard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     train, val = digits()
     logger = TensorBoardLogger(folder / "runs", name=None)
     trainer_of(callbacks, logger=logger, max_epochs=2, limit_val_batches=2).fit(DigitsModule(), train, val)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", "runs", "--host", "127.0.0.1"]
-    process = subprocess.Popen(
-        [*command, "--port", str(port)], cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    address = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(120):
-            with contextlib.suppress(OSError):
-                if fetch(f"{address}/data/plugin/images/tags"):
-                    break
-            time.sleep(0.5)
+    with serving(folder, "runs", "images") as address:
         yield address
-    finally:
-        process.terminate()
-        process.wait(20)
-
-
-def fetch(url: str) -> Any:
-    with urlopen(url, timeout=30) as answer:
-        return json.load(answer)
 
 
 def test_every_picture_is_served(tensorboard: str) -> None:
