@@ -11,16 +11,10 @@ import pytest
 import torch
 
 from lightning_neurons import ArgumentError, NeuronReport, measure
-from lightning_neurons.report.html import page
 from lightning_neurons.report.html.page import write_html
 from lightning_neurons.report.numbers import layer_rows
 from tests.callbacks.modules import LAYERS, Plain, loader
-from tests.report.runs import ALWAYS, EVIL, Read, fill, fill_with_evil, two_reports
-
-
-@pytest.fixture(scope="module")
-def reports() -> list[NeuronReport]:
-    return two_reports()
+from tests.report.runs import ALWAYS, EVIL, Read, fill, fill_with_evil
 
 
 @pytest.fixture(scope="module")
@@ -34,18 +28,6 @@ def everything(tmp_path_factory: pytest.TempPathFactory, reports: list[NeuronRep
 @pytest.fixture
 def found(everything: str) -> Read:
     return Read(everything)
-
-
-@pytest.fixture
-def bare(tmp_path: Path, reports: list[NeuronReport]) -> Path:
-    """The folder of a run with nothing but a report."""
-    reports[1].save(tmp_path / "version_0" / "neurons.json")
-    return tmp_path / "version_0"
-
-
-@pytest.fixture
-def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page, "can_draw", lambda: False)
 
 
 def read(folder: Path) -> Read:

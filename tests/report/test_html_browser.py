@@ -11,7 +11,7 @@ from lightning_neurons import NeuronReport
 from lightning_neurons.report.html.page import write_html
 from tests.callbacks.modules import LAYERS
 from tests.report.browser import Page, visit
-from tests.report.runs import EVIL, fill, fill_with_evil, two_reports
+from tests.report.runs import EVIL, fill, fill_with_evil
 
 FIRST = "document.querySelector('#layers table')"
 NAMES = f"[...{FIRST}.tBodies[0].rows].map(row => row.cells[0].textContent.trim())"
@@ -19,11 +19,6 @@ DEAD = f"{FIRST}.tHead.rows[0].cells[2]"
 DEAD_COLUMN = f"[...{FIRST}.tBodies[0].rows].map(row => Number(row.cells[2].dataset.number))"
 LOADED = "[...document.images].map(image => image.complete && image.naturalWidth > 0)"
 COLOURS = "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]"
-
-
-@pytest.fixture(scope="module")
-def reports() -> list[NeuronReport]:
-    return two_reports()
 
 
 @pytest.fixture(scope="module")

@@ -7,29 +7,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from lightning_neurons import ArgumentError, NeuronReport
+from lightning_neurons import ArgumentError
 from lightning_neurons.cli import main
-from lightning_neurons.report.html import page
 from lightning_neurons.report.html.page import write_html
 from lightning_neurons.report.html.run_folder import RunFolder
-from tests.report.runs import Read, fill, put_list, put_picture, two_reports
-
-
-@pytest.fixture(scope="module")
-def reports() -> list[NeuronReport]:
-    return two_reports()
-
-
-@pytest.fixture
-def bare(tmp_path: Path, reports: list[NeuronReport]) -> Path:
-    """The folder of a run with nothing but a report."""
-    reports[1].save(tmp_path / "version_0" / "neurons.json")
-    return tmp_path / "version_0"
-
-
-@pytest.fixture
-def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page, "can_draw", lambda: False)
+from tests.report.runs import Read, fill, put_list, put_picture
 
 
 def notes(folder: Path) -> str:
