@@ -90,7 +90,7 @@ class Session:
             self._again = map_tensors(batch, Tensor.clone)
         elif self._alive():
             self._stack = ExitStack()
-            self._stack.enter_context(self.passes.observe())
+            self._stack.enter_context(self.passes.observe(of_others=True))
 
     def close(self, batch_idx: int) -> None:
         """After the model's own step: stop watching, and differentiate what has been picked."""
@@ -101,7 +101,11 @@ class Session:
         again, self._again = self._again, None
         picked, self._picked = self._picked, []
         if stack is not None:
-            stack.close()
+            try:
+                stack.close()
+            except Exception as error:  # noqa: BLE001 (what could not be watched ends the measurement, not the run)
+                for member in self._alive():
+                    member.failure = error
         elif again is not None:
             self._observe_again(again, batch_idx)
         if self.source == "val":

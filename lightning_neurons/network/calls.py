@@ -4,15 +4,15 @@ A ``TorchFunctionMode`` sees every call of a torch function. One run in which ev
 know (``learn``); with that, ``tape.py`` records a second run, as far as somebody will need it.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.hooks import RemovableHandle
 
+from lightning_neurons.network.hooked import Before
 from lightning_neurons.network.layer import Layer
 from lightning_neurons.network.shortcut import Narrow
 from lightning_neurons.network.trees import address_of, tensors_in, version_of
@@ -81,10 +81,8 @@ class _Arrivals(FollowLayers):
         super().__init__(layers, modules)
         self._seen = seen
 
-    def _hook(self) -> Iterator[RemovableHandle]:
-        yield from super()._hook()
-        for name, module in self._modules.items():
-            yield module.register_forward_pre_hook(partial(self._entered, name))
+    def _before_runs(self) -> Iterable[tuple[nn.Module, Before]]:
+        return [(module, partial(self._entered, name)) for name, module in self._modules.items()]
 
     def _entered(self, name: str, module: nn.Module, inputs: Any) -> None:
         self._seen.calls.entries.setdefault(name, []).append(len(self._seen.calls.functions))
@@ -147,7 +145,7 @@ class _Learn(TorchFunctionMode):
             self._number[address] = len(self.calls.created)
             self.calls.created.append(now)
             self.calls.read.append(now)
-            self.calls.bytes.append(tensor.untyped_storage().nbytes())
+            self.calls.bytes.append(tensor.untyped_storage().nbytes() if address > 0 else 0)
         return self._number[address]
 
     def returns(self, result: Any) -> None:

@@ -1,27 +1,69 @@
-"""A mode that sees calls of torch functions, with hooks on modules that live exactly as long as it is active."""
+"""A mode that sees calls of torch functions, and runs of modules, exactly as long as it is active.
 
-from collections.abc import Iterator
-from typing import Self
+Where it is a user's own run that is watched, that run has to be what it would have been. Nothing is attached to a
+module then: torch's hooks for all modules look for those that are meant. And the mode steps aside around modules with
+a fast path (``fastpath.py``): they run as if nobody looked, and once more to be looked at.
+"""
 
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as every_module
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from lightning_neurons.network.fastpath import NOTHING, may_be_fast, without_forward_hooks
+from lightning_neurons.network.isolate import isolated
+from lightning_neurons.network.state import random_state, set_random_state
+from lightning_neurons.network.trees import in_transform, tensors_in
+
+Before = Callable[[nn.Module, Any], None]
+"""Is told a module and its inputs before the module runs."""
+
+After = Callable[[nn.Module, Any, Any], Any]
+"""Is told a module, its inputs and its output, None if it failed; returns another output, or None."""
+
 
 class HookedMode(TorchFunctionMode):
-    """Common base: what is hooked when it is entered is unhooked when it is left, or cannot be entered."""
+    """Common base: what is hooked when it is entered is unhooked when it is left, or cannot be entered.
 
-    def __init__(self) -> None:
+    Args:
+        fast: The modules with a fast path, where the run is a user's; None where it is our own, and nobody minds.
+
+    Attributes:
+        failure: Why a module could not be run again to be looked at, or None.
+    """
+
+    def __init__(self, fast: Iterable[nn.Module] | None = None) -> None:
         super().__init__()
+        self.failure: Exception | None = None
+        self._fast = None if fast is None else {id(module): module for module in fast}
         self._handles: list[RemovableHandle] = []
+        self._aside: nn.Module | None = None  # the module around which the mode is not active now
+        self._random: Any = None  # the random state before that module
+        self._is_second = False  # whether that module is running once more
 
-    def _hook(self) -> Iterator[RemovableHandle]:
-        """Register the hooks, one by one."""
-        raise NotImplementedError
+    def _before_runs(self) -> Iterable[tuple[nn.Module, Before]]:
+        """Whom to tell that a module runs, each module once."""
+        return ()
+
+    def _after_runs(self) -> Iterable[tuple[nn.Module, After]]:
+        """Whom to tell that a module has run, each module once."""
+        return ()
+
+    def _looks_into(self, module: nn.Module) -> bool:
+        """Whether a module with a fast path has to be run again to be looked at."""
+        return True
+
+    def _goes_on(self, seen: Tensor, output: Tensor) -> None:
+        """What was seen in the second run, the model goes on with as ``output``."""
 
     def __enter__(self) -> Self:
         try:
-            for handle in self._hook():
-                self._handles.append(handle)
+            self._hook()
         except BaseException:
             self._unhook()
             raise
@@ -29,10 +71,97 @@ class HookedMode(TorchFunctionMode):
         return self
 
     def __exit__(self, *exception: object) -> None:
-        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        if self._aside is None:
+            super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        self._aside = self._random = None
         self._unhook()
+
+    def _hook(self) -> None:
+        everywhere = self._fast is not None
+        starts: dict[int, tuple[nn.Module, Before]] = {}  # the modules are kept alive, so that ids stay their own
+        ends: dict[int, tuple[nn.Module, After]] = {}
+        # Hooks for all modules run first, and a module's own may change what it is given and gives: ours stand behind.
+        for module, before in self._before_runs():
+            if everywhere and not module._forward_pre_hooks:
+                starts[id(module)] = module, before
+            else:
+                self._handles.append(module.register_forward_pre_hook(_Hook(module, partial(self._tell, before))))
+        for module, after in self._after_runs():
+            if everywhere and not module._forward_hooks:
+                ends[id(module)] = module, after
+            else:
+                hook = _Hook(module, partial(self._tell, after))
+                self._handles.append(module.register_forward_hook(hook, always_call=True))
+        if everywhere:
+            self._hook_all(starts, ends)
+
+    def _hook_all(
+        self, starts: dict[int, tuple[nn.Module, Before]], ends: dict[int, tuple[nn.Module, After]]
+    ) -> None:
+        def start(module: nn.Module, inputs: Any) -> None:
+            if self._aside is None and (meant := starts.get(id(module))) is not None:
+                meant[1](module, inputs)
+            self._step_aside(module)
+
+        def end(module: nn.Module, inputs: Any, *ended: Any) -> Any:
+            if module is self._aside:
+                self._come_back(inputs, *ended)
+            if self._aside is not None or (meant := ends.get(id(module))) is None:
+                return None
+            return meant[1](module, inputs, ended[-1])
+
+        self._handles.append(every_module.register_module_forward_pre_hook(start))
+        self._handles.append(every_module.register_module_forward_hook(end, with_kwargs=True, always_call=True))
 
     def _unhook(self) -> None:
         for handle in self._handles:
             handle.remove()
+            every_module._global_forward_hooks_with_kwargs.pop(handle.id, None)  # which torch forgets
         self._handles.clear()
+
+    def _tell(self, function: Callable[..., Any], module: nn.Module, *given: Any) -> Any:
+        return function(module, *given) if self._aside in (None, module) else None
+
+    def _step_aside(self, module: nn.Module) -> None:
+        """Around a module with a fast path, unless it is slow anyway: under a mode of the user's, for example."""
+        if self._fast is None or id(module) not in self._fast or self._aside is not None or self._is_second:
+            return
+        if torch._C._len_torch_function_stack() == 1 and may_be_fast(module):
+            self._aside, self._random = module, random_state()
+            super().__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+    def _come_back(self, inputs: Any, *ended: Any) -> None:
+        """Be active again. ``ended`` are the keyword arguments and the output; None alone, if the module failed."""
+        module, random = self._aside, self._random
+        assert module is not None, "who steps aside knows where"
+        self._aside = self._random = None
+        super().__enter__()  # type: ignore[no-untyped-call]
+        if len(ended) == 1 or in_transform() or not self._looks_into(module):
+            return
+        kwargs, output = ended
+        if any(tensor.is_nested for tensor in tensors_in((inputs, kwargs))):
+            return  # only the fast path can do that
+        self._is_second = True
+        try:
+            with torch.no_grad(), isolated(module), without_forward_hooks(module):
+                set_random_state(random)
+                seen = module.forward(*inputs, **kwargs)
+            for one, other in zip(tensors_in(seen), tensors_in(output), strict=False):
+                self._goes_on(one, other)
+        except Exception as error:  # noqa: BLE001 (the run that is watched has to go on)
+            self.failure = error
+        finally:
+            self._is_second = False
+
+
+class _Hook:
+    """A hook on one module. In a copy of the module, and in a file, it is one that does nothing."""
+
+    def __init__(self, module: nn.Module, function: Callable[..., Any]) -> None:
+        self._module, self._function = module, function
+
+    def __call__(self, module: nn.Module, *given: Any) -> Any:
+        return self._function(module, *given) if module is self._module else None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, NOTHING

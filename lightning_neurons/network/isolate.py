@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from lightning_neurons.network.fastpath import zero_padding
+
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module())) | {"training", "_trainer", "_fabric"}
 _LONG = 1000
 _METRIC_BOOKKEEPING = (
@@ -30,7 +32,7 @@ _METRIC_BOOKKEEPING = (
 def isolated(model: nn.Module) -> Iterator[None]:
     """Leave modes, random state, buffers, metrics and plain attributes of ``model`` as they were."""
     with ExitStack() as stack:
-        for keep in (kept_modes, kept_buffers, kept_metrics, kept_attributes):
+        for keep in (kept_modes, kept_buffers, kept_metrics, kept_attributes, zero_padding):
             stack.enter_context(keep(model))
         stack.enter_context(kept_random_state(model))
         yield

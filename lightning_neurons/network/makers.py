@@ -4,15 +4,14 @@ One forward in which every tensor carries the layers that it comes from: nearest
 and all of them.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from lightning_neurons.network.hooked import HookedMode
-from lightning_neurons.network.trees import address_of, tensors_in, version_of
+from lightning_neurons.network.hooked import After, HookedMode
+from lightning_neurons.network.trees import address_of, tensors_in, version_of, weights_of
 
 Origin = tuple[frozenset[str], frozenset[str]]
 """The nearest layers, and all layers."""
@@ -43,9 +42,8 @@ class Origins(HookedMode):
         self._written: dict[int, Origin] = {}  # by address
         self._alive: list[Tensor] = []  # ids stay unique while tensors live
 
-    def _hook(self) -> Iterator[RemovableHandle]:
-        for name, module in self._modules.items():
-            yield module.register_forward_hook(partial(self._made, name))
+    def _after_runs(self) -> Iterable[tuple[nn.Module, After]]:
+        return [(module, partial(self._made, name, weights_of(module))) for name, module in self._modules.items()]
 
     def of(self, result: Any) -> Origin:
         """Where the tensors in a result come from."""
@@ -54,7 +52,9 @@ class Origins(HookedMode):
         found += [self._written.get(address_of(tensor), _NOWHERE) for tensor in tensors]
         return frozenset().union(*(f[0] for f in found)), frozenset().union(*(f[1] for f in found))
 
-    def _made(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+    def _made(self, name: str, weights: tuple[int, ...], module: nn.Module, inputs: Any, output: Any) -> None:
+        if weights_of(module) != weights:
+            return  # it runs with other weights, as another network
         every = self.of(output)[1] | {name}
         for tensor in tensors_in(output):
             self._note(tensor, (frozenset({name}), every))

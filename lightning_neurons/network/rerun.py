@@ -21,7 +21,7 @@ from lightning_neurons.network.silence import Edit, Silence
 from lightning_neurons.network.stacked import StackedReplay
 from lightning_neurons.network.state import random_state, set_random_state
 from lightning_neurons.network.tape import Tape
-from lightning_neurons.network.trees import map_tensors_in, same_tensors
+from lightning_neurons.network.trees import address_of, map_tensors_in, same_tensors
 
 _FEW = 2
 _ROUNDING = 1e-4
@@ -150,7 +150,7 @@ class Rerun:
     def _reader(self, parameter: Tensor) -> int | None:
         """The first call that reads a parameter."""
         assert self._of.calls is not None, "learnt before"
-        return self._of.calls.parameters.get(parameter.untyped_storage().data_ptr())
+        return self._of.calls.parameters.get(address_of(parameter))
 
     def activation(self, layer: str) -> Tensor | None:
         """The layer's activation as recorded, if it ran once and is on the tape."""

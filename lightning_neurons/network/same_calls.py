@@ -4,15 +4,14 @@ That the functions are the same is not enough: data may decide which of two laye
 is written into. So layers have to be entered after the same calls, and writes have to go to the same memory.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from lightning_neurons.network.calls import Calls
-from lightning_neurons.network.hooked import HookedMode
+from lightning_neurons.network.hooked import Before, HookedMode
 from lightning_neurons.network.trees import address_of, tensors_in, version_of
 
 
@@ -39,9 +38,8 @@ class SameCalls(HookedMode):
         self._where: dict[int, int] = {}
         self._entered: dict[str, int] = {}
 
-    def _hook(self) -> Iterator[RemovableHandle]:
-        for name, module in self._modules.items():
-            yield module.register_forward_pre_hook(partial(self._enter, name))
+    def _before_runs(self) -> Iterable[tuple[nn.Module, Before]]:
+        return [(module, partial(self._enter, name)) for name, module in self._modules.items()]
 
     def _enter(self, name: str, module: nn.Module, inputs: Any) -> None:
         entries, times = self.calls.entries.get(name, ()), self._entered.get(name, 0)

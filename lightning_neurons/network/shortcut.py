@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_neurons.network.families import LINKS
 from lightning_neurons.network.trees import tensors_in
+from lightning_neurons.network.writes import share_memory
 
 READERS: dict[Callable[..., Any], tuple[str, ...]] = {
     **dict.fromkeys(
@@ -114,7 +115,7 @@ def _is_dense(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str
 def _is_channelwise(
     func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], given: Sequence[Tensor], out: Tensor
 ) -> bool:
-    if any(t.untyped_storage().data_ptr() == out.untyped_storage().data_ptr() for t in given):
+    if any(share_memory(t, out) for t in given):
         return False  # in place, or a view
     if func is F.batch_norm:
         training = args[5] if len(args) > 5 else kwargs.get("training", False)

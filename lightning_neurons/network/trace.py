@@ -6,19 +6,18 @@ dropout as long as each value has exactly one reader: a residual sum, ``x * sigm
 ends it. An in-place call makes a new value although the tensor stays the same object.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from lightning_neurons.network.families import LINKS, ORDER, PASSING, family_of, function_name
-from lightning_neurons.network.hooked import HookedMode
+from lightning_neurons.network.hooked import After, Before, HookedMode
 from lightning_neurons.network.layer import Layer, Link, public_name
 from lightning_neurons.network.spread import spread_behind
-from lightning_neurons.network.trees import tensors_in
+from lightning_neurons.network.trees import is_plain, tensors_in, weights_of
 from lightning_neurons.network.writes import share_memory, target_of_write
 
 
@@ -48,10 +47,13 @@ class Trace(HookedMode):
     Args:
         model: Whose modules give the links their names.
         layers: The layers to follow, by public name.
+        fast: See ``HookedMode``.
     """
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-        super().__init__()
+    def __init__(
+        self, model: nn.Module, layers: Mapping[str, nn.Module], fast: Iterable[nn.Module] | None = None
+    ) -> None:
+        super().__init__(fast)
         self._model, self._layers = model, layers
         self._now: dict[int, tuple[_Value, int]] = {}  # id of a tensor -> whose value it carries, inputs per neuron
         self._calls: dict[str, list[_Value]] = {}
@@ -59,15 +61,20 @@ class Trace(HookedMode):
         self._modules: list[str] = []  # the modules that are running, innermost last
         self._inside: list[str] = []  # the layers that are running
 
-    def _hook(self) -> Iterator[RemovableHandle]:
+    def _before_runs(self) -> Iterable[tuple[nn.Module, Before]]:
+        return [(module, self._starts(path, layer)) for path, module, layer in self._watched()]
+
+    def _after_runs(self) -> Iterable[tuple[nn.Module, After]]:
+        return [(module, self._ends(path, layer)) for path, module, layer in self._watched()]
+
+    def _watched(self) -> Iterator[tuple[str, nn.Module, str | None]]:
+        """Every module with its path, and its name if it is a layer."""
         names = {id(module): name for name, module in self._layers.items()}
         for path, module in self._model.named_modules():
-            if isinstance(module, torch.jit.ScriptModule):
-                continue  # nobody can look into it
-            yield module.register_forward_pre_hook(self._starts(path, names.get(id(module))))
-            yield module.register_forward_hook(self._ends(path, names.get(id(module))), always_call=True)
+            if not isinstance(module, torch.jit.ScriptModule):  # nobody can look into it
+                yield path, module, names.get(id(module))
 
-    def _starts(self, path: str, layer: str | None) -> Callable[..., None]:
+    def _starts(self, path: str, layer: str | None) -> Before:
         def start(module: nn.Module, inputs: tuple[Any, ...]) -> None:
             self._modules.append(path)
             if layer is not None:
@@ -79,8 +86,9 @@ class Trace(HookedMode):
 
         return start
 
-    def _ends(self, path: str, layer: str | None) -> Callable[..., None]:
+    def _ends(self, path: str, layer: str | None) -> After:
         family = None if layer is None else family_of(self._layers[layer])
+        weights = () if layer is None else weights_of(self._layers[layer])
 
         def end(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             if path in self._modules:
@@ -88,7 +96,8 @@ class Trace(HookedMode):
             if layer is not None:
                 if layer in self._inside:
                     self._inside.remove(layer)
-                if isinstance(output, Tensor) and family is not None:
+                is_value = isinstance(output, Tensor) and is_plain(output) and weights_of(module) == weights
+                if is_value and family is not None:
                     value = _Value(output, family.axis)
                     self._calls.setdefault(layer, []).append(value)
                     self._carry(output, value)
@@ -129,7 +138,7 @@ class Trace(HookedMode):
         kind = LINKS.get(func)
         if value is not None and isinstance(out, Tensor) and len(read) == 1:
             carried = spread_behind(func, args, kwargs, out, value.axis, spread) if func in PASSING else 0
-            if kind is not None and ORDER.index(kind) > value.stage and value.tensor is source:
+            if kind is not None and ORDER.index(kind) > value.stage and value.tensor is source and is_plain(out):
                 module = public_name(self._modules[-1]) if self._called_by_module() else None
                 value.next = _Value(out, value.axis, Link(kind, function_name(func, args, kwargs), module))
                 self._carry(out, value.next)
@@ -146,6 +155,13 @@ class Trace(HookedMode):
             return False
         module = self._model.get_submodule(self._modules[-1])
         return family_of(module) is None and not any(True for _ in module.children())
+
+    def _goes_on(self, seen: Tensor, output: Tensor) -> None:
+        if id(seen) in self._now:
+            value, spread = self._now[id(seen)]
+            if value.tensor is seen:
+                value.tensor = output
+            self._carry(output, value, spread)
 
     def _carry(self, tensor: Tensor, value: _Value, spread: int = 1) -> None:
         self._now[id(tensor)] = (value, spread)

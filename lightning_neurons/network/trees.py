@@ -4,7 +4,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd.forward_ad import unpack_dual
 
 
 def tensors_in(tree: Any) -> Iterator[Tensor]:
@@ -38,8 +40,44 @@ def _tuple_like(tree: tuple[Any, ...], parts: list[Any]) -> Any:
 
 
 def address_of(tensor: Tensor) -> int:
-    """Which memory a tensor is a view of."""
-    return tensor.untyped_storage().data_ptr()
+    """Which memory a tensor is a view of; one that has none to ask for (sparse, empty, transformed) is its own."""
+    try:
+        address = tensor.untyped_storage().data_ptr()
+    except RuntimeError:
+        address = 0
+    return address or -id(tensor)
+
+
+def weights_of(module: nn.Module) -> tuple[int, ...]:
+    """Which memory a module computes with: another, if it runs with other weights than its own."""
+    owners = module.modules() if module._modules else (module,)
+    with torch._C.DisableTorchFunction():
+        return tuple(address_of(p) for owner in owners for p in owner._parameters.values() if p is not None)
+
+
+def in_transform() -> bool:
+    """Whether a transform of ``torch.func`` is going on."""
+    return peek_interpreter_stack() is not None
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor holds numbers that can be read: it is dense, and no part of a transform, also in forward mode.
+
+    Example:
+        >>> is_plain(torch.ones(2)), is_plain(torch.ones(2, device="meta"))
+        (True, False)
+        >>> torch.func.vmap(lambda row: row + is_plain(row))(torch.zeros(3, 2)).sum().item()
+        0.0
+    """
+    with torch._C.DisableTorchFunction():  # to ask is no call of the model's
+        return (
+            not in_transform()
+            and tensor.layout is torch.strided
+            and not tensor.is_nested
+            and tensor.device.type != "meta"
+            and type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+            and unpack_dual(tensor).tangent is None
+        )
 
 
 def version_of(tensor: Tensor) -> int:

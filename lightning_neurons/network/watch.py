@@ -4,7 +4,7 @@ The chains are known (``trace.py``), so the last link is recognised as it happen
 and a statistic is taken before anybody can overwrite the value.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_neurons.network.families import LINKS
-from lightning_neurons.network.hooked import HookedMode
+from lightning_neurons.network.hooked import After, HookedMode
 from lightning_neurons.network.layer import Layer, Link
+from lightning_neurons.network.trees import is_plain, weights_of
 from lightning_neurons.network.writes import share_memory, target_of_write
 
 Deliver = Callable[[str, Tensor], None]
@@ -23,31 +24,48 @@ DeliverGradient = Callable[[str, Tensor, Tensor], None]
 class FollowLayers(HookedMode):
     """Follows each watched layer's output through its chain and hands the last value to ``_arrive``."""
 
-    def __init__(self, layers: Mapping[str, Layer], modules: Mapping[str, nn.Module]) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        layers: Mapping[str, Layer],
+        modules: Mapping[str, nn.Module],
+        fast: Iterable[nn.Module] | None = None,
+    ) -> None:
+        super().__init__(fast)
         self._layers, self._modules = layers, modules
         self._waiting: dict[int, tuple[str, tuple[Link, ...], Tensor]] = {}
         self._calls: dict[str, int] = {}
         self.unknown: set[str] = set()
         """Layers that did not run as they were seen to: their activation points have to be found again."""
 
-    def _hook(self) -> Iterator[RemovableHandle]:
+    def _after_runs(self) -> Iterable[tuple[nn.Module, After]]:
         self._calls.clear()
-        for name, module in self._modules.items():
-            yield module.register_forward_hook(self._layer_hook(name))
+        return [(module, self._layer_hook(name, weights_of(module))) for name, module in self._modules.items()]
+
+    def _looks_into(self, module: nn.Module) -> bool:
+        running = {id(self._modules[name]) for name in self._modules if self._layers[name].chains}
+        return not running.isdisjoint(map(id, module.modules()))
+
+    def _goes_on(self, seen: Tensor, output: Tensor) -> None:
+        if (found := self._waiting.pop(id(seen), None)) is not None:
+            self._follow(found[0], found[1], output)
 
     def __exit__(self, *exception: object) -> None:
         super().__exit__(*exception)
         self.unknown |= {name for name, _, _ in self._waiting.values()}
         self._waiting.clear()
 
-    def _layer_hook(self, name: str) -> Callable[..., Any]:
+    def _counts(self, value: Tensor) -> bool:
+        """Whether these are numbers of the network that can be taken."""
+        return is_plain(value)
+
+    def _layer_hook(self, name: str, weights: tuple[int, ...]) -> After:
         chains = self._layers[name].chains
 
         def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
+            if not isinstance(output, Tensor) or not self._counts(output) or weights_of(module) != weights:
+                return None  # with other weights (of ``functional_call``, for example) it is another network
             if not chains:
                 self.unknown.add(name)
-            if not chains or not isinstance(output, Tensor):
                 return None
             call = self._calls.get(name, 0)
             self._calls[name] = call + 1
@@ -72,7 +90,7 @@ class FollowLayers(HookedMode):
 
     def _follow(self, name: str, links: tuple[Link, ...], value: Tensor) -> Tensor:
         if not links:
-            return self._arrive(name, value)
+            return self._arrive(name, value) if self._counts(value) else value
         self._waiting[id(value)] = name, links, value  # kept alive, so that its id stays its own
         return value
 
@@ -92,10 +110,17 @@ class WatchActivations(FollowLayers):
         layers: What ``trace.py`` found.
         modules: Their modules.
         deliver: Called in the middle of the model's forward; must not change the value.
+        fast: See ``HookedMode``.
     """
 
-    def __init__(self, layers: Mapping[str, Layer], modules: Mapping[str, nn.Module], deliver: Deliver) -> None:
-        super().__init__(layers, modules)
+    def __init__(
+        self,
+        layers: Mapping[str, Layer],
+        modules: Mapping[str, nn.Module],
+        deliver: Deliver,
+        fast: Iterable[nn.Module] | None = None,
+    ) -> None:
+        super().__init__(layers, modules, fast)
         self._deliver = deliver
 
     def _arrive(self, name: str, value: Tensor) -> Tensor:

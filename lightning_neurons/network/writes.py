@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_neurons.network.families import LINKS
+from lightning_neurons.network.trees import address_of
 
 
 @lru_cache(maxsize=4096)
@@ -55,4 +56,4 @@ def target_of_write(function: Callable[..., Any], args: Sequence[Any], kwargs: M
 
 def share_memory(first: Tensor, second: Tensor) -> bool:
     """Whether the two are views of one storage (a superset of overlapping)."""
-    return first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+    return address_of(first) == address_of(second)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -13,6 +14,8 @@ from lightning_neurons.criteria.contract import Need
 from lightning_neurons.errors import MeasurementError
 from lightning_neurons.network.batches import batch_size_of, rows_of, tensors_of
 from lightning_neurons.network.families import family_of
+from lightning_neurons.network.fastpath import fast_modules
+from lightning_neurons.network.hooked import HookedMode
 from lightning_neurons.network.isolate import differentiable, eager, frozen
 from lightning_neurons.network.layer import Layer, candidates
 from lightning_neurons.network.samples import is_ambiguous
@@ -83,19 +86,33 @@ class Passes:
         if self.known is not None:
             receiver.learn({name: self.known.layers[name] for name in receiver.modules})
 
+    @cached_property
+    def _fast(self) -> list[nn.Module]:
+        return fast_modules(self.model)
+
     @contextmanager
-    def observe(self) -> Iterator[None]:
-        """Watch whatever forward runs inside."""
+    def observe(self, *, of_others: bool = False) -> Iterator[None]:
+        """Watch whatever forward runs inside.
+
+        Args:
+            of_others: Whether it is a forward whose values somebody else uses, who must not notice.
+
+        Raises:
+            MeasurementError: At the end, if a part could not be watched.
+        """
+        fast = self._fast if of_others else None
         if self.known is not None:
-            watch = WatchActivations(self.known.layers, _modules(self.receivers), self._activation)
+            watch = WatchActivations(self.known.layers, _modules(self.receivers), self._activation, fast)
             with eager(), watch:
                 yield
+            _check(watch)
             self._forget(watch.unknown)
             return
-        trace = Trace(self.model, candidates(self.model))
+        trace = Trace(self.model, candidates(self.model), fast)
         try:
             with eager(), trace:
                 yield
+            _check(trace)
             self._learn(trace)
             for name, value in trace.activations():
                 self._activation(name, value.detach())
@@ -209,6 +226,14 @@ class Passes:
 
     def _activation(self, name: str, activation: Tensor) -> None:
         _tell(self.receivers, name, activation, None, "activation")
+
+
+def _check(mode: HookedMode) -> None:
+    if mode.failure is not None:
+        error = mode.failure
+        raise MeasurementError(
+            f"a module with a fast path could not be run again to be watched ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _form_of(model: nn.Module) -> tuple[tuple[str, int, int], ...]:
