@@ -43,7 +43,7 @@ def main(args: Sequence[str] | None = None) -> None:
         else:
             demo_pruning(prune, seed=seed, epochs=epochs, output_dir=output_dir)
 
-    def run_report(run_dir: Path) -> None:
+    def run_report(run_dir: str) -> None:
         try:
             print(write_html(run_dir))
         except ArgumentError as error:

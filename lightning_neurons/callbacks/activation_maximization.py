@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -12,8 +11,9 @@ from lightning_neurons.callbacks.arguments import lightning_errors
 from lightning_neurons.callbacks.checks import name_of
 from lightning_neurons.callbacks.forward import forward_of
 from lightning_neurons.callbacks.observer import NeuronObserver
+from lightning_neurons.callbacks.outlet import Outlet, keeping_training, numbered
 from lightning_neurons.callbacks.replay import StepReplay
-from lightning_neurons.callbacks.sampled_study import SampledStudy, numbered
+from lightning_neurons.callbacks.sampled_study import SampledStudy
 from lightning_neurons.errors import ArgumentError, MeasurementError, check_choice, check_count, check_seed
 from lightning_neurons.network.batches import inputs_of
 from lightning_neurons.pictures.aims import aim_of, logits_of, target_parts
@@ -139,6 +139,7 @@ class ActivationMaximizationCallback(SampledStudy):
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Make the pictures."""
         super().on_validation_epoch_end(trainer, pl_module)
+        super().on_validation_end(trainer, pl_module)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Say if there is nothing to look at."""
@@ -176,26 +177,28 @@ class ActivationMaximizationCallback(SampledStudy):
             std=self.std, images=images, forward=forward,
         )  # fmt: skip
 
-    def _publish(self, trainer: Any, found: _Found) -> None:
+    def _take(self, found: _Found) -> None:
         self.found, self.cards = found.maximized, found.cards
-        directory = trainer.log_dir  # asks all processes
-        if not trainer.is_global_zero or trainer.fast_dev_run or not trainer.loggers or not can_draw():
+
+    def _publish(self, trainer: Any, outlet: Outlet, found: _Found) -> None:
+        if not can_draw():
             return
-        folder = None if directory is None else Path(directory)
+        loggers, step, folder = outlet
         count = len(found.maximized.targets) - len(found.cards)
-        suffix = numbered(trainer, self)
-        show_maximized(trainer.loggers, folder, found.maximized, count, trainer.global_step, f"maximization{suffix}")
-        show_cards(trainer.loggers, folder, found.cards, trainer.global_step, f"cards{suffix}")
+        suffix = numbered(trainer, self, ActivationMaximizationCallback)
+        with keeping_training(self, "not all pictures were written"):
+            show_maximized(loggers, folder, found.maximized, count, step, f"maximization{suffix}")
+        show_cards(loggers, folder, found.cards, step, f"cards{suffix}")
 
 
 def _measured_now(trainer: Any) -> tuple[NeuronReport | None, Mapping[str, list[int]]]:
     """The report of this validation, if a callback has made one, and who has died since the one before."""
     for one in trainer.callbacks:
-        if isinstance(one, NeuronObserver) and one.publishes and one.report is not None:
-            if trainer.state.fn != "fit" and one.report.epoch is None:
-                return one.report, {}
-            if (one.report.epoch, one.report.step) == (trainer.current_epoch, trainer.global_step):
-                return one.report, one.history.entries[-1].died
+        if isinstance(one, NeuronObserver) and one.publishes and one._report is not None:
+            if trainer.state.fn != "fit" and one._report.epoch is None:
+                return one._report, {}
+            if (one._report.epoch, one._report.step) == (trainer.current_epoch, trainer.global_step):
+                return one._report, one.history.entries[-1].died
     return None, {}
 
 

@@ -31,6 +31,8 @@ class ActivationStatisticsCallback(NeuronObserver):
         max_figures: How many figures loggers that show figures or images get at each measurement, the most telling
             first; 0 for none. They need matplotlib, and about 0.13 s each.
         html: Write ``report.html`` into the log directory at the end: one file with everything, to send or to keep.
+        log_metrics: Put the scalar series into ``trainer.callback_metrics`` as well, where other callbacks and the
+            user find them. Those that early stopping, a checkpoint or a plateau scheduler monitors are always there.
 
     Raises:
         MisconfigurationException: If an argument is out of range (also a ``ValueError``).
@@ -53,6 +55,7 @@ class ActivationStatisticsCallback(NeuronObserver):
         normalize: Normalization = "none",
         max_figures: int = 8,
         html: bool = False,
+        log_metrics: bool = False,
     ) -> None:
         with lightning_errors():
             settings = MeasurementSettings.checked(
@@ -66,4 +69,5 @@ class ActivationStatisticsCallback(NeuronObserver):
                     "criteria", gradients, "criteria without gradients here; use NeuronSensitivityCallback"
                 )
             self.max_figures, self.html = check_count("max_figures", max_figures, least=0), check_flag("html", html)
+            self.log_metrics = check_flag("log_metrics", log_metrics)
             super().__init__(settings, every_n_epochs)

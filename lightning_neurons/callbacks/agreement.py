@@ -6,7 +6,8 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_neurons.errors import ArgumentError, PruningError
+from lightning_neurons.callbacks.checks import said_of
+from lightning_neurons.errors import PruningError
 
 
 def in_one_process(trainer: Any, action: Any) -> Any:
@@ -20,8 +21,7 @@ def in_one_process(trainer: Any, action: Any) -> Any:
         try:
             answer = action()
         except Exception as error:  # noqa: BLE001 (else the other processes would wait for ever)
-            known = isinstance(error, ArgumentError | PruningError)
-            answer = PruningError(str(error) if known else f"{type(error).__name__}: {error}")
+            answer = PruningError(said_of(error))
     answer = trainer.strategy.broadcast(answer, 0)
     if isinstance(answer, PruningError):
         raise answer

@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_neurons.errors import ArgumentError
+from lightning_neurons.errors import ArgumentError, MeasurementError, PruningError
 from lightning_neurons.network.layer import Pattern, candidates
 
 _SHARDED = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAFSDPStrategy"}
@@ -83,6 +83,12 @@ def name_of(function: Any) -> str | None:
     name = getattr(function, "__qualname__", type(function).__qualname__)
     cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
     return f"{name}:{[c for c in cells if isinstance(c, int | float | str)]}"
+
+
+def said_of(error: Exception) -> str:
+    """What went wrong: an error of ours speaks for itself, of others the kind is told too."""
+    ours = isinstance(error, ArgumentError | PruningError | MeasurementError | MisconfigurationException)
+    return str(error) if ours else f"{type(error).__name__}: {error}"
 
 
 def require_validation_step(who: str, pl_module: Any) -> None:

@@ -1,7 +1,6 @@
 """Which neurons serve which classes, measured while training goes on."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
@@ -9,13 +8,16 @@ from torch import nn
 from lightning_neurons.callbacks.arguments import lightning_errors
 from lightning_neurons.callbacks.checks import name_of
 from lightning_neurons.callbacks.forward import forward_of
+from lightning_neurons.callbacks.outlet import Outlet, keeping_training, numbered, offer
 from lightning_neurons.callbacks.replay import StepReplay
-from lightning_neurons.callbacks.sampled_study import SampledStudy, numbered
+from lightning_neurons.callbacks.sampled_study import SampledStudy
 from lightning_neurons.errors import ArgumentError
 from lightning_neurons.network.layer import Pattern
-from lightning_neurons.report.classes import print_classes, write_classes
+from lightning_neurons.report.classes import class_scalars, print_classes, write_classes
 from lightning_neurons.report.drawing import MISSING_MATPLOTLIB, can_draw
+from lightning_neurons.report.tags import with_suffix
 from lightning_neurons.results.class_report import ClassReport
+from lightning_neurons.results.whole_file import inside
 from lightning_neurons.studies.class_accuracy import Forward
 from lightning_neurons.studies.class_choice import ClassRule
 from lightning_neurons.studies.class_steps import ClassStudy
@@ -103,7 +105,8 @@ class ClassNeuronsCallback(SampledStudy):
         if self.report is None:
             self._warn("nothing has been measured")
         elif trainer.is_global_zero:
-            print_classes(self.report)
+            with keeping_training(self, "the study was not shown"):
+                print_classes(self.report)
 
     def _try(self, pl_module: Any, replay: StepReplay, batches: list[Any]) -> ClassReport | None:
         ClassStudy(pl_module, self.forward or forward_of(pl_module), self.settings, self.rule).check(batches[0])
@@ -112,12 +115,20 @@ class ClassNeuronsCallback(SampledStudy):
     def _study(self, pl_module: Any, replay: StepReplay, batches: list[Any]) -> ClassReport:
         return ClassStudy(pl_module, self.forward or forward_of(pl_module), self.settings, self.rule).run(batches)
 
-    def _publish(self, trainer: Any, found: ClassReport) -> None:
+    def _take(self, found: ClassReport) -> None:
         self.report = found
-        directory = trainer.log_dir  # asks all processes
-        if not trainer.is_global_zero or trainer.fast_dev_run or not trainer.loggers:
-            return
-        name = f"classes{numbered(trainer, self)}"
-        write_classes(trainer.loggers, found, trainer.global_step, name)
-        if directory is not None:
-            found.save(Path(directory) / f"{name}.json")
+
+    def _offer(self, trainer: Any, pl_module: Any) -> None:
+        assert self.report is not None, "just taken"
+        suffix = numbered(trainer, self, ClassNeuronsCallback)
+        values = {with_suffix(name, suffix): value for name, value in class_scalars(self.report).items()}
+        offer(trainer, pl_module, values, f"classes{suffix}")
+
+    def _publish(self, trainer: Any, outlet: Outlet, found: ClassReport) -> None:
+        name = f"classes{numbered(trainer, self, ClassNeuronsCallback)}"
+        if outlet.folder is not None:
+            with keeping_training(self, "the study was not written to the log directory"):
+                found.save(inside(outlet.folder, f"{name}.json"))
+        for logger in outlet.loggers:
+            with keeping_training(self, "the study was not written everywhere"):
+                write_classes([logger], found, outlet.step, name)

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, get_args
 
 import torch
@@ -10,18 +9,21 @@ from torch import Tensor, nn
 
 from lightning_neurons.callbacks.arguments import lightning_errors
 from lightning_neurons.callbacks.checks import name_of
+from lightning_neurons.callbacks.outlet import Outlet, keeping_training, numbered, offer
 from lightning_neurons.callbacks.replay import StepReplay
-from lightning_neurons.callbacks.sampled_study import SampledStudy, numbered
+from lightning_neurons.callbacks.sampled_study import SampledStudy
 from lightning_neurons.criteria import Criterion, resolve
 from lightning_neurons.errors import ArgumentError, MeasurementError, check_choice, check_count
 from lightning_neurons.network.batches import batch_size_of, is_divisible
 from lightning_neurons.network.layer import Pattern
 from lightning_neurons.network.silence import Replacement
-from lightning_neurons.report.ablation import print_ablation, write_ablation
+from lightning_neurons.report.ablation import ablation_scalars, print_ablation, write_ablation
 from lightning_neurons.report.drawing import can_draw
 from lightning_neurons.report.figures import agreement_scatter
 from lightning_neurons.report.images import can_show, show_figure
+from lightning_neurons.report.tags import with_suffix
 from lightning_neurons.results.ablation_report import AblationReport
+from lightning_neurons.results.whole_file import inside
 from lightning_neurons.studies.losses import LOSS_REDUCTIONS, LossReduction
 from lightning_neurons.studies.measure import LossFunction
 from lightning_neurons.studies.oracle import OracleAgreement
@@ -46,7 +48,8 @@ class NeuronAblationCallback(SampledStudy):
         loss_reduction: What that is: the ``"mean"`` over the batch, the ``"sum"``, or ``"none"``: one loss per sample.
         max_samples: How many validation samples are used, spread over the data and over the classes.
         every_n_epochs: How often to measure during ``fit``.
-        layers: None for all but those that make the output; or patterns of paths, names of classes or module types.
+        layers: None for all but the last to run, which makes the output; or patterns of paths, names of classes or
+            module types.
 
     Attributes:
         ablation: The latest measurement, an ``AblationReport``, or None before the first.
@@ -104,7 +107,8 @@ class NeuronAblationCallback(SampledStudy):
         if self.ablation is None or self.agreement is None:
             self._warn("nothing has been measured")
         elif trainer.is_global_zero:
-            print_ablation(self.ablation, self.agreement, self.criterion.name)
+            with keeping_training(self, "the ablation was not shown"):
+                print_ablation(self.ablation, self.agreement, self.criterion.name)
 
     def _try(self, pl_module: Any, replay: StepReplay, batches: list[Any]) -> Screening | None:
         too_few = len(batches) == 1 and (batch_size_of(batches[0]) < 2 or not is_divisible(batches[0]))
@@ -130,15 +134,24 @@ class NeuronAblationCallback(SampledStudy):
             replacement=self.replacement,
         )
 
-    def _publish(self, trainer: Any, found: Screening) -> None:
+    def _take(self, found: Screening) -> None:
         self.ablation, self.agreement = found.ablation, found.agreement
-        directory = trainer.log_dir  # asks all processes
-        if not trainer.is_global_zero or trainer.fast_dev_run or not trainer.loggers:
-            return
-        name = f"ablation{numbered(trainer, self)}"
-        write_ablation(trainer.loggers, found.ablation, found.agreement, trainer.global_step, name)
-        if directory is not None:
-            found.ablation.save(Path(directory) / f"{name}.json")
-        if can_draw() and can_show(trainer.loggers):
+
+    def _offer(self, trainer: Any, pl_module: Any) -> None:
+        assert self.ablation is not None, "just taken"
+        assert self.agreement is not None, "just taken"
+        suffix = numbered(trainer, self, NeuronAblationCallback)
+        values = ablation_scalars(self.ablation, self.agreement)
+        offer(trainer, pl_module, {with_suffix(n, suffix): v for n, v in values.items()}, f"ablation{suffix}")
+
+    def _publish(self, trainer: Any, outlet: Outlet, found: Screening) -> None:
+        name = f"ablation{numbered(trainer, self, NeuronAblationCallback)}"
+        for logger in outlet.loggers:
+            with keeping_training(self, "the ablation was not written everywhere"):
+                write_ablation([logger], found.ablation, found.agreement, outlet.step, name)
+        if outlet.folder is not None:
+            with keeping_training(self, "the ablation was not written to the log directory"):
+                found.ablation.save(inside(outlet.folder, f"{name}.json"))
+        if can_draw() and can_show(outlet.loggers):
             figure = agreement_scatter(found.report, found.ablation, found.criterion).figure
-            show_figure(trainer.loggers, f"{name}/scatter", figure, trainer.global_step)
+            show_figure(outlet.loggers, f"{name}/scatter", figure, outlet.step)

@@ -33,9 +33,7 @@ class NeuronSensitivityCallback(NeuronObserver):
         max_samples: The most samples that are run with gradients, spread over the data and over the classes.
         every_n_epochs: How often to measure during ``fit``.
         layers: None for all, or patterns of paths (``"net.layer1.*"``), names of classes or module types.
-        criteria: Names or ``Criterion`` objects. Rankings, tables and figures go by the first of ``taylor``,
-            ``fisher``, ``second_order_ggn``, ``second_order`` and ``taylor_fo`` among them, else by the first that
-            looks at gradients or weights.
+        criteria: Names or ``Criterion`` objects.
         per_class: Keep classes apart: True finds the targets in the batch, a function gives them.
         normalize: How layers are made comparable in global rankings: ``"none"``, ``"sum"`` or ``"l2"``.
         threshold: What counts as silent, in units of the layer's root mean square.
@@ -47,6 +45,8 @@ class NeuronSensitivityCallback(NeuronObserver):
         max_figures: How many figures loggers that show figures or images get at each measurement, the most telling
             first; 0 for none. They need matplotlib, and about 0.13 s each.
         html: Write ``report.html`` into the log directory at the end: one file with everything, to send or to keep.
+        log_metrics: Put the scalar series into ``trainer.callback_metrics`` as well, where other callbacks and the
+            user find them. Those that early stopping, a checkpoint or a plateau scheduler monitors are always there.
 
     Raises:
         MisconfigurationException: If an argument is out of range (also a ``ValueError``).
@@ -55,7 +55,7 @@ class NeuronSensitivityCallback(NeuronObserver):
         >>> from lightning_neurons import NeuronSensitivityCallback
         >>> callback = NeuronSensitivityCallback()
         >>> # trainer = Trainer(callbacks=[callback]); trainer.fit(module)
-        >>> # callback.report.scores["taylor"]["net.conv1"], callback.report.ranking()[:10]
+        >>> # callback.report.scores["gradient"]["net.conv1"], callback.report.ranking("fisher")[:10]
     """
 
     def __init__(
@@ -76,6 +76,7 @@ class NeuronSensitivityCallback(NeuronObserver):
         eps: float = 0.0,
         max_figures: int = 8,
         html: bool = False,
+        log_metrics: bool = False,
     ) -> None:
         with lightning_errors():
             settings = MeasurementSettings.checked(
@@ -89,4 +90,5 @@ class NeuronSensitivityCallback(NeuronObserver):
                 raise ArgumentError.of("loss_fn", loss_fn, "a function (module, batch) -> loss")
             self.loss_fn = loss_fn
             self.max_figures, self.html = check_count("max_figures", max_figures, least=0), check_flag("html", html)
+            self.log_metrics = check_flag("log_metrics", log_metrics)
             super().__init__(settings, every_n_epochs)

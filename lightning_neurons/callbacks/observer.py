@@ -6,6 +6,7 @@ never changes what it observes: neither weights, optimizer, random state nor log
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch
@@ -15,11 +16,15 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_neurons.callbacks import checks
 from lightning_neurons.callbacks.member import Member
-from lightning_neurons.callbacks.publish import publish, show
+from lightning_neurons.callbacks.outlet import keeping_training, monitored, numbered_observer, offer
+from lightning_neurons.callbacks.publish import publish, series_suffix, show
 from lightning_neurons.callbacks.replay import StepReplay
 from lightning_neurons.callbacks.session import Session
+from lightning_neurons.callbacks.trail import Trail
 from lightning_neurons.errors import check_count
-from lightning_neurons.results.history import NeuronHistory
+from lightning_neurons.report.loggers import scalars
+from lightning_neurons.report.tags import with_suffix
+from lightning_neurons.results.history import HistoryEntry, NeuronHistory
 from lightning_neurons.results.neuron_report import NeuronReport
 from lightning_neurons.studies.measure import LossFunction
 from lightning_neurons.studies.measurement import Measurement
@@ -31,7 +36,6 @@ class NeuronObserver(lightning.pytorch.Callback, pytorch_lightning.Callback):  #
     """Common base of the observing callbacks; add one of those to a Trainer.
 
     Attributes:
-        report: The latest measurement, or None before the first.
         history: All measurements of this run compared with one another; continues after a resume.
     """
 
@@ -41,16 +45,33 @@ class NeuronObserver(lightning.pytorch.Callback, pytorch_lightning.Callback):  #
     publishes: bool = True  # whether reports go to the loggers
     max_figures: int = 0
     html: bool = False
+    log_metrics: bool = False
 
     def __init__(self, settings: MeasurementSettings, every_n_epochs: int) -> None:
         super().__init__()
         self.settings = settings
         self.every_n_epochs = check_count("every_n_epochs", every_n_epochs)
-        self.report: NeuronReport | None = None
         self.history = NeuronHistory()
+        self._report: NeuronReport | None = None
+        self._trail = Trail()
         self._member: Member | None = None
         self._active: str | None = None  # the source of the session that this callback is part of now
+        self._failure: Exception | None = None  # why the measurement was given up, if it has no member to know it
+        self._unpublished: tuple[NeuronReport, HistoryEntry] | None = None
+        self._offered = False  # whether metrics have been there for others in this run
         self._warned: set[str] = set()
+
+    @property
+    def report(self) -> NeuronReport | None:
+        """The latest measurement, or None before the first."""
+        if self._report is None and self._trail.hint is not None:
+            self._warn(self._trail.hint)
+        return self._report
+
+    @report.setter
+    def report(self, report: NeuronReport | None) -> None:
+        """Take another."""
+        self._report = report
 
     @property
     def state_key(self) -> str:
@@ -60,17 +81,24 @@ class NeuronObserver(lightning.pytorch.Callback, pytorch_lightning.Callback):  #
 
     def state_dict(self) -> dict[str, Any]:
         """The history, as plain values and tensors."""
-        return {"version": 1, "history": self.history.state_dict()}
+        history = NeuronHistory().state_dict()
+        with keeping_training(self, "the history is not in the checkpoint"):
+            history = self.history.state_dict()
+        return {"version": 1, "history": history}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue the history of a checkpoint."""
-        self.history.load_state_dict(state_dict["history"])
+        """Continue the history of a checkpoint; one that cannot be read begins anew."""
+        history = NeuronHistory()
+        with keeping_training(self, "the history of the checkpoint cannot be read and begins anew"):
+            history.load_state_dict(state_dict["history"])
+            self.history = history
 
     # -- before anything runs
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse what cannot work, before any time has been spent."""
         who = type(self).__name__
+        self._offered = False
         checks.refuse_sharded(who, trainer.strategy)
         if not checks.overrides(pl_module, "configure_model"):  # else there may be no layers yet
             checks.check_layers(who, pl_module, self.settings.layers)
@@ -95,6 +123,7 @@ class NeuronObserver(lightning.pytorch.Callback, pytorch_lightning.Callback):  #
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin to measure on training data, if it is due."""
+        self._publish(trainer)
         if self.source == "train" and self._due(trainer):
             self._begin(trainer, pl_module, "validation_step", trainer.train_dataloader, trainer.num_training_batches)
 
@@ -132,27 +161,33 @@ class NeuronObserver(lightning.pytorch.Callback, pytorch_lightning.Callback):  #
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Make the report."""
-        self._finish(trainer, "val")
+        self._finish(trainer, pl_module, "val")
 
     on_test_epoch_end = on_validation_epoch_end
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Make the report of training data."""
-        self._finish(trainer, "train")
+        self._finish(trainer, pl_module, "train")
 
     # -- the end
 
-    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Show the latest report."""
-        self._show(trainer)
-
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """Show the report of ``trainer.validate``."""
+        """Write the report, now that it is known at which x; show that of ``trainer.validate``."""
+        self._publish(trainer)
         if trainer.state.fn == "validate":
             self._show(trainer)
 
     def on_test_end(self, trainer: Any, pl_module: Any) -> None:
-        """Show the report of ``trainer.test``."""
+        """Write and show the report of ``trainer.test``."""
+        self._publish(trainer)
+        self._show(trainer)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Write the last report of training data."""
+        self._publish(trainer)
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Show the latest report."""
         self._show(trainer)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
@@ -168,9 +203,16 @@ class NeuronObserver(lightning.pytorch.Callback, pytorch_lightning.Callback):  #
     def _due(self, trainer: Any) -> bool:
         if trainer.state.fn != "fit" or trainer.sanity_checking or self.every_n_epochs == 1:
             return True
+        if not self._offered and monitored(trainer, f"neurons{numbered_observer(trainer, self)}"):
+            return True  # what follows a metric expects it from the first validation on
         return checks.is_due(trainer.current_epoch, self.every_n_epochs, [e.epoch for e in self.history.entries[-1:]])
 
     def _begin(self, trainer: Any, pl_module: Any, step: str, loaders: Any, batches: float) -> None:
+        self._active, self._failure = "train" if trainer.training else "val", None
+        self._attempt(lambda: self._join(trainer, pl_module, step, loaders, batches))
+        self._raise_failure(trainer)
+
+    def _join(self, trainer: Any, pl_module: Any, step: str, loaders: Any, batches: float) -> None:
         checks.check_layers(type(self).__name__, pl_module, self.settings.layers)
         settings = self.settings
         measurement = Measurement(
@@ -178,62 +220,114 @@ class NeuronObserver(lightning.pytorch.Callback, pytorch_lightning.Callback):  #
         )
         member = Member(measurement, settings)
         differentiates = bool(measurement.needs - {"activation"})
-        source = "train" if trainer.training else "val"
-        if differentiates or source == "train":
+        assert self._active is not None, "set just before"
+        if differentiates or self._active == "train":
             total = stream_length(loaders, batches)
             member.replay = StepReplay(trainer, pl_module, step, self.loss_fn)
             member.sample = StratifiedSample(math.ceil(self.max_samples / trainer.world_size), total)
-        self._member, self._active = member, source
-        Session.join(trainer, pl_module, source, member)
+        self._member = member
+        Session.join(trainer, pl_module, self._active, member)
 
     def _session(self, trainer: Any, source: str) -> Session | None:
         return Session.of(trainer, source) if source == self._active else None
 
-    def _finish(self, trainer: Any, source: str) -> None:
-        member, session = self._member, self._session(trainer, source)
-        if member is None or session is None:
+    def _finish(self, trainer: Any, pl_module: Any, source: str) -> None:
+        """Make the report, if nothing has failed in any process: they wait for one another's sums."""
+        if source != self._active:
             return
-        session.finish()
-        self._raise_failure(trainer)
-        # Every process has to know of a failure in any: the rest of them would wait for its sums forever.
-        whole = trainer.strategy.reduce_boolean_decision(member.failure is None, all=True)
-        if not whole:
-            reason = str(member.failure or "another process failed")
-            self._warn(f"epoch {trainer.current_epoch} was not measured: {reason}", once=reason)
-        elif not trainer.sanity_checking:
-            self._report(trainer, member)
-        self._active = self._member = None
-        session.leave(member)
+        member, session = self._member, self._session(trainer, source)
+        if session is not None:
+            session.finish()
+        if self._all_well(trainer) and not trainer.sanity_checking:
+            made = self._attempt(lambda: self._made(trainer))
+            if self._all_well(trainer):
+                self._take(trainer, pl_module, *made)
+        self._active = self._member = self._failure = None
+        if session is not None and member is not None:
+            session.leave(member)
 
-    def _report(self, trainer: Any, member: Member) -> None:
-        member.measurement.merge_processes(trainer.world_size)
+    def _all_well(self, trainer: Any) -> bool:
+        """Whether nothing has failed in any process; says what has. Call it in all processes."""
+        failure = self._why
+        if trainer.strategy.reduce_boolean_decision(failure is None, all=True):
+            return True
+        self._raise_failure(trainer)
+        reason = "another process failed" if failure is None else checks.said_of(failure)
+        self._warn(f"epoch {trainer.current_epoch} was not measured: {reason}", once=reason)
+        return False
+
+    def _made(self, trainer: Any) -> tuple[NeuronReport, HistoryEntry]:
+        """The report, and what has changed since the one before."""
+        assert self._member is not None, "nothing has failed"
+        measurement, sample = self._member.measurement, self._member.sample
+        measurement.merge_processes(trainer.world_size)
         fitting = trainer.state.fn == "fit"
-        notes = [] if member.sample is None else [member.sample.describe()]
+        notes = [] if sample is None else [sample.describe()]
         if trainer.world_size > 1:
             notes = [f"process {trainer.global_rank} of {trainer.world_size}: {note}" for note in notes]
-        self.report = member.measurement.report(
+        report = measurement.report(
             settings={**self.settings.plain(), "source": self.source, "max_samples": self.max_samples},
             notes=notes,
             epoch=trainer.current_epoch if fitting else None,
             step=trainer.global_step if fitting else None,
         )
         looked = any(c.statistics for c in self.settings.criteria)
-        if looked and not any(c.samples.any() or c.gradient_samples.any() for c in self.report.counts.values()):
-            infinite = any(c.nonfinite.any() for c in self.report.counts.values())
+        if looked and not any(c.samples.any() or c.gradient_samples.any() for c in report.counts.values()):
+            infinite = any(c.nonfinite.any() for c in report.counts.values())
             why = "all activations were NaN or infinite" if infinite else "the data was empty, or no layer ran"
             self._warn(f"no sample was measured: {why}")
-        entry = self.history.add(self.report) if fitting else self.history.compare(self.report)
+        if not fitting:  # other data: what differs from the last epoch has not happened in between
+            return report, NeuronHistory().compare(report)
+        try:
+            return report, self.history.compare(report)
+        except Exception as error:  # noqa: BLE001
+            self._warn(f"the history could not be continued and begins anew: {checks.said_of(error)}")
+            self.history = NeuronHistory()
+            return report, self.history.compare(report)
+
+    def _take(self, trainer: Any, pl_module: Any, report: NeuronReport, entry: HistoryEntry) -> None:
+        self.report = report
+        if trainer.state.fn == "fit":
+            self.history.keep(report, entry)
         if self.publishes:
-            publish(trainer, self, self.report, entry)
+            self._unpublished = report, entry
+            self._trail.leave(None)
+            with keeping_training(self, "the report was not offered to other callbacks"):
+                suffix = series_suffix(trainer, self)
+                values = {with_suffix(name, suffix): value for name, value in scalars(report, entry).items()}
+                offer(trainer, pl_module, values, f"neurons{suffix}", everything=self.log_metrics)
+                self._offered = True
+
+    def _publish(self, trainer: Any) -> None:
+        if self._unpublished is not None:
+            report, entry = self._unpublished
+            self._unpublished = None
+            self._trail.leave(publish(trainer, self, report, entry))
+
+    @property
+    def _why(self) -> Exception | None:
+        """Why the measurement that is going on was given up, if it was."""
+        return self._failure or (self._member.failure if self._member else None)
+
+    def _attempt(self, action: Callable[[], Any]) -> Any:
+        """Do a part of the measurement; if that fails, give it up and nothing else."""
+        try:
+            return action()
+        except Exception as error:  # noqa: BLE001 (an observer must not stop what it observes)
+            self._failure = error
+            return None
 
     def _raise_failure(self, trainer: Any) -> None:
         """Before training has begun, or without training, nothing is lost by stopping at once."""
-        failure = self._member.failure if self._member else None
-        if failure is not None and (trainer.sanity_checking or trainer.state.fn != "fit"):
-            raise MisconfigurationException(f"{type(self).__name__}: {failure}") from failure
+        failure = self._why
+        if failure is None or not (trainer.sanity_checking or trainer.state.fn != "fit"):
+            return
+        if isinstance(failure, MisconfigurationException):
+            raise failure
+        raise MisconfigurationException(f"{type(self).__name__}: {failure}") from failure
 
     def _show(self, trainer: Any) -> None:
-        if self.report is None:
+        if self._report is None:
             self._warn("nothing has been measured")
         else:
             show(trainer, self)
@@ -241,7 +335,7 @@ class NeuronObserver(lightning.pytorch.Callback, pytorch_lightning.Callback):  #
     def _drop(self, trainer: Any) -> None:
         if self._active is not None:
             Session.end(trainer, self._active)
-        self._active = self._member = None
+        self._active = self._member = self._failure = self._unpublished = None
 
     def _warn(self, message: str, once: str | None = None) -> None:
         """Say it, unless it (or the same ``once``) has been said."""

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +11,9 @@ from torch import Tensor, nn
 from lightning_neurons.callbacks.arguments import lightning_errors
 from lightning_neurons.callbacks.checks import name_of
 from lightning_neurons.callbacks.forward import forward_of
+from lightning_neurons.callbacks.outlet import Outlet, keeping_training, numbered
 from lightning_neurons.callbacks.replay import StepReplay
-from lightning_neurons.callbacks.sampled_study import SampledStudy, numbered
+from lightning_neurons.callbacks.sampled_study import SampledStudy
 from lightning_neurons.errors import ArgumentError, MeasurementError, check_choice, check_count, check_flag
 from lightning_neurons.network.batches import (
     batch_size_of,
@@ -140,8 +140,8 @@ class SaliencyCallback(SampledStudy):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the rhythm and the pictures of a checkpoint."""
         super().load_state_dict(state_dict)
-        inputs = state_dict["inputs"]
-        self._fixed = None if inputs is None else (inputs, state_dict["labels"])
+        inputs = state_dict.get("inputs")
+        self._fixed = None if inputs is None else (inputs, state_dict.get("labels"))
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse what cannot work, before any time has been spent."""
@@ -172,18 +172,20 @@ class SaliencyCallback(SampledStudy):
         explained = next(t for t in tensors_of(inputs) if t.shape == maps.shape)
         return SaliencyMaps(explained, maps, labels if self.target is None else None)
 
-    def _publish(self, trainer: Any, found: tuple[_Fixed, SaliencyMaps]) -> None:
+    def _take(self, found: tuple[_Fixed, SaliencyMaps]) -> None:
         self._fixed, self.found = found
-        directory = trainer.log_dir  # asks all processes
-        if not trainer.is_global_zero or trainer.fast_dev_run or not trainer.loggers or not can_draw():
+
+    def _publish(self, trainer: Any, outlet: Outlet, found: tuple[_Fixed, SaliencyMaps]) -> None:
+        if not can_draw():
             return
-        name = f"{_TAG}{numbered(trainer, self)}"
+        name = f"{_TAG}{numbered(trainer, self, SaliencyCallback)}"
         figure = self.figure()
-        show_figure(trainer.loggers, name, figure, trainer.global_step)
-        if directory is not None:
+        with keeping_training(self, "the maps were not written everywhere"):
+            show_figure(outlet.loggers, name, figure, outlet.step)
+        if outlet.folder is not None:
             when = f"after epoch {trainer.current_epoch}" if trainer.state.fn == "fit" else ""
             caption = f"{self.settings['method']} of the {self.settings['of']}, {when}".strip(", ")
-            keep_picture(Path(directory), name, figure, "Saliency", caption)
+            keep_picture(outlet.folder, name, figure, "Saliency", caption)
 
     def figure(self) -> Any:
         """The latest maps, a row for each picture, as a matplotlib figure.

@@ -5,7 +5,7 @@ others. A study that fails never takes the training with it.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning.pytorch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lightning_neurons.callbacks import checks
 from lightning_neurons.callbacks.agreement import in_one_process
+from lightning_neurons.callbacks.outlet import Outlet, keeping_training, outlet_of
 from lightning_neurons.callbacks.replay import StepReplay
 from lightning_neurons.errors import ArgumentError, PruningError, check_count
 from lightning_neurons.network.batches import map_tensors, targets_of
@@ -38,6 +39,9 @@ class SampledStudy(lightning.pytorch.Callback, pytorch_lightning.Callback):  # t
         self._sample: StratifiedSample | None = None
         self._kept: list[Any] = []
         self._last: int | None = None  # the epoch of the last study
+        self._found: Any = None  # the last study, until it is published
+        self._is_due = False
+        self._failure: Exception | None = None  # why the samples of this process are not whole
         self._warned: set[str] = set()
 
     def state_dict(self) -> dict[str, Any]:
@@ -46,7 +50,7 @@ class SampledStudy(lightning.pytorch.Callback, pytorch_lightning.Callback):  # t
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the rhythm of a checkpoint."""
-        self._last = state_dict["last"]
+        self._last = state_dict.get("last")
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse what cannot work, before any time has been spent."""
@@ -59,31 +63,37 @@ class SampledStudy(lightning.pytorch.Callback, pytorch_lightning.Callback):  # t
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin to keep samples, if a study is due."""
-        self._kept, self._sample = [], None
-        if self._due(trainer):
-            total = stream_length(trainer.val_dataloaders, trainer.num_val_batches[0])
-            self._sample = StratifiedSample(math.ceil(self.max_samples / trainer.world_size), total)
+        self._drop()
+        self._is_due = self._due(trainer)
+        if self._is_due:
+            self._attempt(lambda: self._begin(trainer))
 
     def on_validation_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Keep samples (of the first dataloader), before the step can change them."""
-        if self._sample is not None and dataloader_idx == 0:
-            self._keep(self._sample.add(batch, targets_of(batch)))
+        sample = self._sample
+        if sample is not None and self._failure is None and dataloader_idx == 0:
+            self._attempt(lambda: self._keep(sample.add(batch, targets_of(batch))))
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Make the study, and publish it."""
-        sample, self._sample = self._sample, None
-        if sample is None:
+        """Make the study."""
+        if not self._is_due:
             return
-        self._keep(sample.rest())
+        sample, self._sample, self._is_due = self._sample, None, False
+        if sample is not None and self._failure is None:
+            self._attempt(lambda: self._keep(sample.rest()))
         mine, self._kept = self._kept, []
-        batches = _of_all(trainer, mine)
-        if not batches:
-            self._warn("no sample was measured: the data was empty")
-            return
+        failure, self._failure = self._failure, None
         is_trial = trainer.sanity_checking or bool(trainer.fast_dev_run)
         try:
+            # Every process has to know of a failure in any: the rest of them would wait for its samples.
+            if not trainer.strategy.reduce_boolean_decision(failure is None, all=True):
+                raise PruningError("another process failed" if failure is None else checks.said_of(failure))
+            batches = _of_all(trainer, mine)
+            if not batches:
+                self._warn("no sample was measured: the data was empty")
+                return
             found = in_one_process(trainer, lambda: self._isolated(trainer, pl_module, batches, is_trial=is_trial))
         except PruningError as error:
             if is_trial or trainer.state.fn != "fit":  # before training, or without it, nothing is lost by stopping
@@ -93,21 +103,26 @@ class SampledStudy(lightning.pytorch.Callback, pytorch_lightning.Callback):  # t
         if trainer.sanity_checking or found is None:
             return
         self._last = trainer.current_epoch if trainer.state.fn == "fit" else self._last
-        try:
-            self._publish(trainer, found)
-        except Exception as error:  # noqa: BLE001 (a picture that cannot be drawn must not stop training)
-            self._warn(
-                f"epoch {trainer.current_epoch} was measured and not shown: {type(error).__name__}: {error}",
-                once=str(error),
-            )
+        self._found = found
+        self._take(found)
+        with keeping_training(self, "the study was not offered to other callbacks"):
+            self._offer(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Publish the study, now that it is known at which x."""
+        found, self._found = self._found, None
+        if found is None or (outlet := outlet_of(trainer)) is None:
+            return
+        with keeping_training(self, f"epoch {trainer.current_epoch} was measured and not shown"):
+            self._publish(trainer, outlet, found)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Let go of the samples."""
-        self._sample, self._kept = None, []
+        self._drop()
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Let go of the samples."""
-        self._sample, self._kept = None, []
+        self._drop()
 
     def _study(self, pl_module: Any, replay: StepReplay, batches: list[Any]) -> Any:
         """Make the study of some batches; the module is isolated and in evaluation mode."""
@@ -117,9 +132,30 @@ class SampledStudy(lightning.pytorch.Callback, pytorch_lightning.Callback):  # t
         """Find out on the few batches of a trial run what cannot work; they may be too few for a study (None)."""
         return self._study(pl_module, replay, batches)
 
-    def _publish(self, trainer: Any, found: Any) -> None:
+    def _take(self, found: Any) -> None:
         """Take what the study has found, in every process."""
         raise NotImplementedError
+
+    def _offer(self, trainer: Any, pl_module: Any) -> None:
+        """Let other callbacks follow what the study has found, in every process."""
+
+    def _publish(self, trainer: Any, outlet: Outlet, found: Any) -> None:
+        """Write what the study has found, in the first process."""
+        raise NotImplementedError
+
+    def _begin(self, trainer: Any) -> None:
+        total = stream_length(trainer.val_dataloaders, trainer.num_val_batches[0])
+        self._sample = StratifiedSample(math.ceil(self.max_samples / trainer.world_size), total)
+
+    def _attempt(self, action: Callable[[], None]) -> None:
+        """Do a part of the study; if that fails, give it up and nothing else."""
+        try:
+            action()
+        except Exception as error:  # noqa: BLE001 (an observer must not stop what it observes)
+            self._failure = error
+
+    def _drop(self) -> None:
+        self._sample, self._kept, self._found, self._failure, self._is_due = None, [], None, None, False
 
     def _isolated(self, trainer: Any, pl_module: Any, batches: list[Any], *, is_trial: bool) -> Any:
         replay = StepReplay(trainer, pl_module, "validation_step", self.loss_fn)
@@ -149,12 +185,6 @@ def _patterns(layers: Any) -> tuple[Pattern, ...] | None:
     if not found or not all(isinstance(one, str | type) for one in found):
         raise ArgumentError.of("layers", layers, "None for all layers, or a list of patterns or module types")
     return found
-
-
-def numbered(trainer: Any, callback: Any) -> str:
-    """What tells the files and series of several callbacks of one kind apart: nothing for the first, then ``"_2"``."""
-    place = [c for c in trainer.callbacks if type(c) is type(callback)].index(callback)
-    return f"_{place + 1}" if place else ""
 
 
 def _of_all(trainer: Any, mine: list[Any]) -> list[Any]:

@@ -68,8 +68,9 @@ class Session:
 
     def leave(self, member: Member) -> None:
         """End one callback's part; the session ends with its last member."""
-        self.members.remove(member)
-        self.passes.receivers.remove(member)
+        for members in (self.members, self.passes.receivers):
+            if member in members:
+                members.remove(member)
         if not self.members:
             self.end(self.trainer, self.source)
 
@@ -78,6 +79,9 @@ class Session:
         if self._is_open:
             return  # another callback was here first
         self._is_open = True
+        self._shared(partial(self._open, batch, batch_idx))
+
+    def _open(self, batch: Any, batch_idx: int) -> None:
         for group in self._groups():
             picked: list[Any] = []
             together(group, partial(group[0].pick, batch, batch_idx, picked))
@@ -94,9 +98,11 @@ class Session:
 
     def close(self, batch_idx: int) -> None:
         """After the model's own step: stop watching, and differentiate what has been picked."""
-        if not self._is_open:
-            return
-        self._is_open = False
+        if self._is_open:
+            self._is_open = False
+            self._shared(partial(self._close, batch_idx))
+
+    def _close(self, batch_idx: int) -> None:
         stack, self._stack = self._stack, None
         again, self._again = self._again, None
         picked, self._picked = self._picked, []
@@ -117,6 +123,17 @@ class Session:
 
     def finish(self) -> None:
         """At the end of the data: differentiate what has been picked and not measured yet."""
+        self._shared(self._finish)
+
+    def _shared(self, action: Callable[[], None]) -> None:
+        """Do what is done once for all members; if it fails, each of them has missed something."""
+        try:
+            action()
+        except Exception as error:  # noqa: BLE001 (an observer must not stop what it observes)
+            for member in self._alive():
+                member.failure = error
+
+    def _finish(self) -> None:
         for group in self._groups():
             for part in group[0].rest():
                 self._differentiate(group, part)

@@ -64,7 +64,7 @@ def describe_structure(model: nn.Module, example_inputs: Any, *, path: str | Pat
         },
     }
     if path is not None:
-        write_whole(Path(path), json.dumps(document, indent=1))
+        write_whole(path, json.dumps(document, indent=1))
     return document
 
 

@@ -153,7 +153,7 @@ class PruningPlan:
 
     def save(self, path: str | Path) -> None:
         """Write it as JSON, whole or not at all."""
-        plan_json.save(self, Path(path))
+        plan_json.save(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> "PruningPlan":
@@ -162,7 +162,7 @@ class PruningPlan:
         Raises:
             ArgumentError: If the file is no plan, of a newer version, or contradicts itself.
         """
-        return cls.from_dict(plan_json.read(Path(path)))
+        return cls.from_dict(plan_json.read(path))
 
 
 def _moved(plan: PruningPlan, before: PruningPlan, move: Callable[[int, Sequence[int]], int | None]) -> PruningPlan:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_neurons.errors import ArgumentError, is_number
-from lightning_neurons.results.whole_file import write_whole
+from lightning_neurons.results.whole_file import read_text, write_whole
 
 _AS_SAVED = "a plan as PruningPlan.save wrote it"
 FORMAT, VERSION = "lightning_neurons pruning plan", 1
@@ -25,19 +25,19 @@ def to_dict(plan: Any) -> dict[str, Any]:
     }
 
 
-def save(plan: Any, path: Path) -> None:
+def save(plan: Any, path: str | Path) -> None:
     """Write a plan, whole or not at all."""
     write_whole(path, json.dumps(to_dict(plan), indent=1))
 
 
-def read(path: Path) -> Any:
+def read(path: str | Path) -> Any:
     """The document in a file.
 
     Raises:
         ArgumentError: If it is no JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_text(path))
     except ValueError as error:
         raise ArgumentError.of("path", str(path), "a JSON file that PruningPlan.save wrote, whole") from error
 

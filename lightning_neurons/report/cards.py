@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxtyping import Float
@@ -15,6 +14,7 @@ from lightning_neurons.report.picture_figures import maximized_images
 from lightning_neurons.results.neuron_card import NeuronCard
 from lightning_neurons.results.neuron_report import NeuronReport
 from lightning_neurons.results.plain import plain
+from lightning_neurons.results.whole_file import Place
 
 _TOP_PICTURES = 6
 
@@ -90,7 +90,7 @@ def _numbers(report: NeuronReport, one: Chosen) -> dict[str, float]:
 
 
 def show_maximized(
-    loggers: Sequence[Any], folder: Path | None, found: MaximizedActivation, count: int, step: int, name: str
+    loggers: Sequence[Any], folder: Place | None, found: MaximizedActivation, count: int, step: int, name: str
 ) -> None:
     """Show the pictures of the first ``count`` rows in loggers, and keep them in the folder of a run."""
     reached = zip(found.targets, found.activations.tolist(), found.data_maximum.tolist(), strict=True)
@@ -102,7 +102,9 @@ def show_maximized(
         keep_picture(folder, name, figure, "Activation maximisation", caption)
 
 
-def show_cards(loggers: Sequence[Any], folder: Path | None, cards: Sequence[NeuronCard], step: int, group: str) -> None:
+def show_cards(
+    loggers: Sequence[Any], folder: Place | None, cards: Sequence[NeuronCard], step: int, group: str
+) -> None:
     """Show cards in loggers, and keep them in the folder of a run."""
     drawn, places = [], dict[str, int]()
     for card in cards:

@@ -4,15 +4,19 @@ Colours can be told apart by the colour-blind: ``cividis`` for magnitudes, and t
 """
 
 import importlib.util
+import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
 from lightning_neurons.errors import MissingPackageError
+from lightning_neurons.results.whole_file import write_whole
+
+Where = TypeVar("Where", bound=Path | str)
 
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000")
 """Blue, orange, green, vermilion, purple, sky blue, yellow, black."""
@@ -109,9 +113,10 @@ def any_letters() -> Iterator[None]:
         yield
 
 
-def save_figure(figure: Any, path: Path) -> Path:
+def save_figure(figure: Any, path: Where) -> Where:
     """Write a figure as PNG; returns where."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    packed = io.BytesIO()
     with any_letters():
-        figure.savefig(path, dpi=120)
+        figure.savefig(packed, dpi=120, format="png")
+    write_whole(path, packed.getvalue())
     return path

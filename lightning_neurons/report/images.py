@@ -1,12 +1,12 @@
 """Figures in loggers, and in a folder beside the other files of a run."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from lightning_neurons.report.drawing import any_letters, save_figure
-from lightning_neurons.results.whole_file import write_whole
+from lightning_neurons.results.whole_file import Place, inside, read_text, remove, write_whole
 
 FOLDER = "pictures"
 PICTURES, CARDS = "pictures.json", "cards.json"
@@ -38,16 +38,16 @@ def as_pixels(figure: Any) -> Any:
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def keep_picture(directory: Path, name: str, figure: Any, title: str, caption: str) -> None:
+def keep_picture(directory: Place, name: str, figure: Any, title: str, caption: str) -> None:
     """Write a figure into the folder of pictures, in place of one of the same name, and into its list."""
-    folder = directory / FOLDER
-    save_figure(figure, folder / f"{name}.png")
+    save_figure(figure, inside(directory, FOLDER, f"{name}.png"))
     entry = {"file": f"{name}.png", "title": title, "caption": caption}
-    others = [one for one in _listed(folder / PICTURES) if one.get("file") != entry["file"]]
-    write_whole(folder / PICTURES, json.dumps([*others, entry], indent=1))
+    listed = inside(directory, FOLDER, PICTURES)
+    others = [one for one in _listed(listed) if one.get("file") != entry["file"]]
+    write_whole(listed, json.dumps([*others, entry], indent=1))
 
 
-def keep_cards(directory: Path, cards: Sequence[tuple[Any, Mapping[str, Any]]], group: str) -> None:
+def keep_cards(directory: Place, cards: Sequence[tuple[Any, Mapping[str, Any]]], group: str) -> None:
     """Write cards into the folder of pictures, in place of all of this group that were there.
 
     Args:
@@ -55,19 +55,20 @@ def keep_cards(directory: Path, cards: Sequence[tuple[Any, Mapping[str, Any]]], 
         cards: Figures, each with what is said of it: ``name``, ``why`` and ``numbers``.
         group: What file names begin with.
     """
-    folder = directory / FOLDER
-    entries = [one for one in _listed(folder / CARDS) if not str(one.get("file")).startswith(f"{group}-")]
-    for stale in folder.glob(f"{group}-*.png"):
-        stale.unlink()
+    listed, of_group = inside(directory, FOLDER, CARDS), re.compile(rf"{re.escape(group)}-\d+\.png")
+    before = _listed(listed)
+    entries = [one for one in before if not of_group.fullmatch(str(one.get("file")))]
+    for stale in (one["file"] for one in before if one not in entries):
+        remove(inside(directory, FOLDER, stale))
     for place, (figure, said) in enumerate(cards):
-        save_figure(figure, folder / f"{group}-{place}.png")
+        save_figure(figure, inside(directory, FOLDER, f"{group}-{place}.png"))
         entries.append({"file": f"{group}-{place}.png", **said})
-    write_whole(folder / CARDS, json.dumps(entries, indent=1))
+    write_whole(listed, json.dumps(entries, indent=1))
 
 
-def _listed(path: Path) -> list[dict[str, Any]]:
+def _listed(path: Place) -> list[dict[str, Any]]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_text(path))
     except (OSError, ValueError):
         return []
     return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []

@@ -12,11 +12,14 @@ import torch
 from lightning_neurons.metrics.histogram import BINS, INNER_BINS, LOWEST, PARTS, representatives
 from lightning_neurons.report.numbers import LayerRow, layer_rows, share
 from lightning_neurons.report.page import markdown
+from lightning_neurons.report.tags import with_suffix
 from lightning_neurons.results.history import HistoryEntry
 from lightning_neurons.results.neuron_report import NeuronReport
 
 
-def write_loggers(loggers: Sequence[Any], report: NeuronReport, entry: HistoryEntry, step: int) -> None:
+def write_loggers(
+    loggers: Sequence[Any], report: NeuronReport, entry: HistoryEntry, step: int, suffix: str = ""
+) -> None:
     """Write a report to every logger.
 
     Args:
@@ -24,15 +27,16 @@ def write_loggers(loggers: Sequence[Any], report: NeuronReport, entry: HistoryEn
         report: The measurement.
         entry: Its comparison with the measurement before.
         step: The step to log at.
+        suffix: What the groups of the series end with, such as ``"_2"``.
     """
-    values = scalars(report, entry)
+    values = {with_suffix(name, suffix): value for name, value in scalars(report, entry).items()}
     for logger in loggers:
         logger.log_metrics(values, step=step)
         experiment: Any = getattr(logger, "experiment", None)
         if hasattr(experiment, "add_histogram"):
-            _histograms(experiment, report, step)
+            _histograms(experiment, report, step, suffix)
         if hasattr(experiment, "add_text"):
-            experiment.add_text("neurons/ranking", markdown(report, entry), step)
+            experiment.add_text(with_suffix("neurons/ranking", suffix), markdown(report, entry), step)
 
 
 def scalars(report: NeuronReport, entry: HistoryEntry) -> dict[str, float]:
@@ -61,18 +65,18 @@ def _share(rows: Sequence[LayerRow], name: str) -> float:
     return share(sum(getattr(row, name) for row in known), sum(row.neurons for row in known))
 
 
-def _histograms(experiment: Any, report: NeuronReport, step: int) -> None:
+def _histograms(experiment: Any, report: NeuronReport, step: int, suffix: str) -> None:
     for group, by_criterion in (("scores", report.scores), ("deadness", report.deadness_by)):
         for criterion, by_layer in by_criterion.items():
             for layer, values in by_layer.items():
                 finite = values[values.isfinite()]
                 if len(finite):
-                    experiment.add_histogram(f"{group}/{criterion}/{layer}", finite, step)
+                    experiment.add_histogram(f"{group}{suffix}/{criterion}/{layer}", finite, step)
     if hasattr(experiment, "add_histogram_raw"):
         for layer, counts in report.counts.items():
             if counts.histogram.sum() > 0:
                 experiment.add_histogram_raw(
-                    f"magnitudes/{layer}", **log_magnitudes(counts.histogram), global_step=step
+                    f"magnitudes{suffix}/{layer}", **log_magnitudes(counts.histogram), global_step=step
                 )
 
 

@@ -2,13 +2,17 @@
 
 ``{layer}``, ``{criterion}`` and ``{class}`` stand for names, ``{n}`` for a number from 1.
 
-A second callback of the same kind writes to ``ablation_2/...``, ``classes_2/...``, ``saliency_2`` and so on.
+A second callback of the same kind writes to ``neurons_2/...``, ``scores_2/...``, ``ablation_2/...``, ``saliency_2`` and
+so on: the group has its number. A test after a fit, with the same Trainer, writes to ``neurons_test/...`` and so on.
 
 The table below is the documentation; a test compares it with what is really written.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Literal
+
+_SUFFIX = re.compile(r"(_[1-9]\d*)?(_test)?$")
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,19 @@ def kind_of(name: str) -> str | None:
     return next((tag.kind for tag in TAGS if _fits(tag.name, name)), None)
 
 
+def with_suffix(name: str, suffix: str) -> str:
+    """A series of another callback of the same kind.
+
+    Example:
+        >>> with_suffix("neurons/dead_share", "_2"), with_suffix("saliency", "_2"), kind_of("neurons_2/dead_share")
+        ('neurons_2/dead_share', 'saliency_2', 'scalar')
+    """
+    group, slash, rest = name.partition("/")
+    return f"{group}{suffix}{slash}{rest}"
+
+
 def _fits(pattern: str, name: str) -> bool:
     wanted, got = pattern.split("/"), name.split("/")
+    got[0] = _SUFFIX.sub("", got[0])
     same = all(w == g or (w.startswith("{") and g) for w, g in zip(wanted, got, strict=False))
     return len(wanted) == len(got) and same

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_neurons.errors import ArgumentError, UnknownNameError
 from lightning_neurons.results.plain import floats, number, plain
-from lightning_neurons.results.whole_file import write_whole
+from lightning_neurons.results.whole_file import read_text, write_whole
 
 FORMAT, VERSION = "lightning_neurons ablation", 1
 
@@ -99,7 +99,7 @@ class AblationReport:
     def save(self, path: str | Path) -> None:
         """Write it as JSON, whole or not at all."""
         document = {"format": FORMAT, "version": VERSION, **{f.name: getattr(self, f.name) for f in fields(self)}}
-        write_whole(Path(path), json.dumps(plain(document), allow_nan=False))
+        write_whole(path, json.dumps(plain(document), allow_nan=False))
 
     @classmethod
     def load(cls, path: str | Path) -> "AblationReport":
@@ -110,7 +110,7 @@ class AblationReport:
         """
         allowed = "a JSON file that AblationReport.save wrote, whole"
         try:
-            found = json.loads(Path(path).read_text(encoding="utf-8"))
+            found = json.loads(read_text(path))
         except ValueError as error:
             raise ArgumentError.of("path", str(path), allowed) from error
         if not isinstance(found, dict) or found.get("format") != FORMAT or found.get("version", 0) > VERSION:

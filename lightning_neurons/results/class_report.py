@@ -140,4 +140,4 @@ class ClassReport:
             "settings": self.settings,
             "notes": self.notes,
         }
-        write_whole(Path(path), json.dumps(plain(document), allow_nan=False))
+        write_whole(path, json.dumps(plain(document), allow_nan=False))

@@ -68,9 +68,14 @@ class NeuronHistory:
     def add(self, report: NeuronReport) -> HistoryEntry:
         """Compare a report with the one before and keep it."""
         entry = self.compare(report)
-        self.entries.append(entry)
-        self._scores = {name: scores.clone() for name, scores in _main_scores(report).items()}
+        self.keep(report, entry)
         return entry
+
+    def keep(self, report: NeuronReport, entry: HistoryEntry) -> None:
+        """Keep a report that has been compared."""
+        scores = {name: scores.clone() for name, scores in _main_scores(report).items()}
+        self.entries.append(entry)
+        self._scores = scores
 
     def compare(self, report: NeuronReport) -> HistoryEntry:
         """Compare a report with the last one of the history."""
@@ -132,7 +137,7 @@ class NeuronHistory:
         """
         entries = [vars(entry) for entry in self.entries]
         document = {"format": FORMAT, "version": VERSION, "versions": versions or {}, "entries": entries}
-        write_whole(Path(path), json.dumps(plain(document), allow_nan=False))
+        write_whole(path, json.dumps(plain(document), allow_nan=False))
 
     @classmethod
     def load(cls, path: str | Path) -> "NeuronHistory":
@@ -141,7 +146,7 @@ class NeuronHistory:
         Raises:
             ArgumentError: If the file is no such history, or of a newer version.
         """
-        with reading_document(Path(path), FORMAT, VERSION, "NeuronHistory.save") as found:
+        with reading_document(path, FORMAT, VERSION, "NeuronHistory.save") as found:
             entries = [HistoryEntry(**entry) for entry in found["entries"]]
             known = [{name: number(s) for name, s in entry.stability.items()} for entry in entries]
             return cls([replace(entry, stability=s) for entry, s in zip(entries, known, strict=True)])

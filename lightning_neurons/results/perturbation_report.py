@@ -64,4 +64,4 @@ class PerturbationReport:
             "notes": list(self.notes),
             "ranking": [row._asdict() for row in self.ranking()],
         }
-        write_whole(Path(path), json.dumps(plain(document), allow_nan=False, indent=1))
+        write_whole(path, json.dumps(plain(document), allow_nan=False, indent=1))

@@ -65,7 +65,7 @@ class PruningHistory:
     def save(self, path: str | Path) -> None:
         """Write it as JSON, whole or not at all."""
         document = {"format": FORMAT, "version": VERSION, **asdict(self)}
-        write_whole(Path(path), json.dumps(plain(document), allow_nan=False))
+        write_whole(path, json.dumps(plain(document), allow_nan=False))
 
     @classmethod
     def load(cls, path: str | Path) -> "PruningHistory":
@@ -74,7 +74,7 @@ class PruningHistory:
         Raises:
             ArgumentError: If the file is no such history, or of a newer version.
         """
-        with reading_document(Path(path), FORMAT, VERSION, "PruningHistory.save") as found:
+        with reading_document(path, FORMAT, VERSION, "PruningHistory.save") as found:
             points = tuple(PruningPoint(**{**point, **_metrics(point)}) for point in found["points"])
             return cls(**{**found, "points": points})
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_neurons.errors import ArgumentError
 from lightning_neurons.network.layer import Layer, Link
 from lightning_neurons.results.plain import floats, plain
-from lightning_neurons.results.whole_file import write_whole
+from lightning_neurons.results.whole_file import read_text, write_whole
 
 FORMAT, VERSION = "lightning_neurons report", 1
 
@@ -47,7 +47,7 @@ def neurons(report: Any) -> list[dict[str, Any]]:
     ]
 
 
-def save(report: Any, path: Path) -> None:
+def save(report: Any, path: str | Path) -> None:
     """Write a report, whole or not at all."""
     document = {
         "format": FORMAT,
@@ -68,7 +68,7 @@ def save(report: Any, path: Path) -> None:
     write_whole(path, json.dumps(plain(document), allow_nan=False))
 
 
-def load(path: Path, counts_type: Callable[..., Any]) -> dict[str, Any]:
+def load(path: str | Path, counts_type: Callable[..., Any]) -> dict[str, Any]:
     """The fields of a report.
 
     Raises:
@@ -76,7 +76,7 @@ def load(path: Path, counts_type: Callable[..., Any]) -> dict[str, Any]:
     """
     allowed = "a JSON file that NeuronReport.save wrote, whole"
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(read_text(path))
     except ValueError as error:
         raise ArgumentError.of("path", str(path), allowed) from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
@@ -142,13 +142,13 @@ def _read_nested(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str
 def _layer(layer: Layer) -> dict[str, Any]:
     chains = [[[link.kind, link.function, link.module] for link in chain] for chain in layer.chains]
     readers = None if layer.readers is None else [list(reader) for reader in layer.readers]
-    return {**vars(layer), "chains": chains, "readers": readers, "twins": list(layer.twins)}
+    return {**vars(layer), "chains": chains, "readers": readers}
 
 
 def _read_layer(entry: dict[str, Any]) -> Layer:
     chains = tuple(tuple(Link(*link) for link in chain) for chain in entry["chains"])
     readers = None if entry["readers"] is None else tuple((name, spread) for name, spread in entry["readers"])
-    return Layer(**{**entry, "chains": chains, "readers": readers, "twins": tuple(entry.get("twins", ()))})
+    return Layer(**{**entry, "chains": chains, "readers": readers})
 
 
 def _counts(counts: Any) -> dict[str, Any]:

@@ -1,28 +1,136 @@
-"""Files that are there whole or not at all, and JSON documents of a format of ours."""
+"""Files that are there whole or not at all, on this machine or elsewhere, and JSON documents of a format of ours.
+
+What has a protocol (``s3://``, ``memory://``) is reached as Lightning reaches it: by fsspec.
+"""
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+
+from fsspec.core import url_to_fs
 
 from lightning_neurons.errors import ArgumentError
 
+Place = Path | str
+"""A path on this machine, or the address of something elsewhere."""
 
-def write_whole(path: Path, text: str) -> None:
-    """Write to a file beside ``path`` first, so that a reader never finds half a document."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+
+def place_of(path: str | Path) -> Place:
+    """A path, or the address as it is if it has a protocol.
+
+    Example:
+        >>> place_of("s3://bucket/run"), place_of("file:///tmp/run") == Path("/tmp/run")
+        ('s3://bucket/run', True)
+    """
+    text = os.fspath(path).removeprefix("file://")
+    return text if "://" in text else Path(text)
+
+
+def inside(folder: str | Path, *names: str) -> Place:
+    """Something in a folder.
+
+    Example:
+        >>> inside("s3://bucket/run/", "pictures", "a.png")
+        's3://bucket/run/pictures/a.png'
+    """
+    place = place_of(folder)
+    return place.joinpath(*names) if isinstance(place, Path) else "/".join((place.rstrip("/"), *names))
+
+
+def write_whole(path: str | Path, content: str | bytes) -> None:
+    """Write so that a reader never finds half a document: to a file beside ``path`` first.
+
+    A link stays a link, a file keeps its mode, and what is no plain file (a pipe, a device) is written to as it is.
+    """
+    place = place_of(path)
+    if isinstance(place, str):
+        files, name = url_to_fs(place)
+        files.makedirs(name.rpartition("/")[0], exist_ok=True)
+        files.pipe_file(name, content.encode() if isinstance(content, str) else content)
+        return
+    target = place.resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists() and not target.is_file():
+        _write(target, content)
+        return
+    unfinished = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
+        if target.exists():
+            unfinished.touch(mode=0o600)  # what others may not read, they may not read in between
+        _write(unfinished, content)
+        if target.exists():
+            shutil.copymode(target, unfinished)
+        unfinished.replace(target)
     finally:
         unfinished.unlink(missing_ok=True)
 
 
+def _write(path: Path, content: str | bytes) -> None:
+    if isinstance(content, str):
+        path.write_text(content, encoding="utf-8")
+    else:
+        path.write_bytes(content)
+
+
+def read_text(path: str | Path) -> str:
+    """What a file says.
+
+    Raises:
+        OSError: If there is none, or it cannot be read.
+    """
+    place = place_of(path)
+    if isinstance(place, Path):
+        return place.read_text(encoding="utf-8")
+    files, name = url_to_fs(place)
+    return str(files.cat_file(name), "utf-8")
+
+
+def is_there(path: str | Path) -> bool:
+    """Whether there is such a file or folder."""
+    place = place_of(path)
+    if isinstance(place, Path):
+        return place.exists()
+    files, name = url_to_fs(place)
+    return bool(files.exists(name))
+
+
+def remove(path: str | Path) -> None:
+    """Remove a file, if it is there."""
+    place = place_of(path)
+    if isinstance(place, Path):
+        place.unlink(missing_ok=True)
+    elif is_there(place):
+        files, name = url_to_fs(place)
+        files.rm_file(name)
+
+
 @contextmanager
-def reading_document(path: Path, form: str, version: int, writer: str) -> Iterator[dict[str, Any]]:
+def on_this_machine(folder: str | Path, *subfolders: str) -> Iterator[Path]:
+    """The folder itself, or a copy of the documents in one that lies elsewhere, and of all in some folders of it."""
+    place = place_of(folder)
+    if isinstance(place, Path):
+        yield place
+        return
+    files, name = url_to_fs(place)
+    name = name.rstrip("/")
+    with TemporaryDirectory() as temporary:
+        copy = Path(temporary) / (name.rpartition("/")[2] or "run")
+        for part in ("", *subfolders):
+            (copy / part).mkdir(exist_ok=True)
+            source = f"{name}/{part}".rstrip("/")
+            for found in files.find(source, maxdepth=1) if files.isdir(source) else []:
+                if part or found.endswith(".json"):  # checkpoints lie there as well
+                    files.get_file(found, str(copy / part / found.rpartition("/")[2]))
+        yield copy
+
+
+@contextmanager
+def reading_document(path: str | Path, form: str, version: int, writer: str) -> Iterator[dict[str, Any]]:
     """Read a JSON document; what goes wrong with its contents, here or inside, is said of the file.
 
     Args:
@@ -35,7 +143,7 @@ def reading_document(path: Path, form: str, version: int, writer: str) -> Iterat
         ArgumentError: If it is no such document, or of a newer version.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_text(path))
         if found.pop("format") != form or found.pop("version") > version:
             raise ValueError("format")
         yield found

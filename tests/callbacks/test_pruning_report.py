@@ -107,7 +107,7 @@ def test_the_metric_is_told_before_each_cut_right_after_it_and_at_the_next_valid
         assert made.before == losses[made.step - 1] == found["pruning/metric_before"][made.step]
         assert made.cut == pytest.approx(loss_by_hand(after[made.epoch], VALIDATION), rel=1e-5)
         assert made.cut == found["pruning/metric_cut"][made.step]
-        assert made.after == losses[made.step + 3] == found["pruning/metric_after"][made.step + 4]
+        assert made.after == losses[made.step + 3] == found["pruning/metric_after"][made.step + 3]
         assert len({made.before, made.cut, made.after}) == 3
 
 

@@ -36,8 +36,8 @@ def test_all_figures_of_a_run_are_those_of_the_table(tmp_path):
     by_layer = {f"figures/{kind}/{layer}" for kind in kinds for layer in callback.report.deadness}
     assert found.keys() == {*FIRST, "figures/dead_history"} | by_layer
     assert {kind_of(tag) for tag in found} == {"figure"}
-    assert found.pop("figures/dead_history") == [8], "one measurement is no history"
-    assert {tuple(steps) for steps in found.values()} == {(4, 8)}
+    assert found.pop("figures/dead_history") == [7], "one measurement is no history"
+    assert {tuple(steps) for steps in found.values()} == {(3, 7)}, "where val_loss stands"
 
 
 @pytest.mark.parametrize("most", [0, 1, 3, 5])
@@ -64,7 +64,7 @@ def test_a_logger_of_images_gets_pictures_of_bytes():
     assert keys[3].startswith("figures/deadness_grid/")
     for _, step, images in memory.images:
         (image,) = images
-        assert (image.ndim, image.shape[2], image.dtype, step) == (3, 3, np.uint8, 4)
+        assert (image.ndim, image.shape[2], image.dtype, step) == (3, 3, np.uint8, 3)
         assert min(image.shape[:2]) > 100
         assert image.min() < image.max() == 255
 
@@ -155,9 +155,14 @@ def test_without_being_asked_no_page_is_written(tmp_path, capsys):
     assert "report.html" not in capsys.readouterr().out
 
 
-def test_a_page_without_a_logger_is_not_written(tmp_path):
-    fit(Plain(), [NeuronSensitivityCallback(html=True)])
-    assert list(tmp_path.rglob("*")) == []
+def test_a_page_without_a_logger_has_a_folder_of_its_own_for_each_run(tmp_path):
+    for _ in range(2):
+        fit(Plain(), [NeuronSensitivityCallback(html=True)], default_root_dir=tmp_path)
+    expected = {"neurons.json", "history.json", "report.html"}
+    assert {path.name: files(path) for path in tmp_path.glob("lightning_neurons/*")} == {
+        "version_0": expected,
+        "version_1": expected,
+    }
 
 
 def test_a_page_that_cannot_be_written_is_said(tmp_path, monkeypatch):
@@ -202,7 +207,7 @@ def test_a_report_that_cannot_replace_the_old_one_does_not_stop_training(tmp_pat
     with pytest.warns(UserWarning, match="NeuronSensitivityCallback: the report was not written to the log directory"):
         trainer = fit(Spoiling(block), [NeuronSensitivityCallback()], logger=TensorBoardLogger(tmp_path), max_epochs=3)
     assert trainer.current_epoch == 3
-    assert shown_in(trainer.log_dir)["figures/importance"] == [4, 8, 12], "loggers have it"
+    assert shown_in(trainer.log_dir)["figures/importance"] == [3, 7, 11], "loggers have it"
 
 
 @torch.no_grad()

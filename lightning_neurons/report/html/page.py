@@ -13,13 +13,14 @@ from lightning_neurons.report.html.deadness import deadness
 from lightning_neurons.report.html.layer_pages import layer_pages
 from lightning_neurons.report.html.parts import Facts, Part, Section, Words
 from lightning_neurons.report.html.run_folder import RunFolder
-from lightning_neurons.results.whole_file import write_whole
+from lightning_neurons.report.images import FOLDER
+from lightning_neurons.results.whole_file import Place, inside, on_this_machine, place_of, write_whole
 
 _NAME = "report.html"
 _NO_FIGURES = "Figures are left out, as matplotlib is not installed: pip install 'lightning_neurons[figures]'"
 
 
-def write_html(directory: str | Path, path: str | Path | None = None) -> Path:
+def write_html(directory: str | Path, path: str | Path | None = None) -> Place:
     """Write everything that lies in the folder of a run as one HTML file, which loads nothing from anywhere.
 
     Args:
@@ -32,8 +33,9 @@ def write_html(directory: str | Path, path: str | Path | None = None) -> Path:
     Raises:
         ArgumentError: If there is no readable neurons.json, or the file cannot be written.
     """
-    page = html_of(RunFolder.read(directory))
-    target = Path(directory) / _NAME if path is None else Path(path)
+    with on_this_machine(directory, FOLDER) as folder:
+        page = html_of(RunFolder.read(folder))
+    target = inside(directory, _NAME) if path is None else place_of(path)
     try:
         write_whole(target, page)
     except OSError as error:
