@@ -48,8 +48,7 @@ class NeuronAblationCallback(SampledStudy):
         loss_reduction: What that is: the ``"mean"`` over the batch, the ``"sum"``, or ``"none"``: one loss per sample.
         max_samples: How many validation samples are used, spread over the data and over the classes.
         every_n_epochs: How often to measure during ``fit``.
-        layers: None for all but the last to run, which makes the output; or patterns of paths, names of classes or
-            module types.
+        layers: None for all but those that make the output; or patterns of paths, names of classes or module types.
 
     Attributes:
         ablation: The latest measurement, an ``AblationReport``, or None before the first.

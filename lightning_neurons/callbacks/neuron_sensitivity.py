@@ -33,7 +33,9 @@ class NeuronSensitivityCallback(NeuronObserver):
         max_samples: The most samples that are run with gradients, spread over the data and over the classes.
         every_n_epochs: How often to measure during ``fit``.
         layers: None for all, or patterns of paths (``"net.layer1.*"``), names of classes or module types.
-        criteria: Names or ``Criterion`` objects.
+        criteria: Names or ``Criterion`` objects. Rankings, tables and figures go by the first of ``taylor``,
+            ``fisher``, ``second_order_ggn``, ``second_order`` and ``taylor_fo`` among them, else by the first that
+            looks at gradients or weights.
         per_class: Keep classes apart: True finds the targets in the batch, a function gives them.
         normalize: How layers are made comparable in global rankings: ``"none"``, ``"sum"`` or ``"l2"``.
         threshold: What counts as silent, in units of the layer's root mean square.
@@ -55,7 +57,7 @@ class NeuronSensitivityCallback(NeuronObserver):
         >>> from lightning_neurons import NeuronSensitivityCallback
         >>> callback = NeuronSensitivityCallback()
         >>> # trainer = Trainer(callbacks=[callback]); trainer.fit(module)
-        >>> # callback.report.scores["gradient"]["net.conv1"], callback.report.ranking("fisher")[:10]
+        >>> # callback.report.scores["taylor"]["net.conv1"], callback.report.ranking()[:10]
     """
 
     def __init__(

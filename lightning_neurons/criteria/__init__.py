@@ -59,6 +59,27 @@ ACTIVATION_CRITERIA: tuple[str, ...] = (
 GRADIENT_CRITERIA: tuple[str, ...] = ("gradient", "taylor", "taylor_fo", "fisher", "second_order")
 """What one backward to the activations adds: with the above, the default of the sensitivity callback."""
 
+PREFERRED_CRITERIA: tuple[str, ...] = ("taylor", "fisher", "second_order_ggn", "second_order", "taylor_fo")
+"""What rankings go by unless told otherwise, the first that was measured: all of them see deadness, and the first agree
+best with what happens when a neuron is really switched off."""
+
+
+def main_criterion(criteria: Iterable[Criterion]) -> str | None:
+    """Return the name of the criterion that rankings go by; None if none of them judges importance.
+
+    That is the first of ``PREFERRED_CRITERIA`` among them; else the first that looks at gradients or weights; else
+    ``dormant_score``, which is zero for a neuron that never fires; else the first.
+
+    Example:
+        >>> main_criterion(resolve(["gradient", "rms", "fisher"])), main_criterion(resolve(["rms", "gradient"]))
+        ('fisher', 'gradient')
+    """
+    important = [c for c in criteria if c.kind == "importance"]
+    names = [c.name for c in important]
+    deeper = [c.name for c in important if c.needs - {"activation"}]
+    choices = (*(n for n in PREFERRED_CRITERIA if n in names), *deeper, *(n for n in names if n == "dormant_score"))
+    return next(iter((*choices, *names)), None)
+
 
 def resolve(criteria: Iterable[str | Criterion], *, name: str = "criteria") -> tuple[Criterion, ...]:
     """Criteria by name or as they are, each once.
@@ -95,6 +116,7 @@ __all__ = [
     "ACTIVATION_CRITERIA",
     "CRITERIA",
     "GRADIENT_CRITERIA",
+    "PREFERRED_CRITERIA",
     "Agreement",
     "Criterion",
     "LayerTraits",
@@ -103,6 +125,7 @@ __all__ = [
     "Summary",
     "agreement",
     "effective_number",
+    "main_criterion",
     "normalize",
     "order",
     "resolve",

@@ -95,9 +95,7 @@ class HookedMode(TorchFunctionMode):
         if everywhere:
             self._hook_all(starts, ends)
 
-    def _hook_all(
-        self, starts: dict[int, tuple[nn.Module, Before]], ends: dict[int, tuple[nn.Module, After]]
-    ) -> None:
+    def _hook_all(self, starts: dict[int, tuple[nn.Module, Before]], ends: dict[int, tuple[nn.Module, After]]) -> None:
         def start(module: nn.Module, inputs: Any) -> None:
             if self._aside is None and (meant := starts.get(id(module))) is not None:
                 meant[1](module, inputs)

@@ -47,6 +47,9 @@ class Layer:
         rows_per_sample: How many entries of the first axis of its output one sample makes, where that is known and
             not 1: tokens or windows folded into the batch.
         note: What a user should know: why the layer was not seen, for example.
+        output: Whether it makes the model's output: no other layer reads what it makes.
+        twins: The other layers of its residual stream: their values are added to its own, neuron by neuron, so that
+            neuron ``i`` of all of them can only be removed together.
     """
 
     name: str
@@ -57,6 +60,8 @@ class Layer:
     readers: tuple[tuple[str, int], ...] | None = None
     rows_per_sample: int | None = None
     note: str = ""
+    output: bool = False
+    twins: tuple[str, ...] = ()
 
     @property
     def calls(self) -> int:

@@ -7,13 +7,14 @@ ends it. An in-place call makes a new value although the tensor stays the same o
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_neurons.network.families import LINKS, ORDER, PASSING, family_of, function_name
+from lightning_neurons.network.flow import Flow
 from lightning_neurons.network.hooked import After, Before, HookedMode
 from lightning_neurons.network.layer import Layer, Link, public_name
 from lightning_neurons.network.spread import spread_behind
@@ -60,6 +61,7 @@ class Trace(HookedMode):
         self._alive: list[Tensor] = []  # ids stay unique while the tensors live
         self._modules: list[str] = []  # the modules that are running, innermost last
         self._inside: list[str] = []  # the layers that are running
+        self._flow = Flow()
 
     def _before_runs(self) -> Iterable[tuple[nn.Module, Before]]:
         return [(module, self._starts(path, layer)) for path, module, layer in self._watched()]
@@ -78,6 +80,7 @@ class Trace(HookedMode):
         def start(module: nn.Module, inputs: tuple[Any, ...]) -> None:
             self._modules.append(path)
             if layer is not None:
+                self._flow.enters(layer, inputs)
                 for tensor in tensors_in(inputs):
                     if id(tensor) in self._now:
                         value, spread = self._now[id(tensor)]
@@ -93,9 +96,13 @@ class Trace(HookedMode):
         def end(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             if path in self._modules:
                 del self._modules[self._modules.index(path) :]
+            if layer is None and not self._modules and module._modules:
+                self._flow.arrives(output)
             if layer is not None:
                 if layer in self._inside:
                     self._inside.remove(layer)
+                if family is not None:
+                    self._flow.leaves(layer, output, family.axis)
                 is_value = isinstance(output, Tensor) and is_plain(output) and weights_of(module) == weights
                 if is_value and family is not None:
                     value = _Value(output, family.axis)
@@ -114,6 +121,8 @@ class Trace(HookedMode):
         if own is None or own[0].reads:  # else the value that is overwritten lives on in the next link
             self._copy_before(target)
         out = func(*args, **kwargs)
+        if not self._inside:
+            self._flow.passes(func, args, kwargs, out, target)
         if func is torch.Tensor.detach or not any(True for _ in tensors_in(out)):
             return out  # .shape and the like read nothing
         if target is None and func not in LINKS and args and out is args[0]:
@@ -157,6 +166,7 @@ class Trace(HookedMode):
         return family_of(module) is None and not any(True for _ in module.children())
 
     def _goes_on(self, seen: Tensor, output: Tensor) -> None:
+        self._flow.goes_on_as(seen, output)
         if id(seen) in self._now:
             value, spread = self._now[id(seen)]
             if value.tensor is seen:
@@ -184,7 +194,11 @@ class Trace(HookedMode):
 
     def found(self) -> dict[str, Layer]:
         """What has been learnt, by layer; layers that did not run have no calls and a note that says so."""
-        return {name: self._layer(name, module) for name, module in self._layers.items()}
+        outputs = self._flow.outputs()
+        return {
+            name: replace(self._layer(name, module), output=name in outputs, twins=self._flow.twins(name))
+            for name, module in self._layers.items()
+        }
 
     def _layer(self, name: str, module: nn.Module) -> Layer:
         family = family_of(module)

@@ -14,7 +14,8 @@ from lightning_neurons.errors import check_count
 from lightning_neurons.report import drawing, figure_data
 from lightning_neurons.report.drawing import MAGNITUDES, PALETTE, given_or_new, put_title, say_instead, shortened
 from lightning_neurons.results.ablation_report import AblationReport
-from lightning_neurons.results.neuron_report import NeuronReport, RankedNeuron
+from lightning_neurons.results.neuron_report import NeuronReport
+from lightning_neurons.results.rankings import RankedNeuron
 
 SELDOM = 0.99
 """The share of silent values from which on a neuron is drawn as one that seldom fires."""
@@ -132,7 +133,7 @@ def importance_bars(
     Args:
         report: A measurement.
         criterion: Any measured criterion; the main one if None.
-        layer: Rank within this layer; None ranks all neurons together.
+        layer: Rank within this layer; None ranks all neurons together, as ``NeuronReport.ranking`` does.
         shown: How many at each end.
         axes: Where to draw; None makes a figure.
 
@@ -159,7 +160,7 @@ def importance_bars(
     size = min(7.0, 0.62 * axes.bbox.height / axes.figure.dpi * 72 / len(rows))
     axes.bar_label(bars, fmt=" {:.2g}", fontsize=size)
     axes.margins(x=0.12, y=0.01)
-    labels = [f"{shortened(row.layer, 28)} {row.neuron}" if layer is None else str(row.neuron) for row in kept]
+    labels = [f"{shortened(row.where, 28)} {row.neuron}" if layer is None else str(row.neuron) for row in kept]
     axes.set_yticks(places, labels, fontsize=size)
     axes.invert_yaxis()
     if both_ends:

@@ -3,8 +3,11 @@
 import math
 from dataclasses import dataclass
 
-from lightning_neurons.criteria import effective_number, order, share_of_top
+from torch import Tensor
+
+from lightning_neurons.criteria import effective_number, share_of_top
 from lightning_neurons.results.neuron_report import NeuronReport
+from lightning_neurons.results.rankings import best_first, dead_in
 
 TOP_SHARE = 0.1
 THRESHOLDS = (0.001, 0.01, 0.05, 0.1, 0.5)
@@ -43,7 +46,7 @@ def layer_rows(report: NeuronReport, shown: int = 3) -> list[LayerRow]:
     scores = report.importance() if report.scores else {}
     rows = []
     for name, counts in report.counts.items():
-        ranked = order(scores[name]).tolist() if name in scores else []
+        ranked = _ranked(report, scores[name], name) if name in scores else []
         rows.append(
             LayerRow(
                 layer=name,
@@ -60,9 +63,26 @@ def layer_rows(report: NeuronReport, shown: int = 3) -> list[LayerRow]:
     return rows
 
 
+def _ranked(report: NeuronReport, scores: Tensor, layer: str) -> list[int]:
+    """The neurons of a layer that were measured, best first."""
+    places = best_first(scores, dead_in({(layer,): scores}, report.deadness))
+    return places[~scores[places].isnan()].tolist()
+
+
 def _count(report: NeuronReport, measure: str, layer: str) -> int | None:
     measured = report.deadness_by.get(measure, {}).get(layer)
     return None if measured is None else int((measured == 1).sum())
+
+
+def what_is_ranked(report: NeuronReport) -> str:
+    """What a ranking over all layers leaves out, and what counts as one in it; nothing if there is no such thing."""
+    outputs = [layer.name for layer in report.layers if layer.output and layer.name in report.counts]
+    words = (
+        [f"the model's outputs ({', '.join(outputs)}) are left out"] if 0 < len(outputs) < len(report.counts) else []
+    )
+    if any(layer.twins for layer in report.layers):
+        words.append("neurons that are summed into one residual stream are one entry, with the mean of their scores")
+    return "; ".join(words)
 
 
 def share(part: int, whole: int) -> float:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from lightning_neurons.report.console import remarks
-from lightning_neurons.report.numbers import THRESHOLDS, layer_rows, share
+from lightning_neurons.report.numbers import THRESHOLDS, layer_rows, share, what_is_ranked
 from lightning_neurons.results.history import HistoryEntry
 from lightning_neurons.results.neuron_report import NeuronReport
 
@@ -63,15 +63,15 @@ def _ranking(report: NeuronReport) -> str:
             place + 1,
             *(
                 cell
-                for name, score in ((f"`{n.layer}` {n.neuron}", f"{n.score:.3g}") for n in pair)
+                for name, score in ((f"`{n.where}` {n.neuron}", f"{n.score:.3g}") for n in pair)
                 for cell in (name, score)
             ),
         )
         for place, pair in enumerate(zip(*ends.values(), strict=True))
     ]
-    return f"### Ranking of all neurons by {report.main_criterion}\n\n" + table(
-        ("", "most important", "score", "least important", "score"), rows
-    )
+    listed = table(("", "most important", "score", "least important", "score"), rows)
+    about = what_is_ranked(report)
+    return f"### Ranking of all neurons by {report.main_criterion}\n\n{listed}" + f"\n\n({about})" * bool(about)
 
 
 def _thresholds(report: NeuronReport) -> str:

@@ -3,28 +3,21 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lightning_neurons.criteria.deadness import check_threshold, exact_at_the_end, never_fired_bound
-from lightning_neurons.criteria.ranking import Normalization, normalize, order, select
-from lightning_neurons.errors import ArgumentError, UnknownNameError, check_choice
+from lightning_neurons.criteria.ranking import Normalization, normalize, select
+from lightning_neurons.errors import ArgumentError, UnknownNameError, check_choice, check_flag
 from lightning_neurons.metrics.histogram import share_at_most
 from lightning_neurons.network.layer import Layer
-from lightning_neurons.results import report_json
+from lightning_neurons.results import rankings, report_json
+from lightning_neurons.results.rankings import RankedNeuron
 
 Scope = Literal["layer", "global"]
-
-
-class RankedNeuron(NamedTuple):
-    """One place in a ranking."""
-
-    layer: str
-    neuron: int
-    score: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,8 +81,9 @@ class NeuronReport:
 
     @property
     def main_criterion(self) -> str:
-        """The criterion behind rankings that name none: the first that needs gradients, else the first there is."""
-        found = self.settings.get("main_criterion") or next(iter(self.scores), None)
+        """The criterion behind rankings that name none: that of ``criteria.main_criterion`` when it was measured."""
+        found = self.settings.get("main_criterion")
+        found = found if found in self.scores else next(iter(self.scores), None)
         if found is None:
             raise ArgumentError.of("criterion", None, "a report with at least one importance criterion")
         return str(found)
@@ -159,25 +153,32 @@ class NeuronReport:
         return normalize(by_layer, how, in_loss_units=in_loss_units)
 
     def ranking(
-        self, criterion: str | None = None, *, layer: str | None = None, normalize: Normalization | None = None
+        self,
+        criterion: str | None = None,
+        *,
+        layer: str | None = None,
+        normalize: Normalization | None = None,
+        include_outputs: bool = False,
     ) -> list[RankedNeuron]:
-        """Neurons from the most to the least important; ties keep the model's order.
+        """Neurons from the most to the least important; of equal scores those that fire first, then the model's order.
+
+        Over all layers, neurons that are summed into one residual stream are one entry (see ``RankedNeuron.twins``),
+        and the model's outputs are left out unless there is nothing else.
 
         Args:
             criterion: Any measured criterion; the main one if None.
             layer: Rank within this layer; None ranks all neurons together.
             normalize: How layers are made comparable; as in the report's settings if None.
+            include_outputs: Rank the neurons that make the model's output, such as logits, among all others.
 
         Raises:
             UnknownNameError: If the criterion or the layer was not measured.
         """
         scores = self.importance(criterion, normalize)
         if layer is not None:
-            scores = {layer: self._layer(scores, layer)}
-        owners = [(name, i) for name, s in scores.items() for i in range(len(s))]
-        everything = torch.cat(list(scores.values())) if scores else torch.zeros(0)
-        places = order(everything).tolist()
-        return [RankedNeuron(owners[i][0], owners[i][1], float(everything[i])) for i in places]
+            return rankings.ranked(rankings.each_alone({layer: self._layer(scores, layer)}), self.deadness)
+        entries = rankings.merged(scores, self.layers, include_outputs=check_flag("include_outputs", include_outputs))
+        return rankings.ranked(entries, self.deadness)
 
     def select(
         self,
@@ -189,31 +190,43 @@ class NeuronReport:
         count: int | None = None,
         threshold: float | None = None,
         cumulative: float | None = None,
+        include_outputs: bool = False,
     ) -> dict[str, list[int]]:
         """The important neurons by layer, by exactly one of ``share``, ``count``, ``threshold``, ``cumulative``.
 
         Args:
             criterion: Any measured criterion; the main one if None.
-            scope: Whether the rule holds within each layer or over all layers together.
+            scope: Whether the rule holds within each layer or over all layers together; then neurons that are summed
+                into one residual stream count once and are selected in all of its layers.
             normalize: How layers are made comparable; as in the report's settings if None.
             share: The top share, in [0, 1].
             count: The top ``count``.
             threshold: Scores of at least this.
             cumulative: The smallest top set that holds this share of the importance.
+            include_outputs: With ``scope="global"``, let the neurons that make the model's output compete too.
+
+        Returns:
+            By layer, the indices of the chosen neurons in ascending order.
 
         Raises:
             ArgumentError: If not exactly one rule is given, or one is out of range.
             UnknownNameError: If the criterion was not measured.
         """
         check_choice("scope", scope, ("layer", "global"))
+        check_flag("include_outputs", include_outputs)
         scores = self.importance(criterion, normalize)
-        groups = [{name: s} for name, s in scores.items()] if scope == "layer" else [scores]
-        found: dict[str, list[int]] = {}
-        for group in groups:
-            everything = torch.cat(list(group.values())) if group else torch.zeros(0)
-            chosen = select(everything, share=share, count=count, threshold=threshold, cumulative=cumulative)
-            parts = chosen.split([len(s) for s in group.values()])
-            found |= {n: part.nonzero().flatten().tolist() for n, part in zip(group, parts, strict=True)}
+        groups = [rankings.each_alone({name: s}) for name, s in scores.items()]
+        if scope == "global":
+            groups = [rankings.merged(scores, self.layers, include_outputs=include_outputs)]
+        found: dict[str, list[int]] = {name: [] for name in scores}
+        for entries in groups:
+            everything = torch.cat([torch.zeros(0), *entries.values()])
+            places = rankings.best_first(everything, rankings.dead_in(entries, self.deadness))
+            mask = torch.zeros(len(places), dtype=torch.bool)
+            mask[places] = select(
+                everything[places], share=share, count=count, threshold=threshold, cumulative=cumulative
+            )
+            found |= rankings.chosen(entries, mask)
         return found
 
     def to_frame(self) -> Any:

@@ -142,13 +142,13 @@ def _read_nested(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str
 def _layer(layer: Layer) -> dict[str, Any]:
     chains = [[[link.kind, link.function, link.module] for link in chain] for chain in layer.chains]
     readers = None if layer.readers is None else [list(reader) for reader in layer.readers]
-    return {**vars(layer), "chains": chains, "readers": readers}
+    return {**vars(layer), "chains": chains, "readers": readers, "twins": list(layer.twins)}
 
 
 def _read_layer(entry: dict[str, Any]) -> Layer:
     chains = tuple(tuple(Link(*link) for link in chain) for chain in entry["chains"])
     readers = None if entry["readers"] is None else tuple((name, spread) for name, spread in entry["readers"])
-    return Layer(**{**entry, "chains": chains, "readers": readers})
+    return Layer(**{**entry, "chains": chains, "readers": readers, "twins": tuple(entry.get("twins", ()))})
 
 
 def _counts(counts: Any) -> dict[str, Any]:

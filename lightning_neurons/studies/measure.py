@@ -52,7 +52,8 @@ def measure(
             ``logit(index)`` of this package ask about the output instead. None measures activations and weights only.
         loss_reduction: What ``loss_fn`` returns: the ``"mean"`` over the batch, the ``"sum"``, or ``"none"``: one loss
             per sample (which is recognised in any case).
-        criteria: Names or ``Criterion`` objects; None for all that apply.
+        criteria: Names or ``Criterion`` objects; None for all that apply. See ``criteria.main_criterion`` for which of
+            them rankings go by.
         layers: None for all, or patterns of paths, names of classes or module types.
         per_class: Keep classes apart: True finds the targets in the batch, a function gives them.
         threshold: What counts as silent, in units of the layer's root mean square.

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_neurons.criteria import Criterion, LayerView
+from lightning_neurons.criteria import Criterion, LayerView, main_criterion
 from lightning_neurons.criteria.activity import LARGEST_MAGNITUDE
 from lightning_neurons.criteria.contract import NEEDS, Need
 from lightning_neurons.criteria.deadness import layer_rms
@@ -119,8 +119,6 @@ class Measurement:
         computed = self.metric.scores()
         ran = [name for name in self.modules if name in self.metric.traits]
         kinds = {c.name: c.kind for c in self.criteria}
-        important = [c for c in self.criteria if c.kind == "importance"]
-        by_gradient = [c for c in important if c.needs - {"activation"}]
         classes = range(len(self.metric.totals)) if self.per_class else range(0)
         return NeuronReport(
             layers=tuple(self.layers[n] for n in self.modules if n in self.layers),
@@ -138,7 +136,7 @@ class Measurement:
             refused={name: dict(reasons) for name, reasons in self.metric.refused.items() if reasons},
             settings={
                 **settings,
-                "main_criterion": next((c.name for c in (*by_gradient, *important)), None),
+                "main_criterion": main_criterion(self.criteria),
                 "in_loss_units": [c.name for c in self.criteria if c.in_loss_units],
             },
             notes=(*notes, *self._unresolved()),

@@ -13,7 +13,6 @@ from lightning_neurons.errors import MeasurementError
 from lightning_neurons.network.batches import batch_size_of, form_of, is_divisible, join, rows_of
 from lightning_neurons.network.layer import Pattern, candidates
 from lightning_neurons.network.silence import Replacement
-from lightning_neurons.network.watch import WatchActivations
 from lightning_neurons.results.ablation_report import AblationReport
 from lightning_neurons.results.neuron_report import NeuronReport
 from lightning_neurons.studies.ablation import measure_batches
@@ -68,7 +67,7 @@ def screen(
         criterion: What screens.
         run: Runs the model on a batch where no loss is needed.
         loss_reduction: What a scalar of ``loss_fn`` is of its samples.
-        layers: None for all but the last to run, which makes the output; or patterns.
+        layers: None for all but those that make the output; or patterns.
         ends: How many neurons are measured at each end of the ranking; None measures all.
         replacement: What takes the place of a neuron.
 
@@ -83,7 +82,7 @@ def screen(
     study = WhatIf(model, loss_fn, loss_reduction=loss_reduction, replacement=replacement)
     with study.open():
         study.look(first[0])
-        chosen = _studied(study, first[0], layers)
+        chosen = _studied(study, layers)
         device = next((p.device for p in model.parameters()), None)
         measurement = Measurement(model, settings.criteria, layers=chosen, device=device)
         collect(measurement, first, settings, loss_fn, run)
@@ -126,16 +125,11 @@ def halves(batches: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     return first, second
 
 
-def _studied(study: WhatIf, batch: Any, layers: Sequence[Pattern] | None) -> list[str]:
+def _studied(study: WhatIf, layers: Sequence[Pattern] | None) -> list[str]:
     """The layers that take part."""
-    if layers is not None:
-        found = [name for name in candidates(study.model, layers) if name in study.layers]
-    else:
-        arrivals: list[str] = []
-        modules = {name: study.modules[name] for name in study.layers}
-        with WatchActivations(study.layers, modules, lambda name, value: arrivals.append(name)), torch.no_grad():
-            study.loss_fn(study.model, batch)
-        found = [name for name in study.layers if name != arrivals[-1]] or list(study.layers)
+    if layers is None:
+        return [name for name, layer in study.layers.items() if not layer.output]
+    found = [name for name in candidates(study.model, layers) if name in study.layers]
     if not found:
         raise MeasurementError("none of the layers runs as a module")
     return found

@@ -111,7 +111,7 @@ def test_scalars_say_what_the_report_says(run):
     everything = torch.cat([report.dead(layer) for layer in LAYERS]).double().mean().item()
     assert last["neurons/dead_share"] == pytest.approx(everything)
     for layer in LAYERS:
-        share = report.scores["gradient"][layer]
+        share = report.scores["taylor"][layer]
         expected = torch.special.entr(share / share.sum()).sum().exp().item()
         assert last[f"neurons/effective/{layer}"] == pytest.approx(expected, rel=1e-6)
     entry = callback.history.entries[-1]

@@ -1,8 +1,13 @@
 """Rankings and selections of a report."""
 
+import copy
+import dataclasses
+import pickle
 import warnings
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 from lightning_neurons.criteria import Criterion, Statistic
 from lightning_neurons.errors import ArgumentError, UnknownNameError
@@ -14,8 +19,8 @@ def test_a_ranking_of_all_layers_runs_from_the_most_to_the_least_important():
     report = report_of()
     neurons = flat(report.scores["taylor"])
     expected = [neurons[i] for i in reference.order([score for _, _, score in neurons])]
-    assert [tuple(n) for n in report.ranking("taylor")] == expected
-    assert {n.layer for n in report.ranking("taylor")} == set(LAYERS)
+    assert [tuple(n) for n in report.ranking("taylor", include_outputs=True)] == expected
+    assert [tuple(n) for n in report.ranking("taylor")] == [n for n in expected if n[0] != "5"], "5 makes the output"
 
 
 def test_a_ranking_of_one_layer_holds_its_neurons_only():
@@ -28,13 +33,11 @@ def test_a_ranking_of_one_layer_holds_its_neurons_only():
 def test_a_ranking_can_be_normalised():
     report = report_of(["rms"])
     for how, power in (("sum", 1), ("l2", 2)):
-        ranking = report.ranking("rms", normalize=how)
+        ranking = report.ranking("rms", normalize=how, include_outputs=True)
         for layer in LAYERS:
             size = sum(abs(n.score) ** power for n in ranking if n.layer == layer)
             assert size == pytest.approx(1)
-    assert [tuple(n) for n in report_of(["rms"], normalize="l2").ranking()] == [
-        tuple(n) for n in report.ranking("rms", normalize="l2")
-    ]
+    assert report_of(["rms"], normalize="l2").ranking() == report.ranking("rms", normalize="l2")
 
 
 def test_ranking_by_fisher_normalised_by_layer_warns():
@@ -73,6 +76,7 @@ def test_a_selection_over_all_layers_takes_the_best_of_all():
     report = report_of(["taylor"])
     chosen = report.select("taylor", scope="global", count=4)
     assert chosen.keys() == set(LAYERS)
+    assert not chosen["5"]
     assert {(n, i) for n, neurons in chosen.items() for i in neurons} == {n[:2] for n in report.ranking("taylor")[:4]}
 
 
@@ -84,18 +88,92 @@ MINE = Criterion(
 @pytest.mark.parametrize(
     "criteria, main",
     [
-        (None, "gradient"),
-        (["mean", "rms"], "mean"),
-        (["near_zero", "rms"], "rms"),
-        (["mean", "fisher", "taylor"], "fisher"),
+        (None, "taylor"),
+        (["gradient", "second_order", "fisher"], "fisher"),
+        (["gradient", "rms"], "gradient"),
         (["rms", MINE], "mine"),
+        (["mean", "rms"], "mean"),
+        (["mean", "dormant_score"], "dormant_score"),
+        (["near_zero", "rms"], "rms"),
     ],
-    ids=["default", "activity", "deadness first", "gradients later", "one's own"],
+    ids=["default", "best", "gradient", "one's own", "activity", "activity that sees deadness", "deadness first"],
 )
-def test_the_main_criterion_is_the_first_by_gradient_or_the_first(criteria, main):
+def test_the_main_criterion_is_the_preferred_one_that_was_measured(criteria, main):
     report = report_of(criteria)
     assert report.main_criterion == main
-    assert [tuple(n) for n in report.ranking()] == [tuple(n) for n in report.ranking(main)]
+    assert report.ranking() == report.ranking(main)
+
+
+def residual(inputs: int = 4, width: int = 5) -> nn.Module:
+    """A stream of three layers, 0 + 1 + 2, in which neuron 3 never fires, and a head."""
+
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.inner = nn.Linear(inputs, width), nn.Linear(width, 7)
+            self.first, self.second, self.head = nn.Linear(7, width), nn.Linear(width, width), nn.Linear(width, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.stem(x.flatten(1)))
+            x = x + torch.relu(self.first(torch.relu(self.inner(x))))
+            x = torch.relu(self.second(x)) + x
+            return self.head(x)
+
+    torch.manual_seed(1)
+    net = Residual()
+    with torch.no_grad():
+        for layer in (net.stem, net.first, net.second):
+            layer.bias[3] = -1e6
+    return net
+
+
+def test_neurons_of_a_residual_stream_are_one_entry_with_the_mean_of_their_scores():
+    report = report_of(net=residual(9))
+    ranking, scores = report.ranking(), report.scores["taylor"]
+    mean = sum(scores[name] for name in ("stem", "first", "second")) / 3
+    alone = [("inner", i, (s,)) for i, s in enumerate(scores["inner"].tolist())]
+    expected = [("stem", i, (s,)) for i, s in enumerate(mean.tolist())] + alone
+    assert len(ranking) == 5 + 7, "each counts once, the head not at all"
+    assert {n[:2]: n.score for n in ranking} == pytest.approx({e[:2]: e[2][0] for e in expected})
+    assert {n.twins for n in ranking if n.layer == "stem"} == {("first", "second")}
+    assert {n.twins for n in report.ranking(layer="stem")} == {()}
+    assert report.ranking(layer="first")[0].score == scores["first"].max()
+    everything = report.select(scope="global", share=1.0)
+    assert {name: len(neurons) for name, neurons in everything.items()} == {
+        "stem": 5, "inner": 7, "first": 5, "second": 5, "head": 0
+    }  # fmt: skip
+    best = report.ranking()[0]
+    chosen = {name for name, neurons in report.select(scope="global", count=1).items() if best.neuron in neurons}
+    assert chosen == {*best.layers}
+
+
+@pytest.mark.parametrize("criteria", [None, ["fisher"], ["dormant_score", "near_zero"], ["taylor_fo", "near_zero"]])
+def test_no_dead_neuron_stands_above_one_that_fires(criteria):
+    report = report_of(criteria)
+    assert report.ranking()[-1][:2] == ("0", 1)
+    assert report.ranking(layer="0")[-1].neuron == 1
+
+
+def test_of_equal_scores_those_that_fire_come_first():
+    report = report_of(["near_zero", "taylor"])
+    equal = dataclasses.replace(report, scores={"taylor": {"0": torch.zeros(4), "3": torch.zeros(5)}})
+    assert [n[:2] for n in equal.ranking()] == [*(("0", i) for i in (0, 2, 3)), *(("3", i) for i in range(5)), ("0", 1)]
+    assert equal.select(count=3)["0"] == [0, 2, 3]
+
+
+def test_a_model_that_is_all_output_hides_nothing():
+    report = report_of(net=nn.Sequential(nn.Flatten(), nn.Linear(9, 3)))
+    assert len(report.ranking()) == 3
+    only = report_of(layers=["5"])
+    assert {n.layer for n in only.ranking()} == {"5"}
+
+
+def test_a_ranked_neuron_is_a_triple_that_can_be_copied_and_pickled():
+    first = report_of(net=residual(9), layers=["stem", "first"]).ranking()[0]
+    layer, neuron, score = first
+    assert (layer, neuron, score) == ("stem", first.neuron, first.score)
+    for other in (copy.deepcopy(first), pickle.loads(pickle.dumps(first))):
+        assert (other, other.twins) == (first, ("first",))
 
 
 def test_a_report_of_deadness_alone_has_no_main_criterion():

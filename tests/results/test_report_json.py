@@ -100,8 +100,20 @@ def test_the_file_has_one_readable_entry_per_neuron(tmp_path):
     ]
     for entry in entries:
         assert entry["deadness"] == report.deadness[entry["layer"]][entry["neuron"]].item()
-        assert entry["importance"] == report.scores["gradient"][entry["layer"]][entry["neuron"]].item()
+        assert entry["importance"] == report.scores["taylor"][entry["layer"]][entry["neuron"]].item()
     assert entries[1]["deadness"] == 1
+
+
+def test_a_file_of_before_keeps_its_main_criterion_and_hides_nothing(tmp_path):
+    report_of(["gradient", "taylor"]).save(tmp_path / "neurons.json")
+    document = json.loads((tmp_path / "neurons.json").read_text())
+    document["settings"]["main_criterion"] = "gradient"
+    for layer in document["layers"]:
+        del layer["output"], layer["twins"]
+    (tmp_path / "neurons.json").write_text(json.dumps(document))
+    old = NeuronReport.load(tmp_path / "neurons.json")
+    assert old.main_criterion == "gradient"
+    assert {n.layer for n in old.ranking()} == {"0", "3", "5"}
 
 
 def test_what_was_not_measured_is_null_in_the_entries(tmp_path):

@@ -51,5 +51,6 @@ def _place(report: NeuronReport, name: str) -> dict[str, str]:
     if layer is None:
         return {}
     readers = ", ".join(reader for reader, _ in layer.readers or ())
-    found = {"measured at": layer.activation_point, "type": layer.type, "read by": readers, "note": layer.note}
+    found = {"measured at": layer.activation_point, "type": layer.type, "read by": readers}
+    found |= {"makes the output": "yes" * layer.output, "summed with": ", ".join(layer.twins), "note": layer.note}
     return {word: text for word, text in found.items() if text}

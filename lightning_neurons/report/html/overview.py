@@ -7,7 +7,7 @@ from lightning_neurons.report.console import remarks
 from lightning_neurons.report.html.parts import Cell, Column, Section, Side, Table, Tile, Tiles, Words
 from lightning_neurons.report.html.run_folder import RunFolder
 from lightning_neurons.report.html.wording import many, percent, real, whole
-from lightning_neurons.report.numbers import LayerRow, layer_rows, share
+from lightning_neurons.report.numbers import LayerRow, layer_rows, share, what_is_ranked
 from lightning_neurons.results.history import NeuronHistory
 from lightning_neurons.results.neuron_report import NeuronReport
 
@@ -108,14 +108,17 @@ def rankings(report: NeuronReport) -> Section:
             caption=f"{words} important",
             columns=columns,
             rows=tuple(
-                (_count(i), Cell(n.layer, link=place[n.layer]), _count(n.neuron), Cell(real(n.score), _known(n.score)))
+                (_count(i), Cell(n.where, link=place[n.layer]), _count(n.neuron), Cell(real(n.score), _known(n.score)))
                 for i, n in enumerate(chosen[:_SHOWN], 1)
             ),
         )
         for words, chosen in (("Most", ranking), ("Least", least))
     )
-    lead = f"All neurons of all layers together, by {report.main_criterion}; {_SHOWN} from each end."
-    return Section("rankings", "Rankings", lead, (Side(tables),) if ranking else ())
+    about = what_is_ranked(report)
+    lead = f"Neurons of all layers together, by {report.main_criterion}; {_SHOWN} from each end" + f"; {about}" * bool(
+        about
+    )
+    return Section("rankings", "Rankings", f"{lead}.", (Side(tables),) if ranking else ())
 
 
 def title_of(directory: Path) -> str:
