@@ -187,7 +187,7 @@ class Session:
             if observe:  # activity is that on the data itself
                 with torch.no_grad(), self.passes.observe():
                     replay.run(part)
-            part, observe = fgsm(loss_of, part, settings.eps), False
+            part, observe = fgsm(self.passes.model, loss_of, part, settings.eps), False
         if observe or "gradient" in needs:
             self.passes.differentiate(loss_of, part, observe=observe, receivers=group)
         if "sampled_gradient" in needs:

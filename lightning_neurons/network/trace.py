@@ -17,6 +17,7 @@ from lightning_neurons.network.families import LINKS, ORDER, PASSING, family_of,
 from lightning_neurons.network.flow import Flow
 from lightning_neurons.network.hooked import After, Before, HookedMode
 from lightning_neurons.network.layer import Layer, Link, public_name
+from lightning_neurons.network.own_gradients import unhooked
 from lightning_neurons.network.spread import spread_behind
 from lightning_neurons.network.trees import is_plain, tensors_in, weights_of
 from lightning_neurons.network.writes import share_memory, target_of_write
@@ -81,7 +82,7 @@ class Trace(HookedMode):
             self._modules.append(path)
             if layer is not None:
                 self._flow.enters(layer, inputs)
-                for tensor in tensors_in(inputs):
+                for tensor in map(unhooked, tensors_in(inputs)):
                     if id(tensor) in self._now:
                         value, spread = self._now[id(tensor)]
                         value.readers[layer] = spread
@@ -115,7 +116,7 @@ class Trace(HookedMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        read = {id(t): self._now[id(t)] for t in tensors_in((args, kwargs)) if id(t) in self._now}
+        read = {id(t): self._now[id(t)] for t in map(unhooked, tensors_in((args, kwargs))) if id(t) in self._now}
         target = target_of_write(func, args, kwargs)
         own = read.get(id(target)) if func in LINKS else None
         if own is None or own[0].reads:  # else the value that is overwritten lives on in the next link
@@ -123,8 +124,8 @@ class Trace(HookedMode):
         out = func(*args, **kwargs)
         if not self._inside:
             self._flow.passes(func, args, kwargs, out, target)
-        if func is torch.Tensor.detach or not any(True for _ in tensors_in(out)):
-            return out  # .shape and the like read nothing
+        if func in (torch.Tensor.detach, torch.Tensor.view_as) or not any(True for _ in tensors_in(out)):
+            return out  # .shape and the like read nothing, nor does a backward hook that wraps a tensor (view_as)
         if target is None and func not in LINKS and args and out is args[0]:
             return out  # .contiguous(), .to(...) and the like that had nothing to do
         for value, _ in read.values():
@@ -140,7 +141,7 @@ class Trace(HookedMode):
         out: Any,
         read: dict[int, tuple[_Value, int]],
     ) -> None:
-        source = args[0] if args else kwargs.get("input")
+        source = unhooked(args[0] if args else kwargs.get("input"))
         value, spread = read.get(id(source), (None, 0))
         if isinstance(out, Tensor):
             self._now.pop(id(out), None)

@@ -4,16 +4,19 @@ The chains are known (``trace.py``), so the last link is recognised as it happen
 and a statistic is taken before anybody can overwrite the value.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from lightning_neurons.network.families import LINKS
+from lightning_neurons.network.gate import gated
 from lightning_neurons.network.hooked import After, HookedMode
 from lightning_neurons.network.layer import Layer, Link
+from lightning_neurons.network.own_gradients import BACKWARDS, Hook, needs_parameters, retaining, unhooked
 from lightning_neurons.network.trees import is_plain, weights_of
 from lightning_neurons.network.writes import share_memory, target_of_write
 
@@ -70,7 +73,6 @@ class FollowLayers(HookedMode):
             call = self._calls.get(name, 0)
             self._calls[name] = call + 1
             with torch._C.DisableTorchFunction():  # what is computed in here need not be followed
-                output = self._start(output)
                 return self._follow(name, chains[min(call, len(chains) - 1)], output)
 
         return hook
@@ -82,7 +84,7 @@ class FollowLayers(HookedMode):
         # This runs for every call and every attribute of a tensor: the common case has to be short.
         if func not in LINKS or not self._waiting:
             return func(*args, **kwargs)
-        found = self._waiting.pop(id(args[0] if args else kwargs.get("input")), None)
+        found = self._waiting.pop(id(unhooked(args[0] if args else kwargs.get("input"))), None)
         out = func(*args, **kwargs)
         if found is not None and found[1][0].kind == LINKS[func]:
             return self._follow(found[0], found[1][1:], out)
@@ -93,10 +95,6 @@ class FollowLayers(HookedMode):
             return self._arrive(name, value) if self._counts(value) else value
         self._waiting[id(value)] = name, links, value  # kept alive, so that its id stays its own
         return value
-
-    def _start(self, output: Tensor) -> Tensor:
-        """What the model goes on with instead of a layer's output."""
-        return output
 
     def _arrive(self, name: str, value: Tensor) -> Tensor:
         """Take the value at the activation point; returns what the model goes on with."""
@@ -128,13 +126,32 @@ class WatchActivations(FollowLayers):
         return value
 
 
+class StepDifferentiates(BaseException):
+    """The forward takes gradients of its own, which need what has been left out of it."""
+
+
 class WatchGradients(FollowLayers):
-    """While active, makes the forward differentiable with respect to the activations alone.
+    """While active, makes the forward differentiable with respect to the activations.
 
     Freeze the parameters first: a backward then costs a forward instead of two, and stores nothing for them.
     ``backward`` hands ``(layer, activation, gradient)`` to ``deliver``, the last layer first, and lets go of each
-    activation as soon as its gradient has been delivered. An activation is copied only if a call is about to overwrite
-    it. ``deliver_activation``, if given, is told every activation in the forward already.
+    activation as soon as its gradient has been delivered: the whole derivative of the loss, also through gradients that
+    the forward took itself with ``create_graph=True``. An activation is copied only if a call is about to overwrite it.
+
+    Backwards of the forward's own deliver nothing and leave the graph as it is; backward hooks of modules hear of
+    those alone.
+
+    Args:
+        layers: What ``trace.py`` found.
+        modules: Their modules.
+        deliver: Told each activation and its gradient.
+        deliver_activation: If given, told every activation in the forward already.
+        is_plain: Whether the forward is expected to take no gradients but those by tensors of its own: parameters are
+            frozen and backward hooks left out. Else it runs as its author wrote it.
+        told: How many activations ``deliver_activation`` knows already, from a forward that was broken off.
+
+    Raises:
+        StepDifferentiates: In the middle of the forward, if ``is_plain`` turns out to be wrong.
     """
 
     def __init__(
@@ -143,16 +160,34 @@ class WatchGradients(FollowLayers):
         modules: Mapping[str, nn.Module],
         deliver: DeliverGradient,
         deliver_activation: Deliver | None = None,
+        *,
+        is_plain: bool = True,
+        told: int = 0,
     ) -> None:
         super().__init__(layers, modules)
-        self._deliver, self._deliver_activation = deliver, deliver_activation
+        self._deliver, self._deliver_activation, self._is_plain = deliver, deliver_activation, is_plain
         self._held: dict[int, Tensor] = {}
-        self._seeds: list[Tensor] = []
-        self._hooks: list[RemovableHandle] = []
+        self._root = torch.zeros((), requires_grad=True)
+        self._is_ours, self._arrived, self._delivered, self._told = False, 0, 0, told
+        self._leaves_hooks_out = False
+
+    @property
+    def told(self) -> int:
+        """How many activations ``deliver_activation`` knows."""
+        return max(self._arrived, self._told)
+
+    def choose_hooks(self, hooks: list[Hook]) -> list[Hook]:
+        """What modules are to see in place of their backward hooks."""
+        if self._is_plain:
+            self._leaves_hooks_out |= bool(hooks)
+            return []
+        return [partial(self._unless_ours, hook) for hook in hooks]
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func in BACKWARDS:
+            return self._backward_of_its_own(func, args, kwargs or {})
         target = target_of_write(func, args, kwargs or {}) if self._held else None
         if target is not None:
             for key, activation in self._held.items():
@@ -160,33 +195,42 @@ class WatchGradients(FollowLayers):
                     self._held[key] = activation.clone()
         return super().__torch_function__(func, types, args, kwargs)
 
-    def _start(self, output: Tensor) -> Tensor:
-        if output.requires_grad or not torch.is_grad_enabled() or not output.is_floating_point():
-            return output
-        seed = output.detach().requires_grad_()
-        self._seeds.append(seed)
-        return seed.clone()  # a leaf could not be written in place later on
+    def _backward_of_its_own(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._is_plain and (self._leaves_hooks_out or needs_parameters(func, args, kwargs)):
+            raise StepDifferentiates
+        return retaining(func, args, kwargs)
+
+    def _unless_ours(self, hook: Hook, *args: Any) -> Any:
+        return None if self._is_ours else hook(*args)
 
     def _arrive(self, name: str, value: Tensor) -> Tensor:
-        if self._deliver_activation is not None:
+        self._arrived += 1
+        if self._deliver_activation is not None and self._arrived > self._told:
             self._deliver_activation(name, value.detach())
-        if not value.requires_grad:
+        if not torch.is_grad_enabled() or not value.is_floating_point():
             return value  # the model itself switched gradients off here
-        key = len(self._hooks)
-        self._held[key] = value.detach()
+        number = self._arrived
+        self._held[number] = value.detach()
 
-        def hook(gradient: Tensor) -> None:
-            self._deliver(name, self._held.pop(key), gradient)
+        def passed(gradient: Tensor) -> None:
+            if self._is_ours:
+                self._delivered += 1
+                self._deliver(name, self._held.pop(number), gradient)
 
-        self._hooks.append(value.register_hook(hook))
-        return value
+        return gated(value, self._root, passed)
 
-    def backward(self, loss: Tensor) -> None:
-        """Run the backward. ``loss`` is a scalar, summed over the batch; no ``.grad`` but the seeds' is touched."""
+    def backward(self, loss: Tensor) -> bool:
+        """Run the backward of ``loss``, a scalar summed over the batch; no ``.grad`` is touched.
+
+        Returns:
+            Whether the loss depends on any activation.
+        """
+        self._is_ours = True
         try:
-            torch.autograd.backward(loss, inputs=self._seeds)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Full backward hook is firing")  # it is not: none hears of this
+                torch.autograd.grad(loss, [self._root], allow_unused=True)
         finally:
-            for hook in self._hooks:
-                hook.remove()
+            self._is_ours = False
             self._held.clear()
-            self._seeds.clear()
+        return self._delivered > 0

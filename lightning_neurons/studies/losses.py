@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lightning_neurons.errors import MeasurementError
 from lightning_neurons.network.batches import map_tensors, tensors_of
 from lightning_neurons.network.isolate import differentiable
+from lightning_neurons.network.own_gradients import shared_graph
 
 LossReduction = Literal["mean", "sum", "none"]
 LOSS_REDUCTIONS: tuple[str, ...] = get_args(LossReduction)
@@ -43,7 +44,7 @@ def summed(loss: Tensor, reduction: LossReduction, batch_size: int) -> Tensor:
     return loss.sum()
 
 
-def fgsm(loss_of: Callable[[Any], Tensor], batch: Any, eps: float) -> Any:
+def fgsm(model: nn.Module, loss_of: Callable[[Any], Tensor], batch: Any, eps: float) -> Any:
     """Shift the inputs by ``eps`` in the direction that raises each sample's loss the fastest.
 
     The fast gradient sign method of Goodfellow et al. 2015 (arXiv:1412.6572), equation 1, on the first floating-point
@@ -52,7 +53,7 @@ def fgsm(loss_of: Callable[[Any], Tensor], batch: Any, eps: float) -> Any:
     Raises:
         MeasurementError: If the batch has no floating-point tensor, or the loss does not depend on it.
     """
-    with differentiable():
+    with differentiable(), shared_graph(model):
         batch = normal_tensors(batch)
         inputs = next((t for t in tensors_of(batch) if t.is_floating_point()), None)
         if inputs is None:

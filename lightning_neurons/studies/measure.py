@@ -158,9 +158,9 @@ def _one_batch(
         measurement.start_batch(batch_size_of(part), settings.targets(part) if settings.by_class else None)
         clean, fgsm_too = part, settings.inputs == "fgsm" and loss_fn is not None
         if fgsm_too:
-            part = fgsm(loss_of, part, settings.eps)
+            part = fgsm(model, loss_of, part, settings.eps)
         if fgsm_too or "gradient" not in measurement.needs:
-            with torch.no_grad(), passes.observe():
+            with torch.set_grad_enabled(passes.needs_gradients), passes.observe():
                 forward(clean)  # activity is that on the data itself
         if "gradient" in measurement.needs:
             passes.differentiate(loss_of, part, observe=not fgsm_too)

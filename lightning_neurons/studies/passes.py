@@ -8,7 +8,6 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointError
 
 from lightning_neurons.criteria.contract import Need
 from lightning_neurons.errors import MeasurementError
@@ -18,9 +17,10 @@ from lightning_neurons.network.fastpath import fast_modules
 from lightning_neurons.network.hooked import HookedMode
 from lightning_neurons.network.isolate import differentiable, eager, frozen
 from lightning_neurons.network.layer import Layer, candidates
+from lightning_neurons.network.own_gradients import backward_hooks, direct_checkpoints, kept_gradients
 from lightning_neurons.network.samples import is_ambiguous
 from lightning_neurons.network.trace import Trace
-from lightning_neurons.network.watch import WatchActivations, WatchGradients
+from lightning_neurons.network.watch import StepDifferentiates, WatchActivations, WatchGradients
 from lightning_neurons.studies.losses import normal_tensors
 
 _CACHED_BYTES = 2 * 2**20
@@ -77,6 +77,9 @@ class Passes:
         self.known: Known | None = known if known is not None and known.form == _form_of(model) else None
         """None makes the next forward be traced."""
         self._learnt: Mapping[str, Layer] = self.known.layers if self.known else {}
+        self._is_plain = True  # until the forward takes gradients of its own that need its parameters
+        self.needs_gradients = False
+        """Whether the forward runs only where gradients are on, as it takes some of its own."""
         for receiver in receivers:
             self.add(receiver)
 
@@ -140,33 +143,52 @@ class Passes:
         Raises:
             MeasurementError: If the loss does not depend on any watched layer in a differentiable way.
         """
-        with differentiable(), frozen(self.model):
+        with differentiable(), direct_checkpoints():
             batch = normal_tensors(batch)
             if self.known is None or self.known.ambiguous:
                 self.find(loss_of, batch)
-            assert self.known is not None, "just found"
-            listening = self.receivers if receivers is None else receivers
-            watch = WatchGradients(
-                self.known.layers,
-                _modules(listening),
-                lambda name, activation, gradient: _tell(listening, name, activation, gradient, need),
-                (lambda name, activation: _tell(listening, name, activation, None, "activation")) if observe else None,
+            listening, told = self.receivers if receivers is None else receivers, 0
+            if self._is_plain:
+                watch = self._watch(listening, need, observe=observe)
+                try:
+                    with frozen(self.model):
+                        loss = self._forward(watch, loss_of, batch)
+                except (Exception, StepDifferentiates):  # noqa: BLE001 (a step may find no parameter to differentiate by)
+                    told, loss = watch.told, None
+                if loss is not None:
+                    self._backward(watch, loss)
+                    return
+            with kept_gradients(self.model):
+                watch = self._watch(listening, need, observe=observe, is_plain=False, told=told)
+                loss = self._forward(watch, loss_of, batch)
+                self._is_plain = False
+            self._backward(watch, loss)
+
+    def _watch(
+        self, listening: Sequence[Receiver], need: Need, *, observe: bool, is_plain: bool = True, told: int = 0
+    ) -> WatchGradients:
+        assert self.known is not None, "just found"
+        return WatchGradients(
+            self.known.layers,
+            _modules(listening),
+            lambda name, activation, gradient: _tell(listening, name, activation, gradient, need),
+            (lambda name, activation: _tell(listening, name, activation, None, "activation")) if observe else None,
+            is_plain=is_plain,
+            told=told,
+        )
+
+    def _forward(self, watch: WatchGradients, loss_of: Callable[[Any], Tensor], batch: Any) -> Tensor:
+        with backward_hooks(watch.choose_hooks), watch:
+            loss = loss_of(batch)
+        self._forget(watch.unknown)
+        return loss
+
+    def _backward(self, watch: WatchGradients, loss: Tensor) -> None:
+        if not loss.requires_grad or not watch.backward(loss):
+            raise MeasurementError(
+                "the loss does not depend on any watched layer in a differentiable way: it is computed under "
+                "no_grad, detached, or from other layers; pass loss_fn=, or other layers="
             )
-            with watch:
-                loss = loss_of(batch)
-            self._forget(watch.unknown)
-            if not loss.requires_grad:
-                raise MeasurementError(
-                    "the loss does not depend on any watched layer in a differentiable way: it is computed under "
-                    "no_grad, detached, or from other layers; pass loss_fn=, or other layers="
-                )
-            try:
-                watch.backward(loss)
-            except CheckpointError as error:
-                raise MeasurementError(
-                    "gradient checkpointing with use_reentrant=False recomputes a forward in which activations cannot "
-                    "be followed; checkpoint only while training (if self.training: ...), or pass such a loss_fn"
-                ) from error
 
     def parts(self, batch: Any) -> Iterator[Any]:
         """The batch in parts whose activations stay in a CPU's cache; whole on other devices.
@@ -185,18 +207,28 @@ class Passes:
             yield rows_of(batch, rows, size)
 
     def find(self, forward: Callable[[Any], Any], batch: Any) -> None:
-        """Learn the activation points from a forward of a few samples (of all, if the model does not run on a few)."""
+        """Learn the activation points from a forward of a few samples (of all, if the model does not run on a few).
+
+        Without gradients, unless the forward takes some of its own.
+        """
         size = batch_size_of(batch)
         few = rows_of(batch, torch.arange(min(_FEW, size)), size)
-        try:
-            self._trace(forward, few, min(_FEW, size))
-        except Exception:  # noqa: BLE001 (whatever a model raises on fewer samples than it expects)
-            self._trace(forward, batch, None)
+        ways = [(few, min(_FEW, size), False), (few, min(_FEW, size), True), (batch, None, False), (batch, None, True)]
+        with kept_gradients(self.model), direct_checkpoints():
+            for part, samples, gradients in ways:
+                try:
+                    self._trace(forward, part, samples, gradients)
+                except Exception:  # (whatever a model raises on fewer samples than it expects)
+                    if part is batch and gradients:
+                        raise
+                else:
+                    self.needs_gradients = gradients
+                    return
 
-    def _trace(self, forward: Callable[[Any], Any], batch: Any, samples: int | None) -> None:
+    def _trace(self, forward: Callable[[Any], Any], batch: Any, samples: int | None, gradients: bool) -> None:
         trace = Trace(self.model, candidates(self.model))
         try:
-            with torch.no_grad(), eager(), trace:
+            with torch.set_grad_enabled(gradients), eager(), trace:
                 forward(batch)
             self._learn(trace, samples)
         finally:

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from lightning_neurons import ActivationStatisticsCallback, NeuronSensitivityCallback, measure
+from lightning_neurons import NeuronSensitivityCallback, measure
 from tests.callbacks.modules import Plain, dataset, trainer_of
 
 ROWS = 22
@@ -85,17 +85,25 @@ def test_a_step_that_changes_its_batch_is_run_again_on_what_it_was_given(max_sam
 
 
 class Checkpointed(Plain):
+    reentrant = False
+
     def validation_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        return cross_entropy(checkpoint(self.net, batch[0], use_reentrant=False), batch[1])
+        return cross_entropy(checkpoint(self.net, batch[0], use_reentrant=self.reentrant), batch[1])
 
 
-def test_checkpointing_in_validation_is_refused_with_what_to_do_and_statistics_work():
-    loader = DataLoader(dataset(ROWS, seed=3), batch_size=8)
-    with pytest.raises(Exception, match=r"use_reentrant=False.*if self\.training"):
-        trainer_of([NeuronSensitivityCallback()]).validate(Checkpointed(), loader, verbose=False)
-    callback = ActivationStatisticsCallback()
-    trainer_of([callback]).validate(Checkpointed(), loader, verbose=False)
-    assert callback.report.counts["net.conv1"].samples.unique().tolist() == [ROWS]
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # validation runs without gradients
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_in_validation_makes_no_difference(reentrant):
+    reports = []
+    for module_type in (Checkpointed, Plain):
+        torch.manual_seed(0)
+        module, callback = module_type(), NeuronSensitivityCallback()
+        module.reentrant = reentrant
+        loader = DataLoader(dataset(ROWS, seed=3), batch_size=8)
+        trainer_of([callback]).validate(module, loader, verbose=False)
+        reports.append(callback.report)
+    assert reports[0].counts["net.conv1"].samples.unique().tolist() == [ROWS]
+    torch.testing.assert_close(reports[0].scores["fisher"], reports[1].scores["fisher"])
 
 
 def test_a_lambda_that_moved_to_another_line_is_the_same_callback_in_a_checkpoint():

@@ -95,7 +95,7 @@ def test_inference_tensors_are_copied_and_others_share_their_memory_without_thei
 def test_fgsm_shifts_the_first_floating_point_tensor_only_and_leaves_the_batch_alone():
     net, (x, y) = seeded(ConvNet), pictures()
     batch = {"label": y, "image": x, "extra": x + 1}
-    shifted = fgsm(lambda b: F.cross_entropy(net(b["image"]), b["label"], reduction="sum"), batch, 0.25)
+    shifted = fgsm(net, lambda b: F.cross_entropy(net(b["image"]), b["label"], reduction="sum"), batch, 0.25)
     assert torch.equal(shifted["label"], y)
     assert torch.equal(shifted["extra"], x + 1)
     assert torch.equal(batch["image"], pictures()[0])
