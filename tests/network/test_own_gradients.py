@@ -126,7 +126,8 @@ def jacobians(net: Net, x: Tensor, z: Tensor, y: Tensor) -> Tensor:
 
 
 def forward_mode(net: Net, x: Tensor, z: Tensor, y: Tensor) -> Tensor:
-    with torch.autograd.forward_ad.dual_level():
+    with warnings.catch_warnings(), torch.autograd.forward_ad.dual_level():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of torch's own
         out = net(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)), z)
         net.seen = torch.autograd.forward_ad.unpack_dual(out).tangent
     return plain(net, x, z, y)
