@@ -41,8 +41,20 @@ def carry_out(
         latency_before=earlier,
         latency=None if runner is None else latency(pl_module, runner.example),
         before=None if before is None else float(before),
-        cut=metric_on(trainer, pl_module, kept, monitor) if looked and monitor is not None else None,
+        cut=_metric_now(trainer, pl_module, kept, monitor) if looked and monitor is not None else None,
     )
+
+
+def _metric_now(trainer: Any, pl_module: Any, kept: KeptBatches, monitor: str) -> float | None:
+    """The metric of the network that validation looks at: with averaged weights, that of the average."""
+    averaging = [c for c in trainer.callbacks if hasattr(c, "_swap_models") and c._average_model is not None]
+    for callback in averaging:
+        callback._swap_models(pl_module)
+    try:
+        return metric_on(trainer, pl_module, kept, monitor)
+    finally:
+        for callback in reversed(averaging):
+            callback._swap_models(pl_module)
 
 
 def cut_in_fit(trainer: Any, pl_module: Any, cuts: Sequence[Cut], shifts: Mapping[str, Tensor]) -> None:

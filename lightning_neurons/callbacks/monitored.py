@@ -3,6 +3,7 @@
 from typing import Any
 
 from lightning_neurons.callbacks.observer import NeuronObserver
+from lightning_neurons.callbacks.validated import forget_weights
 
 
 class MonitoredObserver(NeuronObserver):
@@ -19,6 +20,7 @@ class MonitoredObserver(NeuronObserver):
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Look whether validation has logged it."""
+        forget_weights(trainer)
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._look(trainer, trainer.current_epoch)
 

@@ -21,6 +21,7 @@ from lightning_neurons.callbacks.publish import publish, series_suffix, show
 from lightning_neurons.callbacks.replay import StepReplay
 from lightning_neurons.callbacks.session import Session
 from lightning_neurons.callbacks.trail import Trail
+from lightning_neurons.callbacks.validated import forget_weights, keep_weights, validated_weights
 from lightning_neurons.errors import check_count
 from lightning_neurons.report.loggers import scalars
 from lightning_neurons.report.tags import with_suffix
@@ -133,6 +134,7 @@ class NeuronObserver(lightning.pytorch.Callback, pytorch_lightning.Callback):  #
         """Watch the module's own forward on this batch (of the first dataloader)."""
         session = self._session(trainer, "val")
         if session is not None and dataloader_idx == 0:
+            keep_weights(trainer, pl_module, self)
             session.open(batch, batch_idx)
 
     def on_validation_batch_end(
@@ -161,7 +163,8 @@ class NeuronObserver(lightning.pytorch.Callback, pytorch_lightning.Callback):  #
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Make the report."""
-        self._finish(trainer, pl_module, "val")
+        with validated_weights(trainer):
+            self._finish(trainer, pl_module, "val")
 
     on_test_epoch_end = on_validation_epoch_end
 
@@ -173,12 +176,14 @@ class NeuronObserver(lightning.pytorch.Callback, pytorch_lightning.Callback):  #
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Write the report, now that it is known at which x; show that of ``trainer.validate``."""
+        forget_weights(trainer)
         self._publish(trainer)
         if trainer.state.fn == "validate":
             self._show(trainer)
 
     def on_test_end(self, trainer: Any, pl_module: Any) -> None:
         """Write and show the report of ``trainer.test``."""
+        forget_weights(trainer)
         self._publish(trainer)
         self._show(trainer)
 
@@ -333,6 +338,7 @@ class NeuronObserver(lightning.pytorch.Callback, pytorch_lightning.Callback):  #
             show(trainer, self)
 
     def _drop(self, trainer: Any) -> None:
+        forget_weights(trainer)
         if self._active is not None:
             Session.end(trainer, self._active)
         self._active = self._member = self._failure = self._unpublished = None

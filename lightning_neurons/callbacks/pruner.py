@@ -20,6 +20,7 @@ from lightning_neurons.callbacks.monitored import MonitoredObserver
 from lightning_neurons.callbacks.pruning_settings import PruningSettings
 from lightning_neurons.callbacks.publish import publish_rounds
 from lightning_neurons.callbacks.runner import KeptBatches, Runner
+from lightning_neurons.callbacks.validated import keep_weights, validated_weights
 from lightning_neurons.errors import PruningError
 from lightning_neurons.pruning.budget import PruningBudget
 from lightning_neurons.pruning.plan import PruningPlan
@@ -111,6 +112,7 @@ class NeuronPruner(MonitoredObserver):
     ) -> None:
         """Learn how the module is run, and keep samples, before the step can change them."""
         if dataloader_idx == 0 and self._is_near(trainer):
+            keep_weights(trainer, pl_module, self)
             if self._runner is None:
                 self._runner = Runner(trainer, pl_module, self.pruning.example_inputs, batch)
             self._kept.add(batch)
@@ -134,7 +136,11 @@ class NeuronPruner(MonitoredObserver):
     # -- deciding
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Decide what is due; while training has not begun, only try."""
+        """Decide what is due, by the network that was validated; while training has not begun, only try."""
+        with validated_weights(trainer):
+            self._measure_and_decide(trainer, pl_module)
+
+    def _measure_and_decide(self, trainer: Any, pl_module: Any) -> None:
         self.report = None
         super().on_validation_epoch_end(trainer, pl_module)
         trial = trainer.sanity_checking or trainer.fast_dev_run

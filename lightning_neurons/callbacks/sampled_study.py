@@ -19,6 +19,7 @@ from lightning_neurons.callbacks import checks
 from lightning_neurons.callbacks.agreement import in_one_process
 from lightning_neurons.callbacks.outlet import Outlet, keeping_training, outlet_of
 from lightning_neurons.callbacks.replay import StepReplay
+from lightning_neurons.callbacks.validated import forget_weights, keep_weights, validated_weights
 from lightning_neurons.errors import ArgumentError, PruningError, check_count
 from lightning_neurons.network.batches import map_tensors, targets_of
 from lightning_neurons.network.layer import Pattern
@@ -74,6 +75,7 @@ class SampledStudy(lightning.pytorch.Callback, pytorch_lightning.Callback):  # t
         """Keep samples (of the first dataloader), before the step can change them."""
         sample = self._sample
         if sample is not None and self._failure is None and dataloader_idx == 0:
+            self._attempt(lambda: keep_weights(trainer, pl_module, self))
             self._attempt(lambda: self._keep(sample.add(batch, targets_of(batch))))
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
@@ -110,6 +112,7 @@ class SampledStudy(lightning.pytorch.Callback, pytorch_lightning.Callback):  # t
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Publish the study, now that it is known at which x."""
+        forget_weights(trainer)
         found, self._found = self._found, None
         if found is None or (outlet := outlet_of(trainer)) is None:
             return
@@ -118,10 +121,12 @@ class SampledStudy(lightning.pytorch.Callback, pytorch_lightning.Callback):  # t
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Let go of the samples."""
+        forget_weights(trainer)
         self._drop()
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Let go of the samples."""
+        forget_weights(trainer)
         self._drop()
 
     def _study(self, pl_module: Any, replay: StepReplay, batches: list[Any]) -> Any:
@@ -160,7 +165,7 @@ class SampledStudy(lightning.pytorch.Callback, pytorch_lightning.Callback):  # t
     def _isolated(self, trainer: Any, pl_module: Any, batches: list[Any], *, is_trial: bool) -> Any:
         replay = StepReplay(trainer, pl_module, "validation_step", self.loss_fn)
         on_device = [map_tensors(batch, lambda t: t.to(pl_module.device)) for batch in batches]
-        with torch.inference_mode(False), replay.isolated(), torch.no_grad():
+        with validated_weights(trainer), torch.inference_mode(False), replay.isolated(), torch.no_grad():
             return (self._try if is_trial else self._study)(pl_module, replay, on_device)
 
     def _due(self, trainer: Any) -> bool:

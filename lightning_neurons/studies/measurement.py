@@ -115,6 +115,8 @@ class Measurement:
         step: int | None = None,
     ) -> NeuronReport:
         """Turn the sums into results, on the CPU."""
+        if "weight" in self.needs:  # they may have been exchanged since the layers were described
+            self.metric.traits |= {n: traits_of(self.layers[n], self.model) for n in self.metric.traits}
         self.metric.cpu()
         computed = self.metric.scores()
         ran = [name for name in self.modules if name in self.metric.traits]
