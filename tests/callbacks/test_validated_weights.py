@@ -17,8 +17,10 @@ from lightning_neurons import (
 )
 from lightning_neurons.callbacks.validated import _KEPT
 from tests.callbacks.modules import Plain, dataset, fit, loader
-from tests.callbacks.pruned import Probe, assert_equal, pruner, weights
+from tests.callbacks.pruned import Probe, assert_equal, pruner, weights, without_type_checks  # noqa: F401 (a fixture)
 from tests.callbacks.studied import accuracy_without, loss_without, samples
+
+pytestmark = pytest.mark.usefixtures("without_type_checks")
 
 
 class SwapsStates(L.Callback):
@@ -135,7 +137,6 @@ def test_studies_are_of_the_weights_that_validation_used(average, first):
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["average first", "average last"])
-@pytest.mark.usefixtures("without_type_checks")
 def test_a_decision_to_cut_is_of_the_weights_that_validation_used(first):
     callback = pruner("weight_l2", amount=0.4, scope="layer", start_epoch=2, monitor="val_loss")
     spy, ema, module = spying(), EMAWeightAveraging(decay=0.8), Plain(lr=0.05)
