@@ -7,6 +7,7 @@
         └── UnknownNameError     a name that matches nothing; suggests the nearest ones
     RuntimeError
     ├── MeasurementError         the model or its data cannot be measured as asked
+    │   └── NoLossError          there is nothing to differentiate; all else can be measured
     └── PruningError             the model cannot be cut as asked
     ImportError
     └── MissingPackageError      something optional is not installed
@@ -43,6 +44,10 @@ class UnknownNameError(ArgumentError):
 
 class MeasurementError(RuntimeError):
     """The model or its data cannot be measured in the way that was asked for."""
+
+
+class NoLossError(MeasurementError):
+    """There is no loss that could be differentiated; what needs no gradients can be measured."""
 
 
 class PruningError(RuntimeError):

@@ -18,7 +18,7 @@ class ActivationStatisticsCallback(NeuronObserver):
     """Measures activity and deadness of every neuron while validation (or testing) runs anyway.
 
     Rides on the module's own forward; only where a part of the module is compiled, each batch is run once more,
-    uncompiled. Of several dataloaders, the first is measured.
+    uncompiled. Several dataloaders are measured together.
 
     Args:
         criteria: Names or ``Criterion`` objects that need activations or weights only.

@@ -2,10 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_neurons.errors import ArgumentError
+
+Step = Literal["validation", "training"]
+"""Which step of a module the loss comes from."""
 
 
 class CallbackArgumentError(MisconfigurationException, ArgumentError):

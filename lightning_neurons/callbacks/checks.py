@@ -100,6 +100,22 @@ def require_validation_step(who: str, pl_module: Any) -> None:
     if not overrides(pl_module, "validation_step"):
         raise MisconfigurationException(
             f'{who}(source="train") needs a loss: {type(pl_module).__name__} has no validation_step; pass '
-            "loss_fn=lambda module, batch: ... that returns the loss. (training_step is never run twice: it may step "
-            "an optimizer.)"
+            'step="training" to take that of training_step, run in evaluation mode, or loss_fn=lambda module, batch: '
+            "... that returns the loss."
+        )
+
+
+def require_training_step(who: str, pl_module: Any) -> None:
+    """Make sure that training_step can be run for its loss alone.
+
+    Raises:
+        MisconfigurationException: If the module has none, or optimizes by hand: it may step an optimizer.
+    """
+    name = type(pl_module).__name__
+    if not overrides(pl_module, "training_step"):
+        raise MisconfigurationException(f'{who}(step="training"): {name} has no training_step; leave step out')
+    if not pl_module.automatic_optimization:
+        raise MisconfigurationException(
+            f'{who}(step="training"): {name} optimizes by hand (automatic_optimization=False), so to run its '
+            "training_step again would step its optimizer; pass loss_fn=lambda module, batch: ... that returns the loss"
         )

@@ -1,18 +1,20 @@
 """One callback's part in a session: its measurement, how it is measured, and why it was given up, if it was."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
 from lightning_neurons.callbacks.replay import StepReplay
 from lightning_neurons.criteria.contract import Need
-from lightning_neurons.network.batches import batch_size_of, targets_of, tensors_of
+from lightning_neurons.errors import MeasurementError
+from lightning_neurons.network.batches import batch_size_of, is_graph, targets_of
 from lightning_neurons.network.layer import Layer
 from lightning_neurons.studies.measurement import Measurement
-from lightning_neurons.studies.sample import StratifiedSample
+from lightning_neurons.studies.sample import Picked, StratifiedSample
 from lightning_neurons.studies.settings import MeasurementSettings
+from lightning_neurons.studies.unmeasured import unmeasured
 
 
 @dataclass(eq=False)
@@ -25,6 +27,9 @@ class Member:
         replay: How to get the loss; None if no criterion needs gradients.
         sample: Which samples are differentiated; None if no criterion needs gradients.
         failure: Why the measurement was dropped, or None.
+        lost: Why nothing that needs gradients is measured, or None.
+        dataloaders: How many dataloaders the data comes from, one after the other.
+        notes: What a reader of the report should know.
     """
 
     measurement: Measurement
@@ -32,6 +37,10 @@ class Member:
     replay: StepReplay | None = None
     sample: StratifiedSample | None = None
     failure: Exception | None = None
+    lost: Exception | None = None
+    dataloaders: int = 1
+    notes: list[str] = field(default_factory=list)
+    _has_graphs: bool = False
 
     @property
     def modules(self) -> Mapping[str, nn.Module]:
@@ -50,8 +59,8 @@ class Member:
     def start_batch(self, batch: Any) -> None:
         """Announce a batch to the measurement."""
         targets = self.settings.targets(batch) if self.settings.by_class else None
-        sized = bool(tensors_of(batch))  # else each layer's first axis has to tell
-        self.measurement.start_batch(batch_size_of(batch) if sized else None, targets)
+        self._has_graphs = self._has_graphs or is_graph(batch)
+        self.measurement.start_batch(rows_in(batch), targets)
 
     def attempt(self, action: Callable[[], None]) -> None:
         """Do it; if that fails, give up this measurement and nothing else."""
@@ -60,24 +69,39 @@ class Member:
         except Exception as error:  # noqa: BLE001 (an observer must not stop what it observes)
             self.failure = error
 
-    def pick(self, batch: Any, batch_idx: int, picked: list[Any]) -> None:
+    def pick(self, batch: Any, place: tuple[int, int], picked: list[Picked], *, whole: bool) -> None:
         """Add to ``picked`` what of a batch, and of those before, is to be differentiated now."""
-        assert self.replay is not None, "members without a replay are in no group"
         assert self.sample is not None, "members without a sample are in no group"
-        self.replay.batch_idx = batch_idx
-        picked += self.sample.add(batch, targets_of(batch))
+        picked += self.sample.add(batch, targets_of(batch), place, whole=whole)
 
-    def rest(self) -> list[Any]:
+    def described(self) -> list[str]:
+        """What the numbers are over, in words."""
+        notes = list(self.notes)
+        if self.dataloaders > 1:
+            notes.append(f"measured on all {self.dataloaders} dataloaders together")
+        if self._has_graphs:
+            notes.append("graphs: every row of a layer's output (a node, an edge or a graph) counts as a sample")
+        return [*notes, *unmeasured(self.measurement)]
+
+    def rest(self) -> list[Picked]:
         """What has been picked and not differentiated yet."""
         return [] if self.sample is None else self.sample.rest()
 
     @property
     def replay_key(self) -> tuple[Any, ...] | None:
         """Members with the same key share one replay."""
-        if self.replay is None or self.sample is None:
+        if self.replay is None or self.sample is None or self.lost is not None:
             return None
-        s = self.settings
-        return self.replay.loss_fn, s.loss_reduction, s.inputs, s.eps, self.sample.max_samples
+        s, r = self.settings, self.replay
+        return r.step, r.loss_fn, s.loss_reduction, s.inputs, s.eps, self.sample.max_samples
+
+
+def rows_in(batch: Any) -> int | None:
+    """How many samples there are, if the rows of layers are those samples; else each layer's first axis has to tell."""
+    try:
+        return None if is_graph(batch) else batch_size_of(batch)
+    except MeasurementError:
+        return None
 
 
 def together(members: list[Member], action: Callable[[], None]) -> None:
@@ -86,3 +110,15 @@ def together(members: list[Member], action: Callable[[], None]) -> None:
         members[0].attempt(action)
     for member in members:
         member.failure = member.failure or members[0].failure
+
+
+def gradients_together(members: list[Member], action: Callable[[], None], *, all_rests_on_it: bool) -> None:
+    """As ``together``, for what needs gradients: activity is measured without, unless all comes of the same passes."""
+    try:
+        action()
+    except Exception as error:  # noqa: BLE001 (an observer must not stop what it observes)
+        for member in members:
+            if all_rests_on_it:
+                member.failure = member.failure or error
+            else:
+                member.lost = member.lost or error

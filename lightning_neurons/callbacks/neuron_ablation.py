@@ -2,19 +2,21 @@
 
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
-from lightning_neurons.callbacks.arguments import lightning_errors
-from lightning_neurons.callbacks.checks import name_of
+from lightning_neurons.callbacks.arguments import Step, lightning_errors
+from lightning_neurons.callbacks.checks import name_of, require_training_step
+from lightning_neurons.callbacks.independence import independence_of
 from lightning_neurons.callbacks.outlet import Outlet, keeping_training, numbered, offer
 from lightning_neurons.callbacks.replay import StepReplay
 from lightning_neurons.callbacks.sampled_study import SampledStudy
 from lightning_neurons.criteria import Criterion, resolve
 from lightning_neurons.errors import ArgumentError, MeasurementError, check_choice, check_count
-from lightning_neurons.network.batches import batch_size_of, is_divisible
+from lightning_neurons.network.batches import batch_size_of
 from lightning_neurons.network.layer import Pattern
 from lightning_neurons.network.silence import Replacement
 from lightning_neurons.report.ablation import ablation_scalars, print_ablation, write_ablation
@@ -46,7 +48,10 @@ class NeuronAblationCallback(SampledStudy):
         loss_fn: Called with the module and a batch; returns its loss. None takes what ``validation_step`` returns or
             logs as a loss.
         loss_reduction: What that is: the ``"mean"`` over the batch, the ``"sum"``, or ``"none"``: one loss per sample.
-        max_samples: How many validation samples are used, spread over the data and over the classes.
+        step: Where the loss comes from without ``loss_fn``: ``"training"`` takes that of ``training_step``, run in
+            isolation and in evaluation mode, for modules whose ``validation_step`` has none.
+        max_samples: How many validation samples (of the first dataloader) are used, spread over the data and over the
+            classes; in whole batches where the loss of a batch is not that of its samples.
         every_n_epochs: How often to measure during ``fit``.
         layers: None for all but those that make the output; or patterns of paths, names of classes or module types.
 
@@ -72,6 +77,7 @@ class NeuronAblationCallback(SampledStudy):
         replacement: Replacement = "zero",
         loss_fn: LossFunction | None = None,
         loss_reduction: LossReduction = "mean",
+        step: Step = "validation",
         max_samples: int = 256,
         every_n_epochs: int = 1,
         layers: Sequence[Pattern] | None = None,
@@ -81,10 +87,12 @@ class NeuronAblationCallback(SampledStudy):
             self.ends = None if ends is None else check_count("ends", ends)
             self.replacement: Replacement = check_choice("replacement", replacement, get_args(Replacement))  # type: ignore[assignment]
             self.loss_reduction: LossReduction = check_choice("loss_reduction", loss_reduction, LOSS_REDUCTIONS)  # type: ignore[assignment]
+            self.step = check_choice("step", step, get_args(Step))
             if loss_fn is not None and not callable(loss_fn):
                 raise ArgumentError.of("loss_fn", loss_fn, "a function (module, batch) -> loss")
             self.loss_fn = loss_fn
             super().__init__(layers, every_n_epochs, max_samples)
+        self._stays_whole = False
         self.ablation: AblationReport | None = None
         self.agreement: OracleAgreement | None = None
 
@@ -92,6 +100,7 @@ class NeuronAblationCallback(SampledStudy):
     def state_key(self) -> str:
         """Tells callbacks of different settings apart in a checkpoint."""
         plain = {name: getattr(self, name) for name in ("ends", "replacement", "loss_reduction", "every_n_epochs")}
+        plain |= {"step": self.step} if self.step != "validation" else {}
         layers = [one if isinstance(one, str) else one.__name__ for one in self.layers or ()]
         return self._generate_state_key(
             **plain,
@@ -100,6 +109,12 @@ class NeuronAblationCallback(SampledStudy):
             max_samples=self.max_samples,
             loss_fn=name_of(self.loss_fn),
         )
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuse what cannot work, before any time has been spent."""
+        super().setup(trainer, pl_module, stage)
+        if self.step == "training" and stage != "predict":
+            require_training_step(type(self).__name__, pl_module)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Show the latest measurement."""
@@ -110,8 +125,20 @@ class NeuronAblationCallback(SampledStudy):
                 print_ablation(self.ablation, self.agreement, self.criterion.name)
 
     def _try(self, pl_module: Any, replay: StepReplay, batches: list[Any]) -> Screening | None:
-        too_few = len(batches) == 1 and (batch_size_of(batches[0]) < 2 or not is_divisible(batches[0]))
+        too_few = len(batches) == 1 and (batch_size_of(batches[0]) < 2 or self._stays_whole)
         return None if too_few else self._study(pl_module, replay, batches)
+
+    def _must_stay_whole(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> bool:
+        replay = self._replay(trainer, pl_module)
+        try:
+            self._stays_whole = not independence_of(replay, self.loss_reduction, batch, (batch_idx, 0))
+        except Exception:  # noqa: BLE001 (the study will say what is wrong)
+            self._stays_whole = True
+        return self._stays_whole
+
+    def _replay(self, trainer: Any, pl_module: Any) -> StepReplay:
+        by_sample = self.loss_reduction == "none"
+        return StepReplay(trainer, pl_module, f"{self.step}_step", self.loss_fn, by_sample=by_sample)
 
     def _study(self, pl_module: Any, replay: StepReplay, batches: list[Any]) -> Screening:
         if self.loss_fn is None:
@@ -121,7 +148,7 @@ class NeuronAblationCallback(SampledStudy):
         def loss(module: nn.Module, batch: Any) -> Tensor:
             return replay.loss(batch)
 
-        return screen(
+        found = screen(
             pl_module,
             batches,
             loss if self.loss_fn is None else self.loss_fn,
@@ -131,7 +158,10 @@ class NeuronAblationCallback(SampledStudy):
             layers=self.layers,
             ends=self.ends,
             replacement=self.replacement,
+            may_mix=not self._stays_whole,
         )
+        ablation = replace(found.ablation, notes=(*found.ablation.notes, *self._sample_notes()))
+        return replace(found, ablation=ablation)
 
     def _take(self, found: Screening) -> None:
         self.ablation, self.agreement = found.ablation, found.agreement

@@ -5,7 +5,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from lightning_neurons.callbacks.arguments import lightning_errors
+from lightning_neurons.callbacks.arguments import Step, lightning_errors
 from lightning_neurons.callbacks.observer import NeuronObserver
 from lightning_neurons.criteria import ACTIVATION_CRITERIA, GRADIENT_CRITERIA, Criterion
 from lightning_neurons.criteria.ranking import Normalization
@@ -27,10 +27,12 @@ class NeuronSensitivityCallback(NeuronObserver):
 
     Args:
         loss_fn: Called with the module and a batch; what it returns is differentiated. None takes what
-            ``validation_step`` (``test_step``) returns or logs as a loss.
+            ``validation_step`` (``test_step``) returns or logs as a loss, or else the only differentiable number that
+            it returns or logs. Without any, activity and deadness are measured, and a warning says so.
         loss_reduction: What that is: the ``"mean"`` over the batch, the ``"sum"``, or ``"none"``: one loss per sample.
-            It must be made of the samples' own losses: batches are run in parts.
-        max_samples: The most samples that are run with gradients, spread over the data and over the classes.
+        max_samples: The most samples that are run with gradients, spread over the data and over the classes. Where the
+            loss of a batch is not that of its samples (contrastive losses, weights of classes, one bag or graph a
+            batch), whole batches are taken as they come, at least one.
         every_n_epochs: How often to measure during ``fit``.
         layers: None for all, or patterns of paths (``"net.layer1.*"``), names of classes or module types.
         criteria: Names or ``Criterion`` objects. Rankings, tables and figures go by the first of ``taylor``,
@@ -42,6 +44,9 @@ class NeuronSensitivityCallback(NeuronObserver):
         relative_threshold: False takes ``threshold`` in activation units.
         source: ``"train"`` measures training batches during ``fit``, in evaluation mode, with the weights of the step
             that used them; everything then comes from the sample.
+        step: Where the loss comes from without ``loss_fn``: ``"training"`` takes that of ``training_step``, run in
+            isolation and in evaluation mode on the batches of ``source``, for modules whose ``validation_step`` has
+            none. Not for manual optimization.
         inputs: ``"fgsm"`` measures sensitivity on inputs shifted against the module.
         eps: Size of that shift, in units of the inputs.
         max_figures: How many figures loggers that show figures or images get at each measurement, the most telling
@@ -74,6 +79,7 @@ class NeuronSensitivityCallback(NeuronObserver):
         threshold: float = 0.01,
         relative_threshold: bool = True,
         source: Source = "val",
+        step: Step = "validation",
         inputs: Inputs = "clean",
         eps: float = 0.0,
         max_figures: int = 8,
@@ -88,6 +94,7 @@ class NeuronSensitivityCallback(NeuronObserver):
             )  # fmt: skip
             self.max_samples = check_count("max_samples", max_samples)
             self.source = check_choice("source", source, get_args(Source))
+            self.step = check_choice("step", step, get_args(Step))
             if loss_fn is not None and not callable(loss_fn):
                 raise ArgumentError.of("loss_fn", loss_fn, "a function (module, batch) -> loss")
             self.loss_fn = loss_fn

@@ -20,9 +20,11 @@ from lightning_neurons.callbacks.outlet import keeping_training, monitored, numb
 from lightning_neurons.callbacks.publish import publish, series_suffix, show
 from lightning_neurons.callbacks.replay import StepReplay
 from lightning_neurons.callbacks.session import Session
+from lightning_neurons.callbacks.steps import evaluation_loaders
 from lightning_neurons.callbacks.trail import Trail
 from lightning_neurons.callbacks.validated import forget_weights, keep_weights, validated_weights
-from lightning_neurons.errors import check_count
+from lightning_neurons.errors import NoLossError, check_count
+from lightning_neurons.network.layer import candidates
 from lightning_neurons.report.loggers import scalars
 from lightning_neurons.report.tags import with_suffix
 from lightning_neurons.results.history import HistoryEntry, NeuronHistory
@@ -41,6 +43,7 @@ class NeuronObserver(lightning.pytorch.Callback, pytorch_lightning.Callback):  #
     """
 
     source: str = "val"
+    step: str = "validation"
     loss_fn: LossFunction | None = None
     max_samples: int = 0
     publishes: bool = True  # whether reports go to the loggers
@@ -78,6 +81,7 @@ class NeuronObserver(lightning.pytorch.Callback, pytorch_lightning.Callback):  #
     def state_key(self) -> str:
         """Tells callbacks of different settings apart in a checkpoint."""
         plain = {**self.settings.plain(), "source": self.source, "max_samples": self.max_samples}
+        plain |= {"step": self.step} if self.step != "validation" else {}
         return self._generate_state_key(**plain, loss_fn=checks.name_of(self.loss_fn))
 
     def state_dict(self) -> dict[str, Any]:
@@ -100,12 +104,16 @@ class NeuronObserver(lightning.pytorch.Callback, pytorch_lightning.Callback):  #
         """Refuse what cannot work, before any time has been spent."""
         who = type(self).__name__
         self._offered = False
+        if stage == "predict":
+            return  # nothing is measured
         checks.refuse_sharded(who, trainer.strategy)
-        if not checks.overrides(pl_module, "configure_model"):  # else there may be no layers yet
+        if stage != "test" and not checks.overrides(pl_module, "configure_model"):  # else there may be no layers yet
             checks.check_layers(who, pl_module, self.settings.layers)
+        if self.step == "training":
+            checks.require_training_step(who, pl_module)
         if stage == "fit" and self.source == "val" and not trainer.enable_validation:
             self._warn(checks.NO_VALIDATION)
-        if stage == "fit" and self.source == "train" and self.loss_fn is None:
+        if stage == "fit" and self.source == "train" and self.loss_fn is None and self.step == "validation":
             checks.require_validation_step(who, pl_module)
 
     # -- the stretches of data
@@ -116,34 +124,38 @@ class NeuronObserver(lightning.pytorch.Callback, pytorch_lightning.Callback):  #
         The sanity check is a trial: what cannot work is found out before training.
         """
         if (self.source == "val" or trainer.state.fn != "fit") and self._due(trainer):
-            self._begin(trainer, pl_module, "validation_step", trainer.val_dataloaders, trainer.num_val_batches[0])
+            self._begin(trainer, pl_module, "validation_step", *evaluation_loaders(trainer))
 
     def on_test_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin to measure on test data."""
-        self._begin(trainer, pl_module, "test_step", trainer.test_dataloaders, trainer.num_test_batches[0])
+        if not candidates(pl_module):
+            self._warn(f"{type(pl_module).__name__} has no convolutional or linear layer, so nothing is measured")
+            return
+        self._begin(trainer, pl_module, "test_step", *evaluation_loaders(trainer))
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin to measure on training data, if it is due."""
         self._publish(trainer)
         if self.source == "train" and self._due(trainer):
-            self._begin(trainer, pl_module, "validation_step", trainer.train_dataloader, trainer.num_training_batches)
+            loaders, batches = trainer.train_dataloader, trainer.num_training_batches
+            self._begin(trainer, pl_module, "validation_step", loaders, batches)
 
     def on_validation_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Watch the module's own forward on this batch (of the first dataloader)."""
+        """Watch the module's own forward on this batch."""
         session = self._session(trainer, "val")
-        if session is not None and dataloader_idx == 0:
+        if session is not None:
             keep_weights(trainer, pl_module, self)
-            session.open(batch, batch_idx)
+            session.open(batch, batch_idx, dataloader_idx)
 
     def on_validation_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Stop watching; run the picked samples again with gradients."""
         session = self._session(trainer, "val")
-        if session is not None and dataloader_idx == 0:
-            session.close(batch_idx)
+        if session is not None:
+            session.close(batch_idx, dataloader_idx)
             self._raise_failure(trainer)
 
     on_test_batch_start = on_validation_batch_start
@@ -212,23 +224,24 @@ class NeuronObserver(lightning.pytorch.Callback, pytorch_lightning.Callback):  #
             return True  # what follows a metric expects it from the first validation on
         return checks.is_due(trainer.current_epoch, self.every_n_epochs, [e.epoch for e in self.history.entries[-1:]])
 
-    def _begin(self, trainer: Any, pl_module: Any, step: str, loaders: Any, batches: float) -> None:
+    def _begin(self, trainer: Any, pl_module: Any, step: str, loaders: Any, batches: Any) -> None:
         self._active, self._failure = "train" if trainer.training else "val", None
         self._attempt(lambda: self._join(trainer, pl_module, step, loaders, batches))
         self._raise_failure(trainer)
 
-    def _join(self, trainer: Any, pl_module: Any, step: str, loaders: Any, batches: float) -> None:
+    def _join(self, trainer: Any, pl_module: Any, step: str, loaders: Any, batches: Any) -> None:
         checks.check_layers(type(self).__name__, pl_module, self.settings.layers)
         settings = self.settings
         measurement = Measurement(
             pl_module, settings.criteria, layers=settings.layers, per_class=settings.by_class, device=pl_module.device
         )
-        member = Member(measurement, settings)
-        differentiates = bool(measurement.needs - {"activation"})
         assert self._active is not None, "set just before"
-        if differentiates or self._active == "train":
+        member = Member(measurement, settings, dataloaders=len(loaders) if self._active == "val" else 1)
+        if measurement.needs_gradients or self._active == "train":
             total = stream_length(loaders, batches)
-            member.replay = StepReplay(trainer, pl_module, step, self.loss_fn)
+            step = "training_step" if self.step == "training" else step
+            by_sample = settings.loss_reduction == "none"
+            member.replay = StepReplay(trainer, pl_module, step, self.loss_fn, by_sample=by_sample)
             member.sample = StratifiedSample(math.ceil(self.max_samples / trainer.world_size), total)
         self._member = member
         Session.join(trainer, pl_module, self._active, member)
@@ -243,7 +256,7 @@ class NeuronObserver(lightning.pytorch.Callback, pytorch_lightning.Callback):  #
         member, session = self._member, self._session(trainer, source)
         if session is not None:
             session.finish()
-        if self._all_well(trainer) and not trainer.sanity_checking:
+        if self._all_well(trainer) and self._has_something(trainer) and not trainer.sanity_checking:
             made = self._attempt(lambda: self._made(trainer))
             if self._all_well(trainer):
                 self._take(trainer, pl_module, *made)
@@ -261,18 +274,35 @@ class NeuronObserver(lightning.pytorch.Callback, pytorch_lightning.Callback):  #
         self._warn(f"epoch {trainer.current_epoch} was not measured: {reason}", once=reason)
         return False
 
+    def _has_something(self, trainer: Any) -> bool:
+        """Whether any criterion could be measured; says what could not. Call it in all processes."""
+        member = self._member
+        assert member is not None, "nothing has failed"
+        if member.sample is None or trainer.strategy.reduce_boolean_decision(member.lost is None, all=True):
+            return True
+        self._raise_failure(trainer)
+        reason = "another process failed" if member.lost is None else checks.said_of(member.lost)
+        member.measurement.leave_out_gradients()
+        if not member.measurement.criteria:
+            self._warn(f"epoch {trainer.current_epoch} was not measured: {reason}", once=reason)
+            return False
+        member.notes.append(f"sensitivity was not measured: {reason}")
+        self._warn(f"sensitivity was not measured in epoch {trainer.current_epoch}: {reason}", once=reason)
+        return True
+
     def _made(self, trainer: Any) -> tuple[NeuronReport, HistoryEntry]:
         """The report, and what has changed since the one before."""
         assert self._member is not None, "nothing has failed"
         measurement, sample = self._member.measurement, self._member.sample
         measurement.merge_processes(trainer.world_size)
         fitting = trainer.state.fn == "fit"
-        notes = [] if sample is None else [sample.describe()]
+        notes = [] if sample is None or self._member.lost is not None else [sample.describe()]
         if trainer.world_size > 1:
             notes = [f"process {trainer.global_rank} of {trainer.world_size}: {note}" for note in notes]
+        plain = {"source": self.source, "step": self.step, "max_samples": self.max_samples}
         report = measurement.report(
-            settings={**self.settings.plain(), "source": self.source, "max_samples": self.max_samples},
-            notes=notes,
+            settings={**self.settings.plain(), **plain},
+            notes=[*notes, *self._member.described()],
             epoch=trainer.current_epoch if fitting else None,
             step=trainer.global_step if fitting else None,
         )
@@ -324,7 +354,10 @@ class NeuronObserver(lightning.pytorch.Callback, pytorch_lightning.Callback):  #
 
     def _raise_failure(self, trainer: Any) -> None:
         """Before training has begun, or without training, nothing is lost by stopping at once."""
-        failure = self._why
+        member, failure = self._member, self._why
+        # A module without a loss is as it is; with a loss_fn, or any other fault, something was asked for that fails.
+        if member and member.lost and (self.loss_fn is not None or not isinstance(member.lost, NoLossError)):
+            failure = failure or member.lost
         if failure is None or not (trainer.sanity_checking or trainer.state.fn != "fit"):
             return
         if isinstance(failure, MisconfigurationException):

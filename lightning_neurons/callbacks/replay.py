@@ -4,17 +4,16 @@ What ``network/isolate.py`` does for any module, and what only Lightning has: ``
 replaced by one that does nothing, the precision of the Trainer is kept, and a compiled step is run as it was written.
 """
 
-import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor
 
-from lightning_neurons.errors import MeasurementError
+from lightning_neurons.callbacks.steps import LossFinder, step_arguments
+from lightning_neurons.errors import MeasurementError, NoLossError
 from lightning_neurons.network.batches import map_tensors
 from lightning_neurons.network.isolate import isolated
 from lightning_neurons.studies.measure import LossFunction
@@ -28,15 +27,22 @@ class StepReplay:
     Args:
         trainer: The Trainer that runs the module.
         pl_module: The module.
-        step: ``"validation_step"`` or ``"test_step"``.
+        step: ``"validation_step"``, ``"test_step"`` or ``"training_step"``.
         loss_fn: Overrides the step.
+        by_sample: Whether the step's loss is one number for each sample.
+
+    Attributes:
+        place: Index of the batch that is run, and of its dataloader.
+        logged: What the last run has logged.
     """
 
-    def __init__(self, trainer: Any, pl_module: Any, step: str, loss_fn: LossFunction | None) -> None:
+    def __init__(
+        self, trainer: Any, pl_module: Any, step: str, loss_fn: LossFunction | None, *, by_sample: bool = False
+    ) -> None:
         self.trainer, self.pl_module, self.step, self.loss_fn = trainer, pl_module, step, loss_fn
-        self.batch_idx = 0
+        self.place = 0, 0
         self.logged: dict[str, Any] = {}
-        self._place: int | None = None  # of the loss among what the step returns and logs
+        self._finder = LossFinder(by_sample=by_sample)
 
     @contextmanager
     def isolated(self) -> Iterator[None]:
@@ -44,7 +50,10 @@ class StepReplay:
         module, trainer = self.pl_module, self.trainer
         with ExitStack() as stack:
             stack.enter_context(isolated(module))
-            stack.enter_context(_attributes(module, log=self._log, log_dict=self._log_dict, **_uncompiled(module)))
+            shadows = {"log": self._log, "log_dict": self._log_dict, **_uncompiled(module)}
+            if self.step == "training_step":
+                shadows |= {"optimizers": _refuse, "lr_schedulers": _refuse, "manual_backward": _refuse}
+            stack.enter_context(_attributes(module, **shadows))
             loggers = trainer.loggers
             stack.callback(setattr, trainer, "loggers", loggers)
             trainer.loggers = [DummyLogger()] if loggers else []
@@ -59,42 +68,39 @@ class StepReplay:
             warnings.simplefilter("ignore")  # they came in the first run, or come of gradients alone
             if self.loss_fn is not None:
                 return self.loss_fn(self.pl_module, batch)
-            step = getattr(self.pl_module, self.step)
-            wanted = len(inspect.signature(step).parameters)
-            loaders = self.trainer.test_dataloaders if self.step == "test_step" else self.trainer.val_dataloaders
-            several = isinstance(loaders, list | tuple) and len(loaders) > 1
-            # As Lightning does it: by position, and the index of the dataloader only where there are several.
             # A copy, as a step may change its batch and is run on it more than once.
-            return step(map_tensors(batch, Tensor.clone), *(self.batch_idx, 0)[: min(wanted - 1, 2 if several else 1)])
+            arguments = step_arguments(self.trainer, self.pl_module, self.step, *self.place)
+            return getattr(self.pl_module, self.step)(map_tensors(batch, Tensor.clone), *arguments)
 
     def loss(self, batch: Any) -> Tensor:
         """The differentiable loss of a batch, as ``loss_fn`` or the step returns or logs it.
 
         Raises:
-            MeasurementError: If there is none, or the step does not run with gradients.
+            MeasurementError: If ``loss_fn`` does not run with gradients.
+            NoLossError: If the step has none, or does not run with gradients.
         """
+        who = type(self.pl_module).__name__
         try:
             out = self.run(batch)
+        except NoLossError:
+            raise
         except Exception as error:
-            name = "loss_fn" if self.loss_fn is not None else self.step
-            hint = "" if self.loss_fn is not None else "; pass loss_fn=lambda module, batch: ... that returns the loss"
-            raise MeasurementError(
-                f"{name} failed when it was run with gradients on {type(self.pl_module).__name__} "
-                f"({type(error).__name__}: {error}){hint}"
+            if self.loss_fn is not None:
+                raise MeasurementError(
+                    f"loss_fn failed when it was run with gradients on {who} ({type(error).__name__}: {error})"
+                ) from error
+            raise NoLossError(
+                f"{self.step} failed when it was run with gradients on {who} ({type(error).__name__}: {error}); "
+                f"{_remedy(self.step)}"
             ) from error
         if self.loss_fn is not None:
             return out  # type: ignore[no-any-return]
-        usable = torch.is_grad_enabled()  # else the forward is run to find the layers, and any loss will do
-        offered = [*_losses(out), *_losses(self.logged)]
-        for place, found in enumerate(offered):
-            likely = found.requires_grad if usable and isinstance(found, Tensor) else self._place in (None, place)
-            if isinstance(found, Tensor) and found.is_floating_point() and likely:
-                self._place = place if usable else self._place
-                return found.reshape(()) if found.numel() == 1 else found
-        raise MeasurementError(
-            f"{type(self.pl_module).__name__}.{self.step} neither returned nor logged a differentiable loss (is it "
-            "computed under no_grad, detached, or logged under a name without 'loss'?); return the loss from it, or "
-            "pass loss_fn=lambda module, batch: ... that returns the loss"
+        found = self._finder.find(out, self.logged)
+        if isinstance(found, Tensor):
+            return found
+        raise NoLossError(
+            f"{who}.{self.step} neither returned nor logged a differentiable loss{found}; "
+            f"return the loss from it, or {_remedy(self.step)}"
         )
 
     def _log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
@@ -104,12 +110,16 @@ class StepReplay:
         self.logged.update(dictionary.items())
 
 
-def _losses(out: Any) -> list[Any]:
-    """What may be a loss, the likeliest first."""
-    if not isinstance(out, dict):
-        return [out]
-    names = [name for name in out if "loss" in str(name)]
-    return [out[name] for name in sorted(names, key=lambda name: name not in ("loss", "val_loss", "test_loss"))]
+def _remedy(step: str) -> str:
+    training = "" if step == "training_step" else ', or step="training" to take that of training_step'
+    return f"pass loss_fn=lambda module, batch: ... that returns the loss{training}"
+
+
+def _refuse(*args: Any, **kwargs: Any) -> Any:
+    raise NoLossError(
+        "training_step uses its optimizers or learning rate schedulers itself, so it is not run a second time; pass "
+        "loss_fn=lambda module, batch: ... that returns the loss"
+    )
 
 
 def is_compiled(module: Any) -> bool:

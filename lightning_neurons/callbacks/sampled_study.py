@@ -19,12 +19,13 @@ from lightning_neurons.callbacks import checks
 from lightning_neurons.callbacks.agreement import in_one_process
 from lightning_neurons.callbacks.outlet import Outlet, keeping_training, outlet_of
 from lightning_neurons.callbacks.replay import StepReplay
+from lightning_neurons.callbacks.steps import evaluation_loaders
 from lightning_neurons.callbacks.validated import forget_weights, keep_weights, validated_weights
 from lightning_neurons.errors import ArgumentError, PruningError, check_count
 from lightning_neurons.network.batches import map_tensors, targets_of
 from lightning_neurons.network.layer import Pattern
 from lightning_neurons.studies.measure import LossFunction
-from lightning_neurons.studies.sample import StratifiedSample, stream_length
+from lightning_neurons.studies.sample import Picked, StratifiedSample, stream_length
 
 
 class SampledStudy(lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: ignore[misc]
@@ -39,6 +40,7 @@ class SampledStudy(lightning.pytorch.Callback, pytorch_lightning.Callback):  # t
         self.max_samples = check_count("max_samples", max_samples, least=2)
         self._sample: StratifiedSample | None = None
         self._kept: list[Any] = []
+        self._dataloaders = 1
         self._last: int | None = None  # the epoch of the last study
         self._found: Any = None  # the last study, until it is published
         self._is_due = False
@@ -55,6 +57,8 @@ class SampledStudy(lightning.pytorch.Callback, pytorch_lightning.Callback):  # t
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse what cannot work, before any time has been spent."""
+        if stage == "predict":
+            return  # nothing is studied
         who = type(self).__name__
         checks.refuse_sharded(who, trainer.strategy)
         if not checks.overrides(pl_module, "configure_model"):
@@ -73,10 +77,9 @@ class SampledStudy(lightning.pytorch.Callback, pytorch_lightning.Callback):  # t
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Keep samples (of the first dataloader), before the step can change them."""
-        sample = self._sample
-        if sample is not None and self._failure is None and dataloader_idx == 0:
+        if self._sample is not None and self._failure is None and dataloader_idx == 0:
             self._attempt(lambda: keep_weights(trainer, pl_module, self))
-            self._attempt(lambda: self._keep(sample.add(batch, targets_of(batch))))
+            self._attempt(lambda: self._add(trainer, pl_module, batch, batch_idx))
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Make the study."""
@@ -129,6 +132,15 @@ class SampledStudy(lightning.pytorch.Callback, pytorch_lightning.Callback):  # t
         forget_weights(trainer)
         self._drop()
 
+    def _must_stay_whole(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> bool:
+        """Whether samples may not be taken out of a batch, nor joined to those of others."""
+        return False
+
+    def _sample_notes(self) -> list[str]:
+        """What a reader should know of where the samples come from."""
+        several = self._dataloaders > 1
+        return [f"on samples of the first of {self._dataloaders} validation dataloaders"] if several else []
+
     def _study(self, pl_module: Any, replay: StepReplay, batches: list[Any]) -> Any:
         """Make the study of some batches; the module is isolated and in evaluation mode."""
         raise NotImplementedError
@@ -149,8 +161,14 @@ class SampledStudy(lightning.pytorch.Callback, pytorch_lightning.Callback):  # t
         raise NotImplementedError
 
     def _begin(self, trainer: Any) -> None:
-        total = stream_length(trainer.val_dataloaders, trainer.num_val_batches[0])
+        loaders, batches = evaluation_loaders(trainer)
+        self._dataloaders, total = len(loaders), stream_length(loaders[:1], batches[:1])
         self._sample = StratifiedSample(math.ceil(self.max_samples / trainer.world_size), total)
+
+    def _add(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        assert self._sample is not None, "begun"
+        whole = self._must_stay_whole(trainer, pl_module, batch, batch_idx)
+        self._keep(self._sample.add(batch, targets_of(batch), whole=whole))
 
     def _attempt(self, action: Callable[[], None]) -> None:
         """Do a part of the study; if that fails, give it up and nothing else."""
@@ -162,8 +180,11 @@ class SampledStudy(lightning.pytorch.Callback, pytorch_lightning.Callback):  # t
     def _drop(self) -> None:
         self._sample, self._kept, self._found, self._failure, self._is_due = None, [], None, None, False
 
+    def _replay(self, trainer: Any, pl_module: Any) -> StepReplay:
+        return StepReplay(trainer, pl_module, "validation_step", self.loss_fn)
+
     def _isolated(self, trainer: Any, pl_module: Any, batches: list[Any], *, is_trial: bool) -> Any:
-        replay = StepReplay(trainer, pl_module, "validation_step", self.loss_fn)
+        replay = self._replay(trainer, pl_module)
         on_device = [map_tensors(batch, lambda t: t.to(pl_module.device)) for batch in batches]
         with validated_weights(trainer), torch.inference_mode(False), replay.isolated(), torch.no_grad():
             return (self._try if is_trial else self._study)(pl_module, replay, on_device)
@@ -173,8 +194,8 @@ class SampledStudy(lightning.pytorch.Callback, pytorch_lightning.Callback):  # t
             return True
         return checks.is_due(trainer.current_epoch, self.every_n_epochs, [self._last])
 
-    def _keep(self, batches: list[Any]) -> None:
-        self._kept += [map_tensors(batch, lambda t: t.detach().to("cpu", copy=True)) for batch in batches]
+    def _keep(self, picked: list[Picked]) -> None:
+        self._kept += [map_tensors(one.batch, lambda t: t.detach().to("cpu", copy=True)) for one in picked]
 
     def _warn(self, message: str, once: str | None = None) -> None:
         """Say it, unless it (or the same ``once``) has been said."""

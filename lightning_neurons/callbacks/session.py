@@ -4,7 +4,7 @@ The first callback that reaches a hook does the work; the others find it done. A
 training with it: it is dropped, and its callback says why.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -13,12 +13,15 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from lightning_neurons.callbacks.member import Member, together
+from lightning_neurons.callbacks.independence import independence_of
+from lightning_neurons.callbacks.member import Member, gradients_together, together
 from lightning_neurons.callbacks.replay import StepReplay, is_compiled
+from lightning_neurons.errors import MeasurementError, NoLossError
 from lightning_neurons.network.batches import batch_size_of, map_tensors
 from lightning_neurons.studies.losses import fgsm, summed
 from lightning_neurons.studies.measure import sampled_loss
 from lightning_neurons.studies.passes import Known, Passes
+from lightning_neurons.studies.sample import Picked
 
 _KNOWN: "WeakKeyDictionary[nn.Module, Known]" = WeakKeyDictionary()
 _SESSIONS: "WeakKeyDictionary[Any, dict[str, Session]]" = WeakKeyDictionary()
@@ -40,7 +43,7 @@ class Session:
         self._stack: ExitStack | None = None
         self._is_open = False
         self._again: Any = None  # the batch, if the step has to be run once more to be watched
-        self._picked: list[tuple[list[Member], list[Any]]] = []
+        self._picked: list[tuple[list[Member], list[Picked]]] = []
 
     @classmethod
     def join(cls, trainer: Any, pl_module: Any, source: str, member: Member) -> None:
@@ -74,35 +77,34 @@ class Session:
         if not self.members:
             self.end(self.trainer, self.source)
 
-    def open(self, batch: Any, batch_idx: int) -> None:
+    def open(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Before the model's own step: take samples, as the step may change its batch, and begin to watch."""
         if self._is_open:
             return  # another callback was here first
         self._is_open = True
-        self._shared(partial(self._open, batch, batch_idx))
+        self._shared(partial(self._open, batch, (batch_idx, dataloader_idx)))
 
-    def _open(self, batch: Any, batch_idx: int) -> None:
+    def _open(self, batch: Any, place: tuple[int, int]) -> None:
+        is_stream = isinstance(batch, Iterator)  # then the step takes its batches itself
         for group in self._groups():
-            picked: list[Any] = []
-            together(group, partial(group[0].pick, batch, batch_idx, picked))
-            self._picked.append((group, picked))
+            self._pick(group, batch, place, is_stream=is_stream)
         if self.source == "train":
             return
         for member in self._alive():
-            member.attempt(partial(member.start_batch, batch))
+            member.attempt(partial(member.start_batch, None if is_stream else batch))
         if self._alive() and is_compiled(self.passes.model):
-            self._again = map_tensors(batch, Tensor.clone)
+            together(self._alive(), partial(self._remember, batch, is_stream=is_stream))
         elif self._alive():
             self._stack = ExitStack()
             self._stack.enter_context(self.passes.observe(of_others=True))
 
-    def close(self, batch_idx: int) -> None:
+    def close(self, batch_idx: int, dataloader_idx: int = 0) -> None:
         """After the model's own step: stop watching, and differentiate what has been picked."""
         if self._is_open:
             self._is_open = False
-            self._shared(partial(self._close, batch_idx))
+            self._shared(partial(self._close, batch_idx, dataloader_idx))
 
-    def _close(self, batch_idx: int) -> None:
+    def _close(self, batch_idx: int, dataloader_idx: int) -> None:
         stack, self._stack = self._stack, None
         again, self._again = self._again, None
         picked, self._picked = self._picked, []
@@ -113,13 +115,13 @@ class Session:
                 for member in self._alive():
                     member.failure = error
         elif again is not None:
-            self._observe_again(again, batch_idx)
+            self._observe_again(again, batch_idx, dataloader_idx)
         if self.source == "val":
             for member in self._alive():
                 member.attempt(member.measurement.finish_batch)
-        for group, parts in picked:
-            for part in parts:
-                self._differentiate([m for m in group if m.failure is None], part)
+        for group, batches in picked:
+            for one in batches:
+                self._differentiate([m for m in group if m.failure is None and m.lost is None], one)
 
     def finish(self) -> None:
         """At the end of the data: differentiate what has been picked and not measured yet."""
@@ -135,8 +137,30 @@ class Session:
 
     def _finish(self) -> None:
         for group in self._groups():
-            for part in group[0].rest():
-                self._differentiate(group, part)
+            for one in group[0].rest():
+                self._differentiate(group, one)
+
+    def _remember(self, batch: Any, *, is_stream: bool) -> None:
+        """Keep a batch for another run of the step."""
+        if is_stream:
+            raise MeasurementError("a compiled step that takes dataloader_iter can neither be watched nor run again")
+        self._again = map_tensors(batch, Tensor.clone)
+
+    def _pick(self, group: list[Member], batch: Any, place: tuple[int, int], *, is_stream: bool) -> None:
+        replay, picked = group[0].replay, list[Picked]()
+        assert replay is not None, "members without a replay are in no group"
+
+        def pick() -> None:
+            if is_stream:
+                raise NoLossError(
+                    f"{replay.step} takes dataloader_iter, so no batch can be run again for its loss; let it take "
+                    "(batch, batch_idx) to measure sensitivity"
+                )
+            whole = not independence_of(replay, group[0].settings.loss_reduction, batch, place)
+            group[0].pick(batch, place, picked, whole=whole)
+
+        gradients_together(group, pick, all_rests_on_it=self.source == "train")
+        self._picked.append((group, picked))
 
     def _alive(self) -> list[Member]:
         return [m for m in self.members if m.failure is None]
@@ -148,11 +172,11 @@ class Session:
                 groups.setdefault(member.replay_key, []).append(member)
         return list(groups.values())
 
-    def _observe_again(self, batch: Any, batch_idx: int) -> None:
+    def _observe_again(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
         """Compiled code cannot be watched without changing what it computes: run it once more, as it was written."""
         step = "test_step" if self.trainer.testing else "validation_step"
         replay = StepReplay(self.trainer, self.passes.model, step, None)
-        replay.batch_idx = batch_idx
+        replay.place = batch_idx, dataloader_idx
 
         def observe() -> None:
             with replay.isolated(), torch.no_grad(), self.passes.observe():
@@ -160,21 +184,23 @@ class Session:
 
         together(self._alive(), observe)
 
-    def _differentiate(self, group: list[Member], batch: Any) -> None:
+    def _differentiate(self, group: list[Member], picked: Picked) -> None:
         if not group:
             return
         replay, settings = group[0].replay, group[0].settings
         assert replay is not None, "members without a replay are in no group"
+        replay.place = picked.place
 
         def loss_of(given: Any) -> Tensor:
             return summed(replay.loss(given), settings.loss_reduction, batch_size_of(given))
 
         def run() -> None:
             with replay.isolated():
-                for number, part in enumerate(self.passes.parts(batch)):
-                    self._one_part(group, replay, loss_of, part, seed=1000 * replay.batch_idx + number)
+                parts = self.passes.parts(picked.batch) if picked.divisible else [picked.batch]
+                for number, part in enumerate(parts):
+                    self._one_part(group, replay, loss_of, part, seed=1000 * picked.place[0] + number)
 
-        together(group, run)
+        gradients_together(group, run, all_rests_on_it=self.source == "train")
 
     def _one_part(
         self, group: list[Member], replay: StepReplay, loss_of: Callable[[Any], Tensor], part: Any, seed: int

@@ -1,33 +1,79 @@
 """Looking into a batch of any form: how many samples, their targets, a part of them, their inputs."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, is_dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from lightning_neurons.errors import MeasurementError
 
 TARGET_KEYS = ("target", "targets", "label", "labels", "y")
 
+_LEAVES = (Tensor, str, bytes, type, np.ndarray, nn.Module)
+
 
 def parts(batch: Any) -> list[Any]:
     """The values directly inside a tuple, list, mapping, dataclass or plain object; nothing inside anything else."""
+    if isinstance(batch, _LEAVES):
+        return []
+    return list(batch) if isinstance(batch, list | tuple) else list(_entries(batch).values())
+
+
+def _entries(batch: Any) -> dict[Any, Any]:
+    """What a mapping holds by key, or any other object by attribute, ``__slots__`` included."""
     if isinstance(batch, Mapping):
-        return list(batch.values())
-    if is_dataclass(batch) and not isinstance(batch, type):
-        return [getattr(batch, f.name) for f in fields(batch)]
-    if isinstance(batch, list | tuple):
-        return list(batch)
-    return [] if isinstance(batch, Tensor | str) else list(getattr(batch, "__dict__", {}).values())
+        return dict(batch.items())
+    declared = (vars(base).get("__slots__", ()) for base in reversed(type(batch).__mro__))
+    slots = [name for names in declared for name in ([names] if isinstance(names, str) else names)]
+    return {n: getattr(batch, n) for n in slots if hasattr(batch, n) and n != "__dict__"} | getattr(
+        batch, "__dict__", {}
+    )
 
 
 def is_divisible(batch: Any) -> bool:
-    """Whether samples can be taken out of it; an object of the user's own, a graph say, is taken whole."""
-    return isinstance(batch, Tensor | Mapping | list | tuple) or is_dataclass(batch)
+    """Whether samples can be taken out of it; an object of the user's own is taken whole, and so is a graph."""
+    known = isinstance(batch, Tensor | Mapping | list | tuple) or is_dataclass(batch)
+    return known and not any(_is_one_piece(value) for value in _nested(batch))
+
+
+def is_graph(batch: Any) -> bool:
+    """Whether a graph is in it: then the rows of a layer are nodes, edges or graphs, and nothing tells which."""
+    return any(_is_graph(value) for value in _nested(batch))
+
+
+def _is_graph(value: Any) -> bool:
+    if isinstance(value, (*_LEAVES, list, tuple)):
+        return False
+    if isinstance(value, Mapping):
+        return "edge_index" in value
+    return any(_attribute(value, name) is not None for name in ("edge_index", "batch_num_nodes", "num_graphs"))
+
+
+def _is_one_piece(value: Any) -> bool:
+    odd_tensor = isinstance(value, Tensor) and (value.is_nested or value.layout != torch.strided)
+    return odd_tensor or isinstance(value, PackedSequence) or _is_graph(value)
+
+
+def _nested(batch: Any, above: tuple[int, ...] = ()) -> Iterator[Any]:
+    """The batch and all that is in it, from the outside to the inside, in order."""
+    if id(batch) in above:  # an object that is reachable from itself
+        return
+    yield batch
+    for part in parts(batch):
+        yield from _nested(part, (*above, id(batch)))
+
+
+def _attribute(value: Any, name: str) -> Any:
+    try:
+        return getattr(value, name, None)
+    except Exception:  # noqa: BLE001 (a property of the user's own, which may raise anything)
+        return None
 
 
 def is_list_of_samples(batch: Any) -> bool:
@@ -37,30 +83,82 @@ def is_list_of_samples(batch: Any) -> bool:
 
 def tensors_of(batch: Any) -> list[Tensor]:
     """All tensors of a nested batch, in order."""
-    if isinstance(batch, Tensor):
-        return [batch]
-    return [t for part in parts(batch) for t in tensors_of(part)]
+    return [value for value in _nested(batch) if isinstance(value, Tensor)]
 
 
 def batch_size_of(batch: Any) -> int:
-    """Length of the first axis of the first tensor, or of a list of records.
+    """How many samples there are.
+
+    As many as the batch says itself (graphs, packed sequences, objects with a length), or as a list has records or
+    tensors of several sizes; else the length of the first axis of the first tensor.
 
     Raises:
-        MeasurementError: If the batch has no tensor with an axis.
+        MeasurementError: If nothing in it tells.
 
     Example:
         >>> batch_size_of({"image": torch.zeros(4, 3), "name": ["a", "b", "c", "d"]})
         4
+        >>> batch_size_of(([torch.zeros(3, 8, 8), torch.zeros(3, 6, 9)], torch.tensor([1, 0])))
+        2
     """
-    if is_list_of_samples(batch):
-        return len(batch)
-    size = next((len(t) for t in tensors_of(batch) if t.ndim), None)
+    size = _size_of(batch)
+    if size is None:
+        size = next((len(value) for value in _nested(batch) if isinstance(value, np.ndarray) and value.ndim), None)
     if size is None:
         raise MeasurementError(
             f"batch of type {type(batch).__name__}: found no tensor that tells how many samples it has; "
             "make it a tuple, dict, dataclass or an object with tensors as attributes"
         )
     return size
+
+
+def _size_of(batch: Any, *, is_inside: bool = False) -> int | None:
+    if isinstance(batch, Tensor):
+        return batch.size(0) if batch.ndim else None
+    if is_list_of_samples(batch):
+        return len(batch)
+    declared = _declared_size(batch)
+    if declared is not None:
+        return declared
+    inside = parts(batch)
+    if isinstance(batch, list | tuple) and is_inside and len({t.shape[:1] for t in _alike(batch)}) > 1:
+        return len(batch)
+    for part in inside:  # records and tensors of several sizes beside something with one entry for each
+        entries = isinstance(part, list | tuple) and len(part)
+        others = [len(o) for o in inside if (o is not part and isinstance(o, list | tuple)) or _has_rows(o)]
+        if entries and entries in others and len({t.shape for t in _alike(part)}) > 1:
+            return entries
+        if entries and isinstance(part, tuple) and is_list_of_samples(list(part)):
+            return entries
+    return next((s for part in inside if (s := _size_of(part, is_inside=True)) is not None), None)
+
+
+def _has_rows(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0
+
+
+def _alike(entries: Sequence[Any]) -> list[Tensor]:
+    """The entries, if they are tensors of one type and number of axes."""
+    kinds = {(t.ndim, t.dtype) if _has_rows(t) else None for t in entries}
+    return list(entries) if len(kinds) == 1 and None not in kinds else []
+
+
+def _declared_size(batch: Any) -> int | None:
+    """What an object says of itself."""
+    if isinstance(batch, PackedSequence):
+        return int(batch.batch_sizes[0])
+    if isinstance(batch, (*_LEAVES, list, tuple)):
+        return None
+    get = batch.get if _is_graph(batch) and isinstance(batch, Mapping) else lambda name: _attribute(batch, name)
+    graphs, ends, size = (get(name) for name in ("num_graphs", "ptr", "batch_size"))
+    if isinstance(size, torch.Size):
+        size = size[0] if size else None
+    found = graphs if graphs is not None else len(ends) - 1 if isinstance(ends, Tensor) and ends.ndim else size
+    if isinstance(found, int) and not isinstance(found, bool):
+        return found
+    # The length of a single graph of some packages is that of the list of its attributes.
+    own = hasattr(type(batch), "__len__") and not isinstance(batch, Mapping) and _attribute(batch, "num_nodes") is None
+    return len(batch) if own and tensors_of(batch) else None
 
 
 def targets_of(batch: Any) -> Int[Tensor, " batch"] | None:
@@ -92,6 +190,10 @@ def rows_of(batch: Any, index: Tensor, size: int) -> Any:
     """
     if isinstance(batch, Tensor):
         return batch[index.to(batch.device)] if batch.ndim and len(batch) == size else batch
+    if isinstance(batch, np.ndarray):
+        return batch[index.cpu().numpy()] if batch.ndim and len(batch) == size else batch
+    if _is_tensor_collection(batch):
+        return batch[index.to(batch.device)] if batch.device is not None else batch[index]
     if isinstance(batch, list | tuple) and not hasattr(batch, "_fields") and _per_sample(batch, size):
         return type(batch)(batch[i] for i in index.tolist())
     return rebuilt(batch, lambda part: rows_of(part, index, size))
@@ -99,25 +201,68 @@ def rows_of(batch: Any, index: Tensor, size: int) -> Any:
 
 def map_tensors(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """The same batch with ``function`` applied to each tensor."""
-    return function(batch) if isinstance(batch, Tensor) else rebuilt(batch, lambda part: map_tensors(part, function))
+    try:
+        return _mapped(batch, function)
+    except RecursionError:  # an object that is reachable from itself
+        return copy.deepcopy(batch, {id(t): function(t) for t in tensors_of(batch)})
+
+
+def _mapped(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    return function(batch) if isinstance(batch, Tensor) else rebuilt(batch, lambda part: _mapped(part, function))
 
 
 def rebuilt(batch: Any, change: Callable[[Any], Any]) -> Any:
     """A container of the same kind with each of its parts changed; anything else as it is."""
-    if isinstance(batch, Mapping):
-        values = {key: change(value) for key, value in batch.items()}
-        return values if type(batch) is dict else type(batch)(values)  # type: ignore[call-arg]
-    if is_dataclass(batch) and not isinstance(batch, type):
-        return replace(batch, **{f.name: change(getattr(batch, f.name)) for f in fields(batch) if f.init})
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*map(change, batch))
+    if isinstance(batch, _LEAVES):
+        return batch
+    if isinstance(batch, PackedSequence):  # which wants the lengths on the CPU
+        data, lengths, *order = batch
+        return PackedSequence(change(data), lengths, *(None if t is None else change(t) for t in order))
+    if _is_tensor_collection(batch):
+        return batch.apply(change)
     if isinstance(batch, list | tuple):
-        return type(batch)(map(change, batch))
-    if tensors_of(batch):  # an object of the user's own
-        batch = copy.copy(batch)
-        for name, value in vars(batch).items():
-            setattr(batch, name, change(value))
-    return batch
+        return _with(batch, list(map(change, batch)))
+    known = isinstance(batch, Mapping) or is_dataclass(batch)
+    if not known and not tensors_of(batch):
+        return batch
+    return _with(batch, {key: change(value) for key, value in _entries(batch).items()})
+
+
+def _is_tensor_collection(batch: Any) -> bool:
+    """Whether it is a mapping or dataclass of tensors with common first axes that indexes and maps itself."""
+    if isinstance(batch, (*_LEAVES, list, tuple)) or type(batch) is dict:
+        return False
+    return isinstance(_attribute(batch, "batch_size"), torch.Size) and callable(_attribute(batch, "apply"))
+
+
+def _with(batch: Any, values: Any) -> Any:
+    """A container of the same kind with other contents; what cannot be made anew is taken as it is."""
+    kind = type(batch)
+    if kind in (dict, list, tuple):
+        return kind(values)
+    try:
+        if isinstance(batch, list | tuple):
+            return kind(*values) if hasattr(batch, "_fields") else kind(values)
+        if hasattr(kind, "__deepcopy__") and not isinstance(batch, Mapping):  # it knows what else belongs to a copy
+            return copy.deepcopy(batch, {id(old): new for old, new in zip(parts(batch), values.values(), strict=True)})
+        made = copy.copy(batch)
+        for key, value in values.items():
+            if isinstance(batch, Mapping):
+                made[key] = value
+            elif key in getattr(made, "__dict__", {}):
+                vars(made)[key] = value
+            else:
+                object.__setattr__(made, key, value)  # also where it is frozen
+    except Exception:  # noqa: BLE001 (whatever a class of the user's own does not allow)
+        return _by_its_constructor(batch, values)
+    return made
+
+
+def _by_its_constructor(batch: Any, values: Any) -> Any:
+    try:
+        return type(batch)(values) if isinstance(batch, Mapping) else batch  # type: ignore[call-arg]
+    except Exception:  # noqa: BLE001
+        return batch
 
 
 def _per_sample(entries: Sequence[Any], size: int) -> bool:
@@ -140,8 +285,31 @@ def inputs_of(batch: Any) -> Any:
 
 
 def form_of(batch: Any) -> tuple[Any, ...]:
-    """What two batches must share to be joined: the shape of a sample and type of each tensor."""
-    return tuple((t.shape[1:], t.dtype, t.device) for t in tensors_of(batch))
+    """What batches must share to be joined: the shape of a sample and type of each tensor, and all that is no sample's.
+
+    A tensor that is not per sample (a scale, a matrix, a graph) is shared by nothing but itself.
+
+    Example:
+        >>> x, scales = torch.zeros(4, 2), torch.ones(3)
+        >>> form_of((x, 0.1)) == form_of((x[:3], 0.1)), form_of((x, 0.1)) == form_of((x, 0.2))
+        (True, False)
+        >>> form_of((x, scales)) == form_of((x, scales)), form_of((x, scales)) == form_of((x, scales.clone()))
+        (True, False)
+    """
+    return _form(batch, batch_size_of(batch))
+
+
+def _form(part: Any, size: int) -> tuple[Any, ...]:
+    if isinstance(part, Tensor) and part.ndim and part.size(0) == size and not _is_one_piece(part):
+        return part.shape[1:], part.dtype, part.device
+    if isinstance(part, bool | int | float | str | None):
+        return type(part), part
+    if isinstance(part, list | tuple):
+        entries = not hasattr(part, "_fields") and _per_sample(part, size)
+        return (type(part), "entries") if entries else (type(part), *(_form(p, size) for p in part))
+    if (isinstance(part, Mapping) or is_dataclass(part)) and not _is_one_piece(part):
+        return type(part), *((key, _form(value, size)) for key, value in _entries(part).items())
+    return "alone", id(part)
 
 
 def join(batches: Sequence[Any], sizes: Sequence[int]) -> Any:
@@ -163,16 +331,11 @@ def join(batches: Sequence[Any], sizes: Sequence[int]) -> Any:
     if isinstance(first, Tensor):
         per_sample = all(b.ndim and len(b) == n for b, n in zip(batches, sizes, strict=True))
         return torch.cat(list(batches)) if per_sample else first
-    if isinstance(first, Mapping):
-        values = {key: join([b[key] for b in batches], sizes) for key in first}
-        return values if type(first) is dict else type(first)(values)  # type: ignore[call-arg]
-    if is_dataclass(first) and not isinstance(first, type):
-        inner = {f.name: join([getattr(b, f.name) for b in batches], sizes) for f in fields(first) if f.init}
-        return replace(first, **inner)
-    if isinstance(first, tuple) and hasattr(first, "_fields"):
-        return type(first)(*(join(column, sizes) for column in zip(*batches, strict=True)))
     if isinstance(first, list | tuple):
-        if all(_per_sample(b, n) for b, n in zip(batches, sizes, strict=True)):
+        if not hasattr(first, "_fields") and all(_per_sample(b, n) for b, n in zip(batches, sizes, strict=True)):
             return type(first)(entry for b in batches for entry in b)
-        return type(first)(join(column, sizes) for column in zip(*batches, strict=True))
+        return _with(first, [join(column, sizes) for column in zip(*batches, strict=True)])
+    if isinstance(first, Mapping) or is_dataclass(first):
+        columns = [_entries(batch) for batch in batches]
+        return _with(first, {key: join([column[key] for column in columns], sizes) for key in columns[0]})
     return first

@@ -1,19 +1,79 @@
-"""Whether a batch may be run in parts: not where samples depend on one another."""
+"""Whether a batch may be run in parts, or joined to others: not where samples depend on one another."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_neurons.network.batches import batch_size_of
+from lightning_neurons.network.batches import batch_size_of, is_divisible, rows_of, targets_of
+from lightning_neurons.network.isolate import eager
 from lightning_neurons.network.trees import tensors_in
 from lightning_neurons.studies.outcomes import Outcomes
 
 _ALIKE = 1e-5
 
+_TRIES = 4
+
 Result = tuple[Tensor, list[Any]]
+
+
+class Independence:
+    """Finds out whether samples may be run in other company than their batch's, on the first batches that can tell.
+
+    The loss of a batch, summed over samples, has to be that of two parts of it that are as different as possible. It is
+    not where samples are compared with one another, weighted by class, averaged by tokens, or where a batch holds one
+    bag of instances or a graph. As long as it has not been shown, batches have to stay as they are.
+    """
+
+    def __init__(self) -> None:
+        self._is_shown: bool | None = None
+        self._tries = 0
+
+    def shown(
+        self, loss_of: Callable[[Any], Tensor], batch: Any, isolated: Callable[[], AbstractContextManager[None]]
+    ) -> bool:
+        """Whether it has been shown, by this batch or one before.
+
+        Args:
+            loss_of: From a batch to its loss, summed over samples.
+            batch: The batch.
+            isolated: What leaves the model as it was.
+        """
+        if self._is_shown is None and self._tries < _TRIES:
+            self._tries += 1
+            with isolated():
+                self._is_shown = _is_sum_of_parts(loss_of, batch)
+        return is_divisible(batch) and bool(self._is_shown)
+
+
+def _is_sum_of_parts(loss_of: Callable[[Any], Tensor], batch: Any) -> bool | None:
+    """Whether the loss of a batch is that of two parts of it; None if this batch cannot tell."""
+    size, targets = batch_size_of(batch), targets_of(batch)
+    if size < 2 or not is_divisible(batch):
+        return None
+    if targets is None:
+        rows = torch.arange(size)
+        some, others = rows[::3], rows[rows % 3 != 0]  # neither halves nor pairs stay together
+    elif (targets == targets[0]).all():
+        return None  # weights of classes would not show
+    else:
+        some, others = targets.argsort(stable=True).cpu().tensor_split([-(-size // 3)])
+    three = [batch, rows_of(batch, some, size), rows_of(batch, others, size)]
+    for gradients in (False, True):  # some losses take gradients of their own
+        try:
+            with torch.inference_mode(False), torch.set_grad_enabled(gradients), eager():
+                whole, *pieces = (float(loss_of(one)) for one in three)
+            break
+        except Exception:  # noqa: BLE001 (whatever a step does with fewer samples, or other ones)
+            continue
+    else:
+        return False
+    if not math.isfinite(whole) or whole == 0:
+        return None
+    return math.isclose(whole, sum(pieces), rel_tol=_ALIKE, abs_tol=_ALIKE * size)
 
 
 def divides(outcomes: Outcomes, batch: Any, parts: Sequence[Any], results: Sequence[Result]) -> bool:

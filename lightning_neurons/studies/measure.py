@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from lightning_neurons.criteria import ACTIVATION_CRITERIA, GRADIENT_CRITERIA, Criterion
 from lightning_neurons.criteria.ranking import Normalization
 from lightning_neurons.errors import ArgumentError, MeasurementError
-from lightning_neurons.network.batches import batch_size_of, inputs_of
+from lightning_neurons.network.batches import batch_size_of, inputs_of, is_graph
 from lightning_neurons.network.isolate import isolated
 from lightning_neurons.network.layer import Pattern, candidates
 from lightning_neurons.network.neurons import call
 from lightning_neurons.results.neuron_report import NeuronReport
+from lightning_neurons.studies.dividing import Independence
 from lightning_neurons.studies.given import check_batches, given_model
 from lightning_neurons.studies.losses import LossReduction, fgsm, sampled_label_loss, summed
 from lightning_neurons.studies.measurement import Measurement
@@ -127,15 +128,16 @@ def collect(
         loss_fn: See ``measure``.
         run: How the model is run where no loss is needed.
     """
-    passes, seen = Passes(measurement.model, [measurement]), 0
+    passes, seen, independence = Passes(measurement.model, [measurement]), 0, Independence()
     for index, batch in enumerate(batches):
         seen += batch_size_of(batch)
-        _one_batch(passes, measurement, settings, loss_fn, run, batch, index)
+        _one_batch(passes, independence, measurement, settings, loss_fn, run, batch, index)
     return seen
 
 
 def _one_batch(
     passes: Passes,
+    independence: Independence,
     measurement: Measurement,
     settings: MeasurementSettings,
     loss_fn: LossFunction | None,
@@ -154,8 +156,12 @@ def _one_batch(
 
     if passes.known is None:
         passes.find(forward if loss_fn is None else loss_of, batch)
-    for number, part in enumerate(passes.parts(batch) if loss_fn is not None else [batch]):
-        measurement.start_batch(batch_size_of(part), settings.targets(part) if settings.by_class else None)
+    parts = [batch] if loss_fn is None else list(passes.parts(batch))
+    if len(parts) > 1 and not independence.shown(loss_of, batch, partial(isolated, model)):
+        parts = [batch]
+    for number, part in enumerate(parts):
+        size = None if is_graph(part) else batch_size_of(part)
+        measurement.start_batch(size, settings.targets(part) if settings.by_class else None)
         clean, fgsm_too = part, settings.inputs == "fgsm" and loss_fn is not None
         if fgsm_too:
             part = fgsm(model, loss_of, part, settings.eps)

@@ -45,6 +45,7 @@ class Measurement:
         device: torch.device | None = None,
     ) -> None:
         self.model, self.criteria, self.per_class = model, tuple(criteria), per_class
+        self.chosen = layers
         self.modules = candidates(model, layers)
         require_materialized(model)
         self.layers: dict[str, Layer] = {}
@@ -61,6 +62,15 @@ class Measurement:
     def needs(self) -> frozenset[Need]:
         """The kinds of pass that the criteria take."""
         return frozenset(need for c in self.criteria for need in c.needs)
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether any criterion takes more than a forward."""
+        return bool(self.needs - {"activation"})
+
+    def leave_out_gradients(self) -> None:
+        """Report only what needs no gradients."""
+        self.criteria = tuple(c for c in self.criteria if not c.needs - {"activation"})
 
     def start_batch(self, batch_size: int | None, targets: Tensor | None) -> None:
         """Say how many samples are coming and, if known, what they are."""
@@ -118,9 +128,9 @@ class Measurement:
         if "weight" in self.needs:  # they may have been exchanged since the layers were described
             self.metric.traits |= {n: traits_of(self.layers[n], self.model) for n in self.metric.traits}
         self.metric.cpu()
-        computed = self.metric.scores()
-        ran = [name for name in self.modules if name in self.metric.traits]
         kinds = {c.name: c.kind for c in self.criteria}
+        computed = {name: by_layer for name, by_layer in self.metric.scores().items() if name in kinds}
+        ran = [name for name in self.modules if name in self.metric.traits]
         classes = range(len(self.metric.totals)) if self.per_class else range(0)
         return NeuronReport(
             layers=tuple(self.layers[n] for n in self.modules if n in self.layers),
@@ -135,7 +145,7 @@ class Measurement:
             },
             counts={name: self._counts(name) for name in ran},
             class_counts=tuple(self._class_count(k) for k in classes),
-            refused={name: dict(reasons) for name, reasons in self.metric.refused.items() if reasons},
+            refused={n: dict(reasons) for n, reasons in self.metric.refused.items() if reasons and n in kinds},
             settings={
                 **settings,
                 "main_criterion": main_criterion(self.criteria),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_neurons.criteria.contract import Need
 from lightning_neurons.errors import MeasurementError
-from lightning_neurons.network.batches import batch_size_of, rows_of, tensors_of
+from lightning_neurons.network.batches import batch_size_of, is_divisible, rows_of, tensors_of
 from lightning_neurons.network.families import family_of
 from lightning_neurons.network.fastpath import fast_modules
 from lightning_neurons.network.hooked import HookedMode
@@ -194,13 +194,14 @@ class Passes:
         """The batch in parts whose activations stay in a CPU's cache; whole on other devices.
 
         Backward passes of large batches are bound by memory: parts take three quarters of the time and a fraction of
-        the memory, and because losses are sums over samples, the result is the same.
+        the memory, and where losses are sums over samples, the result is the same; the caller has to know.
         """
         size = batch_size_of(batch)
         largest = self.known.bytes_per_sample if self.known else 0
         part = max(_SMALLEST_PART, _CACHED_BYTES // max(largest, 1))
         on_cpu = all(t.device.type == "cpu" for t in tensors_of(batch))
-        if not on_cpu or part >= size or any(t.ndim and len(t) != size for t in tensors_of(batch)):
+        whole = not on_cpu or part >= size or not is_divisible(batch)
+        if whole or any(t.ndim and len(t) != size for t in tensors_of(batch)):
             yield batch
             return
         for rows in torch.arange(size).chunk(-(-size // part)):
@@ -211,9 +212,11 @@ class Passes:
 
         Without gradients, unless the forward takes some of its own.
         """
-        size = batch_size_of(batch)
-        few = rows_of(batch, torch.arange(min(_FEW, size)), size)
-        ways = [(few, min(_FEW, size), False), (few, min(_FEW, size), True), (batch, None, False), (batch, None, True)]
+        ways: list[tuple[Any, int | None, bool]] = [(batch, None, False), (batch, None, True)]
+        if is_divisible(batch):
+            size = batch_size_of(batch)
+            few = rows_of(batch, torch.arange(min(_FEW, size)), size)
+            ways = [(few, min(_FEW, size), False), (few, min(_FEW, size), True), *ways]
         with kept_gradients(self.model), direct_checkpoints():
             for part, samples, gradients in ways:
                 try:

@@ -57,6 +57,7 @@ def screen(
     layers: Sequence[Pattern] | None = None,
     ends: int | None = 16,
     replacement: Replacement = "zero",
+    may_mix: bool = True,
 ) -> Screening:
     """Screen and measure. Isolate the model around it, in evaluation mode.
 
@@ -70,11 +71,12 @@ def screen(
         layers: None for all but those that make the output; or patterns.
         ends: How many neurons are measured at each end of the ranking; None measures all.
         replacement: What takes the place of a neuron.
+        may_mix: Whether samples may be run in other company than their batch's.
 
     Raises:
         MeasurementError: If there are too few samples for two halves, or no layer runs.
     """
-    first, second = halves(batches)
+    first, second = halves(batches, may_mix=may_mix)
     settings = MeasurementSettings.checked(
         criteria=[criterion], layers=layers, per_class=False, threshold=0.01, relative_threshold=True,
         normalize="none", inputs="clean", eps=0.0, loss_reduction=loss_reduction,
@@ -106,14 +108,18 @@ def screen(
         return Screening(whole, found_agreement, criterion.name, report)
 
 
-def halves(batches: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+def halves(batches: Sequence[Any], *, may_mix: bool = True) -> tuple[list[Any], list[Any]]:
     """Every second sample, and the others, in small batches; whole batches in turn where they cannot be divided.
+
+    Args:
+        batches: The data.
+        may_mix: Whether samples may be run in other company than their batch's.
 
     Raises:
         MeasurementError: If there are fewer than two samples.
     """
     sizes = [batch_size_of(batch) for batch in batches]
-    if not all(is_divisible(b) and form_of(b) == form_of(batches[0]) for b in batches):
+    if not may_mix or not all(is_divisible(b) and form_of(b) == form_of(batches[0]) for b in batches):
         first, second = list(batches[::2]), list(batches[1::2])
     else:
         whole, total = join(batches, sizes), sum(sizes)

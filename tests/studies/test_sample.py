@@ -18,7 +18,7 @@ def stream(classes: Tensor, batch_size: int, width: int = 2):
 def picked(sample: StratifiedSample, batches, *, targets: bool = True) -> list[int]:
     """The places of all samples that are handed out, in order."""
     ready = [part for batch in batches for part in sample.add(batch, batch[1] if targets else None)]
-    places = [int(place) for x, _ in [*ready, *sample.rest()] for place in x[:, 0]]
+    places = [int(place) for one in [*ready, *sample.rest()] for place in one.batch[0][:, 0]]
     assert sample.rest() == []
     assert len(places) == sample.picked
     return places
@@ -85,7 +85,7 @@ def test_of_a_stream_of_unknown_length_the_first_samples_are_taken(targets):
 
 def test_picks_are_collected_and_handed_out_in_batches_of_a_useful_size():
     sample = StratifiedSample(64, 640, least=16)
-    sizes = [len(part[0]) for batch in stream(torch.arange(640) % 4, 10) for part in sample.add(batch, batch[1])]
+    sizes = [len(part.batch[0]) for batch in stream(torch.arange(640) % 4, 10) for part in sample.add(batch, batch[1])]
     assert sizes == [16, 16, 16, 16]
 
 
@@ -93,8 +93,8 @@ def test_batches_of_different_token_lengths_are_never_joined():
     sample, lengths = StratifiedSample(100, 24, least=8), []
     for width in (5, 5, 3, 7, 7, 7):
         batch = torch.zeros(4, width), torch.arange(4)
-        lengths += [part[0].shape for part in sample.add(batch, batch[1])]
-    lengths += [part[0].shape for part in sample.rest()]
+        lengths += [part.batch[0].shape for part in sample.add(batch, batch[1])]
+    lengths += [part.batch[0].shape for part in sample.rest()]
     assert [tuple(shape) for shape in lengths] == [(8, 5), (4, 3), (8, 7), (4, 7)]
 
 
