@@ -124,8 +124,12 @@ class WhatIf:
         """Whether a batch has the loss and the outputs of its parts; found out on the first batch."""
         if self._divides is None:
             with torch.inference_mode(False), torch.no_grad(), eager(), isolated(self.model):
-                results = [self._run(normal_tensors(one)) for one in (batch, *parts)]
-            self._divides = divides(self.outcomes, batch, parts, results)
+                whole = self._run(normal_tensors(batch))
+                try:
+                    results = [whole, *(self._run(normal_tensors(one)) for one in parts)]
+                    self._divides = divides(self.outcomes, batch, parts, results)
+                except Exception:  # noqa: BLE001 (whatever a model raises on other samples than it expects)
+                    self._divides = False
         return self._divides
 
     def on(self, batch: Any) -> "BatchWhatIf":

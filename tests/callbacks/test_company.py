@@ -1,0 +1,176 @@
+"""Samples whose loss depends on their batch are run again in the batch that they came in, and in no other."""
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L  # noqa: N812
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_neurons import NeuronAblationCallback, NeuronSensitivityCallback, measure
+from tests.callbacks.modules import trainer_of
+
+WEIGHTS = torch.tensor([1.0, 5.0, 0.2])
+
+
+class Small(L.LightningModule):
+    """One hidden layer, and a loss of the test's own."""
+
+    def __init__(self, loss: Callable[[Any, Any], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last, self._loss = nn.Linear(6, 5), nn.Linear(5, 3), loss
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(self.first(x)))
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self._loss(self, batch)
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def labels(size: int, seed: int) -> Tensor:
+    return torch.randint(0, 3, (size,), generator=torch.Generator().manual_seed(seed))
+
+
+def weighted(module: Any, batch: Any) -> Tensor:
+    return F.cross_entropy(module(batch[0]), batch[1], WEIGHTS)
+
+
+def contrastive(module: Any, batch: Any) -> Tensor:
+    z = F.normalize(torch.cat([module(batch[0]), module(batch[0] + 0.1)]))
+    alike = (z @ z.t() / 0.2).fill_diagonal_(-1e9)
+    half = len(batch[0])
+    return F.cross_entropy(alike, torch.arange(2 * half).roll(half))
+
+
+def by_tokens(module: Any, batch: Any) -> Tensor:
+    mask = torch.arange(4) < batch["length"][:, None]
+    return (module(batch["x"]).square().mean(-1) * mask).sum() / mask.sum()
+
+
+def scaled(module: Any, batch: Any) -> Tensor:
+    return F.cross_entropy(module(batch["x"] * batch["scale"]), batch["y"])
+
+
+def graph(module: Any, batch: Any) -> Tensor:
+    hidden = torch.relu(module.first(batch["adjacency"] @ batch["x"]))
+    return F.cross_entropy(module.last(batch["adjacency"] @ hidden), batch["y"])
+
+
+def bag(module: Any, batch: Any) -> Tensor:
+    instances, label = batch[0].squeeze(0), batch[1].reshape(-1)
+    hidden = torch.relu(module.first(instances)).flatten(0, -2).mean(0)
+    return F.cross_entropy(module.last(hidden)[None].expand(len(label), -1), label)
+
+
+def pairs(size: int, count: int) -> list[Any]:
+    return [(drawn(size, 6, seed=i), labels(size, i)) for i in range(count)]
+
+
+CASES = {
+    "weights of classes": (weighted, pairs(8, 4)),
+    "weights of classes, sorted": (weighted, [(drawn(8, 6, seed=i), torch.full((8,), i // 2)) for i in range(5)]),
+    "contrastive": (contrastive, pairs(8, 4)),
+    "tokens": (by_tokens, [{"x": drawn(8, 4, 6, seed=i), "length": torch.arange(8) % (i + 2) + 1} for i in range(3)]),
+    "a number for each batch": (scaled, [{"x": x, "y": y, "scale": 2.0**i} for i, (x, y) in enumerate(pairs(4, 4))]),
+    "a tensor for each batch": (
+        scaled,
+        [{"x": x, "y": y, "scale": torch.tensor(2.0**i)} for i, (x, y) in enumerate(pairs(4, 4))],
+    ),
+    "graphs": (
+        graph,
+        [{"x": x, "y": y, "adjacency": drawn(6, 6, seed=9 + i).softmax(1)} for i, (x, y) in enumerate(pairs(6, 3))],
+    ),
+    "one bag a batch": (bag, [(drawn(1, 5, 6, seed=i), labels(1, i)) for i in range(6)]),
+    "two bags a batch": (bag, [(drawn(2, 5, 6, seed=i), labels(2, i)) for i in range(4)]),
+}
+
+
+def half_squares(module: Any, loss: Callable[[Any, Any], Tensor], data: list[Any], sizes: list[int]) -> Tensor:
+    """Fisher of the first layer by its definition, a whole batch at a time; space is summed within a sample."""
+    sums = torch.zeros(5, dtype=torch.float64)
+    for batch, size in zip(data, sizes, strict=True):
+        kept: list[Tensor] = []
+
+        def keep(layer: nn.Module, inputs: Any, output: Tensor, kept: list[Tensor] = kept) -> None:
+            output.retain_grad()
+            kept.append(output)
+
+        handle = module.first.register_forward_hook(keep)
+        (loss(module, batch) * size).backward()
+        handle.remove()
+        # ReLU's value times its gradient is that in front of it; several calls and positions belong to one sample.
+        products = sum((output * output.grad).double().reshape(size, -1, 5).sum(1) for output in kept)
+        sums += products.square().sum(0) / 2
+    return sums / sum(sizes)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_sensitivity_is_that_of_the_batches_as_they_came(case):
+    loss, data = CASES[case]
+    module, callback = Small(loss), NeuronSensitivityCallback(criteria=["fisher"], max_figures=0)
+    trainer_of([callback]).validate(module, DataLoader(data, batch_size=None), verbose=False)
+    sizes = [len(batch[0] if isinstance(batch, tuple) else batch["x"]) for batch in data]
+    expected = half_squares(module, loss, data, sizes)
+    torch.testing.assert_close(callback.report.scores["fisher"]["first"], expected, rtol=1e-4, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_measure_and_ablation_take_whole_batches_as_well(case, monkeypatch):
+    loss, data = CASES[case]
+    module = Small(loss)
+    whole = measure(module, data, loss_fn=loss, criteria=["fisher"]).scores["fisher"]["first"]
+    monkeypatch.setattr("lightning_neurons.studies.passes._CACHED_BYTES", 1)
+    monkeypatch.setattr("lightning_neurons.studies.passes._SMALLEST_PART", 1)
+    found = measure(module, data, loss_fn=loss, criteria=["fisher"]).scores["fisher"]["first"]
+    torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-12)
+    callback = NeuronAblationCallback(ends=None)
+    trainer_of([callback]).validate(module, DataLoader(data, batch_size=None), verbose=False)
+    with torch.no_grad():
+        sizes = torch.tensor([float(len(b[0] if isinstance(b, tuple) else b["x"])) for b in data])
+        losses = torch.stack([loss(module, batch) for batch in data])
+    assert callback.ablation.loss == pytest.approx(float((losses * sizes).sum() / sizes.sum()), rel=1e-5)
+
+
+def test_a_bounded_sample_of_dependent_samples_is_whole_batches_spread_over_the_data():
+    data = [(torch.full((8, 6), float(i)), labels(8, i)) for i in range(20)]
+    seen: list[tuple[float, int]] = []
+
+    def noted(module: Any, batch: Any) -> Tensor:
+        if torch.is_grad_enabled():
+            seen.append((float(batch[0][0, 0]), len(batch[0])))
+        return weighted(module, batch)
+
+    for bound, batches in ((40, 5), (3, 1), (47, 5)):
+        seen.clear()
+        callback = NeuronSensitivityCallback(max_samples=bound, max_figures=0)
+        sized = DataLoader(torch.utils.data.ConcatDataset([list(zip(*one, strict=True)) for one in data]), 8)
+        trainer_of([callback]).validate(Small(noted), sized, verbose=False)
+        assert [size for _, size in seen] == [8] * batches
+        assert callback.report.counts["first"].gradient_samples.tolist() == [8 * batches] * 5
+        assert "whole batches" in callback.report.notes[0]
+        if batches > 1:
+            assert seen[-1][0] >= 13
+
+
+def test_samples_that_stand_alone_are_still_picked_joined_and_divided():
+    seen: list[int] = []
+
+    def noted(module: Any, batch: Any) -> Tensor:
+        if torch.is_grad_enabled():
+            seen.append(len(batch[0]))
+        return F.cross_entropy(module(batch[0]), batch[1])
+
+    data = torch.utils.data.TensorDataset(drawn(160, 6), labels(160, 0))
+    callback = NeuronSensitivityCallback(max_samples=40, max_figures=0)
+    trainer_of([callback]).validate(Small(noted), DataLoader(data, 8), verbose=False)
+    assert sum(seen) == 40
+    assert max(seen) > 8
+    assert "stratified over 3 classes" in callback.report.notes[0]
