@@ -61,11 +61,11 @@ def _is_sum_of_parts(loss_of: Callable[[Any], Tensor], batch: Any) -> bool | Non
         return None  # weights of classes would not show
     else:
         some, others = targets.argsort(stable=True).cpu().tensor_split([-(-size // 3)])
-    three = [batch, rows_of(batch, some, size), rows_of(batch, others, size)]
     for gradients in (False, True):  # some losses take gradients of their own
         try:
             with torch.inference_mode(False), torch.set_grad_enabled(gradients), eager():
-                whole, *pieces = (float(loss_of(one)) for one in three)
+                three = [batch, rows_of(batch, some, size), rows_of(batch, others, size)]
+                whole, *pieces = (float(loss_of(one).detach()) for one in three)
             break
         except Exception:  # noqa: BLE001 (whatever a step does with fewer samples, or other ones)
             continue
