@@ -51,10 +51,12 @@ class Member:
         """Receiver of ``Passes``."""
         self.attempt(lambda: self.measurement.learn(layers))
 
-    def receive(self, layer: str, activation: Tensor, gradient: Tensor | None, need: Need) -> None:
+    def receive(
+        self, layer: str, activation: Tensor, gradient: Tensor | None, need: Need, inner: Tensor | None = None
+    ) -> None:
         """Receiver of ``Passes``."""
         if self.failure is None:
-            self.attempt(lambda: self.measurement.receive(layer, activation, gradient, need))
+            self.attempt(lambda: self.measurement.receive(layer, activation, gradient, need, inner))
 
     def start_batch(self, batch: Any) -> None:
         """Announce a batch to the measurement."""

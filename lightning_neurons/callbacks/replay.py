@@ -64,7 +64,8 @@ class StepReplay:
     def run(self, batch: Any) -> Any:
         """Run ``loss_fn`` or the step on a batch."""
         self.logged.clear()
-        with warnings.catch_warnings():
+        # Entering the grad mode that is on has it put back, if the step switches it.
+        with warnings.catch_warnings(), torch.set_grad_enabled(torch.is_grad_enabled()):
             warnings.simplefilter("ignore")  # they came in the first run, or come of gradients alone
             if self.loss_fn is not None:
                 return self.loss_fn(self.pl_module, batch)

@@ -60,6 +60,8 @@ class LayerView:
     Args:
         activation: Values after the normalisation, activation function and dropout that follow the layer.
         gradient: The derivative of the summed loss with respect to ``activation``.
+        inner: Where the loss is made of gradients (a penalty, forces): what these add to the derivative by a factor on
+            each value, as the factor is on their way back as well.
         rectified: Whether the activation function makes every value zero or positive, as ReLU does.
         bounds: Lower and upper bound of a saturating activation function, or None.
 
@@ -73,12 +75,14 @@ class LayerView:
         self,
         activation: Float[Tensor, "batch neuron space"],
         gradient: Float[Tensor, "batch neuron space"] | None = None,
+        inner: Float[Tensor, "batch neuron space"] | None = None,
         *,
         rectified: bool = False,
         bounds: tuple[float, float] | None = None,
     ) -> None:
         self.activation = at_least_float32(activation)
         self._gradient = None if gradient is None else at_least_float32(gradient)
+        self._inner = None if inner is None else at_least_float32(inner)
         self.rectified = rectified
         self.bounds = bounds
 
@@ -132,9 +136,9 @@ class LayerView:
 
     @cached_property
     def gate_gradient(self) -> Float[Tensor, "batch neuron"]:
-        """Sum over space of activation times gradient: the loss's derivative by a factor on the neuron."""
+        """The loss's derivative by a factor on the neuron: the sum over space of activation times gradient."""
         dot: Tensor = torch.linalg.vecdot(self.activation, self.gradient)
-        return dot
+        return dot if self._inner is None else dot + self._inner.sum(-1)
 
     @cached_property
     def gradient_squares(self) -> Float[Tensor, "batch neuron"]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
-Passed = Callable[[Tensor], None]
+Passed = Callable[[Tensor], Tensor | None]
 
 
 def gated(value: Tensor, root: Tensor, passed: Passed) -> Tensor:
@@ -16,7 +16,7 @@ def gated(value: Tensor, root: Tensor, passed: Passed) -> Tensor:
     Args:
         value: What is passed on. It need not require a gradient.
         root: A leaf that requires a gradient; a backward that asks for its gradient reaches all its gates.
-        passed: Told the gradient in every backward that comes through.
+        passed: Told the gradient in every backward that comes through; may return a factor to go on with.
 
     Returns:
         The same tensor; a copy where autograd refuses to go on with the same one.
@@ -58,6 +58,6 @@ class _Gate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        if gradients[0] is not None:
-            ctx.passed(gradients[0])
-        return gradients[0], None, None
+        gradient = gradients[0]
+        factor = None if gradient is None else ctx.passed(gradient)
+        return gradient if factor is None else gradient * factor, None, None

@@ -21,7 +21,8 @@ from lightning_neurons.network.trees import is_plain, weights_of
 from lightning_neurons.network.writes import share_memory, target_of_write
 
 Deliver = Callable[[str, Tensor], None]
-DeliverGradient = Callable[[str, Tensor, Tensor], None]
+DeliverGradient = Callable[[str, Tensor, Tensor, Tensor | None], None]
+"""Layer, activation, gradient, and what gradients that the forward took itself add to the derivative by a factor."""
 
 
 class FollowLayers(HookedMode):
@@ -134,9 +135,11 @@ class WatchGradients(FollowLayers):
     """While active, makes the forward differentiable with respect to the activations.
 
     Freeze the parameters first: a backward then costs a forward instead of two, and stores nothing for them.
-    ``backward`` hands ``(layer, activation, gradient)`` to ``deliver``, the last layer first, and lets go of each
+    ``backward`` hands ``(layer, activation, gradient, None)`` to ``deliver``, the last layer first, and lets go of each
     activation as soon as its gradient has been delivered: the whole derivative of the loss, also through gradients that
-    the forward took itself with ``create_graph=True``. An activation is copied only if a call is about to overwrite it.
+    the forward took itself with ``create_graph=True``. There, a factor on an activation acts on its way back as well;
+    what that adds to the derivative by such factors comes as the fourth value. An activation is copied only if a call
+    is about to overwrite it.
 
     Backwards of the forward's own deliver nothing and leave the graph as it is; backward hooks of modules hear of
     those alone.
@@ -166,9 +169,11 @@ class WatchGradients(FollowLayers):
     ) -> None:
         super().__init__(layers, modules)
         self._deliver, self._deliver_activation, self._is_plain = deliver, deliver_activation, is_plain
-        self._held: dict[int, Tensor] = {}
+        self._held: dict[int, tuple[str, Tensor]] = {}
+        self._late: dict[int, Tensor] = {}
+        self._factors: dict[int, Tensor] = {}
         self._root = torch.zeros((), requires_grad=True)
-        self._is_ours, self._arrived, self._delivered, self._told = False, 0, 0, told
+        self._is_ours, self._delivered, self._arrived, self._told = False, False, 0, told
         self._leaves_hooks_out = False
 
     @property
@@ -190,9 +195,9 @@ class WatchGradients(FollowLayers):
             return self._backward_of_its_own(func, args, kwargs or {})
         target = target_of_write(func, args, kwargs or {}) if self._held else None
         if target is not None:
-            for key, activation in self._held.items():
+            for key, (name, activation) in self._held.items():
                 if share_memory(activation, target):
-                    self._held[key] = activation.clone()
+                    self._held[key] = name, activation.clone()
         return super().__torch_function__(func, types, args, kwargs)
 
     def _backward_of_its_own(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -210,14 +215,21 @@ class WatchGradients(FollowLayers):
         if not torch.is_grad_enabled() or not value.is_floating_point():
             return value  # the model itself switched gradients off here
         number = self._arrived
-        self._held[number] = value.detach()
+        self._held[number] = name, value.detach()
+        return gated(value, self._root, partial(self._passed, number))
 
-        def passed(gradient: Tensor) -> None:
-            if self._is_ours:
-                self._delivered += 1
-                self._deliver(name, self._held.pop(number), gradient)
-
-        return gated(value, self._root, passed)
+    def _passed(self, number: int, gradient: Tensor) -> Tensor | None:
+        if self._is_ours and number in self._factors:
+            self._late[number] = gradient  # until all is known
+        elif self._is_ours:
+            self._delivered = True
+            name, activation = self._held.pop(number)
+            self._deliver(name, activation, gradient, None)
+        elif torch.is_grad_enabled():  # the gradient may become part of the loss
+            if number not in self._factors:
+                self._factors[number] = torch.ones_like(self._held[number][1]).requires_grad_()
+            return self._factors[number]
+        return None
 
     def backward(self, loss: Tensor) -> bool:
         """Run the backward of ``loss``, a scalar summed over the batch; no ``.grad`` is touched.
@@ -229,8 +241,15 @@ class WatchGradients(FollowLayers):
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Full backward hook is firing")  # it is not: none hears of this
-                torch.autograd.grad(loss, [self._root], allow_unused=True)
+                found = torch.autograd.grad(loss, [self._root, *self._factors.values()], allow_unused=True)
+            for number, by_factor in zip(self._factors, found[1:], strict=True):
+                gradient, (name, activation) = self._late.get(number), self._held.pop(number)
+                if gradient is not None or by_factor is not None:
+                    self._delivered = True
+                    gradient = torch.zeros_like(activation) if gradient is None else gradient
+                    self._deliver(name, activation, gradient, by_factor)
         finally:
             self._is_ours = False
-            self._held.clear()
-        return self._delivered > 0
+            for kept in (self._held, self._late, self._factors):
+                kept.clear()
+        return self._delivered

@@ -1,7 +1,7 @@
 """Running a model for the activations of a few layers, and no further than they need."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from lightning_neurons.network.batches import batch_size_of, map_tensors
 from lightning_neurons.network.isolate import differentiable, eager, frozen, isolated
 from lightning_neurons.network.layer import Layer, Link, candidates, require_materialized
 from lightning_neurons.network.neurons import call
+from lightning_neurons.network.own_gradients import RetainedGraphs, backward_hooks, direct_checkpoints
 from lightning_neurons.network.trace import Trace
 from lightning_neurons.network.watch import FollowLayers
 
@@ -83,7 +84,10 @@ class Readout:
     @contextmanager
     def open(self) -> Iterator[None]:
         """Inside, the model runs in evaluation mode, frozen and with gradients; afterwards it is as it was."""
-        with isolated(self.model), frozen(self.model), differentiable(), _kept_embeddings(self.model):
+        with (
+            isolated(self.model), frozen(self.model), differentiable(), _kept_embeddings(self.model),
+            backward_hooks(), direct_checkpoints(),
+        ):  # fmt: skip
             self.model.eval()
             yield
 
@@ -130,8 +134,11 @@ class Readout:
         return outputs, self.capture.activations
 
     def _run(self, inputs: Any) -> Any:
+        # A model that differentiates itself, such as one that gives forces, shares its graph with the backward to come.
+        shared = RetainedGraphs() if torch.is_grad_enabled() else nullcontext()
         try:
-            return self._forward(self.model, map_tensors(inputs, Tensor.clone))  # which the model may write into
+            with shared:
+                return self._forward(self.model, map_tensors(inputs, Tensor.clone))  # which the model may write into
         except Exception as error:
             shape = [tuple(t.shape) for t in inputs.values()] if isinstance(inputs, Mapping) else _shape(inputs)
             raise MeasurementError(

@@ -42,11 +42,17 @@ class GateGradients:
         """Receiver of ``Passes``."""
         self._layers = layers
 
-    def receive(self, layer: str, activation: Tensor, gradient: Tensor | None, need: Need) -> None:
+    def receive(
+        self, layer: str, activation: Tensor, gradient: Tensor | None, need: Need, inner: Tensor | None = None
+    ) -> None:
         """Receiver of ``Passes``."""
         known = self._layers[layer]
         form = known.axis, self._size, known.rows_per_sample
-        view = LayerView(samples_first(activation, *form), None if gradient is None else samples_first(gradient, *form))
+        view = LayerView(
+            samples_first(activation, *form),
+            None if gradient is None else samples_first(gradient, *form),
+            None if inner is None else samples_first(inner, *form),
+        )
         self._sums[layer] = self._sums.get(layer, 0) + view.gate_gradient
 
     def of(self, batch: Any) -> Float[Tensor, "batch neuron 2"]:

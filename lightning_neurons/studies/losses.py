@@ -34,14 +34,16 @@ def summed(loss: Tensor, reduction: LossReduction, batch_size: int) -> Tensor:
     if not isinstance(loss, Tensor):
         raise MeasurementError(f"loss_fn returned {type(loss).__name__}: expected a tensor")
     if loss.ndim == 0 and reduction != "none":
-        return loss * batch_size if reduction == "mean" else loss
+        with torch.enable_grad():  # which a step may have switched off at its end
+            return loss * batch_size if reduction == "mean" else loss
     if loss.numel() != batch_size:
         allowed = "a scalar or " if reduction != "none" else ""
         raise MeasurementError(
             f"loss_fn returned a tensor of shape {tuple(loss.shape)} for {batch_size} samples with "
             f"loss_reduction={reduction!r}: expected {allowed}one loss per sample"
         )
-    return loss.sum()
+    with torch.enable_grad():
+        return loss.sum()
 
 
 def fgsm(model: nn.Module, loss_of: Callable[[Any], Tensor], batch: Any, eps: float) -> Any:

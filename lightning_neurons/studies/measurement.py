@@ -89,12 +89,15 @@ class Measurement:
                 self.layers[name] = layer
                 self._forms[name] = layer.axis, layer.rectified, layer.bounds, layer.rows_per_sample
 
-    def receive(self, layer: str, activation: Tensor, gradient: Tensor | None, need: Need) -> None:
+    def receive(
+        self, layer: str, activation: Tensor, gradient: Tensor | None, need: Need, inner: Tensor | None = None
+    ) -> None:
         """Add one call of one layer."""
         axis, rectified, bounds, rows = self._forms[layer]
         view = LayerView(
             samples_first(activation, axis, self._batch_size, rows),
             None if gradient is None else samples_first(gradient, axis, self._batch_size, rows),
+            None if inner is None else samples_first(inner, axis, self._batch_size, rows),
             rectified=rectified,
             bounds=bounds,
         )

@@ -39,8 +39,10 @@ class Receiver(Protocol):
     def learn(self, layers: Mapping[str, Layer]) -> None:
         """Take note of what the layers are, before the first activation."""
 
-    def receive(self, layer: str, activation: Tensor, gradient: Tensor | None, need: Need) -> None:
-        """Take one call of one layer."""
+    def receive(
+        self, layer: str, activation: Tensor, gradient: Tensor | None, need: Need, inner: Tensor | None = None
+    ) -> None:
+        """Take one call of one layer; ``inner`` is given where the loss is made of gradients, see ``LayerView``."""
 
 
 @dataclass(frozen=True)
@@ -171,14 +173,14 @@ class Passes:
         return WatchGradients(
             self.known.layers,
             _modules(listening),
-            lambda name, activation, gradient: _tell(listening, name, activation, gradient, need),
+            lambda name, activation, gradient, inner: _tell(listening, name, activation, gradient, need, inner),
             (lambda name, activation: _tell(listening, name, activation, None, "activation")) if observe else None,
             is_plain=is_plain,
             told=told,
         )
 
     def _forward(self, watch: WatchGradients, loss_of: Callable[[Any], Tensor], batch: Any) -> Tensor:
-        with backward_hooks(watch.choose_hooks), watch:
+        with torch.enable_grad(), backward_hooks(watch.choose_hooks), watch:
             loss = loss_of(batch)
         self._forget(watch.unknown)
         return loss
@@ -281,7 +283,14 @@ def _modules(receivers: Sequence[Receiver]) -> dict[str, nn.Module]:
     return {name: module for r in receivers for name, module in r.modules.items()}
 
 
-def _tell(receivers: Sequence[Receiver], name: str, activation: Tensor, gradient: Tensor | None, need: Need) -> None:
+def _tell(
+    receivers: Sequence[Receiver],
+    name: str,
+    activation: Tensor,
+    gradient: Tensor | None,
+    need: Need,
+    inner: Tensor | None = None,
+) -> None:
     for receiver in receivers:
         if name in receiver.modules:
-            receiver.receive(name, activation, gradient, need)
+            receiver.receive(name, activation, gradient, need, *(() if inner is None else (inner,)))

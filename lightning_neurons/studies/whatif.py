@@ -143,10 +143,11 @@ class WhatIf:
 
     def _run(self, batch: Any) -> tuple[Tensor, list[Any]]:
         self._outputs = []
-        loss = self.loss_fn(self.model, batch)
+        with torch.set_grad_enabled(torch.is_grad_enabled() or self._passes.needs_gradients):
+            loss = self.loss_fn(self.model, batch)
         if not isinstance(loss, Tensor):
             raise MeasurementError(f"loss_fn returned {type(loss).__name__}: expected a tensor")
-        return loss, list(self._outputs)
+        return loss.detach(), list(self._outputs)
 
     def shuffle(self, samples: int) -> Tensor:
         """For each sample another one: random, none stays where it is."""

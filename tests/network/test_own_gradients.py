@@ -1,4 +1,4 @@
-"""Forwards that use autograd themselves: gradients by activations are those of the loss, as zeros added there give."""
+"""Forwards that use autograd themselves: gradients are those of the loss, as zeros and factors on activations give."""
 
 import warnings
 from functools import partial
@@ -11,6 +11,7 @@ from torch.autograd import grad
 from torch.nn.modules import module as nn_module
 from torch.utils.checkpoint import checkpoint
 
+from lightning_neurons import measure
 from lightning_neurons.errors import MeasurementError
 from lightning_neurons.studies.losses import fgsm
 from lightning_neurons.studies.passes import Passes
@@ -18,21 +19,21 @@ from tests.network.test_watch import Recorder
 
 
 class Net(nn.Module):
-    """Two branches and a body; ``by_hand`` adds a zero to every activation that can be differentiated by."""
+    """Two branches and a body; ``zeros`` collects a zero and a factor on every activation, to differentiate by."""
 
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b, self.h, self.o = nn.Linear(3, 4), nn.Linear(2, 4), nn.Linear(4, 5), nn.Linear(5, 2)
         self.act = nn.Tanh()
-        self.zeros: list[tuple[str, Tensor, Tensor]] | None = None
+        self.zeros: list[tuple[str, Tensor, Tensor, Tensor]] | None = None
         self.own = (self.a.weight,)
 
     def point(self, name: str, value: Tensor) -> Tensor:
         if self.zeros is None or not torch.is_grad_enabled() or self.a.weight is not self.own[0]:
             return value  # a run with other weights is not the network's
-        zero = torch.zeros_like(value).requires_grad_()
-        self.zeros.append((name, zero, value.detach()))
-        return value + zero
+        zero, factor = torch.zeros_like(value).requires_grad_(), torch.ones_like(value).requires_grad_()
+        self.zeros.append((name, value.detach(), zero, factor))
+        return (value + zero) * factor
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         both = self.point("a", self.act(self.a(x))) + self.point("b", F.softplus(self.b(z)))
@@ -169,18 +170,19 @@ def fresh() -> Net:
     return net
 
 
-def by_hand(loss) -> tuple[dict[str, list[tuple[Tensor, Tensor]]], Tensor | None]:
-    """Activation and gradient of each call that the loss depends on, and what the loss saw."""
+def by_hand(loss) -> tuple[dict[str, list[tuple[Tensor, Tensor, Tensor]]], Tensor | None]:
+    """Activation, gradient and derivative by factors of each call that the loss depends on; what the loss saw."""
     net = fresh()
     net.zero_grad()
     net.zeros = []
     # A checkpointed function would add its zeros again.
     value = plain(net, *data()) if isinstance(loss, partial) else loss(net, *data())
-    slopes = torch.autograd.grad(value, [zero for _, zero, _ in net.zeros], allow_unused=True)
-    found: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    for (name, _, activation), slope in zip(net.zeros, slopes, strict=True):
-        if slope is not None:
-            found.setdefault(name, []).append((activation, slope))
+    found: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
+    for name, activation, zero, factor in net.zeros:
+        slope, by_factor = grad(value, [zero, factor], retain_graph=True, allow_unused=True)
+        if by_factor is not None:
+            slope = torch.zeros_like(by_factor) if slope is None else slope
+            found.setdefault(name, []).append((activation, slope, by_factor))
     return found, getattr(net, "seen", None)
 
 
@@ -197,9 +199,10 @@ def test_gradients_are_those_of_the_returned_loss_alone(loss):
     assert set(found.gradients) == set(expected)
     for name, calls in expected.items():
         assert len(found.gradients[name]) == len(calls)
-        for (value, slope), (right_value, right_slope) in zip(found.gradients[name], calls, strict=True):
-            torch.testing.assert_close(value, right_value, rtol=0, atol=1e-12)
-            torch.testing.assert_close(slope, right_slope, rtol=0, atol=1e-10)
+        for (value, slope), by_factor, right in zip(found.gradients[name], found.by_factor[name], calls, strict=True):
+            torch.testing.assert_close(value, right[0], rtol=0, atol=1e-12)
+            torch.testing.assert_close(slope, right[1], rtol=0, atol=1e-10)
+            torch.testing.assert_close(by_factor, right[2], rtol=0, atol=1e-10)
     if seen is not None:
         torch.testing.assert_close(net.seen, seen, rtol=0, atol=1e-12)
     assert all(p.requires_grad for p in net.parameters())
@@ -237,6 +240,21 @@ def test_what_a_second_derivative_saves_of_an_activation_function_is_no_use_of_i
     Passes(net, [recorder]).differentiate(loss, x)
     ((value, slope),) = recorder.gradients["0"]
     torch.testing.assert_close(slope, 2 * value)
+
+
+def test_forces_are_ranked_by_what_a_factor_on_a_neuron_does_to_them():
+    """Of one hidden layer: a neuron's value is not in the slope, its factor is."""
+    net, x = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1)).double(), torch.randn(4, 2).double()
+
+    def loss(model: nn.Module, batch: Tensor, factor: Tensor | float = 1.0) -> Tensor:
+        x = leaf(batch)
+        energy = model(x) if isinstance(factor, float) else model[2](factor * model[1](model[0](x)))
+        return grad(energy.sum(), x, create_graph=True)[0].square().sum()
+
+    factors = torch.ones(4, 3).double().requires_grad_()
+    (expected,) = grad(loss(net, x, factors), factors)
+    report = measure(net, [x], loss_fn=loss, loss_reduction="sum", criteria=["fisher"])
+    torch.testing.assert_close(report.scores["fisher"]["0"], expected.square().mean(0) / 2)
 
 
 def hooked(kind: str, module: nn.Module, hear) -> list:
@@ -282,9 +300,9 @@ def test_backward_hooks_change_nothing_and_hear_of_no_backward_but_the_forwards_
             heard.clear()
             for name, calls in right.items():
                 assert len(recorder.gradients[name]) == len(calls)
-                for (value, slope), (right_value, right_slope) in zip(recorder.gradients[name], calls, strict=True):
-                    torch.testing.assert_close(value, right_value)
-                    torch.testing.assert_close(slope, right_slope)
+                for (value, slope), right in zip(recorder.gradients[name], calls, strict=True):
+                    torch.testing.assert_close(value, right[0])
+                    torch.testing.assert_close(slope, right[1])
     finally:
         for handle in handles:
             handle.remove()

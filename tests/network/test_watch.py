@@ -17,16 +17,18 @@ class Recorder:
         self.modules = candidates(model, layers)
         self.activations: dict[str, list[Tensor]] = {}
         self.gradients: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self.by_factor: dict[str, list[Tensor]] = {}
 
     def learn(self, layers) -> None:
         self.layers = dict(layers)
 
-    def receive(self, layer, activation, gradient, need) -> None:
+    def receive(self, layer, activation, gradient, need, inner=None) -> None:
         assert not activation.requires_grad
         if gradient is None:
             self.activations.setdefault(layer, []).append(activation.clone())
         else:
             self.gradients.setdefault(layer, []).insert(0, (activation.clone(), gradient.clone()))
+            self.by_factor.setdefault(layer, []).insert(0, activation * gradient + (0 if inner is None else inner))
 
 
 def loss_of(model: nn.Module, y: Tensor):
