@@ -4,20 +4,24 @@ What ``network/isolate.py`` does for any module, and what only Lightning has: ``
 replaced by one that does nothing, the precision of the Trainer is kept, and a compiled step is run as it was written.
 """
 
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from types import FunctionType
 from typing import Any
 
 from lightning.pytorch.loggers.logger import DummyLogger
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_neurons.callbacks.steps import LossFinder, step_arguments
 from lightning_neurons.errors import MeasurementError, NoLossError
 from lightning_neurons.network.batches import map_tensors
 from lightning_neurons.network.isolate import isolated
+from lightning_neurons.network.same_calls import DivergedError
 from lightning_neurons.studies.measure import LossFunction
 
+_FRAMEWORKS = ("torch", "lightning", "pytorch_lightning", "builtins")
 _COMPILED_STEPS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
 
 
@@ -83,8 +87,8 @@ class StepReplay:
         who = type(self.pl_module).__name__
         try:
             out = self.run(batch)
-        except NoLossError:
-            raise
+        except (NoLossError, DivergedError):
+            raise  # who diverges is run as a whole
         except Exception as error:
             if self.loss_fn is not None:
                 raise MeasurementError(
@@ -124,10 +128,23 @@ def _refuse(*args: Any, **kwargs: Any) -> Any:
 
 
 def is_compiled(module: Any) -> bool:
-    """Whether any part of the module has been compiled, so that hooks would not see its forward."""
+    """Whether something that runs in a step has been compiled: to watch it would change what it computes.
+
+    Looks at all parts of the module, and at what their classes and the files that define those can name.
+    """
     if getattr(module, "_compiler_ctx", None) is not None:
         return True
-    return any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in module.modules())
+    classes = {cls for m in module.modules() for cls in type(m).__mro__ if not cls.__module__.startswith(_FRAMEWORKS)}
+    files = {cls.__module__ for cls in classes} & sys.modules.keys()
+    places = [*module.modules(), *classes, *(sys.modules[file] for file in files)]
+    named = [value for place in places for value in list(vars(place).values())]
+    return any(map(_is_compiled, [*module.modules(), *named]))
+
+
+def _is_compiled(value: Any) -> bool:
+    if isinstance(value, nn.Module):
+        return hasattr(value, "_orig_mod") or value._compiled_call_impl is not None
+    return isinstance(value, FunctionType) and hasattr(value, "_torchdynamo_orig_callable")
 
 
 def _uncompiled(module: Any) -> dict[str, Any]:

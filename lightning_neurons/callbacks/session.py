@@ -6,7 +6,7 @@ training with it: it is dropped, and its callback says why.
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -92,7 +92,7 @@ class Session:
             return
         for member in self._alive():
             member.attempt(partial(member.start_batch, None if is_stream else batch))
-        if self._alive() and is_compiled(self.passes.model):
+        if self._alive() and self._is_compiled:
             together(self._alive(), partial(self._remember, batch, is_stream=is_stream))
         elif self._alive():
             self._stack = ExitStack()
@@ -109,11 +109,7 @@ class Session:
         again, self._again = self._again, None
         picked, self._picked = self._picked, []
         if stack is not None:
-            try:
-                stack.close()
-            except Exception as error:  # noqa: BLE001 (what could not be watched ends the measurement, not the run)
-                for member in self._alive():
-                    member.failure = error
+            stack.close()
         elif again is not None:
             self._observe_again(again, batch_idx, dataloader_idx)
         if self.source == "val":
@@ -161,6 +157,10 @@ class Session:
 
         gradients_together(group, pick, all_rests_on_it=self.source == "train")
         self._picked.append((group, picked))
+
+    @cached_property
+    def _is_compiled(self) -> bool:
+        return is_compiled(self.passes.model)
 
     def _alive(self) -> list[Member]:
         return [m for m in self.members if m.failure is None]

@@ -6,6 +6,7 @@ slow path gives other numbers there.
 """
 
 import sys
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -30,11 +31,11 @@ def may_be_fast(module: nn.Module) -> bool:
 
 
 @contextmanager
-def without_forward_hooks(module: nn.Module) -> Iterator[None]:
-    """Run a module again without telling those who collect what it and its parts give."""
+def only_forward_hooks(module: nn.Module, kind: type) -> Iterator[None]:
+    """Run a module again without telling those who collect what it and its parts give, but for one type of hook."""
     kept = [(m, m._forward_hooks) for m in module.modules() if m._forward_hooks]
     for owner, hooks in kept:
-        owner._forward_hooks = type(hooks)()
+        owner._forward_hooks = OrderedDict((key, hook) for key, hook in hooks.items() if isinstance(hook, kind))
     try:
         yield
     finally:

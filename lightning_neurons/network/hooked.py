@@ -1,8 +1,9 @@
 """A mode that sees calls of torch functions, and runs of modules, exactly as long as it is active.
 
-Where it is a user's own run that is watched, that run has to be what it would have been. Nothing is attached to a
-module then: torch's hooks for all modules look for those that are meant. And the mode steps aside around modules with
-a fast path (``fastpath.py``): they run as if nobody looked, and once more to be looked at.
+Nothing is attached to a module, but to one that has hooks already: torch's hooks for all modules look for those that
+are meant. So a copy that is made meanwhile is another module, and what pickles or compiles a module finds it as it is.
+Where it is a user's own run that is watched, the mode steps aside around modules with a fast path (``fastpath.py``):
+they run as if nobody looked, and once more to be looked at.
 """
 
 from collections.abc import Callable, Iterable
@@ -15,7 +16,7 @@ from torch.nn.modules import module as every_module
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from lightning_neurons.network.fastpath import NOTHING, may_be_fast, without_forward_hooks
+from lightning_neurons.network.fastpath import NOTHING, may_be_fast, only_forward_hooks
 from lightning_neurons.network.isolate import isolated
 from lightning_neurons.network.state import random_state, set_random_state
 from lightning_neurons.network.trees import in_transform, tensors_in
@@ -31,17 +32,21 @@ class HookedMode(TorchFunctionMode):
     """Common base: what is hooked when it is entered is unhooked when it is left, or cannot be entered.
 
     Args:
-        fast: The modules with a fast path, where the run is a user's; None where it is our own, and nobody minds.
+        fast: The modules with a fast path, where the run is a user's; none where it is our own, and nobody minds.
 
     Attributes:
         failure: Why a module could not be run again to be looked at, or None.
     """
 
-    def __init__(self, fast: Iterable[nn.Module] | None = None) -> None:
+    def __init__(self, fast: Iterable[nn.Module] = ()) -> None:
         super().__init__()
         self.failure: Exception | None = None
-        self._fast = None if fast is None else {id(module): module for module in fast}
+        self._fast = {id(module): module for module in fast}
         self._handles: list[RemovableHandle] = []
+        self._told_before: dict[
+            int, tuple[nn.Module, Before]
+        ] = {}  # modules are kept alive, so that ids stay their own
+        self._told_after: dict[int, tuple[nn.Module, After]] = {}
         self._aside: nn.Module | None = None  # the module around which the mode is not active now
         self._random: Any = None  # the random state before that module
         self._is_second = False  # whether that module is running once more
@@ -77,52 +82,51 @@ class HookedMode(TorchFunctionMode):
         self._unhook()
 
     def _hook(self) -> None:
-        everywhere = self._fast is not None
-        starts: dict[int, tuple[nn.Module, Before]] = {}  # the modules are kept alive, so that ids stay their own
-        ends: dict[int, tuple[nn.Module, After]] = {}
         # Hooks for all modules run first, and a module's own may change what it is given and gives: ours stand behind.
         for module, before in self._before_runs():
-            if everywhere and not module._forward_pre_hooks:
-                starts[id(module)] = module, before
-            else:
+            if module._forward_pre_hooks:
                 self._handles.append(module.register_forward_pre_hook(_Hook(module, partial(self._tell, before))))
-        for module, after in self._after_runs():
-            if everywhere and not module._forward_hooks:
-                ends[id(module)] = module, after
             else:
+                self._told_before[id(module)] = module, before
+        for module, after in self._after_runs():
+            if module._forward_hooks:
                 hook = _Hook(module, partial(self._tell, after))
                 self._handles.append(module.register_forward_hook(hook, always_call=True))
-        if everywhere:
-            self._hook_all(starts, ends)
+            else:
+                self._told_after[id(module)] = module, after
+        if self._told_before or self._fast:
+            self._handles.append(every_module.register_module_forward_pre_hook(self._module_starts))
+        if self._told_after or self._fast:
+            hear = every_module.register_module_forward_hook(self._module_ends, with_kwargs=True, always_call=True)
+            self._handles.append(hear)
 
-    def _hook_all(self, starts: dict[int, tuple[nn.Module, Before]], ends: dict[int, tuple[nn.Module, After]]) -> None:
-        def start(module: nn.Module, inputs: Any) -> None:
-            if self._aside is None and (meant := starts.get(id(module))) is not None:
-                meant[1](module, inputs)
+    def _module_starts(self, module: nn.Module, inputs: Any) -> None:
+        if self._aside is None and (meant := self._told_before.get(id(module))) is not None:
+            meant[1](module, inputs)
+        if id(module) in self._fast:
             self._step_aside(module)
 
-        def end(module: nn.Module, inputs: Any, *ended: Any) -> Any:
-            if module is self._aside:
-                self._come_back(inputs, *ended)
-            if self._aside is not None or (meant := ends.get(id(module))) is None:
-                return None
-            return meant[1](module, inputs, ended[-1])
-
-        self._handles.append(every_module.register_module_forward_pre_hook(start))
-        self._handles.append(every_module.register_module_forward_hook(end, with_kwargs=True, always_call=True))
+    def _module_ends(self, module: nn.Module, inputs: Any, *ended: Any) -> Any:
+        if module is self._aside:
+            self._come_back(inputs, *ended)
+        if self._aside is not None or (meant := self._told_after.get(id(module))) is None:
+            return None
+        return meant[1](module, inputs, ended[-1])
 
     def _unhook(self) -> None:
         for handle in self._handles:
             handle.remove()
             every_module._global_forward_hooks_with_kwargs.pop(handle.id, None)  # which torch forgets
         self._handles.clear()
+        self._told_before.clear()
+        self._told_after.clear()
 
     def _tell(self, function: Callable[..., Any], module: nn.Module, *given: Any) -> Any:
         return function(module, *given) if self._aside in (None, module) else None
 
     def _step_aside(self, module: nn.Module) -> None:
         """Around a module with a fast path, unless it is slow anyway: under a mode of the user's, for example."""
-        if self._fast is None or id(module) not in self._fast or self._aside is not None or self._is_second:
+        if self._aside is not None or self._is_second:
             return
         if torch._C._len_torch_function_stack() == 1 and may_be_fast(module):
             self._aside, self._random = module, random_state()
@@ -141,7 +145,7 @@ class HookedMode(TorchFunctionMode):
             return  # only the fast path can do that
         self._is_second = True
         try:
-            with torch.no_grad(), isolated(module), without_forward_hooks(module):
+            with torch.no_grad(), isolated(module), only_forward_hooks(module, _Hook):
                 set_random_state(random)
                 seen = module.forward(*inputs, **kwargs)
             for one, other in zip(tensors_in(seen), tensors_in(output), strict=False):

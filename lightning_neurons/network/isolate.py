@@ -8,6 +8,7 @@ user's own behind an attribute) cannot be seen from here.
 import copy
 import random
 import sys
+import warnings
 from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -32,7 +33,7 @@ _METRIC_BOOKKEEPING = (
 def isolated(model: nn.Module) -> Iterator[None]:
     """Leave modes, random state, buffers, metrics and plain attributes of ``model`` as they were."""
     with ExitStack() as stack:
-        for keep in (kept_modes, kept_buffers, kept_metrics, kept_attributes, zero_padding):
+        for keep in (kept_modes, kept_buffers, kept_metrics, kept_attributes, zero_padding, unremarked_hooks):
             stack.enter_context(keep(model))
         stack.enter_context(kept_random_state(model))
         yield
@@ -52,6 +53,17 @@ def eager() -> Iterator[None]:
         yield
         return
     with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@contextmanager
+def unremarked_hooks(model: nn.Module) -> Iterator[None]:
+    """Where a part is compiled, torch warns that hooks for all modules hear of it twice; ours do not mind."""
+    if not any(hasattr(module, "_orig_mod") for module in model.modules()):
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Using `torch.compile")
         yield
 
 

@@ -52,9 +52,7 @@ class Trace(HookedMode):
         fast: See ``HookedMode``.
     """
 
-    def __init__(
-        self, model: nn.Module, layers: Mapping[str, nn.Module], fast: Iterable[nn.Module] | None = None
-    ) -> None:
+    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], fast: Iterable[nn.Module] = ()) -> None:
         super().__init__(fast)
         self._model, self._layers = model, layers
         self._now: dict[int, tuple[_Value, int]] = {}  # id of a tensor -> whose value it carries, inputs per neuron

@@ -56,8 +56,8 @@ def weights_of(module: nn.Module) -> tuple[int, ...]:
 
 
 def in_transform() -> bool:
-    """Whether a transform of ``torch.func`` is going on."""
-    return peek_interpreter_stack() is not None
+    """Whether a transform of ``torch.func``, or ``torch.jit.trace``, is going on: what runs then is no plain call."""
+    return peek_interpreter_stack() is not None or torch._C._get_tracing_state() is not None
 
 
 def is_plain(tensor: Tensor) -> bool:

@@ -32,7 +32,7 @@ class FollowLayers(HookedMode):
         self,
         layers: Mapping[str, Layer],
         modules: Mapping[str, nn.Module],
-        fast: Iterable[nn.Module] | None = None,
+        fast: Iterable[nn.Module] = (),
     ) -> None:
         super().__init__(fast)
         self._layers, self._modules = layers, modules
@@ -117,7 +117,7 @@ class WatchActivations(FollowLayers):
         layers: Mapping[str, Layer],
         modules: Mapping[str, nn.Module],
         deliver: Deliver,
-        fast: Iterable[nn.Module] | None = None,
+        fast: Iterable[nn.Module] = (),
     ) -> None:
         super().__init__(layers, modules, fast)
         self._deliver = deliver

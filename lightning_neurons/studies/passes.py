@@ -105,7 +105,7 @@ class Passes:
         Raises:
             MeasurementError: At the end, if a part could not be watched.
         """
-        fast = self._fast if of_others else None
+        fast = self._fast if of_others else ()
         if self.known is not None:
             watch = WatchActivations(self.known.layers, _modules(self.receivers), self._activation, fast)
             with eager(), watch:
