@@ -19,7 +19,7 @@ from lightning_neurons.network.hooked import After, Before, HookedMode
 from lightning_neurons.network.layer import Layer, Link, public_name
 from lightning_neurons.network.own_gradients import unhooked
 from lightning_neurons.network.spread import spread_behind
-from lightning_neurons.network.trees import is_plain, tensors_in, weights_of
+from lightning_neurons.network.trees import in_transform, is_plain, tensors_in, weights_of
 from lightning_neurons.network.writes import share_memory, target_of_write
 
 
@@ -78,13 +78,16 @@ class Trace(HookedMode):
     def _starts(self, path: str, layer: str | None) -> Before:
         def start(module: nn.Module, inputs: tuple[Any, ...]) -> None:
             self._modules.append(path)
-            if layer is not None:
-                self._flow.enters(layer, inputs)
-                for tensor in map(unhooked, tensors_in(inputs)):
-                    if id(tensor) in self._now:
-                        value, spread = self._now[id(tensor)]
-                        value.readers[layer] = spread
-                self._inside.append(layer)
+            if layer is None:
+                return
+            self._inside.append(layer)
+            if in_transform():
+                return
+            self._flow.enters(layer, inputs)
+            for tensor in map(unhooked, tensors_in(inputs)):
+                if id(tensor) in self._now:
+                    value, spread = self._now[id(tensor)]
+                    value.readers[layer] = spread
 
         return start
 
@@ -100,10 +103,10 @@ class Trace(HookedMode):
             if layer is not None:
                 if layer in self._inside:
                     self._inside.remove(layer)
-                if family is not None:
-                    self._flow.leaves(layer, output, family.axis)
-                is_value = isinstance(output, Tensor) and is_plain(output) and weights_of(module) == weights
-                if is_value and family is not None:
+                if family is None or in_transform() or weights_of(module) != weights:
+                    return  # with other weights (of ``functional_call``, for example) it is another network
+                self._flow.leaves(layer, output, family.axis)
+                if isinstance(output, Tensor) and is_plain(output):
                     value = _Value(output, family.axis)
                     self._calls.setdefault(layer, []).append(value)
                     self._carry(output, value)
@@ -115,6 +118,10 @@ class Trace(HookedMode):
     ) -> Any:
         kwargs = kwargs or {}
         read = {id(t): self._now[id(t)] for t in map(unhooked, tensors_in((args, kwargs))) if id(t) in self._now}
+        if in_transform():  # what goes on in there is not followed, but that it reads a value
+            for value, _ in read.values():
+                value.reads, value.foreign = value.reads + 1, True
+            return func(*args, **kwargs)
         target = target_of_write(func, args, kwargs)
         own = read.get(id(target)) if func in LINKS else None
         if own is None or own[0].reads:  # else the value that is overwritten lives on in the next link
