@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from types import FunctionType
 from typing import Any
 
+import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 
