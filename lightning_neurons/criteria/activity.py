@@ -6,10 +6,12 @@ Means are over samples *and* positions. ``E`` below is that mean.
 from functools import partial
 from operator import attrgetter
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from lightning_neurons.criteria.contract import Criterion, Statistic, Summary, mean_over_values
+from lightning_neurons.criteria.view import LARGEST_SQUARES
 
 TOTAL = Statistic("total", attrgetter("total"))
 SQUARES = Statistic("squares", attrgetter("squares"))
@@ -22,10 +24,18 @@ LARGEST_MAGNITUDE = Statistic("largest_magnitude", attrgetter("largest_magnitude
 def variance(summary: Summary) -> Float[Tensor, " neuron"]:
     """``E[a^2] - E[a]^2``, from float64 sums over samples of float32 sums over space.
 
-    Below about 1e-6 of ``E[a^2]`` the result is rounding noise; it is never negative.
+    Below about 1e-6 of ``E[a^2]`` the result is rounding noise; it is never negative, and NaN where float64 holds no
+    squares, beyond 1e145.
     """
     mean = summary.per_value(TOTAL)
-    return (summary.per_value(SQUARES) - mean.square()).clamp_min(0)
+    spread = (mean_square(summary) - mean.square()).clamp_min(0)
+    return torch.where(spread.isinf(), torch.nan, spread)
+
+
+def mean_square(summary: Summary) -> Float[Tensor, " neuron"]:
+    """``E[a^2]``; infinite where float64 does not hold it."""
+    squares = summary.total(SQUARES)
+    return torch.where(squares < LARGEST_SQUARES, summary.per_value(SQUARES), torch.inf)
 
 
 def dormant_score(summary: Summary) -> Float[Tensor, " neuron"]:
@@ -41,7 +51,7 @@ def dormant_score(summary: Summary) -> Float[Tensor, " neuron"]:
 
 def rms(summary: Summary) -> Float[Tensor, " neuron"]:
     """``sqrt(E[a^2])``."""
-    return summary.per_value(SQUARES).sqrt()
+    return mean_square(summary).sqrt()
 
 
 def maximum(summary: Summary) -> Float[Tensor, " neuron"]:

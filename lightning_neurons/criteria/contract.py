@@ -15,6 +15,7 @@ In the package, a new criterion is one definition, one line in ``criteria/__init
 ``tests/reference.py``.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -80,6 +81,7 @@ class Summary:
         totals: By name of the statistic, float64 sums (or maxima) over all samples.
         samples: By need, how many samples were finite and have been counted.
         values: How many single values (samples x positions) lie behind the activation statistics.
+        left_out: How many samples were left out because their activation was NaN or infinite.
         near_zero: Maps a threshold in activation units to the share of values with ``|a|`` at most that.
     """
 
@@ -87,6 +89,7 @@ class Summary:
     totals: Mapping[str, Float[Tensor, " neuron"]]
     samples: Mapping[Need, Int[Tensor, " neuron"]] = field(default_factory=dict)
     values: Int[Tensor, " neuron"] | None = None
+    left_out: Int[Tensor, " neuron"] | None = None
     near_zero: Callable[[float], Float[Tensor, " neuron"]] | None = None
 
     def total(self, statistic: Statistic) -> Float[Tensor, " neuron"]:
@@ -111,6 +114,19 @@ def mean_over_values(summary: Summary, statistic: Statistic) -> Float[Tensor, " 
 def mean_over_samples(summary: Summary, statistic: Statistic) -> Float[Tensor, " neuron"]:
     """A score that is the mean of one statistic over samples."""
     return summary.per_sample(statistic)
+
+
+def known_deadness(
+    deadness: Float[Tensor, "*any neuron"], left_out: Int[Tensor, " neuron"]
+) -> Float[Tensor, "*any neuron"]:
+    """``deadness`` with NaN for 1 where samples were left out: what was silent in the others may have fired in those.
+
+    Example:
+        >>> import torch
+        >>> known_deadness(torch.tensor([1.0, 1.0, 0.5]), torch.tensor([0, 2, 2])).tolist()
+        [1.0, nan, 0.5]
+    """
+    return deadness.masked_fill((deadness == 1) & (left_out > 0), math.nan)
 
 
 def accept_every_layer(traits: LayerTraits) -> str | None:
@@ -145,3 +161,10 @@ class Criterion:
     def needs(self) -> frozenset[Need]:
         """The kinds of pass over the data that this rule takes."""
         return frozenset(s.needs for s in self.statistics)
+
+    def judge(self, summary: Summary) -> Tensor:
+        """``score``, and of deadness what is known: NaN for a neuron that may have fired where it was not finite."""
+        found = self.score(summary)
+        if self.kind == "importance" or summary.left_out is None:
+            return found
+        return known_deadness(found, summary.left_out)

@@ -1,5 +1,8 @@
 """What "dead" means: five measures in [0, 1] where 1 is dead, and how sure "never" is.
 
+A neuron that was silent in all finite samples while others were NaN or infinite may have fired in those: it is unknown
+(NaN), by each of these measures.
+
 ================ ============================================================== ========================
 name             1 means                                                        defined for
 ================ ============================================================== ========================
@@ -28,7 +31,7 @@ from lightning_neurons.criteria.activity import (
     variance,
 )
 from lightning_neurons.criteria.contract import Criterion, LayerTraits, Statistic, Summary, mean_over_values
-from lightning_neurons.criteria.view import LayerView
+from lightning_neurons.criteria.view import LARGEST_SQUARES, LayerView
 from lightning_neurons.errors import ArgumentError, is_number
 
 SATURATION_MARGIN = 0.05
@@ -76,10 +79,17 @@ def near_zero_share(summary: Summary, *, threshold: float, relative: bool) -> Fl
 
 
 def layer_rms(summary: Summary) -> float:
-    """Root mean square over all finite values of the layer; 0 for a layer that saw none."""
+    """Root mean square over all finite values of the layer; 0 for a layer that saw none.
+
+    Where float64 does not hold the squares, the largest value alone is taken to make it up.
+    """
     assert summary.values is not None
-    seen = int(summary.values.sum())
-    return math.sqrt(float(summary.total(SQUARES).sum()) / seen) if seen else 0.0
+    seen, squares = int(summary.values.sum()), summary.total(SQUARES)
+    if not seen:
+        return 0.0
+    if bool((squares < LARGEST_SQUARES).all()) or LARGEST_MAGNITUDE.name not in summary.totals:
+        return math.sqrt(float(squares.sum()) / seen)
+    return float(summary.total(LARGEST_MAGNITUDE).nan_to_num(0).amax()) / math.sqrt(seen)
 
 
 def exact_at_the_end(

@@ -2,9 +2,11 @@
 
 Shape words, used in the whole package: ``batch`` (samples), ``neuron`` (output channels or features), ``space``
 (positions: pixels, tokens; one for a linear layer on vectors). Reductions over space give ``(batch, neuron)`` and are
-computed once, however many statistics read them. Sums run in at least float32.
+computed once, however many statistics read them. Sums run in float64 where there is little to add, in at least float32
+elsewhere; whether float32 was enough can be asked afterwards.
 """
 
+import math
 from functools import cached_property
 
 import torch
@@ -16,6 +18,15 @@ def at_least_float32(values: Tensor) -> Tensor:
     """Half precision sums overflow and stall; everything else is kept as it is."""
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
+
+_LITTLE = 2**13
+"""So few values are summed in float64 as fast as in float32: the calls are the cost."""
+
+LARGEST_SQUARES = 1e290
+"""Sums of squares over space end here: values beyond 1e154 have no square in float64, and are finite all the same."""
+
+_TINY, _HUGE = 1e-30, 1e30
+"""Between these, a float32 that comes of products and sums is exact to rounding."""
 
 _MUCH = 2**16
 _SCRATCH: dict[tuple[torch.device, torch.dtype], Tensor] = {}
@@ -36,6 +47,12 @@ def scratch_like(values: Tensor) -> Tensor:
     return _SCRATCH[key][: values.numel()].view(values.shape)
 
 
+def fitting(values: Tensor) -> Tensor:
+    """``values`` in the type in which they are summed."""
+    little = values.numel() <= _LITTLE and values.device.type != "mps"  # float64 does not exist on Apple's GPUs
+    return values.double() if little else at_least_float32(values)
+
+
 def over_space(values: Float[Tensor, "batch neuron space"]) -> Float[Tensor, "batch neuron"]:
     """Sum over space; never a view, since the model may overwrite its values before the batch is over."""
     return values.squeeze(-1).clone() if values.shape[-1] == 1 else values.sum(-1)
@@ -45,6 +62,8 @@ def sum_of_squares(values: Float[Tensor, "batch neuron space"]) -> Float[Tensor,
     """Sum of squares over space."""
     if values.shape[-1] == 1:
         return values.squeeze(-1).square()
+    if values.dtype == torch.float64:
+        return values.square().sum(-1)
     # A vectorised norm, squared again, costs half of multiply-and-sum on a CPU, but it adds up one value after the
     # other: over more than a few hundred, the rounding would drown the variance of a nearly constant neuron.
     piece = next((length for length in (256, 64) if values.shape[-1] % length == 0), None)
@@ -80,11 +99,12 @@ class LayerView:
         rectified: bool = False,
         bounds: tuple[float, float] | None = None,
     ) -> None:
-        self.activation = at_least_float32(activation)
-        self._gradient = None if gradient is None else at_least_float32(gradient)
-        self._inner = None if inner is None else at_least_float32(inner)
+        self.activation = fitting(activation)
+        self._gradient = None if gradient is None else fitting(gradient)
+        self._inner = None if inner is None else fitting(inner)
         self.rectified = rectified
         self.bounds = bounds
+        self._may_overflow = activation.dtype == torch.float64
 
     @property
     def gradient(self) -> Float[Tensor, "batch neuron space"]:
@@ -100,18 +120,25 @@ class LayerView:
 
     @cached_property
     def squares(self) -> Float[Tensor, "batch neuron"]:
-        """Sum of squares over space."""
-        return sum_of_squares(self.activation)
+        """Sum of squares over space, at most ``LARGEST_SQUARES``."""
+        squares = sum_of_squares(self.activation)
+        return squares.clamp_max_(LARGEST_SQUARES) if self._may_overflow else squares
 
     @cached_property
     def magnitude(self) -> Float[Tensor, "batch neuron"]:
         """Sum of absolute values over space."""
+        if self.rectified:
+            return self.total
+        if self.activation.shape[-1] == 1:
+            return self.total.abs()
         # |a| = 2 max(a, 0) - a: the positive part is needed for ``positive`` anyway.
-        return self.total if self.rectified else 2 * self._positive_part[0] - self.total
+        return 2 * self._positive_part[0] - self.total
 
     @cached_property
     def positive(self) -> Float[Tensor, "batch neuron"]:
         """How many values are greater than zero."""
+        if self.activation.shape[-1] == 1:
+            return (self.total if self.rectified else self.total.clamp_min(0)).sign()
         if not self.rectified:
             return self._positive_part[1]
         return over_space(torch.sign(self.activation, out=scratch_like(self.activation)))
@@ -132,7 +159,11 @@ class LayerView:
     @cached_property
     def largest_magnitude(self) -> Float[Tensor, "batch neuron"]:
         """Largest absolute value."""
-        return self.maximum if self.rectified else torch.maximum(self.maximum, -self.activation.amin(-1))
+        if self.rectified:
+            return self.maximum
+        if self.activation.shape[-1] == 1:
+            return self.magnitude
+        return torch.maximum(self.maximum, -self.activation.amin(-1))
 
     @cached_property
     def gate_gradient(self) -> Float[Tensor, "batch neuron"]:
@@ -144,3 +175,36 @@ class LayerView:
     def gradient_squares(self) -> Float[Tensor, "batch neuron"]:
         """Sum over space of squared gradients."""
         return sum_of_squares(self.gradient)
+
+    def in_double(self) -> "LayerView":
+        """The same values in float64."""
+        slopes = (None if one is None else one.double() for one in (self._gradient, self._inner))
+        return LayerView(self.activation.double(), *slopes, rectified=self.rectified, bounds=self.bounds)
+
+    def went_out_of_range(self) -> bool:
+        """Whether float32 was too narrow for any of the sums that have been asked for: they have to be made again.
+
+        A sum that is NaN counts as well. Other devices than the CPU are not asked: to look would wait for them.
+        """
+        if self.activation.dtype != torch.float32 or self.activation.device.type != "cpu":
+            return False
+        sums = vars(self)  # of cached properties, those that have been computed
+        activity = "total" in sums and not _holds(self.total.abs(), sums.get("squares"))
+        slopes = [sums[name] for name in ("gate_gradient", "gradient_squares") if name in sums]
+        return activity or (bool(slopes) and not _slopes_hold(slopes))
+
+
+def _slopes_hold(sums: list[Tensor]) -> bool:
+    sizes = torch.stack([s.abs() for s in sums])
+    tiny = (sizes.amin(0) < _TINY) & (sizes[0] > 0)
+    # Where nothing at all is left, everything may have been too small.
+    return bool((sizes < _HUGE).all()) and bool(sizes.any()) and not bool(tiny.any())
+
+
+def _holds(sizes: Tensor, squares: Tensor | None) -> bool:
+    """Whether sums of values, whose magnitudes are ``sizes``, and sums of their squares lie where float32 is exact."""
+    if squares is None:
+        return math.isfinite(sizes.sum())
+    # |a| > 1e15 a^2 where the squares are too small, and the difference is infinite where they are too large.
+    lowest, highest = torch.sub(sizes, squares, alpha=1 / math.sqrt(_TINY)).aminmax()
+    return bool(highest <= 0) and bool(lowest > -math.inf)

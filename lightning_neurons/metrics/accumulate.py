@@ -38,9 +38,9 @@ class Batch:
         return self.rows[0].shape[0]
 
     @property
-    def form(self) -> tuple[int, int]:
-        """What layers must share to be added together: samples, and values for the histogram."""
-        return self.samples, sum(s.shape[-1] for s in self.sampled)
+    def form(self) -> tuple[Any, ...]:
+        """What layers must share to be added together: samples, values for the histogram, and types."""
+        return self.samples, sum(s.shape[-1] for s in self.sampled), self.rows[0].dtype
 
 
 @dataclass(eq=False)
@@ -136,8 +136,10 @@ def joined(statistics: Sequence[Statistic], held: Batch, new: Batch) -> Batch:
 def transformed(
     statistics: Sequence[Statistic], batches: Sequence[Batch], device: torch.device
 ) -> Float[Tensor, "statistic batch neuron"]:
-    """The layers side by side, each sample's numbers passed through ``per_sample``."""
+    """The layers side by side, each sample's numbers passed through ``per_sample``, in float64: it may square them."""
     stack = torch.cat([torch.stack(b.rows).to(device) for b in batches], 2)
+    if any(s.per_sample is not None for s in statistics):
+        stack = stack.double()
     for number, statistic in enumerate(statistics):
         if statistic.per_sample is not None:
             stack[number] = statistic.per_sample(stack[number])

@@ -22,7 +22,7 @@ from lightning_neurons.metrics.classes import class_index, with_room
 
 _HELD_NUMBERS = 2**22  # layers are added at the end of a batch, or when so many numbers wait (16 MiB)
 _GROUPS = 64
-_BY_CLASS = ("totals", "maxima", "samples", "values", "histogram")
+_BY_CLASS = ("totals", "maxima", "samples", "values", "nonfinite", "histogram")
 
 
 class StreamingCriteria(Metric):
@@ -73,7 +73,7 @@ class StreamingCriteria(Metric):
         lowest = torch.full((classes, len(self._maxima), neurons), -torch.inf, dtype=torch.float64)
         self.add_state("maxima", lowest, "max")
         counts = {"samples": (classes, len(NEEDS), neurons), "values": (classes, neurons)}
-        counts |= {"nonfinite": (len(NEEDS), neurons), "histogram": (classes, counted, histogram.BINS)}
+        counts |= {"nonfinite": (classes, len(NEEDS), neurons), "histogram": (classes, counted, histogram.BINS)}
         for name, shape in counts.items():
             self.add_state(name, torch.zeros(shape, dtype=torch.int64), "sum")
 
@@ -113,9 +113,9 @@ class StreamingCriteria(Metric):
         bookkeeping = vars(self)  # a torch.nn.Module sets attributes slowly
         bookkeeping["_computed"] = None
         bookkeeping["_update_count"] += 1
-        rows = [s.observe(view) for s in statistics]
-        if need == "activation" and TOTAL not in statistics:
-            rows.append(view.total)  # the only one that no NaN or infinity passes by
+        rows = _observed(statistics, view, need)
+        if view.went_out_of_range():
+            rows = _observed(statistics, view.in_double(), need)
         new = Batch(
             rows=rows,
             positions=view.activation.shape[-1],
@@ -164,7 +164,8 @@ class StreamingCriteria(Metric):
         if need == "activation":
             self.values[:, group.neurons] += added * group.positions
         if finite is not None:
-            self.nonfinite[at, group.neurons] += (~finite).sum(0)
+            seen = accumulate.finite_samples(self.values, (rows.shape[1], rows.shape[2]), ~finite, index)
+            self.nonfinite[:, at, group.neurons] += seen
         if batches[0].sampled:
             accumulate.add_magnitudes(self.histogram, group, batches, finite, index)
 
@@ -206,6 +207,7 @@ class StreamingCriteria(Metric):
             totals=by_name | {s.name: highest[i] for i, s in enumerate(self._maxima)},
             samples=dict(zip(NEEDS, self.samples[chosen, :, place].sum(0), strict=True)),
             values=self.values[chosen, place].sum(0),
+            left_out=self.nonfinite[chosen, NEEDS.index("activation"), place].sum(0),
             near_zero=partial(histogram.share_at_most, counts),
         )
 
@@ -217,7 +219,7 @@ class StreamingCriteria(Metric):
         """By criterion and layer; layers that a criterion refuses, or that never ran, are left out."""
         self.finish_batch()
         return {
-            c.name: {n: c.score(self.summary(n)) for n in self.traits if n not in self.refused[c.name]}
+            c.name: {n: c.judge(self.summary(n)) for n in self.traits if n not in self.refused[c.name]}
             for c in self.criteria
         }
 
@@ -247,3 +249,10 @@ class StreamingCriteria(Metric):
             torch.distributed.all_reduce(classes, torch.distributed.ReduceOp.MAX)
             self.grow(int(classes))
         super().sync(*args, **kwargs)
+
+
+def _observed(statistics: Sequence[Statistic], view: LayerView, need: Need) -> list[Tensor]:
+    rows = [s.observe(view) for s in statistics]
+    if need == "activation" and TOTAL not in statistics:
+        rows.append(view.total)  # the only one that no NaN or infinity passes by
+    return rows

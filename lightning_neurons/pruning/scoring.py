@@ -45,7 +45,8 @@ def group_scores(
     """By root, the scores of a group's units.
 
     A layer's unit of several neurons counts as their sum, mean or maximum, as ``aggregate`` says; a layer without
-    scores has no say, and neither has a NaN, unless all must agree.
+    scores has no say, and neither has a NaN, unless all must agree or deadness decides: what is not known to be dead
+    stays.
 
     Args:
         groups: By root.
@@ -61,6 +62,11 @@ def group_scores(
         value = _reduced(by_layer, how)
         if strict:
             value = torch.where(by_layer.isnan().any(0), torch.nan, value)
+        elif budget.by_deadness:
+            layers = {n: units for n, units in group.layers.items() if n in scores}
+            for place in range(group.size):
+                if any(bool(scores[n][list(units[place])].isnan().any()) for n, units in layers.items()):
+                    value[place] = torch.nan
         found[root] = GroupScores(value, by_layer)
     return found
 

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lightning_neurons.report.numbers import LayerRow, layer_rows
+from lightning_neurons.report.numbers import LayerRow, in_words, layer_rows
 from lightning_neurons.results.history import NeuronHistory
 from lightning_neurons.results.neuron_report import NeuronReport
 
@@ -36,8 +36,8 @@ def table(report: NeuronReport) -> Table:
         result.add_row(*_cells(row))
     if rows:
         result.add_section()
-        sums = [_sum(rows, name) for name in ("neurons", "dead", "dormant")]
-        result.add_row("all layers", *sums, "", "", "")
+        sums = [in_words(rows, name) for name in ("dead", "dormant")]
+        result.add_row("all layers", str(sum(row.neurons for row in rows)), *sums, "", "", "")
     return result
 
 
@@ -50,7 +50,7 @@ def changes(history: NeuronHistory | None) -> list[str]:
     always = sum(map(len, history.persistently_dead().values()))
     stable = "" if math.isnan(last.mean_stability) else f"; rank stability {last.mean_stability:.2f} (Spearman)"
     return [
-        f"Since the measurement before: {died} died, {revived} revived; dead in all {len(history)} measurements: "
+        f"Since the measurement before: {died} died, {revived} revived; dead in all {history.measured} measurements: "
         f"{always}{stable}"
     ]
 
@@ -78,10 +78,5 @@ def remarks(report: NeuronReport) -> list[str]:
 
 def _cells(row: LayerRow) -> list[str]:
     top = "" if math.isnan(row.top_share) else f"{row.top_share:.0%}"
-    counts = [str(row.neurons), *("-" if n is None else str(n) for n in (row.dead, row.dormant))]
+    counts = [str(row.neurons), *(in_words([row], name) for name in ("dead", "dormant"))]
     return [escape(row.layer), *counts, " ".join(map(str, row.most)), " ".join(map(str, row.least)), top]
-
-
-def _sum(rows: list[LayerRow], name: str) -> str:
-    known = [getattr(row, name) for row in rows if getattr(row, name) is not None]
-    return str(sum(known)) if known else "-"

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_neurons.criteria.contract import known_deadness
 from lightning_neurons.criteria.deadness import exact_at_the_end
 from lightning_neurons.errors import UnknownNameError
 from lightning_neurons.metrics.histogram import PARTS, folded, folded_edges, representatives
@@ -51,7 +52,7 @@ def magnitude_shares(counts: LayerCounts) -> tuple[float, Any, Any]:
 
 
 def silent_shares(report: NeuronReport, layer: str | None, thresholds: Any) -> Tensor:
-    """``NeuronReport.deadness_at`` for many thresholds at once: ``(threshold, neuron)``, of neurons that saw values.
+    """``NeuronReport.deadness_at`` for many thresholds at once, ``(threshold, neuron)``, without unknown neurons.
 
     Args:
         report: A measurement.
@@ -71,7 +72,8 @@ def silent_shares(report: NeuronReport, layer: str | None, thresholds: Any) -> T
         running = torch.nn.functional.pad(counts.histogram.cumsum(1), (1, 0))[:, inside].T.double()
         shares = running / counts.histogram.sum(1)
         exact = [exact_at_the_end(s, counts.largest, t, counts.values) for s, t in zip(shares, limits, strict=True)]
-        found.append(torch.stack(exact)[:, counts.values > 0])
+        known = known_deadness(torch.stack(exact), counts.left_out)
+        found.append(known[:, ~known.isnan().any(0)])
     return torch.cat(found, dim=1)
 
 

@@ -97,7 +97,7 @@ def deadness_curve(report: NeuronReport, layer: str | None = None, axes: Any = N
 
 
 def deadness_grid(report: NeuronReport, layer: str, axes: Any = None) -> Any:
-    """One cell per neuron, row by row: the brighter the deader; crosses are dead.
+    """One cell per neuron, row by row: the brighter the deader; crosses are dead, blank cells unknown.
 
     Raises:
         UnknownNameError: If deadness of the layer was not measured.
@@ -248,4 +248,7 @@ def _neurons(count: int) -> str:
 
 
 def _dead(report: NeuronReport, layer: str) -> str:
-    return f", {int(report.dead(layer).sum())} dead" if layer in report.deadness else ""
+    if layer not in report.deadness:
+        return ""
+    unknown = int(report.unknown(layer).sum())
+    return f", {int(report.dead(layer).sum())} dead" + (f", {unknown} unknown" if unknown else "")

@@ -150,8 +150,9 @@ def _measured(point: PruningPoint) -> list[tuple[int, float]]:
 
 
 def _dead_share(entry: HistoryEntry, layer: str) -> float:
-    """In per cent; NaN where it was not measured."""
-    return 100 * len(entry.dead[layer]) / max(entry.widths[layer], 1) if layer in entry.dead else math.nan
+    """In per cent of the neurons of which it is known; NaN where it is known of none."""
+    known = entry.widths[layer] - len(entry.unknown.get(layer, [])) if layer in entry.dead else 0
+    return 100 * len(entry.dead[layer]) / known if known else math.nan
 
 
 def _places(entries: Sequence[HistoryEntry]) -> list[int] | None:

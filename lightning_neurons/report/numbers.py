@@ -1,6 +1,7 @@
 """The numbers that people look at, from a report: one row per layer. Every output shows the same."""
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -21,13 +22,15 @@ class LayerRow:
     Attributes:
         layer: Its path.
         neurons: How many it has.
-        dead: How many never fired; None if deadness was not measured.
-        dormant: How many are tau-dormant; None if not measured.
-        constant: How many never change; None if not measured.
+        dead: How many never fired; None if deadness was not measured, or is known of none.
+        dormant: How many are tau-dormant; None if not measured or known.
+        constant: How many never change; None if not measured or known.
         most: The most important neurons, best first; empty if no importance was measured.
         least: The least important, worst first.
         top_share: The part of the layer's importance that its top 10 % of neurons hold; NaN if not measured.
         effective: The effective number of important neurons; NaN if not measured.
+        known: Of how many neurons each of ``dead``, ``dormant`` and ``constant`` is known: of the others, no finite
+            sample fired and samples that were NaN or infinite have been left out.
     """
 
     layer: str
@@ -39,6 +42,7 @@ class LayerRow:
     least: tuple[int, ...]
     top_share: float
     effective: float
+    known: Mapping[str, int]
 
 
 def layer_rows(report: NeuronReport, shown: int = 3) -> list[LayerRow]:
@@ -47,13 +51,16 @@ def layer_rows(report: NeuronReport, shown: int = 3) -> list[LayerRow]:
     rows = []
     for name, counts in report.counts.items():
         ranked = _ranked(report, scores[name], name) if name in scores else []
+        measured = {"dead": report.deadness.get(name)}
+        measured |= {measure: report.deadness_by.get(measure, {}).get(name) for measure in ("dormant", "constant")}
+        known = {measure: 0 if d is None else int((~d.isnan()).sum()) for measure, d in measured.items()}
+        counts_of = {m: int((d == 1).sum()) if d is not None and known[m] else None for m, d in measured.items()}
         rows.append(
             LayerRow(
                 layer=name,
                 neurons=len(counts.samples),
-                dead=int(report.dead(name).sum()) if name in report.deadness else None,
-                dormant=_count(report, "dormant", name),
-                constant=_count(report, "constant", name),
+                **counts_of,
+                known=known,
                 most=tuple(ranked[:shown]),
                 least=tuple(ranked[::-1][:shown]),
                 top_share=share_of_top(scores[name], TOP_SHARE) if name in scores else math.nan,
@@ -69,9 +76,24 @@ def _ranked(report: NeuronReport, scores: Tensor, layer: str) -> list[int]:
     return places[~scores[places].isnan()].tolist()
 
 
-def _count(report: NeuronReport, measure: str, layer: str) -> int | None:
-    measured = report.deadness_by.get(measure, {}).get(layer)
-    return None if measured is None else int((measured == 1).sum())
+def counted(rows: Sequence[LayerRow], measure: str) -> int | None:
+    """How many neurons of some layers are dead (or what ``measure`` says); None if it is known of none."""
+    found = [count for row in rows if (count := getattr(row, measure)) is not None]
+    return sum(found) if found else None
+
+
+def known_share(rows: Sequence[LayerRow], measure: str) -> float:
+    """The same as a share of the neurons of which it is known; NaN if there are none."""
+    return share(counted(rows, measure) or 0, sum(row.known[measure] for row in rows))
+
+
+def in_words(rows: Sequence[LayerRow], measure: str) -> str:
+    """The same for a table: ``"-"`` if it is known of none, and how many are not known if some are."""
+    count = counted(rows, measure)
+    if count is None:
+        return "-"
+    unknown = sum(row.neurons - row.known[measure] for row in rows if getattr(row, measure) is not None)
+    return f"{count:,} ({unknown:,} unknown)" if unknown else f"{count:,}"
 
 
 def what_is_ranked(report: NeuronReport) -> str:

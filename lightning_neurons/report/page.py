@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from lightning_neurons.report.console import remarks
-from lightning_neurons.report.numbers import THRESHOLDS, layer_rows, share, what_is_ranked
+from lightning_neurons.report.numbers import THRESHOLDS, in_words, layer_rows, share, what_is_ranked
 from lightning_neurons.results.history import HistoryEntry
 from lightning_neurons.results.neuron_report import NeuronReport
 
@@ -28,8 +28,8 @@ def _layers(report: NeuronReport) -> str:
         (
             f"`{row.layer}`",
             row.neurons,
-            _number(row.dead),
-            _number(row.dormant),
+            in_words([row], "dead"),
+            in_words([row], "dormant"),
             " ".join(map(str, row.most)),
             " ".join(map(str, row.least)),
             _real(row.top_share, "{:.0%}"),
@@ -46,7 +46,7 @@ def _changes(report: NeuronReport, entry: HistoryEntry) -> str:
             f"`{row.layer}`",
             len(entry.died.get(row.layer, [])),
             len(entry.revived.get(row.layer, [])),
-            _number(row.constant),
+            in_words([row], "constant"),
             _real(row.effective, "{:.1f}"),
             _real(entry.stability.get(row.layer, math.nan), "{:.2f}"),
         )
@@ -78,10 +78,10 @@ def _thresholds(report: NeuronReport) -> str:
     rows = []
     for threshold in THRESHOLDS:
         deadness = report.deadness_at(threshold)
-        neurons = sum(map(len, deadness.values()))
+        known = sum(int((~d.isnan()).sum()) for d in deadness.values())
         dead = sum(int((d == 1).sum()) for d in deadness.values())
         seldom = sum(int((d >= 0.99).sum()) for d in deadness.values())
-        rows.append((threshold, dead, f"{share(dead, neurons):.1%}", seldom))
+        rows.append((threshold, dead, _real(share(dead, known), "{:.1%}"), seldom))
     return "### Deadness by threshold (in units of each layer's root mean square)\n\n" + table(
         ("threshold", "dead neurons", "share", "silent in 99 % of values or more"), rows
     )
@@ -91,10 +91,6 @@ def table(heading: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A table in Markdown."""
     lines = [heading, ["---"] * len(heading), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-
-
-def _number(value: int | None) -> str:
-    return "-" if value is None else str(value)
 
 
 def _real(value: float, form: str) -> str:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_neurons.criteria import agreement
+from lightning_neurons.errors import ArgumentError
 from lightning_neurons.metrics.histogram import folded
 from lightning_neurons.results.neuron_report import NeuronReport
 from lightning_neurons.results.plain import number, plain
@@ -20,6 +21,9 @@ FORMAT, VERSION = "lightning_neurons history", 1
 
 MAGNITUDE_PARTS = 2
 """Bars per power of two in ``HistoryEntry.magnitudes``."""
+
+RECENT = 100
+"""So many measurements back, a history keeps each of them; of those before, at most as many, spread over the run."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +35,8 @@ class HistoryEntry:
         step: Optimizer steps, or None outside training.
         widths: Number of neurons by layer.
         dead: Dead neurons by layer.
-        died: Dead now, alive before; empty for the first measurement.
+        unknown: By layer, neurons that may be dead or alive, because samples that were NaN or infinite were left out.
+        died: Dead now, alive before; empty for the first measurement. An unknown neuron has neither died nor revived.
         revived: Alive now, dead before.
         stability: Spearman correlation of the main criterion's scores with those of the measurement before, by layer;
             NaN for the first and where a layer's width has changed.
@@ -47,6 +52,7 @@ class HistoryEntry:
     revived: Mapping[str, list[int]]
     stability: Mapping[str, float]
     magnitudes: Mapping[str, list[int]] = field(default_factory=dict)
+    unknown: Mapping[str, list[int]] = field(default_factory=dict)
 
     @property
     def mean_stability(self) -> float:
@@ -57,10 +63,25 @@ class HistoryEntry:
 
 @dataclass
 class NeuronHistory:
-    """The measurements so far, oldest first. Goes into a checkpoint as plain values and tensors."""
+    """The measurements so far, oldest first. Goes into a checkpoint as plain values and tensors.
+
+    Its size is bounded: the latest ``RECENT`` measurements are all kept, and of older ones, at most as many, the fewer
+    the older they are; the first always is.
+
+    Attributes:
+        entries: The measurements that are kept.
+        measured: How many there have been.
+    """
 
     entries: list[HistoryEntry] = field(default_factory=list)
     _scores: dict[str, Tensor] = field(default_factory=dict)
+    measured: int = 0
+    _always_dead: dict[str, list[int]] = field(default_factory=dict)  # in each measurement, also those not kept
+
+    def __post_init__(self) -> None:
+        self.measured = max(self.measured, len(self.entries))
+        if self.measured == len(self.entries):
+            self._always_dead = _dead_in_each(self.entries)
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -74,41 +95,57 @@ class NeuronHistory:
     def keep(self, report: NeuronReport, entry: HistoryEntry) -> None:
         """Keep a report that has been compared."""
         scores = {name: scores.clone() for name, scores in _main_scores(report).items()}
-        self.entries.append(entry)
+        still = {n: self._always_dead[n] for n in _unchanged(self.entries[-1:], entry) if n in self._always_dead}
+        always_dead = {n: sorted({*ids} & {*entry.dead[n]}) for n, ids in still.items()}
+        self._always_dead = always_dead if self.measured else _dead_in_each([entry])
         self._scores = scores
+        self.measured += 1
+        self.entries.append(entry)
+        if len(self.entries) > 2 * RECENT:
+            self.entries[:RECENT] = self.entries[:RECENT:2]
 
     def compare(self, report: NeuronReport) -> HistoryEntry:
         """Compare a report with the last one of the history."""
-        dead = {name: report.dead(name).nonzero().flatten().tolist() for name in report.deadness}
+        dead, unknown = (
+            {name: neurons(name).nonzero().flatten().tolist() for name in report.deadness}
+            for neurons in (report.dead, report.unknown)
+        )
         widths = {name: len(c.samples) for name, c in report.counts.items()}
         before = self.entries[-1] if self.entries else None
         same = [n for n in dead if before and before.widths.get(n) == widths[n] and n in before.dead]
+        unsure = {n: {*unknown[n], *before.unknown.get(n, [])} for n in same if before}
         return HistoryEntry(
             epoch=report.epoch,
             step=report.step,
             widths=widths,
             dead=dead,
-            died={n: sorted({*dead[n]} - {*before.dead[n]}) for n in same if before},
-            revived={n: sorted({*before.dead[n]} - {*dead[n]}) for n in same if before},
+            died={n: sorted({*dead[n]} - {*before.dead[n]} - unsure[n]) for n in same if before},
+            revived={n: sorted({*before.dead[n]} - {*dead[n]} - unsure[n]) for n in same if before},
             stability={n: self._stability(n, s) for n, s in _main_scores(report).items()},
             magnitudes={
                 n: folded(c.histogram, MAGNITUDE_PARTS).tolist() for n, c in report.counts.items() if c.histogram.any()
             },
+            unknown={n: neurons for n, neurons in unknown.items() if neurons},
         )
 
     def persistently_dead(self, measurements: int | None = None) -> dict[str, list[int]]:
         """Neurons that were dead in each of the last ``measurements`` (all if None), by layer.
 
         A layer whose width changed in between has none.
+
+        Args:
+            measurements: At most ``RECENT`` (100), or as many as there have been.
+
+        Raises:
+            ArgumentError: If some of so many measurements have been let go of.
         """
-        last = self.entries if measurements is None else self.entries[-measurements:]
-        if not last or (measurements is not None and len(last) < measurements):
+        if measurements in (None, self.measured):
+            return {name: [*neurons] for name, neurons in self._always_dead.items()}
+        if measurements > self.measured:
             return {}
-        return {
-            name: sorted(set.intersection(*({*e.dead[name]} for e in last)))
-            for name in last[-1].dead
-            if all(name in e.dead and e.widths[name] == last[-1].widths[name] for e in last)
-        }
+        if measurements > RECENT and self.measured > len(self.entries):
+            raise ArgumentError.of("measurements", measurements, f"at most {RECENT}, or None for all {self.measured}")
+        return _dead_in_each(self.entries[-measurements:] if measurements else [])
 
     def _stability(self, name: str, scores: Tensor) -> float:
         before = self._scores.get(name)
@@ -121,12 +158,15 @@ class NeuronHistory:
                 {n: dict(v) if isinstance(v, Mapping) else v for n, v in vars(e).items()} for e in self.entries
             ],
             "scores": dict(self._scores),
+            "measured": self.measured,
+            "always_dead": dict(self._always_dead),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where ``state_dict`` left off."""
-        self.entries = [HistoryEntry(**entry) for entry in state["entries"]]
-        self._scores = {name: torch.as_tensor(scores) for name, scores in state["scores"].items()}
+        entries = [HistoryEntry(**entry) for entry in state["entries"]]
+        scores = {name: torch.as_tensor(scores) for name, scores in state["scores"].items()}
+        self.__init__(entries, scores, state.get("measured", 0), dict(state.get("always_dead", {})))  # type: ignore[misc]
 
     def save(self, path: str | Path, versions: Mapping[str, str] | None = None) -> None:
         """Write all measurements as JSON, whole or not at all.
@@ -136,7 +176,14 @@ class NeuronHistory:
             versions: Of the packages that they were made with.
         """
         entries = [vars(entry) for entry in self.entries]
-        document = {"format": FORMAT, "version": VERSION, "versions": versions or {}, "entries": entries}
+        document = {
+            "format": FORMAT,
+            "version": VERSION,
+            "versions": versions or {},
+            "measured": self.measured,
+            "always_dead": self._always_dead,
+            "entries": entries,
+        }
         write_whole(path, json.dumps(plain(document), allow_nan=False))
 
     @classmethod
@@ -149,7 +196,18 @@ class NeuronHistory:
         with reading_document(path, FORMAT, VERSION, "NeuronHistory.save") as found:
             entries = [HistoryEntry(**entry) for entry in found["entries"]]
             known = [{name: number(s) for name, s in entry.stability.items()} for entry in entries]
-            return cls([replace(entry, stability=s) for entry, s in zip(entries, known, strict=True)])
+            entries = [replace(entry, stability=s) for entry, s in zip(entries, known, strict=True)]
+            return cls(entries, {}, int(found.get("measured", 0)), dict(found.get("always_dead", {})))
+
+
+def _unchanged(entries: Sequence[HistoryEntry], last: HistoryEntry) -> list[str]:
+    """Layers whose deadness was measured in each of ``entries``, with as many neurons as in the ``last``."""
+    return [n for n in last.dead if all(n in e.dead and e.widths[n] == last.widths[n] for e in entries)]
+
+
+def _dead_in_each(entries: Sequence[HistoryEntry]) -> dict[str, list[int]]:
+    names = _unchanged(entries, entries[-1]) if entries else []
+    return {name: sorted(set.intersection(*({*e.dead[name]} for e in entries))) for name in names}
 
 
 def _main_scores(report: NeuronReport) -> Mapping[str, Tensor]:

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from lightning_neurons.criteria.contract import known_deadness
 from lightning_neurons.criteria.deadness import check_threshold, exact_at_the_end, never_fired_bound
 from lightning_neurons.criteria.ranking import Normalization, normalize, select
 from lightning_neurons.errors import ArgumentError, UnknownNameError, check_choice, check_flag
@@ -28,7 +29,9 @@ class LayerCounts:
         samples: Samples that were finite and have been counted, by neuron.
         gradient_samples: The same in the sensitivity pass.
         values: Single values (samples x positions), by neuron.
-        nonfinite: Samples that were NaN or infinite (or too large to square) and were left out, by neuron.
+        nonfinite: Samples that were NaN or infinite, in the forward or in the sensitivity pass, and were left out, by
+            neuron.
+        left_out: Of these, the samples whose activation was.
         rms: Root mean square of the whole layer's values, or None if it was not measured.
         largest: Largest magnitude by neuron, or None if it was not measured.
         histogram: Counts of magnitudes by neuron, in the bins of ``metrics/histogram.py``; empty if not measured.
@@ -38,6 +41,7 @@ class LayerCounts:
     gradient_samples: Int[Tensor, " neuron"]
     values: Int[Tensor, " neuron"]
     nonfinite: Int[Tensor, " neuron"]
+    left_out: Int[Tensor, " neuron"]
     rms: float | None
     largest: Float[Tensor, " neuron"] | None
     histogram: Int[Tensor, "neuron_or_none bin"]
@@ -90,14 +94,22 @@ class NeuronReport:
 
     @property
     def deadness(self) -> Mapping[str, Tensor]:
-        """By layer, the share of values that are silent, by the report's main measure; 1 = never fires."""
+        """By layer, the share of values that are silent, by the main measure; 1 = never fires, NaN = unknown."""
         measure = "near_zero" if "near_zero" in self.deadness_by else next(iter(self.deadness_by), None)
         return {} if measure is None else self.deadness_by[measure]
 
     def dead(self, layer: str) -> Bool[Tensor, " neuron"]:
-        """Which neurons of a layer never fired."""
+        """Which neurons of a layer never fired; False for those of which it is not known, see ``unknown``."""
         silent: Tensor = self._layer(self.deadness, layer)
         return silent == 1
+
+    def unknown(self, layer: str) -> Bool[Tensor, " neuron"]:
+        """Which neurons of a layer may be dead or alive.
+
+        No finite sample made them fire, and others, NaN or infinite, were left out; or there was no sample at all.
+        """
+        silent: Tensor = self._layer(self.deadness, layer)
+        return silent.isnan()
 
     def dormant(self, layer: str) -> Bool[Tensor, " neuron"]:
         """Which neurons of a layer are tau-dormant; all False where it was not measured."""
@@ -118,7 +130,7 @@ class NeuronReport:
 
         Returns:
             By layer, the share of values with a magnitude of at most the threshold (within 1 % of it); exactly 1 if no
-            value exceeds it.
+            value exceeds it, and NaN where none of the finite ones does and others were left out.
 
         Raises:
             ArgumentError: If the threshold is out of range, or ``near_zero`` was not measured.
@@ -131,7 +143,8 @@ class NeuronReport:
             assert c.rms is not None, "near_zero needs it"
             assert c.largest is not None, "near_zero needs it"
             limit = threshold * c.rms if relative else threshold
-            found[name] = exact_at_the_end(share_at_most(c.histogram, limit), c.largest, limit, c.values)
+            dead = exact_at_the_end(share_at_most(c.histogram, limit), c.largest, limit, c.values)
+            found[name] = known_deadness(dead, c.left_out)
         return found
 
     def importance(self, criterion: str | None = None, normalize_by: Normalization | None = None) -> dict[str, Tensor]:

@@ -158,9 +158,9 @@ def _counts(counts: Any) -> dict[str, Any]:
 
 
 def _read_counts(entry: dict[str, Any]) -> dict[str, Any]:
-    whole = {
-        n: torch.tensor(entry[n], dtype=torch.int64) for n in ("samples", "gradient_samples", "values", "nonfinite")
-    }
+    entry = {"left_out": entry["nonfinite"], **entry}  # files of earlier versions tell no difference
+    names = ("samples", "gradient_samples", "values", "nonfinite", "left_out")
+    whole = {n: torch.tensor(entry[n], dtype=torch.int64) for n in names}
     packed = zlib.decompress(base64.b64decode(entry["histogram"]["zlib"]))
     histogram = torch.from_numpy(np.frombuffer(packed, "<i8").astype(np.int64).reshape(entry["histogram"]["shape"]))
     largest = None if entry["largest"] is None else floats(entry["largest"])

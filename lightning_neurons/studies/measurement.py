@@ -141,7 +141,7 @@ class Measurement:
             deadness_by={name: by_layer for name, by_layer in computed.items() if kinds[name] == "deadness"},
             per_class={
                 c.name: {
-                    n: torch.stack([c.score(self.metric.summary(n, k)) for k in classes]) for n in computed[c.name]
+                    n: torch.stack([c.judge(self.metric.summary(n, k)) for k in classes]) for n in computed[c.name]
                 }
                 for c in self.criteria
                 if len(classes) and c.statistics
@@ -181,12 +181,15 @@ class Measurement:
         has_histogram = self.metric.histogram.shape[1] > 0
         empty = torch.zeros(0, BINS, dtype=torch.int64)
         assert summary.values is not None
+        assert summary.left_out is not None
         largest = summary.totals.get(LARGEST_MAGNITUDE.name)
         return LayerCounts(
             samples=summary.samples["activation"],
             gradient_samples=summary.samples["gradient"],
             values=summary.values,
-            nonfinite=self.metric.nonfinite[:, place].amax(0),  # the same samples are bad in every pass
+            # The same samples are bad in every pass.
+            nonfinite=self.metric.nonfinite[:, :, place].sum(0).amax(0),
+            left_out=summary.left_out,
             rms=layer_rms(summary) if "squares" in summary.totals else None,
             largest=largest,
             histogram=self.metric.histogram[:, place].sum(0) if has_histogram else empty,

@@ -18,7 +18,9 @@ def report(
     """A report by hand: which neurons are dead, and their scores."""
     deadness = {n: torch.tensor([1.0 if i in ids else 0.25 for i in range(width)]) for n, ids in dead.items()}
     whole = torch.full((width,), 10)
-    counts = LayerCounts(whole, whole, whole, 0 * whole, 1.0, torch.ones(width), torch.zeros(0, 3, dtype=torch.int64))
+    counts = LayerCounts(
+        whole, whole, whole, 0 * whole, 0 * whole, 1.0, torch.ones(width), torch.zeros(0, 3, dtype=torch.int64)
+    )
     tensors = {n: torch.tensor(s, dtype=torch.float64) for n, s in (scores or {}).items()}
     return NeuronReport(
         layers=(), scores={"rms": tensors} if tensors else {}, deadness_by={"near_zero": deadness}, per_class={},

@@ -1,5 +1,7 @@
 """The section on deadness, and on sensitivity by layer."""
 
+import math
+
 import torch
 
 from lightning_neurons.report.figures import SELDOM
@@ -33,11 +35,11 @@ def _thresholds(report: NeuronReport) -> Table:
     for threshold in THRESHOLDS:
         silent = torch.cat(list(report.deadness_at(threshold).values()))
         dead, seldom = int((silent == 1).sum()), int((silent >= SELDOM).sum())
-        part = share(dead, len(silent))
+        part = share(dead, int((~silent.isnan()).sum()))
         rows.append((
             Cell(f"{threshold:g}", threshold),
             Cell(whole(dead), dead),
-            Cell(percent(part), part, share=part or None),
+            Cell(percent(part), None if math.isnan(part) else part, share=part if part > 0 else None),
             Cell(whole(seldom), seldom),
         ))
     return Table("Dead neurons by threshold", columns, tuple(rows))

@@ -45,7 +45,7 @@ def _grid(report: NeuronReport, layer: str) -> Picture:
     deadness = report.deadness[layer]
     alt = (
         f"One square for each of {many(len(deadness), 'neuron')} of {layer}, coloured by the share of values that are "
-        f"silent: {int((deadness == 1).sum())} never fired; on average {percent(float(deadness.mean()))} are silent."
+        f"silent: {int((deadness == 1).sum())} never fired; on average {percent(float(deadness.nanmean()))} are silent."
     )
     axes = figures.deadness_grid(report, layer, axes=new_axes(*_TALL))
     return embedded_figure(axes.figure, alt, "Deadness of each neuron")

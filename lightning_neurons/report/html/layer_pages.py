@@ -36,7 +36,7 @@ def _facts(report: NeuronReport, row: LayerRow) -> dict[str, str]:
         found["root mean square"] = real(counts.rms)
     for word in ("dead", "dormant", "constant"):
         if (count := getattr(row, word)) is not None:
-            found[word] = f"{whole(count)} of {whole(row.neurons)}"
+            found[word] = f"{whole(count)} of {whole(row.known[word])}"
     if row.dead:
         bound = float(report.never_fired_bound(row.layer)[report.dead(row.layer)].max())
         found["who never fired"] = f"fires in fewer than {percent(min(bound, 1))} of all samples (95 % confidence)"

@@ -7,7 +7,7 @@ from lightning_neurons.report.console import remarks
 from lightning_neurons.report.html.parts import Cell, Column, Section, Side, Table, Tile, Tiles, Words
 from lightning_neurons.report.html.run_folder import RunFolder
 from lightning_neurons.report.html.wording import many, percent, real, whole
-from lightning_neurons.report.numbers import LayerRow, layer_rows, share, what_is_ranked
+from lightning_neurons.report.numbers import LayerRow, counted, in_words, known_share, layer_rows, what_is_ranked
 from lightning_neurons.results.history import NeuronHistory
 from lightning_neurons.results.neuron_report import NeuronReport
 
@@ -29,10 +29,9 @@ def _tiles(run: RunFolder) -> Tiles:
     neurons = sum(row.neurons for row in rows)
     tiles = [Tile("neurons", whole(neurons), f"in {many(len(rows), 'layer')}")]
     for label, meaning in (("dead", "never fired"), ("dormant", "hardly active")):
-        known = [count for row in rows if (count := getattr(row, label)) is not None]
-        if known:
-            of = f"{percent(share(sum(known), neurons))}, {meaning}"
-            tiles.append(Tile(label, whole(sum(known)), of, alarming=label == "dead" and sum(known) > 0))
+        if (count := counted(rows, label)) is not None:
+            of = f"{percent(known_share(rows, label))}, {meaning}"
+            tiles.append(Tile(label, whole(count), of, alarming=label == "dead" and count > 0))
     tiles += _changes(run.history)
     if report.epoch is not None:
         tiles.append(Tile("epoch", whole(report.epoch), "" if report.step is None else many(report.step, "step")))
@@ -51,6 +50,7 @@ def _changes(history: NeuronHistory | None) -> list[Tile]:
     return tiles
 
 
+_JUDGED = ("dead", "dormant", "constant")
 _COLUMNS = (
     Column("layer"),
     Column("neurons", numeric=True),
@@ -67,7 +67,7 @@ _COLUMNS = (
 def layers(report: NeuronReport) -> Section:
     """One row for each layer, in the order of the model."""
     rows = layer_rows(report)
-    total = [_sum(rows, name) for name in ("neurons", "dead", "dormant", "constant")]
+    total = [_count(sum(row.neurons for row in rows)), *(_judged(rows, name) for name in _JUDGED)]
     table = Table(
         caption=f"{many(len(rows), 'layer')} in the order of the model",
         columns=_COLUMNS,
@@ -84,9 +84,7 @@ def _cells(row: LayerRow, place: int) -> tuple[Cell, ...]:
     return (
         Cell(row.layer, link=f"layer-{place}"),
         _count(row.neurons),
-        Cell(whole(row.dead), row.dead, share=row.dead / row.neurons if row.dead else None),
-        _count(row.dormant),
-        _count(row.constant),
+        *(_judged([row], name) for name in _JUDGED),
         *ends,
         Cell(percent(row.top_share), _known(row.top_share)),
         Cell(real(row.effective), _known(row.effective)),
@@ -134,6 +132,7 @@ def _known(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def _sum(rows: list[LayerRow], name: str) -> Cell:
-    known = [getattr(row, name) for row in rows if getattr(row, name) is not None]
-    return Cell(whole(sum(known) if known else None))
+def _judged(rows: list[LayerRow], name: str) -> Cell:
+    count = counted(rows, name)
+    bar = known_share(rows, name) if name == "dead" and len(rows) == 1 and count else None
+    return Cell(in_words(rows, name), count, share=bar)
