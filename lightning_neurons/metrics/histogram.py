@@ -90,8 +90,8 @@ def share_at_most(counts: Int[Tensor, "neuron bin"], limit: float) -> Float[Tens
 
     Values within 1 % of ``limit`` may fall on either side.
     """
-    inside = representatives().to(counts.device) <= limit
-    return counts[:, inside].sum(1).double() / counts.sum(1)
+    inside = int((representatives() <= limit).sum())
+    return counts[:, :inside].sum(1).double() / counts.sum(1)
 
 
 def folded(counts: Int[Tensor, "neuron bin"], parts: int) -> Int[Tensor, " bar"]:

@@ -4,12 +4,13 @@ The neurons of all layers lie side by side on one axis, so that six states are e
 processes takes six reductions. Sums are float64, counts int64. A leading axis separates classes (or has one entry).
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -56,6 +57,7 @@ class StreamingCriteria(Metric):
         self, widths: Mapping[str, int], criteria: Iterable[Criterion], *, per_class: bool = False, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
+        self._unwrap()
         self.criteria, self.per_class = tuple(criteria), per_class
         self.traits: dict[str, LayerTraits] = {}
         self.refused: dict[str, dict[str, str]] = {c.name: {} for c in self.criteria}
@@ -69,13 +71,36 @@ class StreamingCriteria(Metric):
         self._waiting, self._groups = Waiting(), dict[tuple[Any, ...], Group]()
         neurons, classes = ends[-1], 0 if per_class else 1
         counted = neurons if any(c.histogram for c in self.criteria) else 0
-        self.add_state("totals", torch.zeros(classes, len(self._sums), neurons, dtype=torch.float64), "sum")
-        lowest = torch.full((classes, len(self._maxima), neurons), -torch.inf, dtype=torch.float64)
-        self.add_state("maxima", lowest, "max")
+        self._add("totals", (classes, len(self._sums), neurons), torch.zeros(1, dtype=torch.float64), "sum")
+        self._add(
+            "maxima", (classes, len(self._maxima), neurons), torch.tensor([-math.inf], dtype=torch.float64), "max"
+        )
         counts = {"samples": (classes, len(NEEDS), neurons), "values": (classes, neurons)}
         counts |= {"nonfinite": (classes, len(NEEDS), neurons), "histogram": (classes, counted, histogram.BINS)}
         for name, shape in counts.items():
-            self.add_state(name, torch.zeros(shape, dtype=torch.int64), "sum")
+            self._add(name, shape, torch.zeros(1, dtype=torch.int64), "sum")
+
+    def _add(self, name: str, shape: tuple[int, ...], value: Tensor, reduce: str) -> None:
+        """A state that holds ``value`` everywhere; what it is reset to takes no memory."""
+        self.add_state(name, value, reduce)
+        self._defaults[name] = value.expand(shape)
+        # What nobody has written to costs nothing: the operating system gives zeros page by page.
+        setattr(
+            self, name, torch.full(shape, value.item(), dtype=value.dtype) if value.any() else value.new_zeros(shape)
+        )
+
+    def _unwrap(self) -> None:
+        """Take ``update`` and ``compute`` from the class again.
+
+        torchmetrics keeps wrapped ones in the object, which then refers to itself: its sums would stay in memory until
+        Python looks for circles.
+        """
+        for name in ("update", "compute"):
+            vars(self).pop(name, None)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._unwrap()
 
     def describe(self, traits: LayerTraits, *, calls: int = 1) -> None:
         """Say what a layer is, before its first update; the values of all its ``calls`` belong to the same sample."""
@@ -101,7 +126,8 @@ class StreamingCriteria(Metric):
         self, layer: str, view: LayerView, need: Need = "activation", targets: Int[Tensor, " batch"] | None = None
     ) -> None:
         """Take one call of one layer; ``finish_batch`` adds it. No GPU is waited for unless classes are kept apart."""
-        self.hold(layer, view, need, targets)
+        with torch.no_grad():
+            self.hold(layer, view, need, targets)
 
     def hold(
         self, layer: str, view: LayerView, need: Need = "activation", targets: Int[Tensor, " batch"] | None = None
@@ -125,22 +151,22 @@ class StreamingCriteria(Metric):
         waiting = self._waiting
         held = waiting.batches.pop((layer, need), None)
         if held is not None and (layer not in self._several_calls or held.samples != new.samples):
-            self._add({(layer, need): held})  # of an earlier batch, or a call with other samples
+            self._add_all({(layer, need): held})  # of an earlier batch, or a call with other samples
             held = None
         waiting.batches[layer, need] = new if held is None else accumulate.joined(statistics, held, new)
         waiting.numbers += len(new.rows) * new.rows[0].numel()
         if waiting.numbers > _HELD_NUMBERS:
             once = [key for key in waiting.batches if key[0] not in self._several_calls]
-            self._add({key: waiting.batches.pop(key) for key in once})
+            self._add_all({key: waiting.batches.pop(key) for key in once})
             waiting.numbers = 0
 
     def finish_batch(self) -> None:
         """Add what the layers gave in this batch, all of them together."""
         self._update_count += 1
         batches, self._waiting.batches, self._waiting.numbers = self._waiting.batches, {}, 0
-        self._add(batches)
+        self._add_all(batches)
 
-    def _add(self, pending: Mapping[tuple[str, Need], Batch]) -> None:
+    def _add_all(self, pending: Mapping[tuple[str, Need], Batch]) -> None:
         forms: dict[tuple[Any, ...], list[tuple[str, Batch]]] = {}
         for (layer, need), batch in pending.items():
             form = need, id(self._statistics[layer, need]), batch.form, id(batch.targets)
@@ -189,8 +215,10 @@ class StreamingCriteria(Metric):
 
     def grow(self, classes: int) -> None:
         """Make room for ``classes`` classes; refuses what would take too much memory."""
+        if classes <= len(self.totals):
+            return
         states = {name: getattr(self, name) for name in _BY_CLASS}
-        for name, state in with_room(states, max(classes, len(self.totals))).items():
+        for name, state in with_room(states, classes).items():
             setattr(self, name, state)
 
     def summary(self, layer: str, klass: int | None = None) -> Summary:
@@ -200,7 +228,6 @@ class StreamingCriteria(Metric):
         maxima = self.maxima[chosen, :, place]
         highest = maxima.amax(0) if len(maxima) else maxima.new_full(maxima.shape[1:], torch.nan)
         highest = torch.where(highest == -torch.inf, torch.nan, highest)
-        counts = self.histogram[chosen, place].sum(0)
         by_name = {s.name: totals[i] for i, s in enumerate(self._sums)}
         return Summary(
             traits=self.traits[layer],
@@ -208,12 +235,24 @@ class StreamingCriteria(Metric):
             samples=dict(zip(NEEDS, self.samples[chosen, :, place].sum(0), strict=True)),
             values=self.values[chosen, place].sum(0),
             left_out=self.nonfinite[chosen, NEEDS.index("activation"), place].sum(0),
-            near_zero=partial(histogram.share_at_most, counts),
+            near_zero=partial(self._near_zero, self.histogram[chosen, place]),
         )
+
+    @staticmethod
+    def _near_zero(counts: Int[Tensor, "class neuron bin"], limit: float) -> Float[Tensor, " neuron"]:
+        return histogram.share_at_most(counts[0] if len(counts) == 1 else counts.sum(0), limit)
+
+    def magnitudes(self, layer: str) -> Int[Tensor, "neuron bin"]:
+        """How often each neuron of a layer had which magnitude; no copy where there are no classes."""
+        counts = self.histogram[:, self.places[layer]]
+        return counts[0] if len(counts) == 1 else counts.sum(0)
 
     def compute(self) -> dict[str, dict[str, Tensor]]:
         """``scores``, after merging processes if ``sync_on_compute`` asks for it."""
-        return self.scores()
+        with self.sync_context(
+            dist_sync_fn=self.dist_sync_fn, should_sync=self._to_sync, should_unsync=self._should_unsync
+        ):
+            return self.scores()
 
     def scores(self) -> dict[str, dict[str, Tensor]]:
         """By criterion and layer; layers that a criterion refuses, or that never ran, are left out."""

@@ -127,7 +127,7 @@ class Measurement:
         epoch: int | None = None,
         step: int | None = None,
     ) -> NeuronReport:
-        """Turn the sums into results, on the CPU."""
+        """Turn the sums into results, on the CPU; the report takes them over, so nothing can be added afterwards."""
         if "weight" in self.needs:  # they may have been exchanged since the layers were described
             self.metric.traits |= {n: traits_of(self.layers[n], self.model) for n in self.metric.traits}
         self.metric.cpu()
@@ -192,7 +192,7 @@ class Measurement:
             left_out=summary.left_out,
             rms=layer_rms(summary) if "squares" in summary.totals else None,
             largest=largest,
-            histogram=self.metric.histogram[:, place].sum(0) if has_histogram else empty,
+            histogram=self.metric.magnitudes(name) if has_histogram else empty,
         )
 
     def _class_count(self, klass: int) -> int:
