@@ -102,6 +102,7 @@ class StepReplay:
         if self.loss_fn is not None:
             return out  # type: ignore[no-any-return]
         found = self._finder.find(out, self.logged)
+        self.logged.clear()  # a logged loss holds its graph, which would live until the next run
         if isinstance(found, Tensor):
             return found
         raise NoLossError(
