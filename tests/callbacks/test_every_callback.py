@@ -1,0 +1,185 @@
+"""What holds for every callback that the package exports, on modules that do what users' modules do.
+
+A callback that is exported and has no line in ``CALLBACKS`` fails the first test.
+"""
+
+import copy
+import inspect
+import pickle
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import Any
+
+import jaxtyping
+import lightning as L  # noqa: N812
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from torch import Tensor, nn
+
+from lightning_neurons import callbacks
+from tests.callbacks.modules import MemoryLogger, Net, Noisy, Plain, WithMetrics, fit, loader
+from tests.callbacks.pruned import assert_equal, weights
+from tests.callbacks.test_invisible import bits, state_of
+from tests.callbacks.test_nothing_left import traces
+
+CALLBACKS: dict[str, Callable[[], L.Callback]] = {
+    "ActivationMaximizationCallback": lambda: callbacks.ActivationMaximizationCallback([0], steps=2, cards=0),
+    "ActivationStatisticsCallback": lambda: callbacks.ActivationStatisticsCallback(),
+    "ClassNeuronsCallback": lambda: callbacks.ClassNeuronsCallback(controls=1, max_samples=8),
+    "NeuronAblationCallback": lambda: callbacks.NeuronAblationCallback(ends=1, max_samples=16),
+    "NeuronPruningCallback": lambda: callbacks.NeuronPruningCallback("weight_l2", threshold=0.0),
+    "NeuronSensitivityCallback": lambda: callbacks.NeuronSensitivityCallback(max_figures=0),
+    "SaliencyCallback": lambda: callbacks.SaliencyCallback(max_samples=2),
+}
+OWN = ("neurons", "ablation", "classes", "pruning", "saliency", "maximization", "cards", "figures")
+
+every_callback = pytest.mark.parametrize("name", CALLBACKS)
+
+
+@pytest.fixture(autouse=True)
+def _without_type_checks() -> Iterator[None]:
+    """The checks of types that run in tests draw random numbers of their own."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
+
+
+class FastPath(Plain):
+    """An encoder that torch runs by its fast path, with a padding mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(6, 2, 8, batch_first=True)
+        self.encoder, self.head = nn.TransformerEncoder(layer, 2), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        padded = torch.arange(6).expand(len(x), 6) > 4
+        return self.head(self.encoder(x[:, 0], src_key_padding_mask=padded)[:, 0])
+
+
+class Transforms(Plain):
+    """Gradients of single samples by ``torch.func``, in validation."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
+        def output(x: Tensor) -> Tensor:
+            return self.net.fc2(torch.relu(self.net.fc1(x))).sum()
+
+        gradients = torch.func.vmap(torch.func.grad(output))(batch[0][:, 0, 0])
+        self.log("steepness", gradients.norm())
+        return super().validation_step(batch, batch_idx)
+
+
+class OwnGradients(Plain):
+    """Looks at the gradient of the loss with respect to its input, in validation."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
+        with torch.enable_grad():
+            x = batch[0].clone().requires_grad_()
+            self.loss((x, batch[1])).backward()
+        self.zero_grad()
+        self.log("steepness", x.grad.norm())
+        return super().validation_step(batch, batch_idx)
+
+
+class Copies(Plain):
+    """Runs a changed copy of its network, and stores it, in validation."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
+        twin = pickle.loads(pickle.dumps(copy.deepcopy(self.net)))
+        with torch.no_grad():
+            twin.fc1.bias += 1
+        self.log("shifted", nn.functional.cross_entropy(twin(batch[0]), batch[1]))
+        return super().validation_step(batch, batch_idx)
+
+
+class BackwardHooks(Plain):
+    """Listens to gradients of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for layer in (self.net.conv2, self.net.fc1):
+            layer.register_full_backward_hook(lambda module, *_: None)
+
+
+class WrittenOut(Plain):
+    """Activation functions that are written out, in place."""
+
+    class Net(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.norm1(self.conv1(x)).clamp(min=0)
+            x = self.norm2(self.conv2(x))
+            x = (x * (x > 0)).mean((2, 3))
+            x = self.fc1(x)
+            x[x < 0] = 0
+            return self.fc2(x)
+
+    def __init__(self) -> None:
+        super().__init__(self.Net())
+
+
+MODULES: dict[str, Callable[[], Plain]] = {
+    one.__name__: one
+    for one in (
+        Noisy, WithMetrics, FastPath, Transforms, OwnGradients, Copies, BackwardHooks, WrittenOut,
+    )
+} | {"Averaged": Plain}  # fmt: skip
+
+
+def run(kind: str, observers: list[L.Callback], epochs: int) -> dict[str, Any]:
+    """Everything that could have changed."""
+    L.seed_everything(0, verbose=False)
+    module, logger = MODULES[kind](), MemoryLogger()
+    averages = [EMAWeightAveraging(decay=0.5)] if kind == "Averaged" else []
+    data = {"train": loader(16), "val": loader(16, seed=1)}
+    settings = {"logger": logger, "max_epochs": epochs, "inference_mode": kind != "OwnGradients"}
+    trainer = fit(module, [*averages, *observers], **settings, **data)
+    found = state_of(trainer, module, logger)
+    found["series"] = [row for row in logger.rows if not row[0].startswith(OWN)]
+    return bits(found) | {"left": traces(module)}
+
+
+@lru_cache
+def without(kind: str, epochs: int) -> dict[str, Any]:
+    return run(kind, [], epochs)
+
+
+def test_every_exported_callback_is_tested():
+    exported = {name: getattr(callbacks, name) for name in callbacks.__all__}
+    assert CALLBACKS.keys() == {n for n, c in exported.items() if inspect.isclass(c) and issubclass(c, L.Callback)}
+
+
+@pytest.mark.filterwarnings("ignore:.*(nothing (has been|is) cut|cannot cut|nested tensors)")
+@pytest.mark.parametrize("kind", MODULES)
+@every_callback
+def test_it_is_invisible_and_leaves_nothing(name, kind):
+    epochs = 1 + (name == "NeuronPruningCallback")  # which would cut when the second epoch begins
+    found, expected = run(kind, [CALLBACKS[name]()], epochs), without(kind, epochs)
+    assert [key for key in expected if found[key] != expected[key]] == []
+
+
+@pytest.mark.filterwarnings("ignore:.*nothing (has been|is) cut")
+@every_callback
+def test_it_is_copied_and_pickled_before_and_after_a_run_and_resumes(name, tmp_path):
+    callback = CALLBACKS[name]()
+    for other in (copy.deepcopy(callback), pickle.loads(pickle.dumps(callback))):
+        assert other.state_key == callback.state_key
+    L.seed_everything(0, verbose=False)
+    data = {"train": loader(16), "val": loader(16, seed=1)}
+    saver = L.Callback()
+    saver.on_train_epoch_end = lambda trainer, _: trainer.save_checkpoint(tmp_path / f"{trainer.current_epoch}.ckpt")
+    fit(Plain(), [callback, saver], **data, max_epochs=2)
+    for other in (copy.deepcopy(callback), pickle.loads(pickle.dumps(callback))):
+        assert bits(other.state_dict()) == bits(callback.state_dict())
+    resumed, follower = Plain(), CALLBACKS[name]()
+    fit(resumed, [follower], **data, ckpt=tmp_path / "0.ckpt", max_epochs=2)
+    assert_equal(weights(resumed), _two_epochs())
+
+
+@lru_cache
+def _two_epochs() -> dict[str, Tensor]:
+    L.seed_everything(0, verbose=False)
+    module = Plain()
+    fit(module, train=loader(16), val=loader(16, seed=1), max_epochs=2)
+    return weights(module)
