@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_neurons.callbacks.independence import independence_of
-from lightning_neurons.callbacks.member import Member, gradients_together, together
+from lightning_neurons.callbacks.member import Member, gradients_together, rows_in, together
 from lightning_neurons.callbacks.replay import StepReplay, is_compiled
+from lightning_neurons.callbacks.steps import takes_iterator
 from lightning_neurons.errors import MeasurementError, NoLossError
-from lightning_neurons.network.batches import batch_size_of, map_tensors
+from lightning_neurons.network.batches import batch_size_of, map_tensors, tensors_of
 from lightning_neurons.studies.losses import fgsm, summed
 from lightning_neurons.studies.measure import sampled_loss
 from lightning_neurons.studies.passes import Known, Passes
@@ -85,7 +86,7 @@ class Session:
         self._shared(partial(self._open, batch, (batch_idx, dataloader_idx)))
 
     def _open(self, batch: Any, place: tuple[int, int]) -> None:
-        is_stream = isinstance(batch, Iterator)  # then the step takes its batches itself
+        is_stream = isinstance(batch, Iterator) or takes_iterator(self.passes.model, self._own_step())
         for group in self._groups():
             self._pick(group, batch, place, is_stream=is_stream)
         if self.source == "train":
@@ -149,8 +150,13 @@ class Session:
         def pick() -> None:
             if is_stream:
                 raise NoLossError(
-                    f"{replay.step} takes dataloader_iter, so no batch can be run again for its loss; let it take "
+                    f"{self._own_step()} takes dataloader_iter, so no batch can be run again for its loss; let it take "
                     "(batch, batch_idx) to measure sensitivity"
+                )
+            if rows_in(batch) is None and not tensors_of(batch):
+                raise NoLossError(
+                    f"batch of type {type(batch).__name__}: nothing in it tells how many samples it has, so the loss "
+                    "cannot be shared out among them; make it a tuple, dict or dataclass of tensors"
                 )
             whole = not independence_of(replay, group[0].settings.loss_reduction, batch, place)
             group[0].pick(batch, place, picked, whole=whole)
@@ -172,10 +178,15 @@ class Session:
                 groups.setdefault(member.replay_key, []).append(member)
         return list(groups.values())
 
+    def _own_step(self) -> str:
+        """The step that the Trainer runs."""
+        if self.source == "train":
+            return "training_step"
+        return "test_step" if self.trainer.testing else "validation_step"
+
     def _observe_again(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
         """Compiled code cannot be watched without changing what it computes: run it once more, as it was written."""
-        step = "test_step" if self.trainer.testing else "validation_step"
-        replay = StepReplay(self.trainer, self.passes.model, step, None)
+        replay = StepReplay(self.trainer, self.passes.model, self._own_step(), None)
         replay.place = batch_idx, dataloader_idx
 
         def observe() -> None:
