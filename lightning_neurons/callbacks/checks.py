@@ -4,10 +4,14 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_neurons.errors import ArgumentError, MeasurementError, PruningError
+from lightning_neurons.metrics.room import require_room
+from lightning_neurons.network.families import widths_of
 from lightning_neurons.network.layer import Pattern, candidates
+from lightning_neurons.studies.settings import MeasurementSettings
 
 _SHARDED = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAFSDPStrategy"}
 
@@ -53,6 +57,18 @@ def check_layers(who: str, pl_module: Any, patterns: tuple[Pattern, ...] | None)
             f"{who}: {type(pl_module).__name__} has no convolutional or linear layer; make your own layer types known "
             "by lightning_neurons.register_layer"
         )
+
+
+def check_room(who: str, pl_module: Any, settings: MeasurementSettings, device: torch.device) -> None:
+    """Make sure that the sums of a measurement fit into memory.
+
+    Raises:
+        MisconfigurationException: If they do not.
+    """
+    try:
+        require_room(widths_of(candidates(pl_module, settings.layers)), settings.criteria, device)
+    except MeasurementError as error:
+        raise MisconfigurationException(f"{who}: {error}") from error
 
 
 def overrides(pl_module: Any, method: str) -> bool:

@@ -109,6 +109,7 @@ class NeuronObserver(lightning.pytorch.Callback, pytorch_lightning.Callback):  #
         checks.refuse_sharded(who, trainer.strategy)
         if stage != "test" and not checks.overrides(pl_module, "configure_model"):  # else there may be no layers yet
             checks.check_layers(who, pl_module, self.settings.layers)
+            checks.check_room(who, pl_module, self.settings, trainer.strategy.root_device)
         if self.step == "training":
             checks.require_training_step(who, pl_module)
         if stage == "fit" and self.source == "val" and not trainer.enable_validation:

@@ -4,7 +4,7 @@
 module or a functional call runs, so that ``nn.ReLU()``, ``F.relu`` and ``x.relu_()`` are all seen.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -83,6 +83,11 @@ def register_layer(module_type: type[nn.Module], *, neurons: Callable[[Any], int
 def family_of(module: nn.Module) -> LayerFamily | None:
     """The family of the module's own type or its nearest base, or None if it makes no neurons."""
     return next((LAYER_FAMILIES[t] for t in type(module).__mro__ if t in LAYER_FAMILIES), None)
+
+
+def widths_of(modules: Mapping[str, nn.Module]) -> dict[str, int]:
+    """Number of neurons by layer."""
+    return {name: family.neurons(module) for name, module in modules.items() if (family := family_of(module))}
 
 
 _T = Tensor

@@ -13,8 +13,9 @@ from lightning_neurons.criteria.contract import NEEDS, Need
 from lightning_neurons.criteria.deadness import layer_rms
 from lightning_neurons.errors import MeasurementError
 from lightning_neurons.metrics.histogram import BINS, HIGHEST, LOWEST
+from lightning_neurons.metrics.room import require_room
 from lightning_neurons.metrics.streaming import StreamingCriteria
-from lightning_neurons.network.families import family_of
+from lightning_neurons.network.families import widths_of
 from lightning_neurons.network.layer import Layer, Pattern, candidates, require_materialized
 from lightning_neurons.network.samples import samples_first
 from lightning_neurons.network.weights import traits_of
@@ -33,6 +34,7 @@ class Measurement:
 
     Raises:
         ArgumentError: If a pattern matches no layer, or a layer is still lazy.
+        MeasurementError: If the sums would not fit into memory.
     """
 
     def __init__(
@@ -50,11 +52,13 @@ class Measurement:
         require_materialized(model)
         self.layers: dict[str, Layer] = {}
         self._forms: dict[str, tuple[int, bool, tuple[float, float] | None, int | None]] = {}
-        widths = {name: family.neurons(m) for name, m in self.modules.items() if (family := family_of(m))}
+        widths = widths_of(self.modules)
+        # float64 does not exist on Apple's GPUs.
+        where = torch.device("cpu") if device is None or device.type == "mps" else device
+        require_room(widths, criteria, where)
         with torch.inference_mode(False):  # inference tensors could not be added to later on
             self.metric = StreamingCriteria(widths, criteria, per_class=per_class, sync_on_compute=False)
-            # float64 does not exist on Apple's GPUs.
-            self.metric.to("cpu" if device is None or device.type == "mps" else device)
+            self.metric.to(where)
         self._batch_size: int | None = None
         self._targets: Tensor | None = None
 

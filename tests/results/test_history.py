@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_neurons.results.history import NeuronHistory
+from lightning_neurons.errors import ArgumentError
+from lightning_neurons.results.history import RECENT, NeuronHistory
 from lightning_neurons.results.neuron_report import LayerCounts, NeuronReport
 from tests import reference
 from tests.results.reports import network, report_of
@@ -174,3 +175,45 @@ def test_weights_alone_make_a_history_too():
     history = history_of(report_of(["weight_l2"]), report_of(["weight_l2"]))
     assert history.entries[1].dead == {}
     assert history.entries[1].stability["0"] == pytest.approx(1)
+
+
+def test_an_unknown_neuron_has_neither_died_nor_revived():
+    reports = [report({"a": dead}) for dead in ([0], [0], [1])]
+    reports[1].deadness_by["near_zero"]["a"][:2] = math.nan  # samples of 0 and 1 were left out
+    history = history_of(*reports)
+    first, second, third = history.entries
+    assert (first.unknown, second.unknown, second.dead) == ({}, {"a": [0, 1]}, {"a": []})
+    assert (second.died, second.revived) == ({"a": []}, {"a": []})
+    assert (third.died, third.revived) == ({"a": []}, {"a": []}), "0 was not known before, nor was 1"
+    assert history.persistently_dead() == {"a": []}
+
+
+def test_a_long_history_is_bounded_and_remembers_who_was_always_dead():
+    history, sizes = NeuronHistory(), []
+    for epoch in range(1000):
+        history.add(report({"a": [0, 2] if epoch == 3 else [0, 1, 2, 3]}, epoch=epoch))
+        sizes.append(len(history))
+    assert max(sizes) <= 2 * RECENT
+    assert (history.measured, history.entries[0].epoch) == (1000, 0)
+    epochs = [entry.epoch for entry in history.entries]
+    assert epochs == sorted(set(epochs))
+    assert epochs[-RECENT:] == list(range(1000 - RECENT, 1000))
+    assert history.persistently_dead() == history.persistently_dead(1000) == {"a": [0, 2]}, (
+        "also after epoch 3 was let go"
+    )
+    assert history.persistently_dead(RECENT) == {"a": [0, 1, 2, 3]}
+    assert history.persistently_dead(1001) == {}
+    with pytest.raises(ArgumentError, match="measurements=500 is not allowed: expected at most 100"):
+        history.persistently_dead(500)
+    resumed = NeuronHistory()
+    resumed.load_state_dict(history.state_dict())
+    resumed.add(report({"a": [2, 3]}, epoch=1000))
+    assert (resumed.measured, resumed.persistently_dead()) == (1001, {"a": [2]})
+
+
+def test_a_file_of_a_long_history_remembers_as_well(tmp_path):
+    history = history_of(*(report({"a": [0] if epoch else [0, 1]}) for epoch in range(250)))
+    history.save(tmp_path / "history.json")
+    loaded = NeuronHistory.load(tmp_path / "history.json")
+    assert (loaded.measured, loaded.persistently_dead()) == (250, {"a": [0]})
+    assert_same_entries(loaded, history)
