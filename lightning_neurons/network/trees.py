@@ -51,8 +51,12 @@ def address_of(tensor: Tensor) -> int:
 def weights_of(module: nn.Module) -> tuple[int, ...]:
     """Which memory a module computes with: another, if it runs with other weights than its own."""
     owners = module.modules() if module._modules else (module,)
+    parameters = [p for owner in owners for p in owner._parameters.values() if p is not None]
     with torch._C.DisableTorchFunction():
-        return tuple(address_of(p) for owner in owners for p in owner._parameters.values() if p is not None)
+        try:
+            return tuple([p.data_ptr() for p in parameters])
+        except RuntimeError:  # in a transform, for example
+            return tuple([address_of(p) for p in parameters])
 
 
 def in_transform() -> bool:
