@@ -11,7 +11,7 @@ from lightning_neurons.callbacks.arguments import lightning_errors
 from lightning_neurons.callbacks.checks import name_of
 from lightning_neurons.callbacks.forward import forward_of
 from lightning_neurons.callbacks.observer import NeuronObserver
-from lightning_neurons.callbacks.outlet import Outlet, keeping_training, numbered
+from lightning_neurons.callbacks.outlet import Outlet, numbered
 from lightning_neurons.callbacks.replay import StepReplay
 from lightning_neurons.callbacks.sampled_study import SampledStudy
 from lightning_neurons.errors import ArgumentError, MeasurementError, check_choice, check_count, check_seed
@@ -186,8 +186,7 @@ class ActivationMaximizationCallback(SampledStudy):
         loggers, step, folder = outlet
         count = len(found.maximized.targets) - len(found.cards)
         suffix = numbered(trainer, self, ActivationMaximizationCallback)
-        with keeping_training(self, "not all pictures were written"):
-            show_maximized(loggers, folder, found.maximized, count, step, f"maximization{suffix}")
+        show_maximized(loggers, folder, found.maximized, count, step, f"maximization{suffix}")
         show_cards(loggers, folder, found.cards, step, f"cards{suffix}")
 
 

@@ -147,8 +147,8 @@ class NeuronObserver(lightning.pytorch.Callback, pytorch_lightning.Callback):  #
         """Watch the module's own forward on this batch."""
         session = self._session(trainer, "val")
         if session is not None:
-            keep_weights(trainer, pl_module, self)
-            session.open(batch, batch_idx, dataloader_idx)
+            self._attempt(lambda: keep_weights(trainer, pl_module, self))
+            self._attempt(lambda: session.open(batch, batch_idx, dataloader_idx))
 
     def on_validation_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -156,7 +156,7 @@ class NeuronObserver(lightning.pytorch.Callback, pytorch_lightning.Callback):  #
         """Stop watching; run the picked samples again with gradients."""
         session = self._session(trainer, "val")
         if session is not None:
-            session.close(batch_idx, dataloader_idx)
+            self._attempt(lambda: session.close(batch_idx, dataloader_idx))
             self._raise_failure(trainer)
 
     on_test_batch_start = on_validation_batch_start
@@ -166,13 +166,13 @@ class NeuronObserver(lightning.pytorch.Callback, pytorch_lightning.Callback):  #
         """Take samples before the step can change them."""
         session = self._session(trainer, "train")
         if session is not None:
-            session.open(batch, batch_idx)
+            self._attempt(lambda: session.open(batch, batch_idx))
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Run the picked samples in evaluation mode, with the weights that the step has left."""
         session = self._session(trainer, "train")
         if session is not None:
-            session.close(batch_idx)
+            self._attempt(lambda: session.close(batch_idx))
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Make the report."""
@@ -256,14 +256,15 @@ class NeuronObserver(lightning.pytorch.Callback, pytorch_lightning.Callback):  #
             return
         member, session = self._member, self._session(trainer, source)
         if session is not None:
-            session.finish()
+            self._attempt(session.finish)
         if self._all_well(trainer) and self._has_something(trainer) and not trainer.sanity_checking:
             made = self._attempt(lambda: self._made(trainer))
             if self._all_well(trainer):
                 self._take(trainer, pl_module, *made)
         self._active = self._member = self._failure = None
         if session is not None and member is not None:
-            session.leave(member)
+            with keeping_training(self, "a measurement was not ended"):
+                session.leave(member)
 
     def _all_well(self, trainer: Any) -> bool:
         """Whether nothing has failed in any process; says what has. Call it in all processes."""
@@ -317,14 +318,14 @@ class NeuronObserver(lightning.pytorch.Callback, pytorch_lightning.Callback):  #
         try:
             return report, self.history.compare(report)
         except Exception as error:  # noqa: BLE001
-            self._warn(f"the history could not be continued and begins anew: {checks.said_of(error)}")
-            self.history = NeuronHistory()
-            return report, self.history.compare(report)
+            self._warn(f"a report was not compared with the one before: {checks.said_of(error)}")
+            return report, NeuronHistory().compare(report)
 
     def _take(self, trainer: Any, pl_module: Any, report: NeuronReport, entry: HistoryEntry) -> None:
         self.report = report
         if trainer.state.fn == "fit":
-            self.history.keep(report, entry)
+            with keeping_training(self, "the report is not in the history"):
+                self.history.keep(report, entry)
         if self.publishes:
             self._unpublished = report, entry
             self._trail.leave(None)
@@ -338,7 +339,8 @@ class NeuronObserver(lightning.pytorch.Callback, pytorch_lightning.Callback):  #
         if self._unpublished is not None:
             report, entry = self._unpublished
             self._unpublished = None
-            self._trail.leave(publish(trainer, self, report, entry))
+            with keeping_training(self, "the report was not written"):
+                self._trail.leave(publish(trainer, self, report, entry))
 
     @property
     def _why(self) -> Exception | None:
@@ -369,7 +371,8 @@ class NeuronObserver(lightning.pytorch.Callback, pytorch_lightning.Callback):  #
         if self._report is None:
             self._warn("nothing has been measured")
         else:
-            show(trainer, self)
+            with keeping_training(self, "the report was not shown"):
+                show(trainer, self)
 
     def _drop(self, trainer: Any) -> None:
         forget_weights(trainer)

@@ -85,9 +85,9 @@ def offer(trainer: Any, pl_module: Any, values: Mapping[str, float], group: str,
 
 
 @contextmanager
-def keeping_training(callback: Any, what: str) -> Iterator[None]:
-    """A full disk, or a picture that cannot be drawn, must not stop training."""
+def keeping_training(callback: Any, what: str, kind: str | None = None) -> Iterator[None]:
+    """A full disk, or a picture that cannot be drawn, must not stop training: it is said once for each ``kind``."""
     try:
         yield
     except Exception as error:  # noqa: BLE001
-        callback._warn(f"{what}: {type(error).__name__}: {error}", once=f"{what}: {type(error).__name__}")
+        callback._warn(f"{what}: {type(error).__name__}: {error}", once=f"{kind or what}: {type(error).__name__}")

@@ -5,7 +5,7 @@ from importlib.metadata import version
 from typing import Any
 
 from lightning_neurons.callbacks.folders import has_fitted
-from lightning_neurons.callbacks.outlet import keeping_training, numbered_observer, outlet_of
+from lightning_neurons.callbacks.outlet import Outlet, keeping_training, numbered_observer, outlet_of
 from lightning_neurons.report.console import print_report
 from lightning_neurons.report.drawing import can_draw
 from lightning_neurons.report.history_figures import pruning_progress
@@ -63,8 +63,7 @@ def show(trainer: Any, observer: Any) -> None:
     outlet = outlet_of(trainer)
     if not trainer.is_global_zero:
         return
-    with keeping_training(observer, "the report was not shown"):
-        print_report(observer.report, observer.history if trainer.state.fn == "fit" else NeuronHistory())
+    print_report(observer.report, observer.history if trainer.state.fn == "fit" else NeuronHistory())
     if outlet is None:
         return
     for logger in outlet.loggers:  # someone may have laid out a page since
@@ -81,11 +80,15 @@ def show(trainer: Any, observer: Any) -> None:
 
 def publish_rounds(trainer: Any, pruner: Any, values: dict[str, float]) -> None:
     """Write what pruning has done so far. Call it in all processes."""
-    outlet = outlet_of(trainer)
-    if outlet is None:
-        return
-    with keeping_training(pruner, "not all series of pruning were written"):
-        write_scalars(outlet.loggers, values, outlet.step)
+    with keeping_training(pruner, "not all of pruning was written"):
+        if (outlet := outlet_of(trainer)) is not None:
+            _write_rounds(outlet, pruner, values)
+
+
+def _write_rounds(outlet: Outlet, pruner: Any, values: dict[str, float]) -> None:
+    for logger in outlet.loggers:
+        with keeping_training(pruner, "not all series of pruning were written"):
+            write_scalars([logger], values, outlet.step)
     history = pruning_history(pruner.rounds, pruner.pruning.monitor)
     if history is None:
         return

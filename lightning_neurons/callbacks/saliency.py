@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_neurons.callbacks.arguments import lightning_errors
 from lightning_neurons.callbacks.checks import name_of
 from lightning_neurons.callbacks.forward import forward_of
-from lightning_neurons.callbacks.outlet import Outlet, keeping_training, numbered
+from lightning_neurons.callbacks.outlet import Outlet, numbered
 from lightning_neurons.callbacks.replay import StepReplay
 from lightning_neurons.callbacks.sampled_study import SampledStudy
 from lightning_neurons.errors import ArgumentError, MeasurementError, check_choice, check_count, check_flag
@@ -180,8 +180,7 @@ class SaliencyCallback(SampledStudy):
             return
         name = f"{_TAG}{numbered(trainer, self, SaliencyCallback)}"
         figure = self.figure()
-        with keeping_training(self, "the maps were not written everywhere"):
-            show_figure(outlet.loggers, name, figure, outlet.step)
+        show_figure(outlet.loggers, name, figure, outlet.step)
         if outlet.folder is not None:
             when = f"after epoch {trainer.current_epoch}" if trainer.state.fn == "fit" else ""
             caption = f"{self.settings['method']} of the {self.settings['of']}, {when}".strip(", ")

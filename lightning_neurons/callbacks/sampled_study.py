@@ -117,10 +117,11 @@ class SampledStudy(lightning.pytorch.Callback, pytorch_lightning.Callback):  # t
         """Publish the study, now that it is known at which x."""
         forget_weights(trainer)
         found, self._found = self._found, None
-        if found is None or (outlet := outlet_of(trainer)) is None:
+        if found is None:
             return
-        with keeping_training(self, f"epoch {trainer.current_epoch} was measured and not shown"):
-            self._publish(trainer, outlet, found)
+        with keeping_training(self, f"epoch {trainer.current_epoch} was measured and not shown", "not shown"):
+            if (outlet := outlet_of(trainer)) is not None:
+                self._publish(trainer, outlet, found)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Let go of the samples."""

@@ -137,6 +137,10 @@ class Measurement:
         self.metric.cpu()
         kinds = {c.name: c.kind for c in self.criteria}
         computed = {name: by_layer for name, by_layer in self.metric.scores().items() if name in kinds}
+        for criterion, by_layer in computed.items():
+            for layer, scores in by_layer.items():
+                place = self.metric.places[layer]
+                check_scores(criterion, layer, scores, place.stop - place.start)
         ran = [name for name in self.modules if name in self.metric.traits]
         classes = range(len(self.metric.totals)) if self.per_class else range(0)
         return NeuronReport(
@@ -203,3 +207,17 @@ class Measurement:
         """The samples of a class: the most that any neuron saw (others may have been infinite there)."""
         seen = self.metric.samples[klass, : len(NEEDS)]
         return int(seen.max()) if seen.numel() else 0
+
+
+def check_scores(criterion: str, layer: str, scores: Any, neurons: int) -> None:
+    """Make sure that a criterion, which may be the user's own, gives a number for each neuron.
+
+    Raises:
+        MeasurementError: Naming the criterion and what it gave.
+    """
+    if not isinstance(scores, Tensor) or scores.shape != (neurons,):
+        got = f"a tensor of shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
+        raise MeasurementError(
+            f"criterion {criterion!r} gave {got} for layer {layer!r}; expected a tensor of shape ({neurons},), a score "
+            "for each neuron"
+        )

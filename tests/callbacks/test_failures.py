@@ -1,0 +1,141 @@
+"""Whatever fails while a report is made, after training has begun, costs that epoch's measurement and nothing else."""
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_neurons import ActivationStatisticsCallback, Criterion, NeuronSensitivityCallback, Statistic
+from lightning_neurons.callbacks.session import _SESSIONS
+from lightning_neurons.results.history import NeuronHistory
+from tests.callbacks.modules import MemoryLogger, Plain, fit, loader
+
+MEASURING = [
+    "callbacks.observer:Measurement", "callbacks.observer:StepReplay", "callbacks.observer:stream_length",
+    "callbacks.session:Passes", "callbacks.session:Session.join", "callbacks.session:Session.open",
+    "callbacks.session:Session._open", "callbacks.session:Session._close", "callbacks.session:Session.close",
+    "callbacks.session:Session.finish", "callbacks.session:Session._groups", "callbacks.member:Member.start_batch",
+    "studies.passes:Passes.observe", "studies.passes:Passes.differentiate", "studies.passes:WatchActivations",
+    "studies.measurement:Measurement.receive", "studies.measurement:Measurement.merge_processes",
+    "studies.measurement:Measurement.report", "metrics.streaming:StreamingCriteria.scores",
+]  # fmt: skip
+TELLING = [
+    "results.history:NeuronHistory.compare", "results.history:NeuronHistory.keep", "callbacks.observer:scalars",
+    "callbacks.observer:offer", "callbacks.publish:write_loggers", "callbacks.outlet:folder_of",
+    "callbacks.publish:numbered_observer",
+]  # fmt: skip
+
+
+def small() -> Plain:
+    torch.manual_seed(0)
+    return Plain(nn.Sequential(nn.Flatten(), nn.Linear(36, 4), nn.ReLU(), nn.Linear(4, 3)))
+
+
+def break_in_epoch_1(place: str, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> type[Plain]:
+    """Let a function of ours fail in one epoch; returns modules that tell when that is."""
+    where, name = place.split(":")
+    owner = importlib.import_module(f"lightning_neurons.{where}")
+    *outer, last = name.split(".")
+    for one in outer:
+        owner = getattr(owner, one)
+    original, epochs = getattr(owner, last), [-1]
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        if epochs[-1] == 1:
+            raise error
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, last, failing)
+
+    class Telling(Plain):
+        def on_train_epoch_start(self) -> None:
+            epochs.append(self.current_epoch)
+
+    return Telling
+
+
+@pytest.mark.parametrize("place", MEASURING + TELLING)
+def test_training_goes_on_and_the_next_epoch_is_measured(place, monkeypatch):
+    module = small()
+    plain = fit(small(), max_epochs=3, train=loader(16), val=loader(8))
+    module.__class__ = break_in_epoch_1(place, monkeypatch, MemoryError("no room"))
+    callback = NeuronSensitivityCallback(max_figures=0)
+    with pytest.warns(UserWarning, match="MemoryError.*no room") as said:
+        trainer = fit(module, [callback], max_epochs=3, train=loader(16), val=loader(8), logger=MemoryLogger())
+    assert len([w for w in said if "no room" in str(w.message)]) <= 2
+    assert trainer.current_epoch == 3
+    assert callback.report.epoch == 2
+    assert [e.epoch for e in callback.history.entries][-1] == 2
+    assert trainer not in _SESSIONS or not _SESSIONS[trainer], "nothing is going on any more"
+    for mine, theirs in zip(trainer.model.parameters(), plain.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_who_wants_to_stop_is_not_held_up(monkeypatch, error):
+    module = small()
+    module.__class__ = break_in_epoch_1("studies.measurement:Measurement.report", monkeypatch, error())
+    with pytest.raises(SystemExit):
+        fit(module, [NeuronSensitivityCallback(max_figures=0)], max_epochs=3)
+
+
+LARGEST = Statistic("largest", lambda view: view.activation.amax(-1))
+BAD_SCORES = {
+    "raises": lambda summary: 1 / 0,
+    "is no tensor": lambda summary: "many",
+    "has another shape": lambda summary: torch.ones(3, 7),
+    "is NaN": lambda summary: summary.per_sample(LARGEST) * float("nan"),
+}
+
+
+@pytest.mark.parametrize("score", BAD_SCORES.values(), ids=BAD_SCORES)
+@pytest.mark.filterwarnings("ignore:.*was not measured.*", "ignore:.*nothing has been measured.*")
+@pytest.mark.parametrize("observer", [NeuronSensitivityCallback, ActivationStatisticsCallback])
+def test_a_criterion_that_goes_wrong_does_not_end_training(observer, score):
+    callback = observer(criteria=[Criterion("mine", (LARGEST,), score), "rms"], max_figures=0)
+    trainer = fit(small(), [callback], max_epochs=2, num_sanity_val_steps=0, logger=MemoryLogger())
+    assert trainer.current_epoch == 2
+
+
+def test_a_failed_measurement_after_a_good_one_leaves_the_good_one(monkeypatch):
+    module = small()
+    module.__class__ = break_in_epoch_1("studies.measurement:Measurement.report", monkeypatch, ValueError("mine"))
+    callback = NeuronSensitivityCallback(max_figures=0)
+    with pytest.warns(UserWarning, match="epoch 1 was not measured: ValueError: mine"):
+        fit(module, [callback], max_epochs=2)
+    assert callback.report.epoch == 0
+
+
+def test_one_logger_that_fails_costs_the_others_nothing():
+    class Full(MemoryLogger):
+        def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+            if any(name.startswith("neurons/") for name in metrics):
+                raise OSError("disk full")
+
+    good = MemoryLogger()
+    with pytest.warns(UserWarning, match="the report was not written everywhere: OSError: disk full"):
+        fit(small(), [NeuronSensitivityCallback(max_figures=0)], logger=[Full(), good])
+    assert "neurons/dead_share" in {name for name, *_ in good.rows}
+
+
+@pytest.mark.parametrize("broken", [{}, {"history": None}, {"history": {"entries": [{"epoch": 1, "new": 2}]}}])
+def test_a_history_of_another_version_begins_anew(broken):
+    callback = NeuronSensitivityCallback()
+    with pytest.warns(UserWarning, match="the history of the checkpoint cannot be read and begins anew"):
+        callback.load_state_dict(broken)
+    assert len(callback.history) == 0
+
+
+def test_a_history_that_cannot_be_written_does_not_keep_a_checkpoint_from_being_written(monkeypatch):
+    def full(history: Any) -> Any:
+        if len(history):
+            raise MemoryError("no room")
+        return {"entries": [], "scores": {}}
+
+    callback = NeuronSensitivityCallback(max_figures=0)
+    fit(small(), [callback])
+    monkeypatch.setattr(NeuronHistory, "state_dict", full)
+    with pytest.warns(UserWarning, match="the history is not in the checkpoint: MemoryError: no room"):
+        assert callback.state_dict()["history"] == {"entries": [], "scores": {}}
