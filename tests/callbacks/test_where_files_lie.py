@@ -35,6 +35,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*.*") if p.suffix != ".csv"}
 
 
+@pytest.mark.filterwarnings("ignore:.*logs directory .* exists and is not empty.*")
 @pytest.mark.parametrize("stage", ["validate", "test"])
 def test_what_is_found_after_a_fit_changes_nothing_of_it(tmp_path, stage):
     callback = NeuronSensitivityCallback(max_figures=0, html=True)
