@@ -1,7 +1,8 @@
 """Running a LightningModule's own step a second time, with gradients, without leaving a trace.
 
-What ``network/isolate.py`` does for any module, and what only Lightning has: ``self.log`` is caught, loggers are
-replaced by one that does nothing, the precision of the Trainer is kept, and a compiled step is run as it was written.
+What ``network/isolate.py`` does for any module, and what only Lightning has: ``self.log`` is caught, ``self.print`` is
+silent, loggers are replaced by one that does nothing, the precision of the Trainer is kept, and a compiled step is run
+as it was written.
 """
 
 import sys
@@ -54,8 +55,8 @@ class StepReplay:
         """Inside, the module may be run at will, in evaluation mode; afterwards it is as it was."""
         module, trainer = self.pl_module, self.trainer
         with ExitStack() as stack:
-            stack.enter_context(isolated(module))
-            shadows = {"log": self._log, "log_dict": self._log_dict, **_uncompiled(module)}
+            stack.enter_context(isolated(module, *trainer.callbacks))
+            shadows = {"log": self._log, "log_dict": self._log_dict, "print": _silent, **_uncompiled(module)}
             if self.step == "training_step":
                 shadows |= {"optimizers": _refuse, "lr_schedulers": _refuse, "manual_backward": _refuse}
             stack.enter_context(_attributes(module, **shadows))
@@ -127,6 +128,10 @@ def _refuse(*args: Any, **kwargs: Any) -> Any:
         "training_step uses its optimizers or learning rate schedulers itself, so it is not run a second time; pass "
         "loss_fn=lambda module, batch: ... that returns the loss"
     )
+
+
+def _silent(*args: Any, **kwargs: Any) -> None:
+    """``self.print``: the first run has said it."""
 
 
 def is_compiled(module: Any) -> bool:

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from lightning_neurons.network.batches import join, rows_of
-from lightning_neurons.network.isolate import eager, isolated
+from lightning_neurons.network.isolate import eager, kept_random_state, returning_to
 from lightning_neurons.network.replay import Replay
 from lightning_neurons.network.reruns import Reruns
 from lightning_neurons.network.same_calls import DivergedError, SameCalls
 from lightning_neurons.network.silence import Edit, Silence
 from lightning_neurons.network.stacked import StackedReplay
-from lightning_neurons.network.state import random_state, set_random_state
+from lightning_neurons.network.state import ModelState, random_state, set_random_state
 from lightning_neurons.network.tape import Tape
 from lightning_neurons.network.trees import address_of, map_tensors_in, same_tensors
 
@@ -42,6 +42,7 @@ class Rerun:
     def __init__(self, of: Reruns, batch: Any, samples: int) -> None:
         self._of, self._batch, self._samples = of, batch, samples
         self._random = random_state()
+        self._state: ModelState | None = None
         self._stretches: list[list[int]] = []
         self._tape: Tape | None = None
         self._fits = True  # whether this batch takes the way that is known
@@ -143,9 +144,12 @@ class Rerun:
 
     def with_changed(self, parameter: Tensor) -> Any:
         """What the run gives with a parameter that has been changed since ``prepare_parameter``."""
+        self._state = None  # it has other weights now
         start = self._reader(parameter)
         found = None if start is None else self._replay(start, {})
-        return self._whole({}) if found is None else found[0]
+        result = self._whole({}) if found is None else found[0]
+        self._state = None
+        return result
 
     def _reader(self, parameter: Tensor) -> int | None:
         """The first call that reads a parameter."""
@@ -223,7 +227,9 @@ class Rerun:
             stack.enter_context(torch.no_grad())
             stack.enter_context(eager())
             if self._of.is_stateful:
-                stack.enter_context(isolated(self._of.model))
+                self._state = self._state or ModelState(self._of.model)  # to look through a model takes time
+                stack.enter_context(kept_random_state(self._of.model))
+                stack.enter_context(returning_to(self._state))
             if self._of.draws:
                 set_random_state(self._random)
             yield

@@ -1,21 +1,32 @@
-"""Whether running a model changes it: what can be run again and again must not depend on how often it has run."""
+"""The state of a model: whatever running it may change, to be compared with what a run leaves, or to be put back."""
 
+import copy
+import gc
+import itertools
 import random
-from collections import deque
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_neurons.network.isolate import plain_attributes
-from lightning_neurons.network.trees import version_of
+from lightning_neurons.errors import MeasurementError
+from lightning_neurons.network.contents import Numbers
+from lightning_neurons.network.paths import name_of, put_at
+from lightning_neurons.network.reach import Reach
 
-_LONG = 1000
+_said: set[str] = set()
 
 
 class ModelState:
-    """The state of a model, to be compared with that after a run. Take it inside of ``isolated``.
+    """The state of a model and of what its code can reach.
+
+    Args:
+        model: The model.
+        others: Objects that its code can reach on other ways.
 
     Example:
         >>> import torch
@@ -24,36 +35,102 @@ class ModelState:
         >>> _ = norm(torch.randn(4, 2))
         >>> state.has_changed()
         True
+        >>> state.put_back()
+        >>> norm.running_mean
+        tensor([0., 0.])
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *others: Any) -> None:
         self._model = model
-        self._before = self._marks()
+        with torch.inference_mode(False), torch.no_grad(), _without_collector():
+            self._reach = Reach([model, *others])
+        self._random = _random_of_others()
+        self._lost: list[str] = []
+        self._weights: list[str] = []
 
     def has_changed(self) -> bool:
-        """Whether a buffer, a plain attribute, or the random numbers of Python or numpy have changed."""
-        return self._marks() != self._before
+        """Whether anything has changed, or the random numbers of Python or numpy. Substitutes have to stand before."""
+        if self._random != _random_of_others() or any(self._reach.empty):
+            return True
+        with torch.no_grad():
+            return any(content.has_changed() for content, _ in self._reach.contents)
 
-    def _marks(self) -> list[Any]:
-        marks: list[Any] = [random.getstate(), repr(np.random.get_state())]
-        for module in self._model.modules():
-            marks.append({name: _mark(value) for name, value in plain_attributes(module).items()})
-            marks.append({name: _mark(buffer) for name, buffer in module._buffers.items()})
-        return marks
+    def substitute(self) -> None:
+        """Let other objects stand for those that could not be put back.
+
+        Metrics get empty states (their own may be long), and tensors of inference mode become normal ones.
+        """
+        substitutes: dict[int, Any] = {}
+        with torch.inference_mode(False), torch.no_grad():
+            for value, path in self._reach.movable:
+                if id(value) not in substitutes:
+                    try:
+                        substitutes[id(value)] = _substitute_of(value)
+                    except Exception:  # noqa: BLE001 (whatever an iterator over something of the user's may raise)
+                        self._lost.append(name_of(path))
+                        substitutes[id(value)] = value
+                put_at(path, substitutes[id(value)])
+            for metric in self._reach.metrics:
+                for name, default in metric._defaults.items():
+                    vars(metric)[name] = default.clone().to(metric.device) if isinstance(default, Tensor) else []
+                vars(metric).update(_update_count=0, _computed=None, _forward_cache=None)
+
+    def put_back(self) -> None:
+        """Make everything as it was, as far as that is possible."""
+        for thing in self._reach.empty:
+            thing.clear()
+        with torch.inference_mode(False), torch.no_grad():
+            for content, path in self._reach.contents:
+                if not content.put_back():
+                    (self._weights if isinstance(content, Numbers) else self._lost).append(name_of(path))
+
+    def complain(self) -> None:
+        """Say in a warning, once, what could not be put back.
+
+        Raises:
+            MeasurementError: If weights were changed that are too many to keep a copy of.
+        """
+        who = type(self._model).__name__
+        if self._weights:
+            raise MeasurementError(
+                f"{who}: running it once more has changed {self._weights[0]} in place, too large to be put back; "
+                "do not move weights in the step that is measured, or pass loss_fn=lambda module, batch: ..."
+            )
+        for name in self._lost:
+            _say(f"{who}.{name} cannot be put back after the measurement has run the model once more")
+        if not self._reach.is_whole:
+            _say(f"{who} holds too many objects to put all of them back after the measurement has run it once more")
 
 
-def _mark(value: Any, depth: int = 3) -> Any:
-    """Something that differs if the value does."""
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Many small objects are made, and none to be collected: the collector would look at all there are, for long."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _say(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        warnings.warn(message, stacklevel=3)
+
+
+def _substitute_of(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return id(value), version_of(value)
-    if isinstance(value, np.ndarray):
-        return id(value), value.tobytes()
-    if isinstance(value, list | tuple | set | dict | deque):
-        if not depth or len(value) > _LONG:
-            return id(value), len(value)
-        entries = value.items() if isinstance(value, dict) else value
-        return id(value), [_mark(entry, depth - 1) for entry in entries]
-    return value if isinstance(value, int | float | str | bytes | None) else id(value)
+        return value.clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Python 3.14 will not copy those of itertools
+        nested = isinstance(value, enumerate | zip | map | filter) or type(value).__module__ == itertools.__name__
+        return copy.deepcopy(value) if nested else copy.copy(value)
+
+
+def _random_of_others() -> tuple[Any, str]:
+    return random.getstate(), repr(np.random.get_state())
 
 
 def random_state() -> tuple[Tensor, list[Tensor]]:

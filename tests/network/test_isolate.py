@@ -14,10 +14,6 @@ from lightning_neurons.network.isolate import (
     differentiable,
     frozen,
     isolated,
-    kept_attributes,
-    kept_buffers,
-    kept_metrics,
-    kept_modes,
     kept_random_state,
 )
 
@@ -41,7 +37,7 @@ def leave(request):
 def test_modes_come_back_one_by_one(leave):
     net = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
     net[1].eval()
-    leave(kept_modes(net), lambda: net.eval() and net[1].train())
+    leave(isolated(net), lambda: net.eval() and net[1].train())
     assert [m.training for m in net.modules()] == [True, True, False]
 
 
@@ -69,7 +65,7 @@ def test_buffers_and_running_statistics_come_back_as_the_same_objects(leave):
         net.nothing = torch.ones(1)
         net.register_buffer("late", torch.ones(1))
 
-    leave(kept_buffers(net), action)
+    leave(isolated(net), action)
     assert {name: id(b) for name, b in net.named_buffers()} == {name: i for name, (i, _) in before.items()}
     assert all(torch.equal(b, before[name][1]) for name, b in net.named_buffers())
     assert net.nothing is None
@@ -140,7 +136,7 @@ def plain(module: Collector) -> dict[str, object]:
 def test_plain_attributes_come_back_as_the_same_objects_with_their_contents(change, leave):
     module = Collector()
     before = plain(module)
-    leave(kept_attributes(module), lambda: CHANGES[change](module))
+    leave(isolated(module), lambda: CHANGES[change](module))
     assert plain(module) == before
 
 
@@ -165,7 +161,7 @@ def test_metrics_with_tensor_and_list_states_come_back(leave):
         assert net.mean._update_count == 0
         net.mean(100.0), net.listed.update(torch.ones(5)), net.listed.compute(), net.mean.reset()
 
-    leave(kept_metrics(net), action)
+    leave(isolated(net), action)
     assert (net.mean.compute().item(), net.listed.compute().item()) == (3, 2)
     assert (net.mean._update_count, net.listed._update_count) == (1, 1)
 

@@ -1,6 +1,7 @@
 """Whatever the model and the mode: it runs no further than it must, and is afterwards as it was."""
 
 import random
+from unittest.mock import Mock
 
 import lightning as L  # noqa: N812
 import pytest
@@ -110,19 +111,12 @@ def test_images_and_start_of_inference_mode_will_do():
 
 @pytest.mark.parametrize("target, last", [(("conv1", 1), 0), (("conv2", 1), 1), ("conv2", 1), (("fc1", 1), 2)], ids=str)
 def test_the_forward_ends_behind_the_layer(target, last):
-    net, calls = seeded(ConvNet), dict.fromkeys(["conv1", "conv2", "fc1", "fc2"], 0)
-
-    def count(name):
-        def hook(module, inputs):
-            calls[name] += 1
-
-        return hook
-
-    for name in calls:
-        net.get_submodule(name).register_forward_pre_hook(count(name))
+    net, hooks = seeded(ConvNet), [Mock(return_value=None) for _ in range(4)]
+    for name, hook in zip(["conv1", "conv2", "fc1", "fc2"], hooks, strict=True):
+        net.get_submodule(name).register_forward_pre_hook(hook)
     maximized(net, target, steps=7)
     everything = 1 + 7 + 1 + 1  # to learn, to climb, to read what is reached, and the images
-    assert list(calls.values()) == [everything] * (last + 1) + [1] * (3 - last)
+    assert [hook.call_count for hook in hooks] == [everything] * (last + 1) + [1] * (3 - last)
 
 
 class Catching(ConvNet):
@@ -140,11 +134,11 @@ class Catching(ConvNet):
 
 
 def test_a_model_that_catches_exceptions_is_left_early_all_the_same():
-    net, calls = seeded(Catching), []
-    net.fc2.register_forward_pre_hook(lambda module, inputs: calls.append(1))
+    net, hook = seeded(Catching), Mock(return_value=None)
+    net.fc2.register_forward_pre_hook(hook)
     found = maximized(net, ("conv2", 1))
     assert torch.equal(found.images, maximized(seeded(ConvNet), ("conv2", 1)).images)
-    assert len(calls) == 1
+    assert hook.call_count == 1
 
 
 @pytest.mark.parametrize("after", [nn.Identity, lambda: nn.BatchNorm2d(4).eval()], ids=["plain", "with norm"])

@@ -1,6 +1,7 @@
 """The range of pictures, between latent values and what the model sees."""
 
 import math
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -127,14 +128,14 @@ def test_pictures_stay_in_the_range_at_every_step(low, high, validity, kind):
 @pytest.mark.parametrize("name", NORMALISATIONS)
 def test_the_model_sees_normalised_pictures(name):
     mean, std = NORMALISATIONS[name]
-    net, seen = seeded(ConvNet), []
-    net.conv1.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach().clone()))
+    net, kept = seeded(ConvNet), Mock(seen=[])  # what a hook holds of its own would be put back
+    net.conv1.register_forward_pre_hook(lambda module, inputs: kept.seen.append(inputs[0].detach().clone()))
     found = maximized(2, model=net, mean=mean, std=std, steps=6, frames=7, **STILL)
     center = torch.zeros(3) if mean is None else torch.as_tensor(mean).expand(3)
     spread = torch.ones(3) if std is None else torch.as_tensor(std).expand(3)
     expected = (found.frames - center.view(3, 1, 1)) / spread.view(3, 1, 1)
-    assert len(seen) == 7
-    torch.testing.assert_close(torch.stack(seen), expected)
+    assert len(kept.seen) == 7
+    torch.testing.assert_close(torch.stack(kept.seen), expected)
     torch.testing.assert_close(found.inputs, expected[-1])
     torch.testing.assert_close(found.activation, net(found.inputs)[0, 2].item())
 

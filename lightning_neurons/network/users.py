@@ -1,0 +1,62 @@
+"""Whose code something is: only what the user has written is looked into."""
+
+import dis
+import enum
+import sys
+import types
+from functools import lru_cache
+
+_FRAMEWORK = {
+    "torch", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities", "torchmetrics", "numpy",
+}  # fmt: skip
+_OWN = __name__.partition(".")[0]
+_DATA = {"Dataset", "DataLoader", "Sampler", "LightningDataModule", "Trainer", "Logger", "Strategy", "Accelerator"}
+
+
+class Users:
+    """What is the user's: all that does not come with Python, is no framework, and was not installed.
+
+    Args:
+        kind: The class of the user's model; the packages that it comes from are the user's too.
+    """
+
+    def __init__(self, kind: type) -> None:
+        self._packages = {_package(base.__module__) for base in kind.__mro__} - sys.stdlib_module_names
+        self._known: dict[str, bool] = {}
+
+    def wrote(self, module: str | None) -> bool:
+        """Whether a module, by name, is the user's."""
+        package = _package(module)
+        if package not in self._known:
+            foreign = package in _FRAMEWORK or package == _OWN
+            self._known[package] = not foreign and (package in self._packages or not _is_installed(package))
+        return self._known[package]
+
+    def own(self, kind: type) -> bool:
+        """Whether instances of a class are the user's own objects. Data sets and parts of a Trainer are not."""
+        packages = [(_package(base.__module__), base.__name__) for base in kind.__mro__]
+        alien = any(package == _OWN or (package in _FRAMEWORK and name in _DATA) for package, name in packages)
+        return self.wrote(kind.__module__) and not alien and not issubclass(kind, enum.Enum | BaseException)
+
+
+def _package(module: str | None) -> str:
+    return (module or "").partition(".")[0]
+
+
+@lru_cache(maxsize=1024)
+def _is_installed(package: str) -> bool:
+    """Whether a package came with Python, or was installed: neither is where a user writes code."""
+    if package == "__main__":
+        return False
+    if not package or package in sys.stdlib_module_names:
+        return True
+    file = getattr(sys.modules.get(package), "__file__", None) or ""
+    return "site-packages" in file or "dist-packages" in file
+
+
+@lru_cache(maxsize=4096)
+def names_in(code: types.CodeType) -> tuple[frozenset[str], frozenset[str]]:
+    """The names of its module that a function uses, and the attributes that it asks anything for."""
+    inner = [names_in(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    used = {i.argval for i in dis.get_instructions(code) if i.opname.endswith(("_GLOBAL", "_NAME"))}
+    return frozenset(used).union(*(u for u, _ in inner)), frozenset(code.co_names).union(*(a for _, a in inner))
