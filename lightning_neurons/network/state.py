@@ -122,7 +122,7 @@ def _say(message: str) -> None:
 
 def _substitute_of(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return value.clone()
+        return value.detach().clone().requires_grad_(value.requires_grad) if value.is_leaf else value.clone()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Python 3.14 will not copy those of itertools
         nested = isinstance(value, enumerate | zip | map | filter) or type(value).__module__ == itertools.__name__
