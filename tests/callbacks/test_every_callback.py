@@ -46,6 +46,14 @@ def _without_type_checks() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", before)
 
 
+class MetricOfTwoNames(WithMetrics):
+    """A metric that is reached under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.all_metrics = nn.ModuleDict({"accuracy": self.accuracy})
+
+
 class FastPath(Plain):
     """An encoder that torch runs by its fast path, with a padding mask."""
 
@@ -119,10 +127,22 @@ class WrittenOut(Plain):
         super().__init__(self.Net())
 
 
+class KeepsAndReturns(Plain):
+    """Any arguments, a dict of results, and a list of the class."""
+
+    losses: list[float] = []  # noqa: RUF012 (this is what is tested)
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        loss = self.loss(args[0])
+        self.losses.append(float(loss))
+        self.log("seen", float(len(self.losses)))
+        return {"loss": loss, "size": torch.tensor(len(args[0][1]))}
+
+
 MODULES: dict[str, Callable[[], Plain]] = {
     one.__name__: one
     for one in (
-        Noisy, WithMetrics, FastPath, Transforms, OwnGradients, Copies, BackwardHooks, WrittenOut,
+        Noisy, MetricOfTwoNames, FastPath, Transforms, OwnGradients, Copies, BackwardHooks, WrittenOut, KeepsAndReturns,
     )
 } | {"Averaged": Plain}  # fmt: skip
 
@@ -130,6 +150,7 @@ MODULES: dict[str, Callable[[], Plain]] = {
 def run(kind: str, observers: list[L.Callback], epochs: int) -> dict[str, Any]:
     """Everything that could have changed."""
     L.seed_everything(0, verbose=False)
+    KeepsAndReturns.losses.clear()
     module, logger = MODULES[kind](), MemoryLogger()
     averages = [EMAWeightAveraging(decay=0.5)] if kind == "Averaged" else []
     data = {"train": loader(16), "val": loader(16, seed=1)}
@@ -137,6 +158,7 @@ def run(kind: str, observers: list[L.Callback], epochs: int) -> dict[str, Any]:
     trainer = fit(module, [*averages, *observers], **settings, **data)
     found = state_of(trainer, module, logger)
     found["series"] = [row for row in logger.rows if not row[0].startswith(OWN)]
+    found["of the class"] = list(KeepsAndReturns.losses)
     return bits(found) | {"left": traces(module)}
 
 
