@@ -89,7 +89,7 @@ def state_of(trainer: Any, module: Any, logger: MemoryLogger) -> dict[str, Any]:
         "optimizer": trainer.optimizers[0].state_dict() if trainer.optimizers else None,
         "callback_metrics": trainer.callback_metrics,
         "logged_metrics": trainer.logged_metrics,
-        "series": [row for row in logger.rows if not row[0].startswith("neurons/")],
+        "series": [row for row in logger.rows if not row[0].startswith(("neurons/", "neurons_"))],
         "plain attributes": {n: v for n, v in vars(module).items() if n in ("outs", "steps_seen")},
         "metric states": {
             n: {**m.metric_state, "updates": m._update_count}
