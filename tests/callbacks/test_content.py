@@ -184,11 +184,11 @@ def test_a_sample_is_never_larger_than_asked_for(samples):
     assert int(callback.report.counts["net.fc1"].gradient_samples.max()) == min(samples, 40)
 
 
-def test_the_first_of_several_dataloaders_is_measured():
+def test_several_dataloaders_are_measured_together():
     module, callback = modules.SeveralLoaders(), NeuronSensitivityCallback()
     data = [loader(24, seed=1), loader(40, seed=2)]
     fit(module, [callback], val=data)
-    assert_same(callback.report, measured(module, data[0]))
+    assert_same(callback.report, measured(module, [batch for one in data for batch in one]))
 
 
 def test_a_criterion_of_the_user_is_measured_like_any_other():
