@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import Mock
 
 import lightning as L  # noqa: N812
 import pytest
@@ -141,36 +142,37 @@ def test_measure_and_ablation_take_whole_batches_as_well(case, monkeypatch):
 
 def test_a_bounded_sample_of_dependent_samples_is_whole_batches_spread_over_the_data():
     data = [(torch.full((8, 6), float(i)), labels(8, i)) for i in range(20)]
-    seen: list[tuple[float, int]] = []
+    seen = Mock()  # a list would be put back after each run
 
     def noted(module: Any, batch: Any) -> Tensor:
         if torch.is_grad_enabled():
-            seen.append((float(batch[0][0, 0]), len(batch[0])))
+            seen(float(batch[0][0, 0]), len(batch[0]))
         return weighted(module, batch)
 
     for bound, batches in ((40, 5), (3, 1), (47, 5)):
-        seen.clear()
+        seen.reset_mock()
         callback = NeuronSensitivityCallback(max_samples=bound, max_figures=0)
         sized = DataLoader(torch.utils.data.ConcatDataset([list(zip(*one, strict=True)) for one in data]), 8)
         trainer_of([callback]).validate(Small(noted), sized, verbose=False)
-        assert [size for _, size in seen] == [8] * batches
+        assert [call.args[1] for call in seen.call_args_list] == [8] * batches
         assert callback.report.counts["first"].gradient_samples.tolist() == [8 * batches] * 5
         assert "whole batches" in callback.report.notes[0]
         if batches > 1:
-            assert seen[-1][0] >= 13
+            assert seen.call_args.args[0] >= 13
 
 
 def test_samples_that_stand_alone_are_still_picked_joined_and_divided():
-    seen: list[int] = []
+    seen = Mock()  # a list would be put back after each run
 
     def noted(module: Any, batch: Any) -> Tensor:
         if torch.is_grad_enabled():
-            seen.append(len(batch[0]))
+            seen(len(batch[0]))
         return F.cross_entropy(module(batch[0]), batch[1])
 
     data = torch.utils.data.TensorDataset(drawn(160, 6), labels(160, 0))
     callback = NeuronSensitivityCallback(max_samples=40, max_figures=0)
     trainer_of([callback]).validate(Small(noted), DataLoader(data, 8), verbose=False)
-    assert sum(seen) == 40
-    assert max(seen) > 8
+    sizes = [call.args[0] for call in seen.call_args_list]
+    assert sum(sizes) == 40
+    assert max(sizes) > 8
     assert "stratified over 3 classes" in callback.report.notes[0]
