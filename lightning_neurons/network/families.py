@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from lightning_neurons.errors import ArgumentError
 
-Kind = Literal["norm", "activation", "dropout"]
-ORDER: tuple[Kind, ...] = ("norm", "activation", "dropout")
+Kind = Literal["norm", "affine", "activation", "dropout"]
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,7 @@ LINKS: dict[Callable[..., Any], Kind] = {
     **dict.fromkeys(_RECTIFIERS | _SIGMOIDS | _TANHS | _SMOOTH, "activation"),
     **dict.fromkeys(_DROPOUTS, "dropout"),
 }
-"""Functions that may directly follow a layer, by kind. A chain runs through them in the order of ``ORDER``."""
+"""Functions that may follow a layer, by kind. What they are written out with is in ``steps.py``."""
 
 RECTIFIERS = frozenset(f.__name__ for f in _RECTIFIERS) - {"threshold"}
 """Names of functions that make every value zero or positive. A threshold may set another value than zero."""

@@ -1,8 +1,8 @@
 """What is known of one layer, and the choice of layers by name and type."""
 
 import fnmatch
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -18,14 +18,20 @@ class Link:
     """One step between a layer and its readers.
 
     Attributes:
-        kind: ``"norm"``, ``"activation"`` or ``"dropout"``.
-        function: The function that ran, such as ``"relu"`` or ``"batch_norm"``.
+        kind: ``"norm"``, ``"activation"``, ``"dropout"``, or ``"affine"`` for a scale or shift that is written out.
+        function: The function that ran, such as ``"relu"`` or ``"batch_norm"``; of an activation function that is
+            written out, the last that ran, and those inside: ``"mul(sigmoid)"``.
         module: Path of the module that called it, or None for a functional call.
+        rectified: Whether values behind it are zero or positive, and exactly zero where the neuron is silent.
+        steps: The calls that it is made of: the name of each function and which values it reads. 0 is what enters the
+            link, 1 what the first call makes, and so on.
     """
 
     kind: Kind
     function: str
     module: str | None = None
+    rectified: bool = False
+    steps: tuple[tuple[str, tuple[int, ...]], ...] = field(default=(), repr=False)
 
     def __str__(self) -> str:
         return f"{self.function} ({self.module})" if self.module else self.function
@@ -39,7 +45,8 @@ class Layer:
         name: Path in the model.
         type: Name of the module's class.
         neurons: How many it has.
-        axis: Where they lie in its output: 1 for channels, -1 for features.
+        axis: Where they lie at the activation point: 1 for channels, -1 for features, unless the chain lays them out
+            anew, as a LayerNorm over the channels of pictures does.
         chain: What follows the layer before anybody reads it; the activation point is behind the last link.
         chains: The same for each call in one forward; ``chain`` is the first.
         readers: Paths of the layers that read the activation, each with how many of its inputs belong to one neuron;
@@ -75,22 +82,25 @@ class Layer:
 
     @property
     def activation(self) -> str | None:
-        """The activation function behind the layer, or None."""
-        return next((link.function for link in self.chain if link.kind == "activation"), None)
+        """The activation function behind the layer, or None; several, where one follows the other."""
+        return " > ".join(link.function for link in self.chain if link.kind == "activation") or None
 
     @property
     def rectified(self) -> bool:
         """Whether every call's values end in a rectifier."""
-        return self._everywhere(RECTIFIERS)
+        ends = self._ends()
+        return bool(ends) and all(end is not None and (end.rectified or end.function in RECTIFIERS) for end in ends)
 
     @property
     def bounds(self) -> tuple[float, float] | None:
         """The bounds of a saturating activation function that every call ends in, or None."""
-        return BOUNDS[self.activation] if self.activation and self._everywhere(BOUNDS) else None
+        found = {BOUNDS.get(end.function) if end is not None else None for end in self._ends()}
+        return found.pop() if len(found) == 1 else None
 
-    def _everywhere(self, functions: Iterable[str]) -> bool:
-        ends = [[link.function for link in chain if link.kind == "activation"] for chain in self.chains]
-        return bool(ends) and all(names and names[0] in functions for names in ends)
+    def _ends(self) -> list[Link | None]:
+        """The last link of each call, dropout aside."""
+        chains = [[link for link in chain if link.kind != "dropout"] for chain in self.chains]
+        return [chain[-1] if chain else None for chain in chains]
 
     @property
     def activation_point(self) -> str:

@@ -1,43 +1,35 @@
 """Where each layer's neurons get their final value: follow the identity of tensors through one forward.
 
 Static tracing fails on too many real models, and module hooks alone miss functional, shared and in-place activations.
-A ``TorchFunctionMode`` sees every call. A chain runs from a layer through normalisation, activation function and
-dropout as long as each value has exactly one reader: a residual sum, ``x * sigmoid(x)``, a concatenation or a branch
-ends it. An in-place call makes a new value although the tensor stays the same object.
+A ``TorchFunctionMode`` sees every call. A chain runs from a layer through one normalisation and whatever elementwise
+functions follow, as long as all operands come from the layer's one value or from constants: parameters, buffers and
+numbers. A branch that does not reunite, a residual sum or a concatenation ends it. An in-place call makes a new value
+although the tensor stays the same object. What becomes of one output is kept in ``course.py``.
 """
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_neurons.network.families import LINKS, ORDER, PASSING, family_of, function_name
+from lightning_neurons.network.constants import Constants
+from lightning_neurons.network.course import HIDDEN, Course, Value
+from lightning_neurons.network.families import LINKS, PASSING, family_of
 from lightning_neurons.network.flow import Flow
 from lightning_neurons.network.hooked import After, Before, HookedMode
-from lightning_neurons.network.layer import Layer, Link, public_name
+from lightning_neurons.network.layer import Layer, public_name
 from lightning_neurons.network.own_gradients import unhooked
+from lightning_neurons.network.places import place_behind
 from lightning_neurons.network.spread import spread_behind
+from lightning_neurons.network.steps import COPIES, CREATES, LOOKS, STEPS, Step, operands
 from lightning_neurons.network.trees import in_transform, is_plain, tensors_in, weights_of
 from lightning_neurons.network.writes import share_memory, target_of_write
 
-
-@dataclass(eq=False)
-class _Value:
-    """What a layer made, or a link of its chain."""
-
-    tensor: Tensor
-    axis: int
-    link: Link | None = None
-    reads: int = 0
-    next: "_Value | None" = None
-    readers: dict[str, int] = field(default_factory=dict)
-    foreign: bool = False  # read by something that is neither a link, nor a layer, nor on the way to one
-
-    @property
-    def stage(self) -> int:
-        return ORDER.index(self.link.kind) if self.link else -1
+_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
+_UNUSED = "did not run as a module (unused, or its weights are used by a function)"
 
 
 class Trace(HookedMode):
@@ -55,14 +47,17 @@ class Trace(HookedMode):
     def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], fast: Iterable[nn.Module] = ()) -> None:
         super().__init__(fast)
         self._model, self._layers = model, layers
-        self._now: dict[int, tuple[_Value, int]] = {}  # id of a tensor -> whose value it carries, inputs per neuron
-        self._calls: dict[str, list[_Value]] = {}
+        self._now: dict[int, tuple[Course, int]] = {}  # id of a tensor -> which value of which call it is
+        self._carried: dict[int, tuple[Value, int]] = {}  # id of a tensor -> whose value it carries, inputs per neuron
+        self._calls: dict[str, list[Course]] = {}
+        self._constants = Constants()
         self._alive: list[Tensor] = []  # ids stay unique while the tensors live
         self._modules: list[str] = []  # the modules that are running, innermost last
         self._inside: list[str] = []  # the layers that are running
         self._flow = Flow()
 
     def _before_runs(self) -> Iterable[tuple[nn.Module, Before]]:
+        self._constants.add_model(self._model)
         return [(module, self._starts(path, layer)) for path, module, layer in self._watched()]
 
     def _after_runs(self) -> Iterable[tuple[nn.Module, After]]:
@@ -85,8 +80,8 @@ class Trace(HookedMode):
                 return
             self._flow.enters(layer, inputs)
             for tensor in map(unhooked, tensors_in(inputs)):
-                if id(tensor) in self._now:
-                    value, spread = self._now[id(tensor)]
+                if id(tensor) in self._carried:
+                    value, spread = self._carried[id(tensor)]
                     value.readers[layer] = spread
 
         return start
@@ -107,9 +102,10 @@ class Trace(HookedMode):
                     return  # with other weights (of ``functional_call``, for example) it is another network
                 self._flow.leaves(layer, output, family.axis)
                 if isinstance(output, Tensor) and is_plain(output):
-                    value = _Value(output, family.axis)
-                    self._calls.setdefault(layer, []).append(value)
-                    self._carry(output, value)
+                    course = Course(output, family.axis, depth=_depth())
+                    self._calls.setdefault(layer, []).append(course)
+                    self._name(output, course, 0)
+                    self._carried[id(output)] = course.values[0], 1
 
         return end
 
@@ -117,86 +113,163 @@ class Trace(HookedMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        read = {id(t): self._now[id(t)] for t in map(unhooked, tensors_in((args, kwargs))) if id(t) in self._now}
         if in_transform():  # what goes on in there is not followed, but that it reads a value
-            for value, _ in read.values():
-                value.reads, value.foreign = value.reads + 1, True
+            for tensor in map(unhooked, tensors_in((args, kwargs))):
+                if id(tensor) in self._now:
+                    course, number = self._now[id(tensor)]
+                    course.values[number].outside.append("a transform of torch.func")
+                if id(tensor) in self._carried:
+                    self._carried[id(tensor)][0].foreign = True
             return func(*args, **kwargs)
+        if func in LOOKS:
+            out = func(*args, **kwargs)
+            if not self._inside:
+                self._flow.passes(func, args, kwargs, out, None)
+            if func in CREATES:
+                self._constants.see((), out, None)
+            return out
+        given = [unhooked(tensor) for tensor in operands(func, args, kwargs)]
+        reads = [self._now.get(id(t)) for t in given]
         target = target_of_write(func, args, kwargs)
-        own = read.get(id(target)) if func in LINKS else None
-        if own is None or own[0].reads:  # else the value that is overwritten lives on in the next link
-            self._copy_before(target)
+        self._copy_before(target, func)
         out = func(*args, **kwargs)
         if not self._inside:
             self._flow.passes(func, args, kwargs, out, target)
-        if func in (torch.Tensor.detach, torch.Tensor.view_as) or not any(True for _ in tensors_in(out)):
-            return out  # .shape and the like read nothing, nor does a backward hook that wraps a tensor (view_as)
-        if target is None and func not in LINKS and args and out is args[0]:
-            return out  # .contiguous(), .to(...) and the like that had nothing to do
-        for value, _ in read.values():
-            value.reads += 1
-        self._pass_on(func, args, kwargs, out, read)
+        made = target if out is None else out
+        if not any(True for _ in tensors_in(made)):
+            return out  # .shape and the like read nothing
+        if func in COPIES and isinstance(made, Tensor) and self._copied(given[0], made):
+            return out
+        if target is None and func not in STEPS and args and out is args[0]:
+            return out  # what had nothing to do
+        self._see(func, args, kwargs, given, reads, made)
+        self._constants.see(given, made, target)
         return out
 
-    def _pass_on(
+    def _copied(self, source: Tensor, made: Tensor) -> bool:
+        """A copy, or the very same tensor, is the value that it is a copy of; unless numbers were rounded."""
+        if made is source:
+            return True
+        if source.is_floating_point() != made.is_floating_point() and source.dtype != torch.bool:
+            return False
+        self._alive.append(made)
+        _pass_on(self._now, source, made)
+        _pass_on(self._carried, source, made)
+        if self._constants.has(source):
+            self._constants.add(made)
+        return True
+
+    def _see(
         self,
         func: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        out: Any,
-        read: dict[int, tuple[_Value, int]],
+        given: list[Tensor],
+        reads: list[tuple[Course, int] | None],
+        made: Any,
     ) -> None:
-        source = unhooked(args[0] if args else kwargs.get("input"))
-        value, spread = read.get(id(source), (None, 0))
-        if isinstance(out, Tensor):
-            self._now.pop(id(out), None)
-        kind = LINKS.get(func)
-        if value is not None and isinstance(out, Tensor) and len(read) == 1:
-            carried = spread_behind(func, args, kwargs, out, value.axis, spread) if func in PASSING else 0
-            if kind is not None and ORDER.index(kind) > value.stage and value.tensor is source and is_plain(out):
-                module = public_name(self._modules[-1]) if self._called_by_module() else None
-                value.next = _Value(out, value.axis, Link(kind, function_name(func, args, kwargs), module))
-                self._carry(out, value.next)
-                return
-            if carried:
-                self._carry(out, value, carried)
-                return
-        for value, _ in read.values():
-            value.foreign |= not self._inside
+        """Take note of a call: a step, or one that only reads values."""
+        carriers = {id(t): self._carried[id(t)] for t in given if id(t) in self._carried}
+        courses = {id(found[0]): found[0] for found in reads if found is not None}
+        alone = len(courses) == 1 and isinstance(made, Tensor) and is_plain(made)
+        course = next(iter(courses.values())) if alone else None
+        value = None if course is None else self._step(func, args, kwargs, given, reads, made, course)
+        if value is None:
+            for found in reads:
+                if found is not None:
+                    name = getattr(func, "__name__", "a function").strip("_")
+                    found[0].values[found[1]].outside.append(name if _depth() == found[0].depth else HIDDEN)
+            if isinstance(made, Tensor):
+                self._now.pop(id(made), None)
+        self._carry(func, args, kwargs, carriers, made, value)
 
-    def _called_by_module(self) -> bool:
-        """A module without children that is no layer called the function; else the forward of a bigger one did."""
+    def _step(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        given: list[Tensor],
+        reads: list[tuple[Course, int] | None],
+        made: Tensor,
+        course: Course,
+    ) -> Value | None:
+        """What a call has made, if of the values of one output and of constants alone; else None."""
+        if func not in STEPS or _depth() != course.depth:
+            return None
+        others = [t for t, found in zip(given, reads, strict=True) if found is None]
+        if LINKS.get(func) != "norm" and not all(self._constants.has(t) for t in others):
+            return None
+        numbers = tuple(None if found is None else found[1] for found in reads)
+        step = Step(func, args, kwargs, numbers, self._caller())
+        places = [None if n is None else course.values[n].place for n in numbers]
+        place = place_behind(func, args, kwargs, list(zip(given, places, strict=True)), made, step.kind == "affine")
+        if place is None:
+            return None
+        value = course.add(made, place, step)
+        self._name(made, course, len(course.values) - 1)
+        return value
+
+    def _carry(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        carriers: dict[int, tuple[Value, int]],
+        made: Any,
+        value: Value | None,
+    ) -> None:
+        """Take note of whose neurons a tensor still carries, pooled or laid out anew, and of who reads them."""
+        source = unhooked(args[0] if args else kwargs.get("input"))
+        spread = 0
+        if isinstance(made, Tensor):
+            self._carried.pop(id(made), None)
+            if len(carriers) == 1 and id(source) in carriers:
+                carried, before = carriers[id(source)]
+                if func in PASSING and carried.place.axis is not None:
+                    spread = spread_behind(func, args, kwargs, made, carried.place.axis, before)
+                elif LINKS.get(func) == "activation" and id(source) not in self._now and carried.place.stage < 2:
+                    carried.pooled.append(STEPS[func])
+            if value is not None and value.step is not None and not value.step.is_move:
+                self._carried[id(made)] = value, 1
+            elif spread:
+                self._alive.append(made)
+                self._carried[id(made)] = carried, spread
+        if not spread:
+            for carried, _ in carriers.values():
+                carried.foreign |= not self._inside
+
+    def _caller(self) -> str | None:
+        """The module that called, if it has no modules of its own and is no layer; else a bigger one's forward did."""
         if not self._modules or not self._modules[-1]:
-            return False
+            return None
         module = self._model.get_submodule(self._modules[-1])
-        return family_of(module) is None and not any(True for _ in module.children())
+        alone = family_of(module) is None and not any(True for _ in module.children())
+        return public_name(self._modules[-1]) if alone else None
 
     def _goes_on(self, seen: Tensor, output: Tensor) -> None:
         self._flow.goes_on_as(seen, output)
         if id(seen) in self._now:
-            value, spread = self._now[id(seen)]
-            if value.tensor is seen:
-                value.tensor = output
-            self._carry(output, value, spread)
+            course, number = self._now[id(seen)]
+            if course.values[number].tensor is seen:
+                course.values[number].tensor = output
+        self._alive.append(output)
+        _pass_on(self._now, seen, output)
+        _pass_on(self._carried, seen, output)
 
-    def _carry(self, tensor: Tensor, value: _Value, spread: int = 1) -> None:
-        self._now[id(tensor)] = (value, spread)
+    def _name(self, tensor: Tensor, course: Course, number: int) -> None:
+        self._now[id(tensor)] = course, number
         self._alive.append(tensor)
 
-    def _copy_before(self, target: Tensor | None) -> None:
+    def _copy_before(self, target: Tensor | None, func: Callable[..., Any]) -> None:
         if target is None:
             return
-        for value in self._values():
-            if share_memory(value.tensor, target):
-                value.tensor = value.tensor.clone()
-
-    def _values(self) -> Iterator[_Value]:
-        for calls in self._calls.values():
-            for value in calls:
-                step: _Value | None = value
-                while step is not None:
-                    yield step
-                    step = step.next
+        own = self._now.get(id(target))
+        if func in LINKS and own is not None and own[0].goes_on_alone(own[1]):
+            return  # the value that is overwritten lives on in the next link
+        for course in (course for calls in self._calls.values() for course in calls):
+            for value in course.values:
+                if share_memory(value.tensor, target):
+                    value.tensor = value.tensor.clone()
 
     def found(self) -> dict[str, Layer]:
         """What has been learnt, by layer; layers that did not run have no calls and a note that says so."""
@@ -209,18 +282,26 @@ class Trace(HookedMode):
     def _layer(self, name: str, module: nn.Module) -> Layer:
         family = family_of(module)
         assert family is not None, "candidates have families"
-        ends = [_final(value) for value in self._calls.get(name, [])]
-        whole = bool(ends) and all(last.readers and not last.foreign and last.next is None for _, last in ends)
-        readers = tuple({r: s for _, last in ends for r, s in last.readers.items()}.items())
+        calls, axis = self._calls.get(name, []), self._common_axis(name)
+        ends = [course.end(axis) for course in calls]
+        whole = bool(ends) and all(end.readers and not end.foreign for end in ends)
+        readers = tuple({r: s for end in ends for r, s in end.readers.items()}.items())
+        notes = [note for course in calls if (note := course.note(axis))]
         return Layer(
             name=name,
             type=type(module).__name__,
             neurons=family.neurons(module),
-            axis=family.axis,
-            chains=tuple(chain for chain, _ in ends),
+            axis=family.axis if not ends or ends[0].place.axis is None else ends[0].place.axis,
+            chains=tuple(course.chain(axis) for course in calls),
             readers=readers if whole else None,
-            note="" if ends else "did not run as a module (unused, or its weights are used by a function)",
+            note=next(iter(notes), "") if ends else _UNUSED,
         )
+
+    def _common_axis(self, name: str) -> int | None:
+        """None if the neurons lie on the same axis at the ends of all calls; else the axis of the layer's output."""
+        calls = self._calls.get(name, [])
+        axes = {course.end().place.axis for course in calls}
+        return calls[0].values[0].place.axis if len(axes) > 1 else None
 
     def in_order(self) -> list[str]:
         """The layers that ran, in the order in which they ran first."""
@@ -229,20 +310,29 @@ class Trace(HookedMode):
     def activations(self) -> Iterator[tuple[str, Tensor]]:
         """The final value of every call of every layer."""
         for name, calls in self._calls.items():
-            for value in calls:
-                yield name, _final(value)[1].tensor
+            axis = self._common_axis(name)
+            for course in calls:
+                yield name, course.end(axis).tensor
 
     def close(self) -> None:
         """Let go of the tensors."""
         self._now.clear()
+        self._carried.clear()
         self._calls.clear()
+        self._constants.close()
         self._alive.clear()
 
 
-def _final(value: _Value) -> tuple[tuple[Link, ...], _Value]:
-    chain = []
-    while value.next is not None and value.reads == 1:
-        value = value.next
-        assert value.link is not None, "only the layer itself has no link"
-        chain.append(value.link)
-    return tuple(chain), value
+def _depth() -> int:
+    """How many autograd functions are running; nobody can look into one that differentiates itself."""
+    frame, found = inspect.currentframe(), 0
+    while frame is not None:
+        found += frame.f_code is _APPLY
+        frame = frame.f_back
+    return found
+
+
+def _pass_on(known: dict[int, Any], source: Tensor, made: Tensor) -> None:
+    known.pop(id(made), None)
+    if id(source) in known:
+        known[id(made)] = known[id(source)]

@@ -6,23 +6,38 @@ and a statistic is taken before anybody can overwrite the value.
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_neurons.network.families import LINKS
 from lightning_neurons.network.gate import gated
 from lightning_neurons.network.hooked import After, HookedMode
 from lightning_neurons.network.layer import Layer, Link
 from lightning_neurons.network.own_gradients import BACKWARDS, Hook, needs_parameters, retaining, unhooked
+from lightning_neurons.network.steps import COPIES, FORMS, STEPS, operands
 from lightning_neurons.network.trees import is_plain, weights_of
 from lightning_neurons.network.writes import share_memory, target_of_write
 
 Deliver = Callable[[str, Tensor], None]
 DeliverGradient = Callable[[str, Tensor, Tensor, Tensor | None], None]
 """Layer, activation, gradient, and what gradients that the forward took itself add to the derivative by a factor."""
+
+
+@dataclass(eq=False, slots=True)
+class _Way:
+    """One call of a layer, on its way through the links that are left."""
+
+    name: str
+    links: tuple[Link, ...]
+    alive: list[Tensor]  # so that their ids stay their own
+    done: int = 0  # steps of the first link
+
+    @property
+    def next(self) -> tuple[str, tuple[int, ...]]:
+        return self.links[0].steps[self.done]
 
 
 class FollowLayers(HookedMode):
@@ -36,7 +51,9 @@ class FollowLayers(HookedMode):
     ) -> None:
         super().__init__(fast)
         self._layers, self._modules = layers, modules
-        self._waiting: dict[int, tuple[str, tuple[Link, ...], Tensor]] = {}
+        self._waiting: dict[int, tuple[_Way, int]] = {}  # id of a tensor -> which value it is on which way
+        links = [link for name in modules for chain in layers[name].chains for link in chain]
+        self._functions = frozenset(COPIES).union(*(FORMS[name] for link in links for name, _ in link.steps))
         self._calls: dict[str, int] = {}
         self.unknown: set[str] = set()
         """Layers that did not run as they were seen to: their activation points have to be found again."""
@@ -51,11 +68,11 @@ class FollowLayers(HookedMode):
 
     def _goes_on(self, seen: Tensor, output: Tensor) -> None:
         if (found := self._waiting.pop(id(seen), None)) is not None:
-            self._follow(found[0], found[1], output)
+            self._wait(output, *found)
 
     def __exit__(self, *exception: object) -> None:
         super().__exit__(*exception)
-        self.unknown |= {name for name, _, _ in self._waiting.values()}
+        self.unknown |= {way.name for way, _ in self._waiting.values()}
         self._waiting.clear()
 
     def _counts(self, value: Tensor) -> bool:
@@ -83,19 +100,57 @@ class FollowLayers(HookedMode):
     ) -> Any:
         kwargs = kwargs or {}
         # This runs for every call and every attribute of a tensor: the common case has to be short.
-        if func not in LINKS or not self._waiting:
+        if not self._waiting or func not in self._functions:
             return func(*args, **kwargs)
-        found = self._waiting.pop(id(unhooked(args[0] if args else kwargs.get("input"))), None)
+        known = [self._waiting.get(id(unhooked(tensor))) for tensor in operands(func, args, kwargs)]
+        read = [found for found in known if found is not None]
+        return self._step(func, args, kwargs, read) if read else func(*args, **kwargs)
+
+    def _step(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], read: list[tuple[_Way, int]]
+    ) -> Any:
+        """A call reads what is on its way: it is the next step, or a copy, or not what the layer was seen to do."""
+        way = read[0][0]
         out = func(*args, **kwargs)
-        if found is not None and found[1][0].kind == LINKS[func]:
-            return self._follow(found[0], found[1][1:], out)
+        if way.next == (STEPS[func], tuple(number for _, number in read)) and all(w is way for w, _ in read):
+            return self._went(way, args[0] if out is None else out, has_result=out is not None)
+        if func in COPIES:
+            self._wait(out, *read[0])
+            return out
+        for way, _ in read:
+            self.unknown.add(way.name)
+            self._leave(way)
         return out
+
+    def _went(self, way: _Way, value: Tensor, *, has_result: bool) -> Any:
+        way.done += 1
+        if way.done < len(way.links[0].steps):
+            self._wait(value, way, way.done)
+            return value if has_result else None
+        self._leave(way)
+        links = way.links[1:]
+        if has_result:
+            return self._follow(way.name, links, value)
+        # An assignment returns nothing that could be exchanged: what the model is to go on with is written over it.
+        last = value.clone() if value.requires_grad and not links else value
+        following = self._follow(way.name, links, last)
+        if following is not value:
+            value.copy_(following)
+        return None
+
+    def _leave(self, way: _Way) -> None:
+        for tensor in way.alive:
+            self._waiting.pop(id(tensor), None)
 
     def _follow(self, name: str, links: tuple[Link, ...], value: Tensor) -> Tensor:
         if not links:
             return self._arrive(name, value) if self._counts(value) else value
-        self._waiting[id(value)] = name, links, value  # kept alive, so that its id stays its own
+        self._wait(value, _Way(name, links, []), 0)
         return value
+
+    def _wait(self, value: Tensor, way: _Way, number: int) -> None:
+        way.alive.append(value)
+        self._waiting[id(value)] = way, number
 
     def _arrive(self, name: str, value: Tensor) -> Tensor:
         """Take the value at the activation point; returns what the model goes on with."""

@@ -47,7 +47,8 @@ class Capture(FollowLayers):
         return super()._follow(name, links, value)
 
     def _arrive(self, name: str, value: Tensor) -> Tensor:
-        self.activations[name] = value
+        # Where gradients flow, what comes next has to come from the very value that is kept.
+        self.activations[name] = value if value.requires_grad else value.clone()
         if self._left:
             self._left[name] -= 1
             if not any(self._left.values()):

@@ -4,7 +4,7 @@ import base64
 import json
 import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -140,15 +140,22 @@ def _read_nested(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str
 
 
 def _layer(layer: Layer) -> dict[str, Any]:
-    chains = [[[link.kind, link.function, link.module] for link in chain] for chain in layer.chains]
+    chains = [[list(vars(link).values()) for link in chain] for chain in layer.chains]
     readers = None if layer.readers is None else [list(reader) for reader in layer.readers]
     return {**vars(layer), "chains": chains, "readers": readers, "twins": list(layer.twins)}
 
 
 def _read_layer(entry: dict[str, Any]) -> Layer:
-    chains = tuple(tuple(Link(*link) for link in chain) for chain in entry["chains"])
+    chains = tuple(tuple(_read_link(*link) for link in chain) for chain in entry["chains"])
     readers = None if entry["readers"] is None else tuple((name, spread) for name, spread in entry["readers"])
     return Layer(**{**entry, "chains": chains, "readers": readers, "twins": tuple(entry.get("twins", ()))})
+
+
+def _read_link(
+    kind: Any, function: str, module: str | None, rectified: bool = False, steps: Sequence[Any] = ()
+) -> Link:
+    """Also from a file of a version that kept three entries of a link."""
+    return Link(kind, function, module, rectified, tuple((name, tuple(reads)) for name, reads in steps))
 
 
 def _counts(counts: Any) -> dict[str, Any]:

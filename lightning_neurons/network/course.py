@@ -1,0 +1,159 @@
+"""What becomes of a layer's output in one call: the values that are made of it alone, and where they reunite.
+
+The output is value 0. Each step makes another value, of earlier ones of the same course and of constants. A value to
+which everything before it leads, and nothing else, is where the chain may end: the last such one is the activation
+point. Between two of them lies a link: one function, or several where an activation function is written out.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from torch import Tensor
+
+from lightning_neurons.network.families import RECTIFIERS
+from lightning_neurons.network.layer import Link
+from lightning_neurons.network.places import Place
+from lightning_neurons.network.probe import rectifies
+from lightning_neurons.network.steps import ARITHMETIC, Step
+
+HIDDEN = "an autograd function of the model's own"
+
+
+@dataclass(eq=False)
+class Value:
+    """What a layer made, or a step behind it.
+
+    Attributes:
+        tensor: It.
+        place: Where its neurons lie, and behind what.
+        step: What made it; None for the layer's output.
+        uses: The numbers of the values that are made of it.
+        outside: Names of functions that read it and are no steps.
+        readers: The layers that read it, each with how many of its inputs belong to one neuron.
+        foreign: Whether something reads it that is neither a layer nor on the way to one.
+        pooled: Names of activation functions that read it behind a pooling function.
+    """
+
+    tensor: Tensor
+    place: Place
+    step: Step | None = None
+    uses: list[int] = field(default_factory=list)
+    outside: list[str] = field(default_factory=list)
+    readers: dict[str, int] = field(default_factory=dict)
+    foreign: bool = False
+    pooled: list[str] = field(default_factory=list)
+
+
+class Course:
+    """One call of a layer.
+
+    Args:
+        output: What the layer made.
+        axis: Where its neurons lie.
+        depth: How many autograd functions were running.
+    """
+
+    def __init__(self, output: Tensor, axis: int, depth: int = 0) -> None:
+        self.depth = depth
+        self.values = [Value(output, Place(axis))]
+
+    def add(self, tensor: Tensor, place: Place, step: Step) -> Value:
+        """Take note of a step."""
+        made = Value(tensor, place, step)
+        for number in set(step.values):
+            self.values[number].uses.append(len(self.values))
+        self.values.append(made)
+        return made
+
+    def points(self) -> Iterator[int]:
+        """The values where the chain may end, from the layer's output on."""
+        reach = 0
+        for number, value in enumerate(self.values):
+            moved = value.step is not None and value.step.is_move
+            if reach <= number and value.place.axis is not None and not moved and value.tensor.is_floating_point():
+                yield number
+            if value.outside or not value.uses:
+                return
+            reach = max(reach, *value.uses)
+
+    def goes_on_alone(self, number: int) -> bool:
+        """Whether nothing has read a value yet, and all before it lead to it."""
+        value = self.values[number]
+        return not value.uses and not value.outside and number in self.points()
+
+    def end(self, axis: int | None = None) -> Value:
+        """The value at the activation point; with ``axis``, the last that has its neurons there."""
+        return self.values[self._ends(axis)[-1]]
+
+    def _ends(self, axis: int | None) -> list[int]:
+        points = [0, *(p for p in self.points() if p)]
+        while axis is not None and self.values[points[-1]].place.axis != axis:
+            points.pop()
+        return points
+
+    def chain(self, axis: int | None = None) -> tuple[Link, ...]:
+        """The links up to the activation point; see ``end``."""
+        points = self._ends(axis)
+        return tuple(self._link(first, last) for first, last in pairwise(points))
+
+    def _link(self, first: int, last: int) -> Link:
+        steps = [step for value in self.values[first + 1 : last + 1] if (step := value.step) is not None]
+        parts = [step for step in steps if not step.is_move]
+        kinds = {step.kind for step in parts}
+        modules = {step.module for step in parts}
+        return Link(
+            kind=kinds.pop() if len(kinds) == 1 else "activation",
+            function=_name(parts),
+            module=modules.pop() if len(modules) == 1 else None,
+            rectified=self._rectified(last),
+            steps=tuple((s.name, tuple(number - first for number in s.values)) for s in steps),
+        )
+
+    def _rectified(self, last: int) -> bool:
+        """Whether the value is known to be zero or positive, and exactly zero where it is silent."""
+        end = self.values[last]
+        if end.step is not None and end.step.title in RECTIFIERS:
+            return True
+        start = max((p for p in self.points() if p <= last and self.values[p].place.stage < 2), default=0)
+        steps = [value.step for value in self.values[start + 1 : last + 1] if value.step is not None]
+        first, axis = self.values[start].tensor, self.values[start].place.axis
+        return end.place.stage == 2 and axis is not None and rectifies(steps, start, first, axis, end.tensor)
+
+    def note(self, axis: int | None = None) -> str:
+        """What a user should know of how the values go on, if that looks like more of the neurons' own; else empty."""
+        end = self._ends(axis)[-1]
+        value = self.values[end]
+        following = self._functions_behind(end)
+        if HIDDEN in value.outside:
+            return f"its values go on to {HIDDEN}, which cannot be looked into"
+        if following and (value.outside or len(value.uses) > 1):
+            return f"its values go to {_listed([*following, *value.outside])}, which do not reunite"
+        if following:
+            lost = [name for later in self.values[end + 1 :] for name in later.outside]
+            rest = f", and then to {_listed(lost)}" if lost else ""
+            return f"its values go on to {_listed(following)}{rest}, behind which they could not be followed"
+        if value.pooled:
+            return f"its values are pooled before they go to {_listed(value.pooled)}"
+        return ""
+
+    def _functions_behind(self, end: int) -> list[str]:
+        """The first functions that work on a value, behind whatever lays it out anew."""
+        found = []
+        for number in self.values[end].uses:
+            step = self.values[number].step
+            assert step is not None, "only the output has none"
+            found += self._functions_behind(number) if step.is_move else [step.title]
+        return found
+
+
+def _name(parts: Sequence[Step]) -> str:
+    """A short name: ``"mul(sigmoid)"`` for ``x * sigmoid(1.702 * x)``."""
+    last, inner = parts[-1].title, list(dict.fromkeys(step.title for step in parts[:-1]))
+    telling = [name for name in inner if name not in ARITHMETIC] or inner
+    return f"{last}({', '.join(telling)})" if telling else last
+
+
+def _listed(names: Sequence[str]) -> str:
+    *others, last = dict.fromkeys(names)
+    return f"{', '.join(others)} and {last}" if others else last

@@ -1,0 +1,79 @@
+"""Whether an activation function that is written out makes every value zero or positive, as ReLU does.
+
+It is tried: its steps run again on a range of values, for every neuron.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_neurons.network.families import LINKS
+from lightning_neurons.network.steps import ELEMENTWISE, GET, SET, STEPS, Step
+from lightning_neurons.network.trees import map_tensors_in
+
+_RANGE = torch.linspace(-8, 8, 161)
+_LEAST_ZEROS = 3  # a square is zero at zero alone
+
+
+def rectifies(steps: Sequence[Step], start: int, first: Tensor, axis: int, last: Tensor) -> bool:
+    """Whether steps make every value zero or positive, and exactly zero over some range, for each neuron.
+
+    Args:
+        steps: The steps, one value made by each.
+        start: The number of the value that they begin with.
+        first: That value.
+        axis: Where its neurons lie.
+        last: The value that they end with.
+    """
+    axis %= first.ndim
+    is_known = len(steps) == 1 and steps[0].function in LINKS
+    if is_known or axis == 0 or not all(_can_run(step) for step in steps) or not bool((last >= 0).all()):
+        return False
+    shape = [1] * first.ndim
+    shape[axis] = first.shape[axis]
+    probe = _RANGE.to(first).view(-1, *[1] * (first.ndim - 1)).expand(-1, *shape[1:])
+    try:
+        with torch.no_grad():
+            found = _run(steps, start, first, probe, axis)
+    except (RuntimeError, TypeError, ValueError, IndexError):  # constants that do not fit one position
+        return False
+    if found.shape != probe.shape or not bool((found >= 0).all()):
+        return False
+    return bool(((found == 0).sum(0) >= _LEAST_ZEROS).all()) and bool((found > 0).any())
+
+
+def _can_run(step: Step) -> bool:
+    drawn = LINKS.get(step.function) == "dropout" or STEPS[step.function] == "rrelu"
+    return (step.function in ELEMENTWISE or step.function in (GET, SET)) and not drawn and "out" not in step.kwargs
+
+
+def _run(steps: Sequence[Step], start: int, first: Tensor, probe: Tensor, axis: int) -> Tensor:
+    values = {start: probe.clone()}
+    for number, step in enumerate(steps, start + 1):
+        reads = iter(step.reads)
+
+        def given(tensor: Tensor) -> Tensor:
+            source = next(reads)  # noqa: B023 (called at once)
+            return _in_one_place(tensor, first, probe, axis) if source is None else values[source]
+
+        args, kwargs = map_tensors_in((tuple(step.args), dict(step.kwargs)), given)
+        made: Any = step.function(*args, **kwargs)
+        values[number] = args[0] if made is None else made
+    return values[start + len(steps)]
+
+
+def _in_one_place(constant: Tensor, first: Tensor, probe: Tensor, axis: int) -> Tensor:
+    """A constant for one position of each neuron; the other positions must have the same.
+
+    Raises:
+        ValueError: If they do not.
+    """
+    kept = constant
+    for d in range(constant.ndim):
+        if d + first.ndim - constant.ndim != axis:
+            kept = kept.narrow(d, 0, min(1, kept.shape[d]))
+    if not torch.equal(kept.expand_as(constant), constant):
+        raise ValueError("depends on the position")
+    return (kept.expand_as(probe) if constant.shape == first.shape else kept).clone()

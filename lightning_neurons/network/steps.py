@@ -1,0 +1,172 @@
+"""Which torch functions may be steps on the way from a layer to its activation point.
+
+Activation functions are often written out: ``x * torch.sigmoid(x)``, ``x[x < 0] = 0``. What they are made of are
+elementwise functions, functions that lay values out anew, and functions that only look at a tensor's form. Each is
+known here under all names by which ``torch`` dispatches it: ``torch.mul``, ``x.mul_``, ``2 * x``, ``x *= 2``.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (the name that the field uses)
+from torch import Tensor
+
+from lightning_neurons.network.families import LINKS, Kind, function_name
+from lightning_neurons.network.trees import tensors_in
+
+_OWNERS = (torch, Tensor, F, torch.special, torch._C._nn)
+_FORMS = ("{}", "{}_", "__{}__", "__r{}__", "__i{}__")
+
+
+_TO_PYTHON = (Tensor.__bool__, Tensor.__float__, Tensor.__int__)
+
+
+def _named(names: str) -> dict[Callable[..., Any], str]:
+    """The functions of these names, on tensors and in modules, in place and as operators."""
+    places = ((name, getattr(o, form.format(name), None)) for name, form, o in product(names.split(), _FORMS, _OWNERS))
+    return {f: name for name, f in reversed(list(places)) if callable(f) and f not in _TO_PYTHON}
+
+
+def _getter(name: str) -> Callable[..., Any]:
+    """What ``torch`` dispatches when an attribute of a tensor is read."""
+    return getattr(Tensor, name).__get__  # type: ignore[no-any-return]
+
+
+_RECIPROCAL = dict.fromkeys((Tensor.__rdiv__, Tensor.__rtruediv__), "reciprocal")
+_ARITHMETIC = {
+    f: name
+    for f, name in _named(
+        "add sub mul div true_divide truediv multiply divide subtract rsub neg negative positive"
+    ).items()
+    if f not in _RECIPROCAL
+}
+_POINTWISE = _named(
+    "abs absolute acos acosh addcdiv addcmul and asin asinh atan atan2 atanh bitwise_and bitwise_not bitwise_or "
+    "bitwise_xor bool ceil celu clamp clamp_max clamp_min clip copysign cos cosh eq erf erfc erfcx exp exp2 expit "
+    "expm1 float_power floor floor_divide floordiv fmax fmin fmod frac ge greater greater_equal gt heaviside hypot "
+    "int invert ldexp le lerp less less_equal log log10 log1p log2 log_ndtr logaddexp logical_and logical_not "
+    "logical_or logical_xor logit long lt masked_fill max maximum min minimum mod nan_to_num ndtr ne not_equal or "
+    "pow reciprocal relu remainder round rsqrt sgn sigmoid sign signbit sin sinc sinh sqrt square tan tanh trunc "
+    "where xlog1py xlogy xor"
+)
+
+
+ARITHMETIC = frozenset(_ARITHMETIC.values())
+"""Names of functions that scale and shift, if their other operands are constants."""
+
+MOVES: dict[Callable[..., Any], str] = {
+    **_named("flatten moveaxis movedim permute reshape reshape_as squeeze swapaxes swapdims t transpose unflatten"),
+    **_named("unsqueeze view"),
+    _getter("T"): "T",
+    _getter("mT"): "mT",
+}
+"""Functions that lay a tensor's values out anew."""
+
+COPIES: dict[Callable[..., Any], str] = _named("bfloat16 clone contiguous cpu cuda double float half to type type_as")
+"""Functions that hand a tensor's values on as they are, in other memory or as another kind of number."""
+
+SET, GET = Tensor.__setitem__, Tensor.__getitem__
+
+STEPS: dict[Callable[..., Any], str] = {
+    **MOVES,
+    **COPIES,
+    **_POINTWISE,
+    **_RECIPROCAL,
+    **_ARITHMETIC,
+    **{function: function.__name__.strip("_") for function in LINKS},
+    SET: "setitem",
+    GET: "getitem",
+}
+"""Everything that may be a step, and what to call it."""
+
+ELEMENTWISE = frozenset(_ARITHMETIC | _POINTWISE | _RECIPROCAL) | {f for f, kind in LINKS.items() if kind != "norm"}
+"""Functions whose every value depends on nothing but the operands' values in the same place."""
+
+FORMS: dict[str, frozenset[Callable[..., Any]]] = {
+    name: frozenset(f for f, other in STEPS.items() if other == name) for name in set(STEPS.values())
+}
+"""By name, all functions of that name."""
+
+CREATES = frozenset(
+    _named(
+        "empty_like full_like ones_like rand_like randint_like randn_like zeros_like new_empty new_full new_ones "
+        "new_tensor new_zeros"
+    )
+)
+"""Functions that look at a tensor's form alone and make another one."""
+
+LOOKS = (
+    frozenset(_named("detach view_as isfinite isinf isnan isneginf isposinf requires_grad_ retain_grad"))
+    | CREATES
+    | {_getter("data")}
+)
+"""Functions that are no reading: debugging and logging look at values in passing."""
+
+_FORM_OF_SECOND = frozenset(f for f, name in STEPS.items() if name in {"reshape_as", "type_as"})
+
+
+def operands(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors whose values a call reads, or writes into.
+
+    Example:
+        >>> mask, x = torch.tensor([True, False]), torch.ones(2)
+        >>> [t is x for t in operands(torch.where, (mask, x, 0.0), {})]
+        [False, True]
+        >>> len(operands(Tensor.reshape_as, (x, mask), {}))
+        1
+    """
+    if function in _FORM_OF_SECOND:
+        args = args[:1]
+    found = [a for a in args if isinstance(a, Tensor)]
+    if len(found) < len(args) or kwargs:
+        return list(tensors_in((args, {name: value for name, value in kwargs.items() if name != "out"})))
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """A call that makes a value.
+
+    Attributes:
+        function: The function that ran.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+        reads: The numbers of the values that it reads, in the order of its operands; None for a constant.
+        module: Path of the module that called it, if that has no modules of its own and is no layer.
+    """
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    reads: tuple[int | None, ...]
+    module: str | None
+
+    @property
+    def values(self) -> tuple[int, ...]:
+        """The numbers of the values that it reads."""
+        return tuple(number for number in self.reads if number is not None)
+
+    @property
+    def name(self) -> str:
+        """What its function is called in ``STEPS``."""
+        return STEPS[self.function]
+
+    @property
+    def title(self) -> str:
+        """What to call it by what it does."""
+        return function_name(self.function, self.args, self.kwargs) if self.function in LINKS else self.name
+
+    @property
+    def is_move(self) -> bool:
+        """Whether it hands values on as they are."""
+        return self.function in MOVES or self.function is GET
+
+    @property
+    def kind(self) -> Kind:
+        """What kind of link it makes, alone."""
+        divides_by_it = "div" in self.name and self.reads[0] is None
+        affine = self.name in ARITHMETIC and len(self.values) == 1 and not divides_by_it
+        return LINKS.get(self.function, "affine" if affine else "activation")
