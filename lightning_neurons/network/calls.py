@@ -131,6 +131,9 @@ class _Learn(TorchFunctionMode):
                 calls.outside.add(now)
             elif version_of(tensor) != version:
                 calls.writes.setdefault(now, set()).add(number)
+        if out is None:  # an assignment has no result that a replay could change
+            for points in calls.points.values():
+                points[-1] = -1 if points[-1] == now else points[-1]
         calls.memory.append(tuple(self._memory(t, now) for t in tensors_in(out)))
         self._narrow.see(func, args, kwargs, out, now)
         return out
