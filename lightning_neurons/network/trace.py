@@ -114,20 +114,10 @@ class Trace(HookedMode):
     ) -> Any:
         kwargs = kwargs or {}
         if in_transform():  # what goes on in there is not followed, but that it reads a value
-            for tensor in map(unhooked, tensors_in((args, kwargs))):
-                if id(tensor) in self._now:
-                    course, number = self._now[id(tensor)]
-                    course.values[number].outside.append("a transform of torch.func")
-                if id(tensor) in self._carried:
-                    self._carried[id(tensor)][0].foreign = True
+            self._read_in_transform((args, kwargs))
             return func(*args, **kwargs)
         if func in LOOKS:
-            out = func(*args, **kwargs)
-            if not self._inside:
-                self._flow.passes(func, args, kwargs, out, None)
-            if func in CREATES:
-                self._constants.see((), out, None)
-            return out
+            return self._look(func, args, kwargs)
         given = [unhooked(tensor) for tensor in operands(func, args, kwargs)]
         reads = [self._now.get(id(t)) for t in given]
         target = target_of_write(func, args, kwargs)
@@ -144,6 +134,22 @@ class Trace(HookedMode):
             return out  # what had nothing to do
         self._see(func, args, kwargs, given, reads, made)
         self._constants.see(given, made, target)
+        return out
+
+    def _read_in_transform(self, given: Any) -> None:
+        for tensor in map(unhooked, tensors_in(given)):
+            if id(tensor) in self._now:
+                course, number = self._now[id(tensor)]
+                course.values[number].outside.append("a transform of torch.func")
+            if id(tensor) in self._carried:
+                self._carried[id(tensor)][0].foreign = True
+
+    def _look(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        out = func(*args, **kwargs)
+        if not self._inside:
+            self._flow.passes(func, args, kwargs, out, None)
+        if func in CREATES:
+            self._constants.see((), out, None)
         return out
 
     def _copied(self, source: Tensor, made: Tensor) -> bool:
