@@ -52,10 +52,11 @@ class Course:
         output: What the layer made.
         axis: Where its neurons lie.
         depth: How many autograd functions were running.
+        in_model: Whether a module around the layer was running.
     """
 
-    def __init__(self, output: Tensor, axis: int, depth: int = 0) -> None:
-        self.depth = depth
+    def __init__(self, output: Tensor, axis: int, depth: int = 0, *, in_model: bool = True) -> None:
+        self.depth, self.in_model = depth, in_model
         self.values = [Value(output, Place(axis))]
 
     def add(self, tensor: Tensor, place: Place, step: Step) -> Value:

@@ -102,7 +102,7 @@ class Trace(HookedMode):
                     return  # with other weights (of ``functional_call``, for example) it is another network
                 self._flow.leaves(layer, output, family.axis)
                 if isinstance(output, Tensor) and is_plain(output):
-                    course = Course(output, family.axis, depth=_depth())
+                    course = Course(output, family.axis, depth=_depth(), in_model=bool(self._modules))
                     self._calls.setdefault(layer, []).append(course)
                     self._name(output, course, 0)
                     self._carried[id(output)] = course.values[0], 1
@@ -202,6 +202,8 @@ class Trace(HookedMode):
         """What a call has made, if of the values of one output and of constants alone; else None."""
         if func not in STEPS or _depth() != course.depth:
             return None
+        if course.in_model and not self._modules and func not in LINKS:
+            return None  # what a loss makes of the model's output is no part of the model
         others = [t for t, found in zip(given, reads, strict=True) if found is None]
         if LINKS.get(func) != "norm" and not all(self._constants.has(t) for t in others):
             return None
