@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_neurons.callbacks.steps import LossFinder, step_arguments
 from lightning_neurons.errors import MeasurementError, NoLossError
-from lightning_neurons.network.batches import map_tensors
+from lightning_neurons.network.batches import map_tensors, tensors_of
 from lightning_neurons.network.isolate import isolated
 from lightning_neurons.network.same_calls import DivergedError
 from lightning_neurons.studies.measure import LossFunction
@@ -39,6 +39,7 @@ class StepReplay:
 
     Attributes:
         place: Index of the batch that is run, and of its dataloader.
+        places: Batches that came from elsewhere, with where that was.
         logged: What the last run has logged.
     """
 
@@ -47,6 +48,7 @@ class StepReplay:
     ) -> None:
         self.trainer, self.pl_module, self.step, self.loss_fn = trainer, pl_module, step, loss_fn
         self.place = 0, 0
+        self.places: list[tuple[Any, tuple[int, int]]] = []
         self.logged: dict[str, Any] = {}
         self._finder = LossFinder(by_sample=by_sample)
 
@@ -76,7 +78,7 @@ class StepReplay:
             if self.loss_fn is not None:
                 return self.loss_fn(self.pl_module, batch)
             # A copy, as a step may change its batch and is run on it more than once.
-            arguments = step_arguments(self.trainer, self.pl_module, self.step, *self.place)
+            arguments = step_arguments(self.trainer, self.pl_module, self.step, *self._place_of(batch))
             return getattr(self.pl_module, self.step)(map_tensors(batch, Tensor.clone), *arguments)
 
     def loss(self, batch: Any) -> Tensor:
@@ -111,11 +113,19 @@ class StepReplay:
             f"return the loss from it, or {_remedy(self.step)}"
         )
 
+    def _place_of(self, batch: Any) -> tuple[int, int]:
+        memory = _memory_of(batch) if self.places else None
+        return next((place for known, place in self.places if _memory_of(known) == memory), self.place)
+
     def _log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         self.logged[name] = value
 
     def _log_dict(self, dictionary: Any, *args: Any, **kwargs: Any) -> None:
         self.logged.update(dictionary.items())
+
+
+def _memory_of(batch: Any) -> list[tuple[int, Any]]:
+    return [(tensor.data_ptr(), tensor.shape) for tensor in tensors_of(batch)[:1]]
 
 
 def _remedy(step: str) -> str:

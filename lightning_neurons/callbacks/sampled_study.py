@@ -169,7 +169,7 @@ class SampledStudy(lightning.pytorch.Callback, pytorch_lightning.Callback):  # t
     def _add(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         assert self._sample is not None, "begun"
         whole = self._must_stay_whole(trainer, pl_module, batch, batch_idx)
-        self._keep(self._sample.add(batch, targets_of(batch), whole=whole))
+        self._keep(self._sample.add(batch, targets_of(batch), (batch_idx, 0), whole=whole))
 
     def _attempt(self, action: Callable[[], None]) -> None:
         """Do a part of the study; if that fails, give it up and nothing else."""
@@ -184,9 +184,10 @@ class SampledStudy(lightning.pytorch.Callback, pytorch_lightning.Callback):  # t
     def _replay(self, trainer: Any, pl_module: Any) -> StepReplay:
         return StepReplay(trainer, pl_module, "validation_step", self.loss_fn)
 
-    def _isolated(self, trainer: Any, pl_module: Any, batches: list[Any], *, is_trial: bool) -> Any:
+    def _isolated(self, trainer: Any, pl_module: Any, kept: list[Any], *, is_trial: bool) -> Any:
         replay = self._replay(trainer, pl_module)
-        on_device = [map_tensors(batch, lambda t: t.to(pl_module.device)) for batch in batches]
+        on_device = [map_tensors(batch, lambda t: t.to(pl_module.device)) for batch, _ in kept]
+        replay.places = [(batch, place) for batch, (_, place) in zip(on_device, kept, strict=True)]
         with validated_weights(trainer), torch.inference_mode(False), replay.isolated(), torch.no_grad():
             return (self._try if is_trial else self._study)(pl_module, replay, on_device)
 
@@ -196,7 +197,8 @@ class SampledStudy(lightning.pytorch.Callback, pytorch_lightning.Callback):  # t
         return checks.is_due(trainer.current_epoch, self.every_n_epochs, [self._last])
 
     def _keep(self, picked: list[Picked]) -> None:
-        self._kept += [map_tensors(one.batch, lambda t: t.detach().to("cpu", copy=True)) for one in picked]
+        for one in picked:
+            self._kept.append((map_tensors(one.batch, lambda t: t.detach().to("cpu", copy=True)), one.place))
 
     def _warn(self, message: str, once: str | None = None) -> None:
         """Say it, unless it (or the same ``once``) has been said."""
@@ -215,11 +217,11 @@ def _patterns(layers: Any) -> tuple[Pattern, ...] | None:
 
 
 def _of_all(trainer: Any, mine: list[Any]) -> list[Any]:
-    """The batches of all processes, in their order."""
+    """The batches of all processes and where they came from, in their order."""
     with torch.inference_mode(False):
-        mine = [map_tensors(batch, Tensor.clone) for batch in mine]
+        mine = [(map_tensors(batch, Tensor.clone), place) for batch, place in mine]
     if trainer.world_size == 1:
         return mine
     everywhere: list[list[Any]] = [[] for _ in range(trainer.world_size)]
     torch.distributed.all_gather_object(everywhere, mine)
-    return [batch for one in everywhere for batch in one]
+    return [kept for one in everywhere for kept in one]

@@ -299,6 +299,31 @@ def form_of(batch: Any) -> tuple[Any, ...]:
     return _form(batch, batch_size_of(batch))
 
 
+def kind_of(batch: Any) -> tuple[Any, ...]:
+    """What a step may decide by what to do with a batch: types, and the names and switches that it holds.
+
+    Example:
+        >>> x = torch.zeros(4, 2)
+        >>> kind_of({"x": x, "task": "a"}) == kind_of({"x": x[:3], "task": "a"})
+        True
+        >>> kind_of({"x": x, "task": "a"}) == kind_of({"x": x, "task": "b"})
+        False
+    """
+    return _kind(batch, batch_size_of(batch))
+
+
+def _kind(part: Any, size: int) -> tuple[Any, ...]:
+    if isinstance(part, Tensor):
+        return part.ndim, part.dtype
+    if isinstance(part, bool | str | None):
+        return type(part), part
+    if isinstance(part, list | tuple) and _per_sample(part, size):
+        return type(part), "entries"
+    if isinstance(part, list | tuple | Mapping) or is_dataclass(part):
+        return type(part), *(_kind(inside, size) for inside in parts(part))
+    return (type(part),)
+
+
 def _form(part: Any, size: int) -> tuple[Any, ...]:
     if isinstance(part, Tensor) and part.ndim and part.size(0) == size and not _is_one_piece(part):
         return part.shape[1:], part.dtype, part.device

@@ -76,9 +76,9 @@ def _is_sum_of_parts(loss_of: Callable[[Any], Tensor], batch: Any) -> bool | Non
             continue
     else:
         return False
-    if not math.isfinite(whole) or whole == 0:
+    if not math.isfinite(whole) or not any((whole, *pieces)):
         return None
-    return math.isclose(whole, sum(pieces), rel_tol=_ALIKE, abs_tol=_ALIKE * size)
+    return _near(whole, pieces)
 
 
 def divides(outcomes: Outcomes, batch: Any, parts: Sequence[Any], results: Sequence[Result]) -> bool:
@@ -98,9 +98,13 @@ def divides(outcomes: Outcomes, batch: Any, parts: Sequence[Any], results: Seque
         for result, one, size in zip(results[1:], parts, sizes, strict=True)
     ]
     mean = float(outcomes.of([results[0]], batch, sum(sizes)).means[0])
-    together = sum(m * n for m, n in zip(means, sizes, strict=True)) / sum(sizes)
-    alike = math.isclose(mean, together, rel_tol=_ALIKE, abs_tol=_ALIKE) or not math.isfinite(mean)
+    alike = not math.isfinite(mean) or _near(mean, [m * n / sum(sizes) for m, n in zip(means, sizes, strict=True)])
     return alike and _joined_alike(results[0][1], [heard for _, heard in results[1:]])
+
+
+def _near(whole: float, pieces: Sequence[float]) -> bool:
+    """Whether a loss is the sum of others, measured by their own size: losses may be tiny."""
+    return abs(whole - sum(pieces)) <= _ALIKE * max(abs(whole), sum(map(abs, pieces)))
 
 
 def _joined_alike(whole: list[Any], parts: Sequence[list[Any]]) -> bool:
