@@ -7,6 +7,7 @@ states), and a thing is changed only where something has changed it.
 import types
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection
+from contextvars import ContextVar
 from operator import is_
 from typing import Any
 
@@ -212,7 +213,7 @@ class Place(Content):
     """One place that holds a value, or nothing: an attribute in a slot, a cell of a closure, a name of a module.
 
     Args:
-        get: Gives the value; raises AttributeError, KeyError or ValueError where there is none.
+        get: Gives the value; raises AttributeError, LookupError or ValueError where there is none.
         put: Takes the value.
         clear: Empties the place.
     """
@@ -226,7 +227,7 @@ class Place(Content):
     def _now(self) -> Any:
         try:
             return self._get()
-        except (AttributeError, KeyError, ValueError):
+        except (AttributeError, LookupError, ValueError):
             return _MISSING
 
     def _is_same(self) -> bool:
@@ -298,6 +299,11 @@ def of_cell(cell: types.CellType) -> Place:
 def of_name(names: dict[str, Any], name: str) -> Place:
     """What a module calls by a name."""
     return Place(lambda: names[name], lambda value: names.__setitem__(name, value), lambda: names.pop(name, None))
+
+
+def of_variable(variable: "ContextVar[Any]") -> Place:
+    """What a context variable holds; it cannot be emptied again."""
+    return Place(variable.get, variable.set, lambda: None)
 
 
 def of_slot(thing: Any, slot: types.MemberDescriptorType) -> Place:

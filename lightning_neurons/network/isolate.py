@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from lightning_neurons.network.fastpath import zero_padding
 from lightning_neurons.network.state import ModelState
@@ -34,6 +35,7 @@ def isolated(model: nn.Module, *others: Any) -> Iterator[None]:
         zero_padding(model),
         unremarked_hooks(model),
         returning_to(ModelState(model, *others)),
+        kept_optimizers(),
         kept_random_state(model),
     ):
         yield
@@ -55,6 +57,25 @@ def returning_to(state: ModelState) -> Iterator[None]:
     finally:
         state.put_back()
     state.complain()
+
+
+@contextmanager
+def kept_optimizers() -> Iterator[None]:
+    """Give every optimizer that steps meanwhile its state back, and what it moves, wherever it is held."""
+    kept: dict[int, tuple[Optimizer, ModelState]] = {}
+
+    def keep(optimizer: Optimizer, *_: Any) -> None:
+        if id(optimizer) not in kept:
+            kept[id(optimizer)] = optimizer, ModelState(optimizer)
+            kept[id(optimizer)][1].substitute()
+
+    handle = register_optimizer_step_pre_hook(keep)
+    try:
+        yield
+    finally:
+        handle.remove()
+        for _, state in kept.values():
+            state.put_back()
 
 
 @contextmanager

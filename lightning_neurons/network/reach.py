@@ -5,15 +5,18 @@ their functions hold in closures, defaults and the names of their module that th
 Lightning or numpy, nor into datasets, and it asks no object for its hash or for equality.
 """
 
-import argparse
+import contextvars
 import enum
 import functools
+import gc
 import io
-import itertools
 import random
+import sys
+import threading
 import types
+import weakref
 from array import array
-from collections import ChainMap, OrderedDict, UserDict, UserList, deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -24,6 +27,7 @@ from torchmetrics import Metric
 
 from lightning_neurons.network import contents
 from lightning_neurons.network.contents import Content
+from lightning_neurons.network.kinds import HOLDERS, ITERATORS
 from lightning_neurons.network.paths import Path
 from lightning_neurons.network.users import Users, names_in
 
@@ -51,11 +55,10 @@ class Reach:
     def __init__(self, roots: Iterable[Any]) -> None:
         roots = list(roots)
         self.contents: list[tuple[Content, Path]] = []
-        self.empty: list[dict[Any, Any]] = []
+        self.empty: list[dict[Any, Any] | set[Any]] = []
         self.metrics: list[Metric] = []
         self.movable: list[tuple[Any, Path]] = []
-        self.users = Users(type(roots[0]))
-        self._visits: dict[type, _Visit | None] = {}
+        self.users, self._visits = _known_of(roots[0].__class__)
         self.seen: dict[int, Any] = {}  # alive, so that ids stay unique
         self.classes: set[type] = set()
         self._names: set[tuple[int, str]] = set()
@@ -80,7 +83,7 @@ class Reach:
             kind = type(value)
             if (visits[kind] if kind in visits else self._visit_of(kind)) is None:
                 continue
-            if (kind is OrderedDict or kind is dict) and not value:
+            if (kind is OrderedDict or kind is dict or kind is set) and not value:
                 self.empty.append(value)  # most of a module's
                 continue
             moves = visits[kind] is _movable or (isinstance(value, Tensor) and _is_replaced(holder, value))
@@ -111,10 +114,16 @@ class Reach:
     def _resolve(self, kind: type) -> _Visit | None:
         known = next((visit for base, visit in _VISITS.items() if issubclass(kind, base)), None)
         if not self.users.own(kind):
-            return known
+            return _attributes if known is None and self.users.accumulates(kind) else known
         if known is None:
             return _object
         return _container_and_object if known in _CONTAINERS else known
+
+
+@functools.lru_cache(maxsize=64)
+def _known_of(kind: type) -> tuple[Users, dict[type, _Visit | None]]:
+    """What walks from a model of a class have found out about types."""
+    return Users(kind), {}
 
 
 # -- what is visited how
@@ -231,10 +240,6 @@ def _random_state(reach: Reach, thing: np.random.RandomState, path: Path) -> Non
     reach.keep(contents.Mark(thing.get_state, thing.set_state), path)
 
 
-def _numpy_generator(reach: Reach, thing: np.random.Generator, path: Path) -> None:
-    _bits(reach, thing.bit_generator, path)
-
-
 def _bits(reach: Reach, thing: np.random.BitGenerator, path: Path) -> None:
     reach.keep(contents.Mark(lambda: thing.state, lambda state: setattr(thing, "state", state)), path)
 
@@ -275,10 +280,6 @@ def _movable(reach: Reach, thing: Any, path: Path) -> None:
     reach.movable.append((thing, path))
 
 
-def _method(reach: Reach, thing: types.MethodType, path: Path) -> None:
-    reach.go(thing, [("__self__", thing.__self__), ("__func__", thing.__func__)], path)
-
-
 def _partial(reach: Reach, thing: Any, path: Path) -> None:
     reach.go(thing, [("func", thing.func), *enumerate(thing.args), *thing.keywords.items()], path)
 
@@ -288,6 +289,24 @@ def _wrapper(*names: str) -> _Visit:
         reach.go(thing, [(name, getattr(thing, name)) for name in names], path)
 
     return visit
+
+
+def _reference(reach: Reach, thing: Any, path: Path) -> None:
+    reach.go(thing, [(None, thing())], path)
+
+
+def _variable(reach: Reach, thing: "contextvars.ContextVar[Any]", path: Path) -> None:
+    place = contents.of_variable(thing)
+    reach.keep(place, path)
+    reach.go(thing, [(None, place.value)], path)
+
+
+def _cache(reach: Reach, thing: Any, path: Path) -> None:
+    """A function that keeps its results; what another run adds can be dropped only where there was nothing."""
+    if not thing.cache_info().currsize:
+        reach.keep(contents.Mark(lambda: thing.cache_info().currsize, lambda _: thing.cache_clear()), path)
+    for held in gc.get_referents(thing):
+        reach.go(thing, ((None, one) for one in (held.values() if isinstance(held, dict) else [held])), path)
 
 
 def _optimizer(reach: Reach, thing: torch.optim.Optimizer, path: Path) -> None:
@@ -329,21 +348,13 @@ def _function(reach: Reach, thing: types.FunctionType, path: Path) -> None:
         return
     used, attributes = names_in(thing.__code__)
     for name in used:
-        value = names.get(name)
+        value = names[name] if name in names else sys.modules.get(name)  # imported by the function itself
         if not isinstance(value, types.ModuleType):
             reach.add_name(names, name, None)
         elif reach.users.wrote(value.__name__):
             for attribute in attributes & vars(value).keys():
                 reach.add_name(vars(value), attribute, (value, name, None))
 
-
-_HOLDERS: tuple[type, ...] = (types.SimpleNamespace, argparse.Namespace, UserDict, UserList, ChainMap)
-_EMPTY: tuple[Any, ...] = ([], (), {}, {}.values(), {}.items(), set(), "", b"", range(0))
-_ITERATORS: tuple[type, ...] = (
-    *(type(iter(empty)) for empty in _EMPTY),
-    enumerate, zip, map, filter, reversed, itertools.count, itertools.cycle, itertools.repeat, itertools.chain,
-    itertools.islice, itertools.product, itertools.permutations, itertools.combinations, itertools.accumulate,
-)  # fmt: skip
 
 _VISITS: dict[type, _Visit] = {
     torch.jit.ScriptModule: _script,
@@ -361,23 +372,28 @@ _VISITS: dict[type, _Visit] = {
     np.ndarray: _array,
     random.Random: _random,
     np.random.RandomState: _random_state,
-    np.random.Generator: _numpy_generator,
+    np.random.Generator: _wrapper("bit_generator"),
     np.random.BitGenerator: _bits,
     torch.Generator: _torch_generator,
     types.GeneratorType: _generator,
     io.IOBase: _stream,
     types.FunctionType: _function,
-    types.MethodType: _method,
+    types.MethodType: _wrapper("__self__", "__func__"),
+    types.BuiltinMethodType: _wrapper("__self__"),
+    types.MethodWrapperType: _wrapper("__self__"),
     functools.partial: _partial,
     functools.partialmethod: _partial,
     functools.cached_property: _wrapper("func"),
-    functools._lru_cache_wrapper: _wrapper("__wrapped__"),
+    functools._lru_cache_wrapper: _cache,
     staticmethod: _wrapper("__func__"),
     classmethod: _wrapper("__func__"),
     property: _wrapper("fget", "fset", "fdel"),
+    weakref.ReferenceType: _reference,
+    contextvars.ContextVar: _variable,
+    threading.local: _wrapper("__dict__"),
     torch.optim.Optimizer: _optimizer,
-    **dict.fromkeys(_HOLDERS, _attributes),
+    **dict.fromkeys(HOLDERS, _attributes),
     type: _class,
-    **dict.fromkeys(_ITERATORS, _movable),
+    **dict.fromkeys(ITERATORS, _movable),
 }
 _CONTAINERS = {_dict, _list, _deque, _set, _fixed}

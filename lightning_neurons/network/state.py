@@ -3,6 +3,7 @@
 import copy
 import gc
 import itertools
+import pickle
 import random
 import warnings
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ class ModelState:
     """The state of a model and of what its code can reach.
 
     Args:
-        model: The model.
+        model: The model, or an optimizer, which has a state as well.
         others: Objects that its code can reach on other ways.
 
     Example:
@@ -40,7 +41,7 @@ class ModelState:
         tensor([0., 0.])
     """
 
-    def __init__(self, model: nn.Module, *others: Any) -> None:
+    def __init__(self, model: nn.Module | torch.optim.Optimizer, *others: Any) -> None:
         self._model = model
         with torch.inference_mode(False), torch.no_grad(), _without_collector():
             self._reach = Reach([model, *others])
@@ -129,8 +130,8 @@ def _substitute_of(value: Any) -> Any:
         return copy.deepcopy(value) if nested else copy.copy(value)
 
 
-def _random_of_others() -> tuple[Any, str]:
-    return random.getstate(), repr(np.random.get_state())
+def _random_of_others() -> tuple[Any, bytes]:
+    return random.getstate(), pickle.dumps(np.random.get_state())
 
 
 def random_state() -> tuple[Tensor, list[Tensor]]:

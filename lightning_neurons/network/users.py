@@ -38,6 +38,17 @@ class Users:
         alien = any(package == _OWN or (package in _FRAMEWORK and name in _DATA) for package, name in packages)
         return self.wrote(kind.__module__) and not alien and not issubclass(kind, enum.Enum | BaseException)
 
+    def accumulates(self, kind: type) -> bool:
+        """Whether instances of a class from an installed package gather something from step to step, as metrics do.
+
+        They tell by how they are begun anew or taught: of all other objects of other people's a run changes nothing,
+        or they speak with the world outside.
+        """
+        packages = {_package(base.__module__) for base in kind.__mro__} - {"builtins"}
+        apart = _FRAMEWORK | sys.stdlib_module_names | {_OWN}
+        gathers = any(callable(getattr(kind, name, None)) for name in ("reset", "partial_fit"))
+        return gathers and packages.isdisjoint(apart - {"abc"}) and not issubclass(kind, type)
+
 
 def _package(module: str | None) -> str:
     return (module or "").partition(".")[0]
