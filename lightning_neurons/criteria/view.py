@@ -195,7 +195,10 @@ class LayerView:
 
 
 def _slopes_hold(sums: list[Tensor]) -> bool:
-    sizes = torch.stack([s.abs() for s in sums])
+    magnitudes = [s.abs() for s in sums]
+    if sums[0].numel() and all(_TINY <= float(end) < _HUGE for m in magnitudes for end in m.aminmax()):
+        return True  # the usual case, in a quarter of the time
+    sizes = torch.stack(magnitudes)
     tiny = (sizes.amin(0) < _TINY) & (sizes[0] > 0)
     # Where nothing at all is left, everything may have been too small.
     return bool((sizes < _HUGE).all()) and bool(sizes.any()) and not bool(tiny.any())

@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_neurons.network.fastpath import NOTHING, may_be_fast, only_forward_hooks
 from lightning_neurons.network.isolate import isolated
 from lightning_neurons.network.state import random_state, set_random_state
-from lightning_neurons.network.trees import in_transform, tensors_in
+from lightning_neurons.network.trees import in_transform, tensors_in, unheard
 
 Before = Callable[[nn.Module, Any], None]
 """Is told a module and its inputs before the module runs."""
@@ -101,17 +101,16 @@ class HookedMode(TorchFunctionMode):
             self._handles.append(hear)
 
     def _module_starts(self, module: nn.Module, inputs: Any) -> None:
-        if self._aside is None and (meant := self._told_before.get(id(module))) is not None:
-            meant[1](module, inputs)
+        if (meant := self._told_before.get(id(module))) is not None:
+            self._tell(meant[1], module, inputs)
         if id(module) in self._fast:
             self._step_aside(module)
 
     def _module_ends(self, module: nn.Module, inputs: Any, *ended: Any) -> Any:
         if module is self._aside:
             self._come_back(inputs, *ended)
-        if self._aside is not None or (meant := self._told_after.get(id(module))) is None:
-            return None
-        return meant[1](module, inputs, ended[-1])
+        meant = self._told_after.get(id(module))
+        return None if meant is None else self._tell(meant[1], module, inputs, ended[-1])
 
     def _unhook(self) -> None:
         for handle in self._handles:
@@ -122,7 +121,10 @@ class HookedMode(TorchFunctionMode):
         self._told_after.clear()
 
     def _tell(self, function: Callable[..., Any], module: nn.Module, *given: Any) -> Any:
-        return function(module, *given) if self._aside in (None, module) else None
+        if self._aside not in (None, module):
+            return None
+        with torch._C.DisableTorchFunction():  # what is asked and computed in here is none of anybody's calls
+            return function(module, *given)
 
     def _step_aside(self, module: nn.Module) -> None:
         """Around a module with a fast path, unless it is slow anyway: under a mode of the user's, for example."""
@@ -145,7 +147,7 @@ class HookedMode(TorchFunctionMode):
             return  # only the fast path can do that
         self._is_second = True
         try:
-            with torch.no_grad(), isolated(module), only_forward_hooks(module, _Hook):
+            with torch.no_grad(), unheard(), isolated(module), only_forward_hooks(module, _Hook):
                 set_random_state(random)
                 seen = module.forward(*inputs, **kwargs)
             for one, other in zip(tensors_in(seen), tensors_in(output), strict=False):

@@ -1,12 +1,14 @@
 """The tensors in arguments and results of torch functions."""
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd.forward_ad import unpack_dual
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 def tensors_in(tree: Any) -> Iterator[Tensor]:
@@ -62,6 +64,11 @@ def weights_of(module: nn.Module) -> tuple[int, ...]:
 def in_transform() -> bool:
     """Whether a transform of ``torch.func``, or ``torch.jit.trace``, is going on: what runs then is no plain call."""
     return peek_interpreter_stack() is not None or torch._C._get_tracing_state() is not None
+
+
+def unheard() -> AbstractContextManager[None]:
+    """No ``TorchDispatchMode`` of the user's, such as a counter of operations, hears what is computed inside."""
+    return _disable_current_modes() if torch._C._len_torch_dispatch_stack() else nullcontext()
 
 
 def is_plain(tensor: Tensor) -> bool:

@@ -18,7 +18,7 @@ from lightning_neurons.network.hooked import After, HookedMode
 from lightning_neurons.network.layer import Layer, Link
 from lightning_neurons.network.own_gradients import BACKWARDS, Hook, needs_parameters, retaining, unhooked
 from lightning_neurons.network.steps import COPIES, FORMS, STEPS, operands
-from lightning_neurons.network.trees import is_plain, weights_of
+from lightning_neurons.network.trees import is_plain, unheard, weights_of
 from lightning_neurons.network.writes import share_memory, target_of_write
 
 Deliver = Callable[[str, Tensor], None]
@@ -90,8 +90,7 @@ class FollowLayers(HookedMode):
                 return None
             call = self._calls.get(name, 0)
             self._calls[name] = call + 1
-            with torch._C.DisableTorchFunction():  # what is computed in here need not be followed
-                return self._follow(name, chains[min(call, len(chains) - 1)], output)
+            return self._follow(name, chains[min(call, len(chains) - 1)], output)
 
         return hook
 
@@ -178,7 +177,8 @@ class WatchActivations(FollowLayers):
         self._deliver = deliver
 
     def _arrive(self, name: str, value: Tensor) -> Tensor:
-        self._deliver(name, value.detach())
+        with unheard():
+            self._deliver(name, value.detach())
         return value
 
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_neurons import (
@@ -155,6 +157,45 @@ def test_every_module_with_a_fast_path_takes_it(make):
     observers = [CALLBACKS["statistics"]()]
     assert logged(make, lambda: observers) == logged(make, list)
     assert "net.out" in observers[0].report.scores["mean"]
+
+
+class Operations(TorchDispatchMode):
+    """Counts what runs below autograd."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Functions(TorchFunctionMode):
+    """Counts calls of torch functions."""
+
+    count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", [Operations, Functions])
+@pytest.mark.parametrize("name", CALLBACKS)
+def test_who_counts_operations_in_a_step_counts_none_of_ours(mode, name):
+    def counted(callbacks: list[Any]) -> float:
+        def step(batch: Any, batch_idx: int) -> Tensor:
+            with mode() as counter:
+                loss = module.loss(batch)
+            module.log("operations", float(counter.count))
+            return loss
+
+        module = tagger(padded_encoder)
+        module.validation_step = step
+        trainer = trainer_of(callbacks, max_epochs=2)
+        trainer.fit(module, data(), data())
+        return trainer.callback_metrics["operations"].item()
+
+    assert counted([CALLBACKS[name]()]) == counted([])
 
 
 @contextmanager
