@@ -1,9 +1,13 @@
 """What criteria may know of a layer: its weights, neuron axis first, and those that read it."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_neurons.criteria.contract import LayerTraits
+from lightning_neurons.network.isolate import isolated
 from lightning_neurons.network.layer import Layer, modules_by_name, public_name
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -29,7 +33,7 @@ def traits_of(layer: Layer, model: nn.Module) -> LayerTraits:
 
 def incoming_weight(module: nn.Module, neurons: int) -> Tensor | None:
     """The weights that make each neuron, ``(neuron, weight)``; None if the module has no such tensor."""
-    weight = getattr(module, "weight", None)
+    weight = _weight_of(module)
     if not isinstance(weight, Tensor) or weight.ndim < 2:
         return None
     weight = weight.detach()
@@ -48,7 +52,7 @@ def neuron_weights(module: nn.Module) -> list[Tensor]:
         >>> layer.weight[1].tolist()
         [0.0, 0.0]
     """
-    weight = getattr(module, "weight", None)
+    weight = _weight_of(module)
     if not isinstance(weight, Tensor) or weight.ndim < 2:
         return []
     weight = weight.detach()
@@ -66,7 +70,7 @@ def outgoing_weight(module: nn.Module, spread: int = 1) -> Tensor | None:
         module: A convolution, transposed convolution or linear layer.
         spread: How many neighbouring inputs belong to one neuron (a flattened picture before a linear layer).
     """
-    weight = getattr(module, "weight", None)
+    weight = _weight_of(module)
     if not isinstance(weight, Tensor) or not isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
         return None
     weight = weight.detach()
@@ -79,10 +83,18 @@ def outgoing_weight(module: nn.Module, spread: int = 1) -> Tensor | None:
     return grouped.transpose(1, 2).reshape(module.in_channels, -1)
 
 
+def _weight_of(module: nn.Module | None) -> Any:
+    """A module's weight. Where it is computed at every reading, that may go on from state to state in training mode."""
+    if module is None or not is_parametrized(module, "weight"):
+        return getattr(module, "weight", None)
+    with isolated(module), torch.no_grad():
+        return module.eval().weight
+
+
 def _norm_scale(layer: Layer, modules: dict[str, nn.Module]) -> Tensor | None:
     for link in layer.chain:
         if link.kind == "norm" and link.module:
-            scale = getattr(modules.get(public_name(link.module)), "weight", None)
+            scale = _weight_of(modules.get(public_name(link.module)))
             if isinstance(scale, Tensor) and scale.shape == (layer.neurons,):
                 return scale.detach()
     return None

@@ -156,3 +156,24 @@ def test_the_norms_scale_is_found_behind_the_layer_and_nowhere_else():
     assert torch.equal(first.norm_scale, net[1].weight)
     assert torch.equal(second.norm_scale, net[4].weight)
     assert third.norm_scale is None
+
+
+@pytest.mark.parametrize("computed", ["spectral norm", "noise"])
+def test_to_look_at_a_weight_that_is_computed_at_every_reading_changes_nothing(computed):
+    class Noise(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return weight + torch.randn_like(weight) * self.training
+
+    net = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
+    layer = find_neurons(net, torch.randn(4, 6))[0]
+    if computed == "noise":
+        nn.utils.parametrize.register_parametrization(net[0], "weight", Noise())
+    else:
+        nn.utils.parametrizations.spectral_norm(net[0])
+    net.train()
+    random, state = torch.get_rng_state(), {name: value.clone() for name, value in net.state_dict().items()}
+    incoming = traits_of(layer, net).incoming
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
+    assert all(part.training for part in net[0].modules())
+    assert torch.equal(incoming, net.eval()[0].weight)
