@@ -28,7 +28,6 @@ from lightning_neurons.network.steps import COPIES, CREATES, LOOKS, STEPS, Step,
 from lightning_neurons.network.trees import in_transform, is_plain, tensors_in, weights_of
 from lightning_neurons.network.writes import share_memory, target_of_write
 
-_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 _UNUSED = "did not run as a module (unused, or its weights are used by a function)"
 
 
@@ -333,11 +332,20 @@ class Trace(HookedMode):
 
 def _depth() -> int:
     """How many autograd functions are running; nobody can look into one that differentiates itself."""
+    # What starts them is a function of Python in some versions of torch only; their forward is one in all.
+    functions = (inspect.unwrap(kind.forward) for kind in _subclasses(torch.autograd.Function))
+    forwards = {getattr(function, "__code__", None) for function in functions}
     frame, found = inspect.currentframe(), 0
     while frame is not None:
-        found += frame.f_code is _APPLY
+        found += frame.f_code in forwards
         frame = frame.f_back
     return found
+
+
+def _subclasses(kind: Any) -> Iterator[Any]:
+    for one in type.__subclasses__(kind):
+        yield one
+        yield from _subclasses(one)
 
 
 def _pass_on(known: dict[int, Any], source: Tensor, made: Tensor) -> None:
