@@ -4,6 +4,7 @@ That the functions are the same is not enough: data may decide which of two laye
 is written into. So layers have to be entered after the same calls, and writes have to go to the same memory.
 """
 
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -53,6 +54,8 @@ class SameCalls(HookedMode):
         self.now += 1
         functions = self.calls.functions
         if self.now >= len(functions) or functions[self.now] != func:
+            if isinstance(sys.exc_info()[1], KeyboardInterrupt):  # what is open is left, with calls that put modes back
+                return func(*args, **kwargs or {})
             raise DivergedError(f"call {self.now} was another one before")
         return self._answer(func, args, kwargs or {})
 

@@ -132,7 +132,7 @@ class Measurement:
         step: int | None = None,
     ) -> NeuronReport:
         """Turn the sums into results, on the CPU; the report takes them over, so nothing can be added afterwards."""
-        if "weight" in self.needs:  # they may have been exchanged since the layers were described
+        if not all(c.statistics for c in self.criteria):  # weights may have been exchanged since
             self.metric.traits |= {n: traits_of(self.layers[n], self.model) for n in self.metric.traits}
         self.metric.cpu()
         kinds = {c.name: c.kind for c in self.criteria}
