@@ -147,8 +147,8 @@ class NeuronObserver(lightning.pytorch.Callback, pytorch_lightning.Callback):  #
         """Watch the module's own forward on this batch."""
         session = self._session(trainer, "val")
         if session is not None:
-            self._attempt(lambda: keep_weights(trainer, pl_module, self))
             self._attempt(lambda: session.open(batch, batch_idx, dataloader_idx))
+            self._attempt(lambda: keep_weights(trainer, pl_module, self, batch_idx))
 
     def on_validation_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -156,7 +156,7 @@ class NeuronObserver(lightning.pytorch.Callback, pytorch_lightning.Callback):  #
         """Stop watching; run the picked samples again with gradients."""
         session = self._session(trainer, "val")
         if session is not None:
-            self._attempt(lambda: session.close(batch_idx, dataloader_idx))
+            self._attempt(lambda: self._close(trainer, session, batch_idx, dataloader_idx))
             self._raise_failure(trainer)
 
     on_test_batch_start = on_validation_batch_start
@@ -246,6 +246,10 @@ class NeuronObserver(lightning.pytorch.Callback, pytorch_lightning.Callback):  #
             member.sample = StratifiedSample(math.ceil(self.max_samples / trainer.world_size), total)
         self._member = member
         Session.join(trainer, pl_module, self._active, member)
+
+    def _close(self, trainer: Any, session: Session, batch_idx: int, dataloader_idx: int) -> None:
+        with validated_weights(trainer, in_batch=True):
+            session.close(batch_idx, dataloader_idx)
 
     def _session(self, trainer: Any, source: str) -> Session | None:
         return Session.of(trainer, source) if source == self._active else None

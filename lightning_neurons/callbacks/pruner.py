@@ -111,12 +111,14 @@ class NeuronPruner(MonitoredObserver):
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Learn how the module is run, and keep samples, before the step can change them."""
-        if dataloader_idx == 0 and self._is_near(trainer):
-            keep_weights(trainer, pl_module, self)
+        is_kept = dataloader_idx == 0 and self._is_near(trainer)
+        if is_kept:
             if self._runner is None:
                 self._runner = Runner(trainer, pl_module, self.pruning.example_inputs, batch)
             self._kept.add(batch)
         super().on_validation_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
+        if is_kept:
+            keep_weights(trainer, pl_module, self, batch_idx)
 
     def on_test_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Nothing is measured on test data."""

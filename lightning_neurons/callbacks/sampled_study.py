@@ -78,8 +78,8 @@ class SampledStudy(lightning.pytorch.Callback, pytorch_lightning.Callback):  # t
     ) -> None:
         """Keep samples (of the first dataloader), before the step can change them."""
         if self._sample is not None and self._failure is None and dataloader_idx == 0:
-            self._attempt(lambda: keep_weights(trainer, pl_module, self))
             self._attempt(lambda: self._add(trainer, pl_module, batch, batch_idx))
+            self._attempt(lambda: keep_weights(trainer, pl_module, self, batch_idx))
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Make the study."""

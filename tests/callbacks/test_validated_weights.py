@@ -1,6 +1,7 @@
 """A report, a study and a decision to cut are of the weights that validation used, whoever swaps them, in any order."""
 
 import copy
+from unittest.mock import Mock
 
 import lightning as L  # noqa: N812
 import pytest
@@ -15,7 +16,7 @@ from lightning_neurons import (
     NeuronSensitivityCallback,
     SaliencyCallback,
 )
-from lightning_neurons.callbacks.validated import _KEPT
+from lightning_neurons.callbacks import validated as validated_weights
 from tests.callbacks.modules import Plain, dataset, fit, loader
 from tests.callbacks.pruned import Probe, assert_equal, pruner, weights, without_type_checks  # noqa: F401 (a fixture)
 from tests.callbacks.studied import accuracy_without, loss_without, samples
@@ -52,6 +53,43 @@ class SwapsStates(L.Callback):
                 parameter.data.copy_(value)
 
 
+class SwapsAroundBatches(SwapsStates):
+    """The average is there while a batch runs, and only then."""
+
+    def on_validation_start(self, trainer, pl_module):
+        pass
+
+    on_validation_epoch_end = on_validation_start
+
+    def on_validation_batch_start(self, trainer, pl_module, *_):
+        super().on_validation_start(trainer, pl_module)
+
+    def on_validation_batch_end(self, trainer, pl_module, *_):
+        super().on_validation_epoch_end(trainer, pl_module)
+
+
+class SwapsParameters(SwapsStates):
+    """Other parameters take the place of the module's, after observers have heard that validation begins."""
+
+    def on_validation_start(self, trainer, pl_module):
+        pass
+
+    def on_validation_epoch_start(self, trainer, pl_module):
+        super().on_validation_start(trainer, pl_module)
+
+    def _put(self, pl_module, state):
+        for name, value in state.items():
+            owner, _, short = name.rpartition(".")
+            held = value if isinstance(value, nn.Parameter) else nn.Parameter(value)
+            setattr(pl_module.get_submodule(owner), short, held)
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        self._put(pl_module, self.trained)
+
+    def setup(self, trainer, pl_module, stage):
+        self.trained = dict(pl_module.named_parameters())
+
+
 class Stream(IterableDataset):
     """Data of unknown length."""
 
@@ -63,6 +101,8 @@ AVERAGES = {
     "EMA": lambda: EMAWeightAveraging(decay=0.8),
     "states": lambda: SwapsStates(pointers=False),
     "memory": lambda: SwapsStates(pointers=True),
+    "batches": lambda: SwapsAroundBatches(pointers=False),
+    "parameters": lambda: SwapsParameters(pointers=False),
 }
 
 
@@ -162,12 +202,12 @@ def test_training_is_what_it_is_without_us(average):
     assert_equal(trained(NeuronSensitivityCallback(max_figures=0), NeuronAblationCallback(ends=2)), alone)
 
 
-def test_nothing_is_copied_where_nothing_can_change():
-    kept = []
+def test_nothing_is_copied_where_nothing_can_change(monkeypatch):
+    copies = Mock(side_effect=validated_weights._copies)
+    monkeypatch.setattr(validated_weights, "_copies", copies)
     observers = [NeuronSensitivityCallback(max_figures=0), NeuronAblationCallback(ends=2)]
-    probe = Probe("on_validation_batch_end", lambda trainer, _: kept.append(trainer in _KEPT))
-    trainer = fit(Plain(), [*observers, probe, EMAWeightAveraging()])
-    assert kept == [False] * len(kept) != []
-    trainer = fit(Plain(), [EMAWeightAveraging(), *observers, probe])
-    assert kept[-1]
-    assert trainer not in _KEPT
+    fit(Plain(), [*observers, EMAWeightAveraging()])
+    assert copies.call_count == 0
+    trainer = fit(Plain(), [EMAWeightAveraging(), *observers])
+    assert copies.call_count > 0
+    assert trainer not in validated_weights._KEPT
