@@ -49,8 +49,8 @@ _POINTWISE = _named(
     "expm1 float_power floor floor_divide floordiv fmax fmin fmod frac ge greater greater_equal gt heaviside hypot "
     "int invert ldexp le lerp less less_equal log log10 log1p log2 log_ndtr logaddexp logical_and logical_not "
     "logical_or logical_xor logit long lt masked_fill max maximum min minimum mod nan_to_num ndtr ne not_equal or "
-    "pow reciprocal relu remainder round rsqrt sgn sigmoid sign signbit sin sinc sinh sqrt square tan tanh trunc "
-    "where xlog1py xlogy xor"
+    "pow reciprocal relu remainder round rsqrt sgn sigmoid sign signbit sin sinc sinh sqrt square tan tanh threshold "
+    "trunc where xlog1py xlogy xor"
 )
 
 

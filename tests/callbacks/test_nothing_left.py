@@ -43,7 +43,9 @@ def traces(module: nn.Module) -> dict[str, Any]:
 class Bomb(nn.Module):
     """Lets values through until it is armed."""
 
-    error: type[BaseException] | None = None
+    def __init__(self) -> None:
+        super().__init__()
+        self.error: type[BaseException] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.error is not None:

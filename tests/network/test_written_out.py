@@ -38,6 +38,7 @@ RECTIFIERS: dict[str, Callable[[Tensor], Tensor]] = {
     "clamp": lambda x: x.clamp(min=0),
     "clamp_min": lambda x: x.clamp_min_(0),
     "maximum": lambda x: torch.maximum(x, torch.zeros_like(x)),
+    "threshold": lambda x: torch.threshold(x, 0.0, 0.0),
     "max": lambda x: torch.max(torch.tensor(0.0), x),
     "where": lambda x: torch.where(x > 0, x, 0.0),
     "setitem": assigned,
