@@ -57,7 +57,8 @@ class StepReplay:
         """Inside, the module may be run at will, in evaluation mode; afterwards it is as it was."""
         module, trainer = self.pl_module, self.trainer
         with ExitStack() as stack:
-            stack.enter_context(isolated(module, vars(trainer)))
+            schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+            stack.enter_context(isolated(module, vars(trainer), *trainer.optimizers, *schedulers))
             shadows = {"log": self._log, "log_dict": self._log_dict, "print": _silent, **_uncompiled(module)}
             if self.step == "training_step":
                 shadows |= {"optimizers": _refuse, "lr_schedulers": _refuse, "manual_backward": _refuse}

@@ -66,7 +66,7 @@ def kept_optimizers() -> Iterator[None]:
 
     def keep(optimizer: Optimizer, *_: Any) -> None:
         if id(optimizer) not in kept:
-            kept[id(optimizer)] = optimizer, ModelState(optimizer)
+            kept[id(optimizer)] = optimizer, ModelState(optimizer, optimizer.state)
             kept[id(optimizer)][1].substitute()
 
     handle = register_optimizer_step_pre_hook(keep)

@@ -310,8 +310,9 @@ def _cache(reach: Reach, thing: Any, path: Path) -> None:
 
 
 def _optimizer(reach: Reach, thing: torch.optim.Optimizer, path: Path) -> None:
+    """Not its state, which is large: only a step of its own changes that, see ``kept_optimizers``."""
     reach.keep(contents.Entries(vars(thing)), path)
-    reach.go(thing, [(name, getattr(thing, name)) for name in ("state", "param_groups")], path)
+    reach.go(thing, [("param_groups", thing.param_groups)], path)
 
 
 def _class(reach: Reach, thing: type, path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_neurons.network.batches import join, rows_of
-from lightning_neurons.network.isolate import eager, kept_random_state, returning_to
+from lightning_neurons.network.isolate import eager, kept_optimizers, kept_random_state, returning_to
 from lightning_neurons.network.replay import Replay
 from lightning_neurons.network.reruns import Reruns
 from lightning_neurons.network.same_calls import DivergedError, SameCalls
@@ -230,6 +230,7 @@ class Rerun:
                 self._state = self._state or ModelState(self._of.model)  # to look through a model takes time
                 stack.enter_context(kept_random_state(self._of.model))
                 stack.enter_context(returning_to(self._state))
+                stack.enter_context(kept_optimizers())
             if self._of.draws:
                 set_random_state(self._random)
             yield

@@ -91,6 +91,21 @@ class OwnGradients(Plain):
         return super().validation_step(batch, batch_idx)
 
 
+class Adapts(Plain):
+    """Trains in validation, by the Trainer's own optimizer, with a learning rate that falls."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
+        optimizer = self.trainer.optimizers[0]
+        with torch.enable_grad():
+            optimizer.zero_grad()
+            self.loss(batch).backward()
+        optimizer.step()
+        optimizer.param_groups[0]["lr"] *= 0.9
+        self.trainer.adapted = getattr(self.trainer, "adapted", 0) + 1
+        self.log("adapted", float(self.trainer.adapted))
+        return super().validation_step(batch, batch_idx)
+
+
 class Copies(Plain):
     """Runs a changed copy of its network, and stores it, in validation."""
 
@@ -142,7 +157,8 @@ class KeepsAndReturns(Plain):
 MODULES: dict[str, Callable[[], Plain]] = {
     one.__name__: one
     for one in (
-        Noisy, MetricOfTwoNames, FastPath, Transforms, OwnGradients, Copies, BackwardHooks, WrittenOut, KeepsAndReturns,
+        Noisy, MetricOfTwoNames, FastPath, Transforms, OwnGradients, Adapts, Copies, BackwardHooks, WrittenOut,
+        KeepsAndReturns,
     )
 } | {"Averaged": Plain}  # fmt: skip
 
@@ -154,7 +170,7 @@ def run(kind: str, observers: list[L.Callback], epochs: int) -> dict[str, Any]:
     module, logger = MODULES[kind](), MemoryLogger()
     averages = [EMAWeightAveraging(decay=0.5)] if kind == "Averaged" else []
     data = {"train": loader(16), "val": loader(16, seed=1)}
-    settings = {"logger": logger, "max_epochs": epochs, "inference_mode": kind != "OwnGradients"}
+    settings = {"logger": logger, "max_epochs": epochs, "inference_mode": kind not in ("OwnGradients", "Adapts")}
     trainer = fit(module, [*averages, *observers], **settings, **data)
     found = state_of(trainer, module, logger)
     found["series"] = [row for row in logger.rows if not row[0].startswith(OWN)]
