@@ -20,7 +20,7 @@ from lightning_neurons.callbacks.outlet import keeping_training, monitored, numb
 from lightning_neurons.callbacks.publish import publish, series_suffix, show
 from lightning_neurons.callbacks.replay import StepReplay
 from lightning_neurons.callbacks.session import Session
-from lightning_neurons.callbacks.steps import evaluation_loaders
+from lightning_neurons.callbacks.steps import evaluation_loaders, training_loaders
 from lightning_neurons.callbacks.trail import Trail
 from lightning_neurons.callbacks.validated import forget_weights, keep_weights, validated_weights
 from lightning_neurons.errors import NoLossError, check_count
@@ -125,21 +125,20 @@ class NeuronObserver(lightning.pytorch.Callback, pytorch_lightning.Callback):  #
         The sanity check is a trial: what cannot work is found out before training.
         """
         if (self.source == "val" or trainer.state.fn != "fit") and self._due(trainer):
-            self._begin(trainer, pl_module, "validation_step", *evaluation_loaders(trainer))
+            self._begin(trainer, pl_module, "validation_step", evaluation_loaders)
 
     def on_test_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin to measure on test data."""
         if not candidates(pl_module):
             self._warn(f"{type(pl_module).__name__} has no convolutional or linear layer, so nothing is measured")
             return
-        self._begin(trainer, pl_module, "test_step", *evaluation_loaders(trainer))
+        self._begin(trainer, pl_module, "test_step", evaluation_loaders)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin to measure on training data, if it is due."""
         self._publish(trainer)
         if self.source == "train" and self._due(trainer):
-            loaders, batches = trainer.train_dataloader, trainer.num_training_batches
-            self._begin(trainer, pl_module, "validation_step", loaders, batches)
+            self._begin(trainer, pl_module, "validation_step", training_loaders)
 
     def on_validation_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -225,9 +224,9 @@ class NeuronObserver(lightning.pytorch.Callback, pytorch_lightning.Callback):  #
             return True  # what follows a metric expects it from the first validation on
         return checks.is_due(trainer.current_epoch, self.every_n_epochs, [e.epoch for e in self.history.entries[-1:]])
 
-    def _begin(self, trainer: Any, pl_module: Any, step: str, loaders: Any, batches: Any) -> None:
+    def _begin(self, trainer: Any, pl_module: Any, step: str, loaders_of: Callable[[Any], tuple[Any, Any]]) -> None:
         self._active, self._failure = "train" if trainer.training else "val", None
-        self._attempt(lambda: self._join(trainer, pl_module, step, loaders, batches))
+        self._attempt(lambda: self._join(trainer, pl_module, step, *loaders_of(trainer)))
         self._raise_failure(trainer)
 
     def _join(self, trainer: Any, pl_module: Any, step: str, loaders: Any, batches: Any) -> None:

@@ -22,15 +22,20 @@ class Outlet(NamedTuple):
     folder: Place | None
 
 
-def outlet_of(trainer: Any) -> Outlet | None:
-    """Where this process writes now, or None if it does not (any but the first; a trial run). Call it everywhere."""
+def outlet_of(trainer: Any, *, epoch_is_over: bool = False) -> Outlet | None:
+    """Where this process writes now, or None if it does not (any but the first; a trial run). Call it everywhere.
+
+    Args:
+        trainer: The Trainer.
+        epoch_is_over: Whether it is about a training epoch that has ended, and not about what comes next.
+    """
     folder = folder_of(trainer)
     if not trainer.is_global_zero or trainer.fast_dev_run or not (trainer.loggers or folder):
         return None
-    return Outlet(trainer.loggers, step_of(trainer), folder)
+    return Outlet(trainer.loggers, step_of(trainer, epoch_is_over=epoch_is_over), folder)
 
 
-def step_of(trainer: Any) -> int:
+def step_of(trainer: Any, *, epoch_is_over: bool = False) -> int:
     """The x at which Lightning has logged what the last validation (or test) says.
 
     That is not ``global_step``, which counts the steps of all optimizers; and a module may log an x of its own under
@@ -41,7 +46,7 @@ def step_of(trainer: Any) -> int:
     logged = trainer._logger_connector._logged_metrics.get("step")  # its property would compute metrics too early
     if logged is not None and any(map(_is_step, (loop._results or training._results).values())):
         return int(logged)
-    return int(training._batches_that_stepped)
+    return int(training._batches_that_stepped) - epoch_is_over  # Lightning logs an epoch at its last batch
 
 
 def _is_step(result: Any) -> bool:

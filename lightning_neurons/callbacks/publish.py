@@ -1,7 +1,8 @@
 """Where results go: the Trainer's loggers and its log directory."""
 
 import platform
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from lightning_neurons.callbacks.folders import has_fitted
@@ -29,7 +30,7 @@ def publish(trainer: Any, observer: Any, report: NeuronReport, entry: HistoryEnt
     Returns:
         The folder of its files, if there are any.
     """
-    outlet = outlet_of(trainer)
+    outlet = outlet_of(trainer, epoch_is_over=trainer.training)
     if outlet is None:
         return None
     number = numbered_observer(trainer, observer)
@@ -100,5 +101,9 @@ def _write_rounds(outlet: Outlet, pruner: Any, values: dict[str, float]) -> None
 
 
 def _versions() -> dict[str, str]:
-    """What the numbers were made with."""
-    return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
+    """What the numbers were made with, as far as it has been installed: sources that are used as they are have none."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

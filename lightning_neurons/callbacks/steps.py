@@ -1,6 +1,7 @@
 """A module's steps as Lightning takes them: which arguments they get, and which of their results is the loss."""
 
 import inspect
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from lightning_neurons.network.batches import tensors_of
 
-_USUAL = ("loss", "val_loss", "test_loss", "train_loss")
+_PLAIN = {"loss", "val", "valid", "validation", "test", "train", "training", "total", "step", "epoch"}
+"""Words of a name that says nothing but that it is the loss; others (``val/kl_loss``) may be parts of it."""
 
 
 def evaluation_loop(trainer: Any) -> Any:
@@ -30,6 +32,11 @@ def evaluation_loaders(trainer: Any) -> tuple[Any, list[float]]:
     loaders, limits = list(loop._combined_loader.flattened), list(loop._max_batches)
     several = len(loaders) if loop._is_sequential else 1
     return loaders[:several], limits[:several]
+
+
+def training_loaders(trainer: Any) -> tuple[Any, int | float]:
+    """The training data as the user has given it, and the number of its batches."""
+    return trainer.train_dataloader, trainer.num_training_batches
 
 
 def takes_iterator(pl_module: Any, step: str) -> bool:
@@ -118,9 +125,13 @@ def _named(out: Any) -> list[Tensor]:
     entries = dict(out) if isinstance(out, Mapping) else getattr(out, "__dict__", {})
     if not isinstance(out, Mapping) and "loss" not in entries and hasattr(out, "loss"):
         entries = {"loss": out.loss}  # a named tuple, or slots
-    names = sorted((name for name in entries if "loss" in str(name)), key=lambda name: name not in _USUAL)
+    names = sorted((name for name in entries if "loss" in str(name).lower()), key=lambda name: not _is_plain(name))
     found = (entries[name] for name in names)
     return [value for value in found if isinstance(value, Tensor) and value.is_floating_point()]
+
+
+def _is_plain(name: Any) -> bool:
+    return {*re.findall("[a-z]+", str(name).lower())} <= _PLAIN
 
 
 def _floats(tree: Any) -> list[Tensor]:

@@ -78,7 +78,15 @@ def _attribute(value: Any, name: str) -> Any:
 
 def is_list_of_samples(batch: Any) -> bool:
     """Whether it is a list with one record per sample, as in detection, instead of one tensor per quantity."""
-    return isinstance(batch, list) and bool(batch) and all(isinstance(b, Mapping) or is_dataclass(b) for b in batch)
+    if not isinstance(batch, list) or not batch:
+        return False
+    return all(isinstance(entry, Mapping) or is_dataclass(entry) or _is_row(entry) for entry in batch)
+
+
+def _is_row(entry: Any) -> bool:
+    """Whether a tuple is one sample and not a batch: what is in it has no first axis in common."""
+    plain = isinstance(entry, list | tuple)
+    return plain and len({v.shape[:1] if _has_rows(v) else () for v in entry if isinstance(v, Tensor | int | float)}) > 1
 
 
 def tensors_of(batch: Any) -> list[Tensor]:
@@ -134,7 +142,7 @@ def _size_of(batch: Any, *, is_inside: bool = False) -> int | None:
 
 
 def _has_rows(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 0
+    return isinstance(value, Tensor) and value.ndim > 0 and not value.is_nested
 
 
 def _alike(entries: Sequence[Any]) -> list[Tensor]:
