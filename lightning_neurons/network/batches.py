@@ -85,8 +85,8 @@ def is_list_of_samples(batch: Any) -> bool:
 
 def _is_row(entry: Any) -> bool:
     """Whether a tuple is one sample and not a batch: what is in it has no first axis in common."""
-    plain = isinstance(entry, list | tuple)
-    return plain and len({v.shape[:1] if _has_rows(v) else () for v in entry if isinstance(v, Tensor | int | float)}) > 1
+    values = entry if isinstance(entry, list | tuple) else ()
+    return len({torch.as_tensor(v).shape[:1] for v in values if isinstance(v, int | float) or _is_plain(v)}) > 1
 
 
 def tensors_of(batch: Any) -> list[Tensor]:
@@ -141,8 +141,12 @@ def _size_of(batch: Any, *, is_inside: bool = False) -> int | None:
     return next((s for part in inside if (s := _size_of(part, is_inside=True)) is not None), None)
 
 
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, Tensor) and not value.is_nested
+
+
 def _has_rows(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 0 and not value.is_nested
+    return _is_plain(value) and value.ndim > 0
 
 
 def _alike(entries: Sequence[Any]) -> list[Tensor]:

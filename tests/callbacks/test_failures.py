@@ -14,6 +14,7 @@ from tests.callbacks.modules import MemoryLogger, Plain, fit, loader
 
 MEASURING = [
     "callbacks.observer:Measurement", "callbacks.observer:StepReplay", "callbacks.observer:stream_length",
+    "callbacks.steps:evaluation_loop",
     "callbacks.session:Passes", "callbacks.session:Session.join", "callbacks.session:Session.open",
     "callbacks.session:Session._open", "callbacks.session:Session._close", "callbacks.session:Session.close",
     "callbacks.session:Session.finish", "callbacks.session:Session._groups", "callbacks.member:Member.start_batch",

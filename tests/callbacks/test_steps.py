@@ -89,6 +89,7 @@ FORMS: dict[str, Any] = {
     "logits, and a logged loss": lambda m, loss, logits: (m.log("val_loss", loss), logits)[1],
     "largest logits, and a logged loss": lambda m, loss, logits: (m.log("val_loss", loss), logits.amax(1))[1],
     "logged under another name": lambda m, loss, logits: m.log_dict({"val_nll": loss, "n": 3.0}),
+    "logged among its parts": lambda m, loss, logits: m.log_dict({"kl_loss": loss / 3, "Loss/val": loss, "r": loss}),
     "one loss per sample": lambda m, loss, logits: m.each,
 }
 

@@ -1,6 +1,8 @@
 """Files of a run lie in a folder that is the run's own, wherever that is, and stay those of the run."""
 
 import copy
+import json
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from lightning_neurons import (
     NeuronSensitivityCallback,
     SaliencyCallback,
 )
+from lightning_neurons.callbacks import publish
 from lightning_neurons.cli import main
 from lightning_neurons.results.whole_file import write_whole
 from tests.callbacks.modules import MemoryLogger, Plain, fit, loader, trainer_of
@@ -107,3 +110,16 @@ def test_who_gave_a_callback_that_was_copied_hears_where_the_report_is(tmp_path,
         assert mine.report is None
     assert copy.deepcopy(trainer.callbacks[0]).report is not None
     assert NeuronSensitivityCallback().report is None, "and nobody else"
+
+
+def test_the_history_is_written_where_the_package_was_not_installed(tmp_path, monkeypatch):
+    def version(name: str) -> str:
+        if name == "lightning_neurons":
+            raise PackageNotFoundError(name)
+        return "1.2"
+
+    monkeypatch.setattr(publish, "version", version)
+    fit(Plain(), [NeuronSensitivityCallback(max_figures=0)], logger=CSVLogger(tmp_path, name="", version=""))
+    versions = json.loads((tmp_path / "history.json").read_text())["versions"]
+    assert versions["torch"] == "1.2"
+    assert "lightning_neurons" not in versions

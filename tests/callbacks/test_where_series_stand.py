@@ -88,6 +88,20 @@ def test_the_x_of_a_test_is_that_of_test_loss_and_its_series_stay_apart_from_tho
     assert xs(logger.rows, "neurons_test/dead_share") == xs(logger.rows, "test_loss") == [8]
 
 
+def test_what_is_found_on_training_data_stands_at_the_last_batch_of_its_epoch_as_what_training_logs_of_it():
+    class LogsEpochs(Plain):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            loss = self.loss(batch)
+            self.log("train_loss", loss, on_step=False, on_epoch=True)
+            return loss
+
+    logger = MemoryLogger()
+    fit(LogsEpochs(), [NeuronSensitivityCallback(source="train", max_figures=0)], max_epochs=3, logger=logger)
+    expected = xs(logger.rows, "train_loss")
+    assert len(expected) == 3
+    assert xs(logger.rows, "neurons/dead_share") == xs(logger.rows, "val_loss") == expected
+
+
 class Mine(NeuronAblationCallback):
     """A user's own kind."""
 

@@ -169,3 +169,18 @@ def test_a_single_sample_without_a_batch_axis_is_one_sample():
 
 def test_what_fits_no_sample_count_counts_every_entry_of_the_first_axis():
     assert samples_first(torch.zeros(5, 3), -1, 2).shape == (5, 3, 1)
+
+
+def test_samples_that_are_listed_one_by_one_are_counted_and_picked():
+    rows = [(torch.full((3, 4), float(i)), torch.tensor(i)) for i in range(5)]
+    assert batch_size_of(rows) == batch_size_of([(image, int(label)) for image, label in rows]) == 5
+    assert [int(label) for _, label in rows_of(rows, torch.tensor([4, 1]), 5)] == [4, 1]
+    assert [int(label) for _, label in join([rows[:2], rows[4:]], [2, 1])] == [0, 1, 4]
+    views = [[torch.zeros(8, 3), torch.zeros(8)], [torch.zeros(8, 3), torch.zeros(8)]]
+    assert batch_size_of(views) == 8, "two batches that are read side by side"
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_nested_tensor_has_as_many_samples_as_what_is_beside_it():
+    nested = torch.nested.nested_tensor([torch.zeros(2), torch.zeros(5), torch.zeros(1)])
+    assert batch_size_of((nested, torch.zeros(3))) == batch_size_of({"x": nested}) == 3
