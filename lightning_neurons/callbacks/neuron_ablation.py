@@ -69,6 +69,8 @@ class NeuronAblationCallback(SampledStudy):
         >>> # callback.ablation.delta_loss["net.conv1"], callback.agreement.held_out, callback.agreement.reliability
     """
 
+    _least_batches = 2  # one for each half, where they cannot be divided
+
     def __init__(
         self,
         criterion: str | Criterion = "fisher",

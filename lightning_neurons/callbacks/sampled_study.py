@@ -32,6 +32,7 @@ class SampledStudy(lightning.pytorch.Callback, pytorch_lightning.Callback):  # t
     """Common base of the callbacks that make studies; add one of those to a Trainer."""
 
     loss_fn: LossFunction | None = None
+    _least_batches = 1
 
     def __init__(self, layers: Any, every_n_epochs: int, max_samples: int) -> None:
         super().__init__()
@@ -164,7 +165,8 @@ class SampledStudy(lightning.pytorch.Callback, pytorch_lightning.Callback):  # t
     def _begin(self, trainer: Any) -> None:
         loaders, batches = evaluation_loaders(trainer)
         self._dataloaders, total = len(loaders), stream_length(loaders[:1], batches[:1])
-        self._sample = StratifiedSample(math.ceil(self.max_samples / trainer.world_size), total)
+        mine = math.ceil(self.max_samples / trainer.world_size)
+        self._sample = StratifiedSample(mine, total, batches=self._least_batches)
 
     def _add(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         assert self._sample is not None, "begun"

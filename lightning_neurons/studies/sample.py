@@ -41,6 +41,7 @@ class StratifiedSample:
         max_samples: The most that are picked.
         total: How many samples the stream has; None if unknown: then the first ``max_samples`` are taken.
         least: How many samples are handed out at a time.
+        batches: How many batches are picked at least where they stay whole, though that makes more than ``max_samples``.
 
     Example:
         >>> sample = StratifiedSample(2, total=8, least=2)
@@ -49,12 +50,12 @@ class StratifiedSample:
         [0, 1]
     """
 
-    def __init__(self, max_samples: int, total: int | None, *, least: int = 32) -> None:
+    def __init__(self, max_samples: int, total: int | None, *, least: int = 32, batches: int = 1) -> None:
         self.max_samples, self.total, self.least = max_samples, total, least
         self.seen = self.picked = 0
         self._counts: Tensor | None = None  # (picked or seen, class)
         self._waiting: list[tuple[Picked, int]] = []
-        self._has_whole = False
+        self._has_whole, self._missing = False, batches
 
     def add(self, batch: Any, targets: Tensor | None, place: Any = None, *, whole: bool = False) -> list[Picked]:
         """Take from a batch; returns the batches that are ready to be measured (often none).
@@ -116,9 +117,12 @@ class StratifiedSample:
         due = min(-int(-self.seen * rate // 1), self.max_samples) - self.picked
         count = min(max(due, 0), size)
         if whole:
-            if not count or (self.picked and self.picked + size > self.max_samples):
+            fits = count > 0 and self.picked + size <= self.max_samples
+            is_late = self.total is None or 2 * self.seen > self.total
+            if not fits and not (self._missing > 0 and (count or is_late)):
                 return None
             self.picked += size
+            self._missing -= 1
             return torch.arange(size)
         rows = self._rows(size, count, rate, targets)
         self.picked += count
