@@ -41,7 +41,7 @@ class StratifiedSample:
         max_samples: The most that are picked.
         total: How many samples the stream has; None if unknown: then the first ``max_samples`` are taken.
         least: How many samples are handed out at a time.
-        batches: How many batches are picked at least where they stay whole, though that makes more than ``max_samples``.
+        batches: How many batches are picked at least where they stay whole, be it more than ``max_samples``.
 
     Example:
         >>> sample = StratifiedSample(2, total=8, least=2)
