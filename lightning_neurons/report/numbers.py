@@ -92,7 +92,7 @@ def in_words(rows: Sequence[LayerRow], measure: str) -> str:
     count = counted(rows, measure)
     if count is None:
         return "-"
-    unknown = sum(row.neurons - row.known[measure] for row in rows if getattr(row, measure) is not None)
+    unknown = sum(row.neurons - row.known[measure] for row in rows)
     return f"{count:,} ({unknown:,} unknown)" if unknown else f"{count:,}"
 
 
