@@ -71,6 +71,10 @@ class Member:
         except Exception as error:  # noqa: BLE001 (an observer must not stop what it observes)
             self.failure = error
 
+    def forget(self) -> None:
+        """Let go of what went wrong: its traceback holds frames that hold this member."""
+        self.failure = self.lost = None
+
     def pick(self, batch: Any, place: tuple[int, int], picked: list[Picked], *, whole: bool) -> None:
         """Add to ``picked`` what of a batch, and of those before, is to be differentiated now."""
         assert self.sample is not None, "members without a sample are in no group"

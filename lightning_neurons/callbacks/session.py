@@ -67,6 +67,8 @@ class Session:
             return
         if session._stack is not None:
             session._stack.close()
+        for member in session.members:
+            member.forget()
         if session.passes.known is not None:
             _KNOWN[session.passes.model] = session.passes.known
 
@@ -75,6 +77,7 @@ class Session:
         for members in (self.members, self.passes.receivers):
             if member in members:
                 members.remove(member)
+        member.forget()
         if not self.members:
             self.end(self.trainer, self.source)
 

@@ -19,7 +19,8 @@ class FailsLater(Plain):
     """Under study, from some epoch on."""
 
     def validation_step(self, batch: Any, batch_idx: int) -> Any:
-        if not self.trainer.sanity_checking and len(batch[0]) != 8 and self.current_epoch >= 1:
+        is_study = "log" in vars(self)  # what is logged in a study is caught
+        if is_study and not self.trainer.sanity_checking and self.current_epoch >= 1:
             raise RuntimeError("not now")
         return super().validation_step(batch, batch_idx)
 

@@ -46,7 +46,7 @@ def test_a_sample_that_is_not_finite_is_counted_and_left_out(value, observer):
         assert (counts.nonfinite >= 1).all()
         for criterion, by_layer in callback.report.scores.items():
             assert torch.allclose(by_layer[name], expected.scores[criterion][name], rtol=1e-5, atol=1e-7), criterion
-        unknown = torch.where(expected.deadness[name] == 1, torch.nan, expected.deadness[name])  # the one may have fired
+        unknown = torch.where(expected.deadness[name] == 1, torch.nan, expected.deadness[name])  # it may have fired
         assert torch.allclose(callback.report.deadness[name], unknown, atol=1e-6, equal_nan=True)
 
 

@@ -8,6 +8,7 @@ import lightning as L  # noqa: N812
 import pytest
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lightning_neurons import (
     ActivationMaximizationCallback,
@@ -33,7 +34,7 @@ CALLBACKS: dict[str, Callable[[], Any]] = {
 
 
 def bytes_alive() -> int:
-    tensors = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
+    tensors = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor) and not is_lazy(o)]
     return sum(t.untyped_storage().nbytes() for t in tensors)
 
 

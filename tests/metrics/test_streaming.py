@@ -184,9 +184,9 @@ class Overwriting(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden = self.first(x)
-        hidden += 1000
+        hidden += 1000 * x.sum().sign()  # of another value, so that it is no step of the layer's own
         shape = self.second(hidden.unsqueeze(1))
-        shape *= 0
+        shape *= 0 * x.sum()
         return shape
 
 

@@ -61,7 +61,7 @@ def test_the_distribution_of_magnitudes_is_drawn(tensorboard: str, pictures: Pat
 
 
 def test_the_text_page_is_shown(tensorboard: str, pictures: Path, tmp_path: Path) -> None:
-    words = ["Layers", *LAYERS, "Ranking of all neurons by gradient", "Deadness by threshold", "samples"]
+    words = ["Layers", *LAYERS, "Ranking of all neurons by taylor", "Deadness by threshold", "samples"]
     text, _ = look(f"{tensorboard}/#text", words, pictures / "text.png", tmp_path / "browser")
     assert [word for word in words if word not in text] == []
     assert "| ---" not in text, "tables are drawn as tables"
