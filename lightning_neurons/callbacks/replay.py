@@ -23,6 +23,7 @@ from lightning_neurons.network.isolate import isolated
 from lightning_neurons.network.same_calls import DivergedError
 from lightning_neurons.studies.measure import LossFunction
 
+_OF_DYNAMO = ("__compiled_fn_", "__resume_at_")  # what the compiler leaves in a file of which it has compiled something
 _FRAMEWORKS = ("torch", "lightning", "pytorch_lightning", "builtins")
 _COMPILED_STEPS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
 
@@ -155,7 +156,7 @@ def is_compiled(module: Any) -> bool:
     classes = {cls for m in module.modules() for cls in type(m).__mro__ if not cls.__module__.startswith(_FRAMEWORKS)}
     files = {cls.__module__ for cls in classes} & sys.modules.keys()
     places = [*module.modules(), *classes, *(sys.modules[file] for file in files)]
-    named = [value for place in places for value in list(vars(place).values())]
+    named = [value for place in places for name, value in list(vars(place).items()) if not name.startswith(_OF_DYNAMO)]
     return any(map(_is_compiled, [*module.modules(), *named]))
 
 
