@@ -16,7 +16,7 @@ from lightning_neurons.callbacks.teachers import find_logits, from_state, networ
 from lightning_neurons.errors import PruningError
 from lightning_neurons.network.batches import map_tensors
 from lightning_neurons.network.isolate import kept_random_state
-from lightning_neurons.pruning.distillation import distillation_gradient, logits_in
+from lightning_neurons.pruning.distillation import checked_logits, distillation_gradient
 from lightning_neurons.pruning.example import twin_of
 
 PATIENCE = 10
@@ -152,7 +152,7 @@ class Distiller:
         if not self._teaches and not is_first:
             return
         try:
-            logits = logits_in(output, self.how.class_axis)
+            logits = checked_logits(output, self.how.class_axis)
             if self._teacher is None or self.how.weight == 0:
                 return
             gradient = self._scale() * distillation_gradient(
@@ -179,7 +179,7 @@ class Distiller:
             raise PruningError(f"the teacher does not run on what the model reads ({error})") from error
         finally:
             handle.remove()
-        return logits_in(caught[-1], self.how.class_axis)
+        return checked_logits(caught[-1], self.how.class_axis)
 
     def _is_training(self, module: nn.Module) -> bool:
         """Whether this is the module itself, in a training step: copies have the hooks, and it is run to measure."""

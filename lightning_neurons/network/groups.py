@@ -41,8 +41,11 @@ def find_coupling(copy: nn.Module, forward: Forward, *, time_limit: float = 60.0
     """
     for parameter in copy.parameters():
         parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
+    for module in copy.modules():
+        if isinstance(module, nn.PReLU) and module.num_parameters == 1:  # else its one slope passes for its width
+            module.requires_grad_(False)
     try:
-        with differentiable(), _limited(time_limit):
+        with differentiable(), _limited(time_limit), _no_views(copy):
             graph = torch_pruning.DependencyGraph().build_dependency(
                 copy, (), forward_fn=lambda model, _: forward(model), output_transform=_outputs, verbose=False
             )
@@ -61,6 +64,22 @@ def _outputs(out: Any) -> list[Tensor]:
     if not found:
         raise PruningError("the model's output depends on none of its parameters, so its layers cannot be followed")
     return found
+
+
+@contextmanager
+def _no_views(copy: nn.Module) -> Iterator[None]:
+    """A function that works in place on a view replaces the node by which the graph would know the view's module."""
+
+    def out_of_view(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        return output.clone() if output._is_view() else output
+
+    norms = [m for m in copy.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+    handles = [norm.register_forward_hook(out_of_view) for norm in norms]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

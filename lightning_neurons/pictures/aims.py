@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_neurons.errors import ArgumentError, MeasurementError, UnknownNameError, check_choice, is_number
 from lightning_neurons.network.layer import Layer, widths_of
+from lightning_neurons.network.outputs import logits_in
 from lightning_neurons.network.samples import samples_first
 
 Of = Literal["logit", "probability", "loss"]
@@ -129,11 +130,9 @@ def logits_of(outputs: Any) -> Float[Tensor, "batch klass"]:
     Raises:
         MeasurementError: If the output is anything else.
     """
-    logits = outputs
-    if not isinstance(outputs, Tensor):
-        logits = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
-    if not isinstance(logits, Tensor) or logits.ndim < 1 or not logits.is_floating_point():
-        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(outputs).__name__
+    logits = logits_in(outputs)
+    if logits is None or logits.ndim < 1 or not logits.is_floating_point():
+        got = type(outputs).__name__ if logits is None else tuple(logits.shape)
         raise MeasurementError(
             f"the model returned {got}: expected logits of shape (batch, class); pass forward=lambda model, inputs: "
             '... that returns them, or a target such as ("layer", neuron)'

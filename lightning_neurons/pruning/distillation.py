@@ -1,6 +1,5 @@
 """The gradient with which a teacher's logits pull on those of a student (Hinton et al. 2015)."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from lightning_neurons.errors import PruningError
 from lightning_neurons.network.batches import tensors_of
+from lightning_neurons.network.outputs import logits_in
 
 
 def distillation_loss(
@@ -61,21 +61,19 @@ def distillation_gradient(
     return gradient
 
 
-def logits_in(output: Any, class_axis: int) -> Tensor:
+def checked_logits(output: Any, class_axis: int) -> Tensor:
     """The logits in what a module puts out: it itself, what is called so in it, or its only floating-point tensor.
 
     Raises:
         PruningError: If there are none, or several tensors that could be them.
     """
-    named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    found = [named] if isinstance(named, Tensor) else [t for t in tensors_of(output) if t.is_floating_point()]
-    if len(found) != 1:
-        shapes = [tuple(t.shape) for t in found]
+    logits = logits_in(output)
+    if logits is None or not logits.is_floating_point():
+        shapes = [tuple(t.shape) for t in tensors_of(output) if t.is_floating_point()]
         raise PruningError(
-            f"the output has {len(found)} tensors that could be logits {shapes}; pass output= the path of a module "
+            f"the output has {len(shapes)} tensors that could be logits {shapes}; pass output= the path of a module "
             'that returns one, or let it return them as "logits"'
         )
-    logits = found[0]
     known = -logits.ndim <= class_axis < logits.ndim
     if logits.ndim < 2 or not known or logits.shape[class_axis] < 2:
         raise PruningError(

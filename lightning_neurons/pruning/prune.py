@@ -11,6 +11,7 @@ from lightning_neurons.errors import ArgumentError, PruningError, check_flag
 from lightning_neurons.network.batches import inputs_of, map_tensors, targets_of, tensors_of
 from lightning_neurons.network.isolate import isolated
 from lightning_neurons.network.neurons import call, find_neurons
+from lightning_neurons.network.outputs import logits_in
 from lightning_neurons.pruning.budget import PruningBudget
 from lightning_neurons.pruning.compensation.calibration import Calibration
 from lightning_neurons.pruning.compensation.repair import Compensation
@@ -196,7 +197,13 @@ def _cross_entropy(model: nn.Module, batch: Any) -> Tensor:
         raise ArgumentError.of(
             "loss_fn", None, "a function (model, batch) -> loss, as the batches show no class numbers"
         )
-    return nn.functional.cross_entropy(_run(model, batch), targets)
+    output = _run(model, batch)
+    logits = logits_in(output)
+    if logits is None:
+        raise ArgumentError.of(
+            "loss_fn", None, f"a function (model, batch) -> loss, as {type(output).__name__} shows no logits"
+        )
+    return nn.functional.cross_entropy(logits, targets)
 
 
 def _loss(model: nn.Module, batches: Sequence[Any], loss_fn: LossFunction | None) -> LossFunction:

@@ -10,7 +10,7 @@ from torch import nn
 from lightning_neurons.errors import PruningError
 from lightning_neurons.network.coupling import Coupling, Group, Part
 from lightning_neurons.network.groups import find_coupling
-from lightning_neurons.network.layer import candidates, modules_by_name, public_name, require_materialized, widths_of
+from lightning_neurons.network.layer import candidates, modules_by_name, require_materialized, widths_of
 from lightning_neurons.network.widths import axes, why_fixed
 from lightning_neurons.pruning.blocks import blocks_of
 from lightning_neurons.pruning.compensation.lockstep import calls_of
@@ -182,10 +182,10 @@ def _size(owner: nn.Module, leaf: str, part: Part) -> int:
 
 
 def _tied(model: nn.Module) -> dict[str, str]:
-    """Parameters that have more than one name, each with another one of its names."""
+    """Parameters that several modules have, each with another one of its names. A module itself may have two names."""
     names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        public = public_name(name)
-        if public not in names.setdefault(id(parameter), []):
-            names[id(parameter)].append(public)
+    for path, module in modules_by_name(model).items():
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None:
+                names.setdefault(id(parameter), []).append(f"{path}.{leaf}" if path else leaf)
     return {name: next(n for n in same if n != name) for same in names.values() if len(same) > 1 for name in same}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_neurons.errors import MeasurementError
 from lightning_neurons.network.isolate import eager
 from lightning_neurons.network.layer import Layer
+from lightning_neurons.network.outputs import logits_in
 from lightning_neurons.network.silence import Edit, Replacement, Silence, edit_of
 from lightning_neurons.results.class_report import ClassAccuracy
 
@@ -69,14 +70,15 @@ class ClassAccuracies:
             self.right[row] += torch.bincount(hits, minlength=self.right.shape[1])
 
 
-def checked_logits(logits: Any, targets: Tensor) -> Tensor:
-    """Logits of the right shape.
+def checked_logits(output: Any, targets: Tensor) -> Tensor:
+    """Logits of the right shape, out of whatever a model puts out.
 
     Raises:
         MeasurementError: If it is anything else, or a target is no class of them.
     """
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(targets):
-        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    logits = logits_in(output)
+    if logits is None or logits.ndim != 2 or len(logits) != len(targets):
+        got = type(output).__name__ if logits is None else tuple(logits.shape)
         raise MeasurementError(f"the model returned {got}: a class study needs logits of shape (batch, class)")
     if len(targets) and int(targets.max()) >= logits.shape[1]:
         raise MeasurementError(f"a target is {int(targets.max())}, and the model has {logits.shape[1]} outputs")

@@ -14,6 +14,7 @@ from lightning_neurons.network.batches import batch_size_of, inputs_of, is_graph
 from lightning_neurons.network.isolate import isolated
 from lightning_neurons.network.layer import Pattern, candidates
 from lightning_neurons.network.neurons import call
+from lightning_neurons.network.outputs import logits_in
 from lightning_neurons.results.neuron_report import NeuronReport
 from lightning_neurons.studies.dividing import Independence
 from lightning_neurons.studies.given import check_batches, given_model
@@ -178,9 +179,10 @@ def _one_batch(
 
 def sampled_loss(model: Any, batch: Any, seed: int) -> Tensor:
     """The loss on labels drawn from the model's own prediction; the same labels for the same ``seed``."""
-    logits = call(model, inputs_of(batch))
-    generator = torch.Generator(logits.device if isinstance(logits, Tensor) else "cpu").manual_seed(seed)
-    return sampled_label_loss(logits, generator)
+    output = call(model, inputs_of(batch))
+    logits = logits_in(output)
+    generator = torch.Generator("cpu" if logits is None else logits.device).manual_seed(seed)
+    return sampled_label_loss(output if logits is None else logits, generator)
 
 
 def predicted_logit(model: Any, batch: Any) -> Tensor:
@@ -201,8 +203,9 @@ def logit(index: int) -> LossFunction:
 
 
 def _logits(model: Any, batch: Any) -> Tensor:
-    logits = call(model, inputs_of(batch))
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
-        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    output = call(model, inputs_of(batch))
+    logits = logits_in(output)
+    if logits is None or logits.ndim != 2:
+        got = type(output).__name__ if logits is None else tuple(logits.shape)
         raise MeasurementError(f"the model returned {got}: expected logits of shape (batch, class)")
     return logits

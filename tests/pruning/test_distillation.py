@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_neurons import PruningError
-from lightning_neurons.pruning.distillation import distillation_gradient, distillation_loss, logits_in
+from lightning_neurons.pruning.distillation import checked_logits, distillation_gradient, distillation_loss
 
 SHAPES = [((5, 3), 1), ((1, 2), 1), ((4, 3, 6), 1), ((2, 4, 3, 5), 1), ((5, 3), -1), ((4, 6, 3), -1), ((2, 3, 5, 4), 3)]
 TEMPERATURES = [0.5, 1.0, 2.0, 7.0]
@@ -141,7 +141,7 @@ OUTPUTS = {
 
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_logits_are_found_in(name):
-    assert logits_in(OUTPUTS[name], 1) is WANTED
+    assert checked_logits(OUTPUTS[name], 1) is WANTED
 
 
 NONE = {
@@ -161,16 +161,16 @@ NONE = {
 def test_outputs_without_one_set_of_logits_are_refused(name):
     output, message = NONE[name]
     with pytest.raises(PruningError, match=message):
-        logits_in(output, 1)
+        checked_logits(output, 1)
 
 
 def test_classes_lie_on_the_axis_that_is_named():
     output = torch.zeros(2, 1, 4)
-    assert logits_in(output, -1) is output
+    assert checked_logits(output, -1) is output
     with pytest.raises(PruningError, match=r"on axis 1; pass output= or class_axis="):
-        logits_in(output, 1)
+        checked_logits(output, 1)
 
 
 def test_an_axis_that_is_not_there_is_refused():
     with pytest.raises(PruningError, match="on axis 2"):
-        logits_in(torch.zeros(2, 3), 2)
+        checked_logits(torch.zeros(2, 3), 2)
