@@ -15,9 +15,11 @@ from lightning_neurons.network.families import RECTIFIERS
 from lightning_neurons.network.layer import Link
 from lightning_neurons.network.places import Place
 from lightning_neurons.network.probe import rectifies
-from lightning_neurons.network.steps import ARITHMETIC, Step
+from lightning_neurons.network.steps import ARITHMETIC, DETACHES, Step
 
 HIDDEN = "an autograd function of the model's own"
+TRANSFORM = "a transform of torch.func"
+DATA = "a function that overwrites them behind autograd's back"
 
 
 @dataclass(eq=False)
@@ -33,6 +35,9 @@ class Value:
         readers: The layers that read it, each with how many of its inputs belong to one neuron.
         foreign: Whether something reads it that is neither a layer nor on the way to one.
         pooled: Names of activation functions that read it behind a pooling function.
+        torn: In words, what works on parts of it, or on what is laid side by side, where it could not be followed.
+        is_aside: Whether it is made of detached values alone: of no account, unless the model goes on with it.
+        is_entered: Whether a layer reads it.
     """
 
     tensor: Tensor
@@ -43,6 +48,9 @@ class Value:
     readers: dict[str, int] = field(default_factory=dict)
     foreign: bool = False
     pooled: list[str] = field(default_factory=list)
+    torn: list[str] = field(default_factory=list)
+    is_aside: bool = False
+    is_entered: bool = False
 
 
 class Course:
@@ -61,7 +69,8 @@ class Course:
 
     def add(self, tensor: Tensor, place: Place, step: Step) -> Value:
         """Take note of a step."""
-        made = Value(tensor, place, step)
+        is_aside = step.function in DETACHES or all(self.values[number].is_aside for number in step.values)
+        made = Value(tensor, place, step, is_aside=is_aside)
         for number in set(step.values):
             self.values[number].uses.append(len(self.values))
         self.values.append(made)
@@ -69,14 +78,44 @@ class Course:
 
     def points(self) -> Iterator[int]:
         """The values where the chain may end, from the layer's output on."""
-        reach = 0
+        reach, counts = 0, self._of_account()
         for number, value in enumerate(self.values):
-            moved = value.step is not None and value.step.is_move
-            if reach <= number and value.place.axis is not None and not moved and value.tensor.is_floating_point():
+            if not counts[number]:
+                continue
+            if reach <= number and self._may_end(number):
                 yield number
-            if value.outside or not value.uses:
+            uses = [use for use in value.uses if counts[use]]
+            if not uses or (value.outside and not value.is_aside):
                 return
-            reach = max(reach, *value.uses)
+            reach = max(reach, *uses)
+
+    def uses(self, number: int) -> list[int]:
+        """The values that are made of a value, and that the model goes on with."""
+        counts = self._of_account()
+        return [use for use in self.values[number].uses if counts[use]]
+
+    def _of_account(self) -> list[bool]:
+        """By value, whether the model goes on with it: logging looks at detached values and throws them away."""
+        counts = [not value.is_aside or value.is_entered for value in self.values]
+        for number in reversed(range(len(counts))):
+            step = self.values[number].step
+            for read in step.values if step is not None and counts[number] else ():
+                counts[read] = True
+        return counts
+
+    def _may_end(self, number: int) -> bool:
+        """Whether samples and neurons lie in their places; what only lays values out anew is behind the end."""
+        value = self.values[number]
+        if value.place.axis is None or not value.tensor.is_floating_point():
+            return False
+        if _lies_first(value) and not _lies_first(self.values[0]):
+            return False  # that is where samples lie
+        return not (value.step is not None and value.step.is_move and self._may_end(self._before_moves(number)))
+
+    def _before_moves(self, number: int) -> int:
+        """The value that has been laid out anew."""
+        step = self.values[number].step
+        return self._before_moves(step.values[0]) if step is not None and step.is_move else number
 
     def goes_on_alone(self, number: int) -> bool:
         """Whether nothing has read a value yet, and all before it lead to it."""
@@ -99,7 +138,8 @@ class Course:
         return tuple(self._link(first, last) for first, last in pairwise(points))
 
     def _link(self, first: int, last: int) -> Link:
-        steps = [step for value in self.values[first + 1 : last + 1] if (step := value.step) is not None]
+        found = self._steps(first, last)
+        steps, number_of = list(found.values()), {number: i for i, number in enumerate((first, *found))}
         parts = [step for step in steps if not step.is_move]
         kinds = {step.kind for step in parts}
         modules = {step.module for step in parts}
@@ -108,16 +148,22 @@ class Course:
             function=_name(parts),
             module=modules.pop() if len(modules) == 1 else None,
             rectified=self._rectified(last),
-            steps=tuple((s.name, tuple(number - first for number in s.values)) for s in steps),
+            steps=tuple((s.name, tuple(number_of[number] for number in s.values)) for s in steps),
         )
+
+    def _steps(self, first: int, last: int) -> dict[int, Step]:
+        """The steps between two values, by the number of the value that each makes."""
+        counts = self._of_account()
+        numbered = [(number, self.values[number].step) for number in range(first + 1, last + 1) if counts[number]]
+        return {number: step for number, step in numbered if step is not None}
 
     def _rectified(self, last: int) -> bool:
         """Whether the value is known to be zero or positive, and exactly zero where it is silent."""
-        end = self.values[last]
-        if end.step is not None and end.step.title in RECTIFIERS:
+        end, made = self.values[last], self.values[self._before_moves(last)]
+        if made.step is not None and made.step.title in RECTIFIERS:
             return True
         start = max((p for p in self.points() if p <= last and self.values[p].place.stage < 2), default=0)
-        steps = [value.step for value in self.values[start + 1 : last + 1] if value.step is not None]
+        steps = self._steps(start, last)
         first, axis = self.values[start].tensor, self.values[start].place.axis
         return end.place.stage == 2 and axis is not None and rectifies(steps, start, first, axis, end.tensor)
 
@@ -126,14 +172,18 @@ class Course:
         end = self._ends(axis)[-1]
         value = self.values[end]
         following = self._functions_behind(end)
-        if HIDDEN in value.outside:
-            return f"its values go on to {HIDDEN}, which cannot be looked into"
-        if following and (value.outside or len(value.uses) > 1):
+        for name in (HIDDEN, TRANSFORM, DATA):
+            if name in value.outside:
+                return f"its values go on to {name}, which cannot be looked into"
+        if following and (value.outside or len(self.uses(end)) > 1):
             return f"its values go to {_listed([*following, *value.outside])}, which do not reunite"
         if following:
             lost = [name for later in self.values[end + 1 :] for name in later.outside]
             rest = f", and then to {_listed(lost)}" if lost else ""
             return f"its values go on to {_listed(following)}{rest}, behind which they could not be followed"
+        torn = [words for later in self.values[end:] for words in later.torn]
+        if torn:
+            return f"its values go on to {torn[0]}, where they could not be followed"
         if value.pooled:
             return f"its values are pooled before they go to {_listed(value.pooled)}"
         return ""
@@ -141,11 +191,15 @@ class Course:
     def _functions_behind(self, end: int) -> list[str]:
         """The first functions that work on a value, behind whatever lays it out anew."""
         found = []
-        for number in self.values[end].uses:
+        for number in self.uses(end):
             step = self.values[number].step
             assert step is not None, "only the output has none"
             found += self._functions_behind(number) if step.is_move else [step.title]
         return found
+
+
+def _lies_first(value: Value) -> bool:
+    return value.place.axis is not None and value.place.axis % max(1, value.tensor.ndim) == 0
 
 
 def _name(parts: Sequence[Step]) -> str:

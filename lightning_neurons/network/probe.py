@@ -3,7 +3,7 @@
 It is tried: its steps run again on a range of values, for every neuron.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,19 +17,19 @@ _RANGE = torch.linspace(-8, 8, 161)
 _LEAST_ZEROS = 3  # a square is zero at zero alone
 
 
-def rectifies(steps: Sequence[Step], start: int, first: Tensor, axis: int, last: Tensor) -> bool:
+def rectifies(steps: Mapping[int, Step], start: int, first: Tensor, axis: int, last: Tensor) -> bool:
     """Whether steps make every value zero or positive, and exactly zero over some range, for each neuron.
 
     Args:
-        steps: The steps, one value made by each.
+        steps: The steps, by the number of the value that each makes.
         start: The number of the value that they begin with.
         first: That value.
         axis: Where its neurons lie.
         last: The value that they end with.
     """
     axis %= first.ndim
-    is_known = len(steps) == 1 and steps[0].function in LINKS
-    if is_known or axis == 0 or not all(_can_run(step) for step in steps) or not bool((last >= 0).all()):
+    is_known = len(steps) == 1 and all(step.function in LINKS for step in steps.values())
+    if is_known or axis == 0 or not _can_run_all(steps.values()) or not bool((last >= 0).all()):
         return False
     shape = [1] * first.ndim
     shape[axis] = first.shape[axis]
@@ -44,14 +44,31 @@ def rectifies(steps: Sequence[Step], start: int, first: Tensor, axis: int, last:
     return bool(((found == 0).sum(0) >= _LEAST_ZEROS).all()) and bool((found > 0).any())
 
 
+def _can_run_all(steps: Iterable[Step]) -> bool:
+    parts = [step for step in steps if not _is_passed_over(step)]
+    if len(parts) < len(list(steps)):  # then constants would have to be laid out anew as well
+        read = [(tensor, number) for s in parts for tensor, number in zip(s.operands(), s.reads, strict=True)]
+        if any(number is None and tensor.ndim for tensor, number in read):
+            return False
+    return all(map(_can_run, parts))
+
+
+def _is_passed_over(step: Step) -> bool:
+    """Whether a step only lays values out anew, which changes nothing for one that is tried alone."""
+    return step.is_move and step.function is not GET
+
+
 def _can_run(step: Step) -> bool:
     drawn = LINKS.get(step.function) == "dropout" or STEPS[step.function] == "rrelu"
     return (step.function in ELEMENTWISE or step.function in (GET, SET)) and not drawn and "out" not in step.kwargs
 
 
-def _run(steps: Sequence[Step], start: int, first: Tensor, probe: Tensor, axis: int) -> Tensor:
+def _run(steps: Mapping[int, Step], start: int, first: Tensor, probe: Tensor, axis: int) -> Tensor:
     values = {start: probe.clone()}
-    for number, step in enumerate(steps, start + 1):
+    for number, step in steps.items():
+        if _is_passed_over(step):
+            values[number] = values[step.values[0]].clone()
+            continue
         reads = iter(step.reads)
 
         def given(tensor: Tensor) -> Tensor:
@@ -61,7 +78,7 @@ def _run(steps: Sequence[Step], start: int, first: Tensor, probe: Tensor, axis: 
         args, kwargs = map_tensors_in((tuple(step.args), dict(step.kwargs)), given)
         made: Any = step.function(*args, **kwargs)
         values[number] = args[0] if made is None else made
-    return values[start + len(steps)]
+    return values[max(steps)]
 
 
 def _in_one_place(constant: Tensor, first: Tensor, probe: Tensor, axis: int) -> Tensor:

@@ -68,10 +68,14 @@ MOVES: dict[Callable[..., Any], str] = {
 COPIES: dict[Callable[..., Any], str] = _named("bfloat16 clone contiguous cpu cuda double float half to type type_as")
 """Functions that hand a tensor's values on as they are, in other memory or as another kind of number."""
 
+DETACHES: dict[Callable[..., Any], str] = {Tensor.detach: "detach", torch.detach: "detach", _getter("data"): "data"}
+"""Functions whose result has the same values, and through which no gradient comes back."""
+
 SET, GET = Tensor.__setitem__, Tensor.__getitem__
 
 STEPS: dict[Callable[..., Any], str] = {
     **MOVES,
+    **DETACHES,
     **COPIES,
     **_POINTWISE,
     **_RECIPROCAL,
@@ -101,9 +105,39 @@ CREATES = frozenset(
 LOOKS = (
     frozenset(_named("detach view_as isfinite isinf isnan isneginf isposinf requires_grad_ retain_grad"))
     | CREATES
-    | {_getter("data")}
+    | DETACHES.keys()
 )
 """Functions that are no reading: debugging and logging look at values in passing."""
+
+WORKS: dict[Callable[..., Any], str] = {
+    **_POINTWISE,
+    **_RECIPROCAL,
+    **{function: function.__name__.strip("_") for function, kind in LINKS.items() if kind == "activation"},
+    **_named("glu index_put masked_scatter"),
+}
+"""Functions that do more to values than to scale and shift them."""
+
+TEARS: dict[Callable[..., Any], str] = {
+    **MOVES,
+    **_ARITHMETIC,
+    **{f: f.__name__.strip("_") for f, kind in LINKS.items() if kind in ("norm", "dropout")},
+    **_named(
+        "cat chunk column_stack concat concatenate detach diagonal dsplit dstack expand expand_as flip fliplr flipud "
+        "gather hsplit hstack index_select narrow repeat roll select split stack take_along_dim tensor_split tile "
+        "unbind unfold vsplit vstack"
+    ),
+    Tensor.__iter__: "unbind",
+    GET: "getitem",
+}
+"""Functions behind which a layer's values are still its own, though perhaps not all of them, or in other places."""
+
+JOINS = frozenset(_named("cat column_stack concat concatenate dstack hstack stack vstack").values())
+"""Names of those that lay values side by side."""
+
+REDUCES: dict[Callable[..., Any], str] = _named(
+    "amax amin cummax cummin kthvalue logsumexp max mean median min norm quantile softmax sort std sum topk var"
+)
+"""Functions that make values of several neurons, or of several places, one of another."""
 
 _FORM_OF_SECOND = frozenset(f for f, name in STEPS.items() if name in {"reshape_as", "type_as"})
 
@@ -149,6 +183,10 @@ class Step:
         """The numbers of the values that it reads."""
         return tuple(number for number in self.reads if number is not None)
 
+    def operands(self) -> list[Tensor]:
+        """The tensors that it reads, constants as well."""
+        return operands(self.function, self.args, self.kwargs)
+
     @property
     def name(self) -> str:
         """What its function is called in ``STEPS``."""
@@ -162,7 +200,7 @@ class Step:
     @property
     def is_move(self) -> bool:
         """Whether it hands values on as they are."""
-        return self.function in MOVES or self.function is GET
+        return self.function in MOVES or self.function in DETACHES or self.function is GET
 
     @property
     def kind(self) -> Kind:

@@ -16,16 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from lightning_neurons.network.constants import Constants
-from lightning_neurons.network.course import HIDDEN, Course, Value
+from lightning_neurons.network.course import DATA, HIDDEN, TRANSFORM, Course, Value
 from lightning_neurons.network.families import LINKS, PASSING, family_of
 from lightning_neurons.network.flow import Flow
 from lightning_neurons.network.hooked import After, Before, HookedMode
 from lightning_neurons.network.layer import Layer, public_name
 from lightning_neurons.network.own_gradients import unhooked
+from lightning_neurons.network.pieces import Pieces
 from lightning_neurons.network.places import place_behind
 from lightning_neurons.network.spread import spread_behind
-from lightning_neurons.network.steps import COPIES, CREATES, LOOKS, STEPS, Step, operands
-from lightning_neurons.network.trees import in_transform, is_plain, tensors_in, weights_of
+from lightning_neurons.network.steps import COPIES, CREATES, DETACHES, LOOKS, STEPS, Step, operands
+from lightning_neurons.network.trees import in_transform, is_plain, tensors_in, unwrapped, weights_of
 from lightning_neurons.network.writes import share_memory, target_of_write
 
 _UNUSED = "did not run as a module (unused, or its weights are used by a function)"
@@ -53,7 +54,7 @@ class Trace(HookedMode):
         self._alive: list[Tensor] = []  # ids stay unique while the tensors live
         self._modules: list[str] = []  # the modules that are running, innermost last
         self._inside: list[str] = []  # the layers that are running
-        self._flow = Flow()
+        self._flow, self._pieces = Flow(), Pieces()
 
     def _before_runs(self) -> Iterable[tuple[nn.Module, Before]]:
         self._constants.add_model(self._model)
@@ -82,6 +83,9 @@ class Trace(HookedMode):
                 if id(tensor) in self._carried:
                     value, spread = self._carried[id(tensor)]
                     value.readers[layer] = spread
+                if id(tensor) in self._now:
+                    course, number = self._now[id(tensor)]
+                    course.values[number].is_entered = True
 
         return start
 
@@ -136,10 +140,10 @@ class Trace(HookedMode):
         return out
 
     def _read_in_transform(self, given: Any) -> None:
-        for tensor in map(unhooked, tensors_in(given)):
+        for tensor in map(unwrapped, map(unhooked, tensors_in(given))):
             if id(tensor) in self._now:
                 course, number = self._now[id(tensor)]
-                course.values[number].outside.append("a transform of torch.func")
+                course.values[number].outside.append(TRANSFORM)
             if id(tensor) in self._carried:
                 self._carried[id(tensor)][0].foreign = True
 
@@ -149,6 +153,11 @@ class Trace(HookedMode):
             self._flow.passes(func, args, kwargs, out, None)
         if func in CREATES:
             self._constants.see((), out, None)
+        source = unhooked(args[0]) if args else None
+        if func in DETACHES and isinstance(out, Tensor) and out is not source and id(source) in self._now:
+            course, number = self._now[id(source)]
+            course.add(out, course.values[number].place, Step(func, args, kwargs, (number,), None))
+            self._name(out, course, len(course.values) - 1)
         return out
 
     def _copied(self, source: Tensor, made: Tensor) -> bool:
@@ -184,9 +193,24 @@ class Trace(HookedMode):
                 if found is not None:
                     name = getattr(func, "__name__", "a function").strip("_")
                     found[0].values[found[1]].outside.append(name if _depth() == found[0].depth else HIDDEN)
+            self._torn(func, given, reads, made)
             if isinstance(made, Tensor):
                 self._now.pop(id(made), None)
         self._carry(func, args, kwargs, carriers, made, value)
+
+    def _torn(
+        self, func: Callable[..., Any], given: list[Tensor], reads: list[tuple[Course, int] | None], made: Any
+    ) -> None:
+        """Follow pieces of one layer's values as long as the model runs; a detached one is looked at in passing."""
+        if self._inside:
+            return
+        values = [None if found is None or self._is_over(found[0]) else found[0].values[found[1]] for found in reads]
+        constants = map(self._constants.has, given)
+        self._pieces.see(func, list(zip(given, values, constants, strict=True)), made)
+
+    def _is_over(self, course: Course) -> bool:
+        """Whether the model has returned: what a loss makes of its output is no part of it."""
+        return course.in_model and not self._modules
 
     def _step(
         self,
@@ -201,8 +225,8 @@ class Trace(HookedMode):
         """What a call has made, if of the values of one output and of constants alone; else None."""
         if func not in STEPS or _depth() != course.depth:
             return None
-        if course.in_model and not self._modules and func not in LINKS:
-            return None  # what a loss makes of the model's output is no part of the model
+        if self._is_over(course) and func not in LINKS:
+            return None
         others = [t for t, found in zip(given, reads, strict=True) if found is None]
         if LINKS.get(func) != "norm" and not all(self._constants.has(t) for t in others):
             return None
@@ -273,10 +297,13 @@ class Trace(HookedMode):
         own = self._now.get(id(target))
         if func in LINKS and own is not None and own[0].goes_on_alone(own[1]):
             return  # the value that is overwritten lives on in the next link
+        behind_its_back = own is not None and own[0].values[own[1]].is_aside
         for course in (course for calls in self._calls.values() for course in calls):
             for value in course.values:
                 if share_memory(value.tensor, target):
                     value.tensor = value.tensor.clone()
+                    if behind_its_back and not value.is_aside:
+                        value.outside.append(DATA)
 
     def found(self) -> dict[str, Layer]:
         """What has been learnt, by layer; layers that did not run have no calls and a note that says so."""
@@ -293,7 +320,9 @@ class Trace(HookedMode):
         ends = [course.end(axis) for course in calls]
         whole = bool(ends) and all(end.readers and not end.foreign for end in ends)
         readers = tuple({r: s for end in ends for r, s in end.readers.items()}.items())
-        notes = [note for course in calls if (note := course.note(axis))]
+        # Where no module runs around the layer, what a loss makes of the output looks like more of the model.
+        followed = [course for course in calls if course.in_model or name not in self._flow.outputs()]
+        notes = [note for course in followed if (note := course.note(axis))]
         return Layer(
             name=name,
             type=type(module).__name__,
@@ -327,6 +356,7 @@ class Trace(HookedMode):
         self._carried.clear()
         self._calls.clear()
         self._constants.close()
+        self._pieces.close()
         self._alive.clear()
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import peek_interpreter_stack
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor, peek_interpreter_stack
 from torch.autograd.forward_ad import unpack_dual
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -64,6 +64,13 @@ def weights_of(module: nn.Module) -> tuple[int, ...]:
 def in_transform() -> bool:
     """Whether a transform of ``torch.func``, or ``torch.jit.trace``, is going on: what runs then is no plain call."""
     return peek_interpreter_stack() is not None or torch._C._get_tracing_state() is not None
+
+
+def unwrapped(tensor: Tensor) -> Tensor:
+    """The tensor that transforms of ``torch.func`` have wrapped, or the tensor itself."""
+    while is_functorch_wrapped_tensor(tensor):
+        tensor = get_unwrapped(tensor)
+    return tensor
 
 
 def unheard() -> AbstractContextManager[None]:

@@ -21,6 +21,8 @@ from lightning_neurons.network.samples import samples_first
 from lightning_neurons.network.weights import traits_of
 from lightning_neurons.results.neuron_report import LayerCounts, NeuronReport
 
+_NAMED = 5
+
 
 class Measurement:
     """Collects what one report needs; a receiver of ``Passes``.
@@ -162,7 +164,7 @@ class Measurement:
                 "main_criterion": main_criterion(self.criteria),
                 "in_loss_units": [c.name for c in self.criteria if c.in_loss_units],
             },
-            notes=(*notes, *self._unresolved()),
+            notes=(*notes, *self._unresolved(), *self._unfollowed()),
             epoch=epoch,
             step=step,
         )
@@ -183,6 +185,20 @@ class Measurement:
                         f"{HIGHEST:.0e} that the histogram resolves; only whether a neuron is dead is exact"
                     )
         return found
+
+    def _unfollowed(self) -> list[str]:
+        """Which layers' values may not be those that their readers get; layers with the same words together."""
+        same: dict[str, list[str]] = {}
+        for name in self.modules:
+            layer = self.layers.get(name)
+            if layer is not None and layer.calls and layer.note:
+                same.setdefault(layer.note, []).append(name)
+        found = [
+            f"{', '.join(names[:_NAMED])}{f' and {len(names) - _NAMED} more layers' if names[_NAMED:] else ''}: "
+            f"measured before what follows, as {note}"
+            for note, names in same.items()
+        ]
+        return found[:_NAMED] + [f"and {len(found) - _NAMED} notes more, at their layers"] * (len(found) > _NAMED)
 
     def _counts(self, name: str) -> LayerCounts:
         summary, place = self.metric.summary(name), self.metric.places[name]

@@ -1,0 +1,81 @@
+"""Where a layer's values go in pieces: split, stacked or laid out so that a chain cannot follow them.
+
+Not to know the way would be no harm, if nothing more happened to the values. What works on the pieces as an activation
+function does, is noted: the neuron's value is then not what its users take it for.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from lightning_neurons.network.course import Value
+from lightning_neurons.network.steps import JOINS, REDUCES, TEARS, WORKS
+from lightning_neurons.network.trees import tensors_in
+
+
+class _Piece(NamedTuple):
+    """Of which value a tensor is a piece; ``torn`` is what tore it off, empty for the value itself."""
+
+    value: Value
+    torn: str = ""
+    reduced: str = ""
+
+
+class Pieces:
+    """Follows pieces through one forward, outside of layers."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[Tensor, _Piece]] = {}  # ids stay unique while the tensors live
+
+    def see(self, func: Callable[..., Any], given: Sequence[tuple[Tensor, Value | None, bool]], made: Any) -> None:
+        """A call that is no step of a chain has read values of one layer, or pieces of them.
+
+        Args:
+            func: What was called.
+            given: The tensors that it read, whose value each is, if any, and whether it is a constant.
+            made: What it made.
+        """
+        found = [self._piece(tensor, value) for tensor, value, _ in given]
+        pieces = [piece for piece in found if piece is not None]
+        results = [*tensors_in(made)]
+        for tensor in results:
+            self._known.pop(id(tensor), None)
+        foreign = any(
+            piece is None and not constant and tensor.is_floating_point()
+            for piece, (tensor, _, constant) in zip(found, given, strict=True)
+        )
+        if not pieces or not results or foreign:
+            return
+        torn = next((piece.torn for piece in pieces if piece.torn), "")
+        reduced = next((piece.reduced for piece in pieces if piece.reduced), "")
+        whole = any(not piece.reduced for piece in pieces)
+        if reduced and whole and (func in WORKS or func in TEARS):
+            _take_note(pieces, reduced)
+        elif func in WORKS and whole:
+            _take_note(pieces, torn, WORKS[func])
+        elif func in REDUCES and torn in JOINS:
+            _take_note(pieces, torn, REDUCES[func])
+        elif func in TEARS or func in REDUCES:
+            name = torn or ("" if func in REDUCES else TEARS[func])
+            piece = _Piece(pieces[0].value, name, reduced or REDUCES.get(func, ""))
+            for tensor in results:
+                self._known[id(tensor)] = tensor, piece
+
+    def _piece(self, tensor: Tensor, value: Value | None) -> _Piece | None:
+        if value is not None:
+            return _Piece(value)
+        return self._known[id(tensor)][1] if id(tensor) in self._known else None
+
+    def close(self) -> None:
+        """Let go of the tensors."""
+        self._known.clear()
+
+
+def _take_note(pieces: Sequence[_Piece], *names: str) -> None:
+    """In words, unless detached values are only looked at in passing."""
+    if all(piece.value.is_aside for piece in pieces):
+        return
+    words = " and then to ".join(dict.fromkeys(name for name in names if name))
+    for value in {id(piece.value): piece.value for piece in pieces}.values():
+        value.torn.append(words)

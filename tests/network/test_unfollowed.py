@@ -1,0 +1,135 @@
+"""Chains that are followed through transposes and detached values, and those that cannot be, which is said."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from lightning_neurons import measure
+
+
+def overwritten(x: Tensor) -> Tensor:
+    x.data.clamp_(min=0)
+    return x
+
+
+def logged(x: Tensor) -> Tensor:
+    x.detach().chunk(2, -1)[0].sigmoid().mean()
+    x.detach().abs().max()
+    return torch.relu(x)
+
+
+FOLLOWED: dict[str, Callable[[Tensor], Tensor]] = {
+    "t": lambda x: x.t().clamp(min=0).t(),
+    "transpose": lambda x: F.relu(x.transpose(0, 1)).transpose(0, 1).contiguous(),
+    "T": lambda x: torch.tanh(x.T).mT,
+    "sign": lambda x: x.clamp(-1, 1) + (torch.sign(x) - x.clamp(-1, 1)).detach(),
+    "relu": lambda x: (F.relu(x) - x).detach() + x,
+    "data": lambda x: x + (F.relu(x) - x).data,
+    "mask": lambda x: x * (x.detach() > 0).float(),
+    "stopped": lambda x: x.detach().clamp(min=0),
+    "logged": logged,
+}
+SAID: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "chunk": (lambda x: torch.cat([part.clamp(min=0) for part in x.chunk(2, -1)], -1), "chunk and then to clamp"),
+    "gated": (lambda x: x[:, :4].repeat(1, 2) * torch.sigmoid(x[:, 4:].repeat(1, 2)), "getitem and then to sigmoid"),
+    "samples": (lambda x: torch.stack([row.relu() for row in x]), "unbind and then to relu"),
+    "maxout": (lambda x: torch.stack([x, torch.zeros_like(x)]).amax(0), "stack and then to amax"),
+    "flat": (lambda x: F.relu(x.flatten()).view_as(x), "flatten and then to relu"),
+    "flip": (lambda x: x.flip(-1).clamp(min=0).flip(-1), "flip and then to clamp"),
+    "largest": (lambda x: x * (x >= x.topk(3, -1).values[:, -1:]), "topk"),
+    "norm": (lambda x: x / x.norm(dim=-1, keepdim=True), "norm"),
+    "glu": (lambda x: F.glu(x, -1).repeat(1, 2), "glu"),
+    "vmap": (torch.func.vmap(lambda row: row.clamp(min=0)), "a transform of torch.func"),
+    "data": (overwritten, "autograd's back"),
+}
+
+
+class Net(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function, self.layer, self.head = function, nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.function(self.layer(x)))
+
+
+def network(function: Callable[[Tensor], Tensor]) -> tuple[Net, list[tuple[Tensor, Tensor]]]:
+    torch.manual_seed(0)
+    net = Net(function).eval()
+    with torch.no_grad():
+        net.layer.bias[1] = -40.0
+    return net, [(torch.randn(16, 5), torch.arange(16) % 3) for _ in range(2)]
+
+
+def by_hand(net: Net, batches: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Mean and Taylor score of every neuron's value behind the function."""
+    values, scores = [], []
+    for x, y in batches:
+        value = net.function(net.layer(x)).detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(F.cross_entropy(net.head(value), y, reduction="sum"), value)
+        values.append(value.detach())
+        scores.append((value.detach() * gradient).abs())
+    return torch.cat(values).double().mean(0), torch.cat(scores).double().mean(0)
+
+
+def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_transposes_and_detached_values_are_followed(name):
+    net, batches = network(FOLLOWED[name])
+    mean, taylor = by_hand(net, batches)
+    report = measure(net, batches, criteria=["mean", "taylor", "near_zero"], loss_fn=loss)
+    torch.testing.assert_close(report.scores["mean"]["layer"].double(), mean, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(report.scores["taylor"]["layer"].double(), taylor, rtol=1e-4, atol=1e-6)
+    assert not any("followed" in note or "reunite" in note for note in report.notes)
+    is_rectified = name not in ("T", "sign")
+    assert {layer.name: layer.rectified for layer in report.layers}["layer"] == is_rectified
+    assert report.dead("layer").tolist() == [is_rectified and neuron == 1 for neuron in range(8)]
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_what_cannot_be_followed_is_said_in_the_report(name):
+    function, words = SAID[name]
+    net, batches = network(function)
+    mean = torch.cat([net.layer(x).detach() for x, _ in batches]).double().mean(0)
+    report = measure(net, batches, criteria=["mean", "near_zero"], loss_fn=loss)
+    torch.testing.assert_close(report.scores["mean"]["layer"].double(), mean, rtol=1e-4, atol=1e-6)
+    (note,) = [note for note in report.notes if note.startswith("layer: ")]
+    assert words in note
+
+
+class Attends(nn.Module):
+    """Heads, a residual sum, a gate and pooling: other layers' values come in, or nothing more is done to a neuron."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out, self.gate, self.head = nn.Linear(8, 24), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(-1, (2, 4)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        attention = (q @ k.mT / 2).softmax(-1) @ v
+        hidden = self.out(attention.transpose(1, 2).flatten(2)) + x
+        hidden = hidden * torch.sigmoid(self.gate(hidden.mean(1, keepdim=True)))
+        return self.head(hidden.amax(1))
+
+
+def test_nothing_is_said_where_no_more_is_done_to_a_neuron():
+    net = Attends()
+    batches = [(torch.randn(4, 6, 8), torch.arange(4) % 3)]
+    report = measure(net, batches, criteria=["mean"])
+    assert {layer.name: layer.note for layer in report.layers} == dict.fromkeys(("qkv", "out", "gate", "head"), "")
+    assert report.notes == ("measured on 4 samples",)
+
+
+def test_layers_with_the_same_words_are_named_together():
+    net = nn.Sequential(*(Net(SAID["flip"][0]) for _ in range(7)))
+    for one in net:
+        one.head = nn.Linear(8, 5)
+    report = measure(net, [torch.randn(4, 5)], criteria=["mean"])
+    (note,) = [note for note in report.notes if "flip" in note]
+    assert note.startswith("0.layer, 1.layer, 2.layer, 3.layer, 4.layer and 2 more layers: ")
