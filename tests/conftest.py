@@ -7,7 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import shape_checks
 import torch
+
+shape_checks.install("lightning_neurons")
 
 REAL_DATA = Path(os.environ.get("LIGHTNING_NEURONS_DATA", Path(__file__).parents[2] / "shared" / "data"))
 

@@ -1,9 +1,8 @@
 """What the tests of the pruning callback share: looks into a run, and what must hold after any of them."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import jaxtyping
 import lightning as L  # noqa: N812
 import pytest
 import torch
@@ -15,15 +14,6 @@ from tests.callbacks.modules import Plain, loader, trainer_of
 
 MAKER = {"net.norm1": "net.conv1", "net.norm2": "net.conv2"}
 READ = {"net.conv2": "net.conv1", "net.fc1": "net.conv2", "net.fc2": "net.fc1"}
-
-
-@pytest.fixture
-def without_type_checks() -> Iterator[None]:
-    """Most of the time of a decision is that of the checks of types; some files of tests are enough for those."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 class Probe(L.Callback):

@@ -28,11 +28,8 @@ from tests.callbacks.modules import (
     loader,
     trainer_of,
 )
-from tests.callbacks.pruned import without_type_checks  # noqa: F401
 from tests.callbacks.studied import HIDDEN, deltas, half, joined, samples
 from tests.report.test_loggers import written
-
-pytestmark = pytest.mark.usefixtures("without_type_checks")
 
 
 def plain_loss(module: Any, batch: Any) -> torch.Tensor:

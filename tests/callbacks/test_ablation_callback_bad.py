@@ -10,9 +10,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_neurons import ArgumentError, NeuronAblationCallback
 from lightning_neurons.results.ablation_report import AblationReport
 from tests.callbacks.modules import Altered, Plain, fit, loader, trainer_of
-from tests.callbacks.pruned import without_type_checks  # noqa: F401
-
-pytestmark = pytest.mark.usefixtures("without_type_checks")
 
 
 class FailsLater(Plain):

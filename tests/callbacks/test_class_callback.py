@@ -17,11 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lightning_neurons import ArgumentError, ClassNeuronsCallback, class_study
 from lightning_neurons.report.tags import TAGS, kind_of
 from tests.callbacks.modules import MemoryLogger, Net, OldNamespace, Plain, fit, loader, trainer_of
-from tests.callbacks.pruned import without_type_checks  # noqa: F401
 from tests.callbacks.studied import NoForward, OldNoForward, TwoNetworks, assert_same, samples, sorted_by_class
-
-pytestmark = pytest.mark.usefixtures("without_type_checks")
-
 
 SETTINGS: list[dict[str, Any]] = [
     {},

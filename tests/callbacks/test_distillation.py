@@ -23,9 +23,6 @@ from tests.callbacks.distilled import (
     train,
 )
 from tests.callbacks.modules import Net
-from tests.callbacks.pruned import without_type_checks  # noqa: F401 (a fixture)
-
-pytestmark = pytest.mark.usefixtures("without_type_checks")
 
 
 class Scaled(MixedPrecision):

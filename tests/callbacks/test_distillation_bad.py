@@ -13,12 +13,9 @@ from torch import Tensor, nn
 from lightning_neurons import NeuronPruningCallback
 from tests.callbacks.distilled import NoForward, Pair, Student, distiller
 from tests.callbacks.modules import Net, Plain, loader, trainer_of
-from tests.callbacks.pruned import assert_equal, assert_refused, weights, widths, without_type_checks  # noqa: F401
+from tests.callbacks.pruned import assert_equal, assert_refused, weights, widths
 
-pytestmark = [
-    pytest.mark.usefixtures("without_type_checks"),
-    pytest.mark.filterwarnings("ignore:.*it is not in the model's graph"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.*it is not in the model's graph")
 
 WRONG = [
     ({"temperature": 0}, "temperature=0 is not allowed: expected a number above 0"),

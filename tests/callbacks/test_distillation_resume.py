@@ -14,13 +14,12 @@ from torch import Tensor
 from lightning_neurons import NeuronPruningCallback, load_pruned
 from tests.callbacks.distilled import NoForward, Student, distiller
 from tests.callbacks.modules import Net, dataset, loader, trainer_of
-from tests.callbacks.pruned import assert_equal, without_type_checks  # noqa: F401 (a fixture)
+from tests.callbacks.pruned import assert_equal
 
 BATCHES, EPOCHS = 3, 5
 DATA = [dataset(24)[8 * number : 8 * number + 8] for number in range(BATCHES)]
 
 pytestmark = [
-    pytest.mark.usefixtures("without_type_checks"),
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),
     pytest.mark.filterwarnings("ignore:.*Checkpoint directory .* exists and is not empty"),

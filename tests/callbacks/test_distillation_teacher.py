@@ -24,9 +24,7 @@ from tests.callbacks.distilled import (
     train,
 )
 from tests.callbacks.modules import Net, OldNamespace, loader, trainer_of
-from tests.callbacks.pruned import Probe, assert_equal, without_type_checks  # noqa: F401 (a fixture)
-
-pytestmark = pytest.mark.usefixtures("without_type_checks")
+from tests.callbacks.pruned import Probe, assert_equal
 
 OWN, ITS = (True, True), (False, False)
 """A forward of the model in training, and one of the teacher."""

@@ -6,11 +6,10 @@ A callback that is exported and has no line in ``CALLBACKS`` fails the first tes
 import copy
 import inspect
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-import jaxtyping
 import lightning as L  # noqa: N812
 import pytest
 import torch
@@ -35,15 +34,6 @@ CALLBACKS: dict[str, Callable[[], L.Callback]] = {
 OWN = ("neurons", "ablation", "classes", "pruning", "saliency", "maximization", "cards", "figures")
 
 every_callback = pytest.mark.parametrize("name", CALLBACKS)
-
-
-@pytest.fixture(autouse=True)
-def _without_type_checks() -> Iterator[None]:
-    """The checks of types that run in tests draw random numbers of their own."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 class MetricOfTwoNames(WithMetrics):

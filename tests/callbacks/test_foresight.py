@@ -11,13 +11,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_neurons import ArgumentError, NeuronPruningCallback
 from tests.callbacks.guarded import hidden, made
 from tests.callbacks.modules import MemoryLogger, Net, Plain, fit, loader
-from tests.callbacks.pruned import Probe, assert_equal, assert_sound, pruner, weights, without_type_checks  # noqa: F401
+from tests.callbacks.pruned import Probe, assert_equal, assert_sound, pruner, weights
 from tests.callbacks.studied import accuracy_without, loss_without, samples
 
-pytestmark = [
-    pytest.mark.usefixtures("without_type_checks"),
-    pytest.mark.filterwarnings("ignore:.*(nothing has been cut|no epoch follows)"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.*(nothing has been cut|no epoch follows)")
 
 
 class Measured(Plain):

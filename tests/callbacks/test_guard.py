@@ -11,12 +11,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tests.callbacks.guarded import NAN, WHOLE, Scored, by_epoch, by_neurons, guard, hidden, made, state_of, undone
 from tests.callbacks.guarded import differences as differing
 from tests.callbacks.modules import MemoryLogger, fit
-from tests.callbacks.pruned import Probe, assert_sound, widths, without_type_checks  # noqa: F401
+from tests.callbacks.pruned import Probe, assert_sound, widths
 
-pytestmark = [
-    pytest.mark.usefixtures("without_type_checks"),
-    pytest.mark.filterwarnings("ignore:.*(nothing has|all cuts have) been"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.*(nothing has|all cuts have) been")
 TAKEN = r"is the worst that is allowed: 1 round taken back"
 
 

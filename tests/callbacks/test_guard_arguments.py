@@ -10,9 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_neurons import ArgumentError, NeuronPruningCallback
 from lightning_neurons.callbacks.recovery_settings import Guard
 from tests.callbacks.guarded import guard
-from tests.callbacks.pruned import without_type_checks  # noqa: F401
 
-pytestmark = pytest.mark.usefixtures("without_type_checks")
 GUARD = {"monitor": "val_acc", "max_drop": 0.1}
 COUNT = "a whole number of at least 1"
 NUMBER = "a number of at least 0, in units of the metric"

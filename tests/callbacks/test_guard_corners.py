@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from lightning_neurons import NeuronPruningCallback, load_pruned
 from tests.callbacks.guarded import Scored, by_epoch, differences, guard, hidden, made, state_of
 from tests.callbacks.modules import Plain, loader, trainer_of
-from tests.callbacks.pruned import Probe, pruner, without_type_checks  # noqa: F401
+from tests.callbacks.pruned import Probe, pruner
 
-pytestmark = [
-    pytest.mark.usefixtures("without_type_checks"),
-    pytest.mark.filterwarnings("ignore:.*training ends before", "ignore:.*taken back", "ignore:.*last good state"),
-]
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*training ends before", "ignore:.*taken back", "ignore:.*last good state"
+)
 
 
 def fit(module: Any, callbacks: list[Any], **kwargs: Any) -> Any:

@@ -23,14 +23,11 @@ from tests.callbacks.guarded import (
     state_of,
 )
 from tests.callbacks.modules import fit, loader, trainer_of
-from tests.callbacks.pruned import Probe, without_type_checks  # noqa: F401
+from tests.callbacks.pruned import Probe
 from tests.callbacks.test_nothing_left import traces
 from tests.pruning.test_surgery_failures import Interrupted, failing_at
 
-pytestmark = [
-    pytest.mark.usefixtures("without_type_checks"),
-    pytest.mark.filterwarnings("ignore:.*(nothing has|all cuts have) been", "ignore:.*taken back"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.*(nothing has|all cuts have) been", "ignore:.*taken back")
 SCORES = by_epoch(0.75, 0.25, 0.75)
 
 

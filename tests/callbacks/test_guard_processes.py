@@ -10,14 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from tests.callbacks.pruned import without_type_checks  # noqa: F401
 from tests.callbacks.two_processes_guard import BATCHES, CASES, EPOCHS, run
 
 ROOT = Path(__file__).parents[2]
-pytestmark = [
-    pytest.mark.usefixtures("without_type_checks"),
-    pytest.mark.filterwarnings("ignore:.*(nothing has|all cuts have) been", "ignore:.*taken back"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.*(nothing has|all cuts have) been", "ignore:.*taken back")
 
 BACK = ([18, 12, 18, 18, 18, 18], [], [[1, 1, 6]])
 KEPT = ([18, 12, 12, 12, 12, 12], [[1, 1, 6]], [])

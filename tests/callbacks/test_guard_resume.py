@@ -14,13 +14,11 @@ from torch import Tensor
 from lightning_neurons import NeuronPruningCallback, load_pruned
 from tests.callbacks.guarded import Scored, by_epoch, by_neurons, differences, guard, hidden, made, state_of, undone
 from tests.callbacks.modules import dataset, loader, trainer_of
-from tests.callbacks.pruned import without_type_checks  # noqa: F401
 
 EPOCHS, BATCHES = 8, 2
 NAMED: dict[str, Any] = {"auto_insert_metric_name": False}
 DATA = [dataset(16)[8 * number : 8 * number + 8] for number in range(BATCHES)]
 pytestmark = [
-    pytest.mark.usefixtures("without_type_checks"),
     pytest.mark.filterwarnings("ignore:.*(nothing has|all cuts have) been", "ignore:.*taken back"),
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
     pytest.mark.filterwarnings("ignore:.*there is no last checkpoint available", "ignore:The dirpath has changed"),

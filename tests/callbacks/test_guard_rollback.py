@@ -14,12 +14,9 @@ from torch.optim import SGD, AdamW, lr_scheduler
 
 from tests.callbacks.guarded import Scaling, Scored, by_epoch, differences, guard, hidden, identities, state_of
 from tests.callbacks.modules import Net, fit, loader
-from tests.callbacks.pruned import Probe, without_type_checks  # noqa: F401
+from tests.callbacks.pruned import Probe
 
-pytestmark = [
-    pytest.mark.usefixtures("without_type_checks"),
-    pytest.mark.filterwarnings("ignore:.*(nothing has|all cuts have) been", "ignore:.*1 round taken back"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.*(nothing has|all cuts have) been", "ignore:.*1 round taken back")
 SCORES = by_epoch(0.75, 0.25, 0.75)  # the cut of epoch 1 is taken back when epoch 2 begins
 
 

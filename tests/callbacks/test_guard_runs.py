@@ -10,12 +10,9 @@ from torch import Tensor
 from lightning_neurons import NeuronPruningCallback
 from tests.callbacks.guarded import WHOLE, Scored, by_epoch, guard, hidden, made, undone
 from tests.callbacks.modules import Plain, fit
-from tests.callbacks.pruned import Probe, assert_sound, widths, without_type_checks  # noqa: F401
+from tests.callbacks.pruned import Probe, assert_sound, widths
 
-pytestmark = [
-    pytest.mark.usefixtures("without_type_checks"),
-    pytest.mark.filterwarnings("ignore:.*(nothing has|all cuts have) been"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.*(nothing has|all cuts have) been")
 TAKEN = "is the worst that is allowed: 1 round taken back"
 
 

@@ -1,12 +1,11 @@
 """A run with a callback that observes is, bit by bit, the run without it."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-import jaxtyping
 import lightning as L  # noqa: N812
 import numpy as np
 import pytest
@@ -28,15 +27,6 @@ VARIANTS: dict[str, Callable[[], NeuronObserver]] = {
     "second_order_ggn": lambda: NeuronSensitivityCallback(criteria=["gradient", "second_order_ggn"]),
     "every second epoch": lambda: NeuronSensitivityCallback(every_n_epochs=2),
 }
-
-
-@pytest.fixture(autouse=True)
-def _without_type_checks() -> Iterator[None]:
-    """The checks of types that run in tests look at a random entry of a list, with Python's own random numbers."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 @dataclass(frozen=True)

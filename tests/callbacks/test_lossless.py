@@ -12,9 +12,7 @@ from torch import Tensor, nn
 from lightning_neurons import NeuronPruningCallback
 from lightning_neurons.pruning import lossless
 from tests.callbacks.modules import Net, Plain, loader, trainer_of
-from tests.callbacks.pruned import Probe, assert_sound, widths, without_type_checks  # noqa: F401 (a fixture)
-
-pytestmark = pytest.mark.usefixtures("without_type_checks")
+from tests.callbacks.pruned import Probe, assert_sound, widths
 
 DEAD = {"net.conv1": (1,), "net.conv2": (0, 3), "net.fc1": (2, 5)}
 

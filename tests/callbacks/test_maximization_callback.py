@@ -23,10 +23,8 @@ from tests.callbacks.pictured import (
     shown_in,
     without_matplotlib,  # noqa: F401
 )
-from tests.callbacks.pruned import Probe, pruner, without_type_checks  # noqa: F401
+from tests.callbacks.pruned import Probe, pruner
 from tests.callbacks.studied import SITES, NoForward, samples
-
-pytestmark = pytest.mark.usefixtures("without_type_checks")
 
 KINDS = ("most important", "least important", "newly dead")
 

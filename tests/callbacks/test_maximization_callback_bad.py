@@ -28,10 +28,8 @@ from tests.callbacks.pictured import (
     shown_in,
     without_matplotlib,  # noqa: F401
 )
-from tests.callbacks.pruned import Probe, assert_refused, pruner, without_type_checks  # noqa: F401
+from tests.callbacks.pruned import Probe, assert_refused, pruner
 from tests.callbacks.studied import TwoNetworks, samples
-
-pytestmark = pytest.mark.usefixtures("without_type_checks")
 
 WRONG = [
     ({"targets": []}, r"targets=\[\]"),

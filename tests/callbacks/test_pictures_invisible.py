@@ -6,7 +6,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import jaxtyping
 import lightning as L  # noqa: N812
 import pytest
 
@@ -28,15 +27,6 @@ PICTURES: dict[str, Callable[[], list[Any]]] = {
     "figures and page": lambda: [NeuronSensitivityCallback(html=True, max_figures=3)],
     "all": lambda: [maximizer(), NeuronSensitivityCallback(html=True, max_figures=3), SaliencyCallback()],
 }
-
-
-@pytest.fixture(autouse=True)
-def _without_type_checks() -> Iterator[None]:
-    """The checks of types that run in tests draw random numbers of their own."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 @pytest.fixture(autouse=True)

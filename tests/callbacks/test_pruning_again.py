@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_neurons.pruning import surgery
 from tests.callbacks.modules import MemoryLogger, Plain, fit, loader, trainer_of
-from tests.callbacks.pruned import (  # noqa: F401
+from tests.callbacks.pruned import (
     Probe,
     Tagged,
     assert_equal,
@@ -22,11 +22,9 @@ from tests.callbacks.pruned import (  # noqa: F401
     tags,
     weights,
     widths,
-    without_type_checks,
 )
 from tests.callbacks.test_nothing_left import RaisesIn, assert_usable, traces
 
-pytestmark = pytest.mark.usefixtures("without_type_checks")
 WHOLE = {"net.conv1": 4, "net.conv2": 6, "net.fc1": 8, "net.fc2": 3}
 
 

@@ -33,11 +33,8 @@ from tests.callbacks.pruned import (  # noqa: F401
     tags,
     weights,
     widths,
-    without_type_checks,
 )
 from tests.callbacks.test_nothing_left import traces
-
-pytestmark = pytest.mark.usefixtures("without_type_checks")
 
 
 def average_of(callback: Any) -> nn.Module:

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import OneCycleLR, StepLR
 
 from lightning_neurons import NeuronPruningCallback
 from tests.callbacks.modules import MemoryLogger, Net, Plain, fit
-from tests.callbacks.pruned import (  # noqa: F401
+from tests.callbacks.pruned import (
     Probe,
     assert_equal,
     assert_moved,
@@ -25,10 +25,8 @@ from tests.callbacks.pruned import (  # noqa: F401
     remaining,
     state_by_name,
     weights,
-    without_type_checks,
 )
 
-pytestmark = pytest.mark.usefixtures("without_type_checks")
 SCATTERED, BLOCK = (1, 4, 6), tuple(range(16, 48))
 ANYWHERE = tuple(sorted(torch.randperm(64, generator=torch.Generator().manual_seed(3))[:32].tolist()))
 

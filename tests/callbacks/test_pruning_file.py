@@ -10,9 +10,7 @@ from lightning_neurons.results.pruning_history import PruningHistory
 from tests.callbacks.guarded import Scored, by_epoch, guard
 from tests.callbacks.modules import Plain, fit
 from tests.callbacks.pictured import ImageLogger, files, shown_in
-from tests.callbacks.pruned import Probe, pruner, widths, without_type_checks  # noqa: F401
-
-pytestmark = pytest.mark.usefixtures("without_type_checks")
+from tests.callbacks.pruned import Probe, pruner, widths
 
 
 def read(trainer: Any) -> PruningHistory | None:

@@ -15,9 +15,8 @@ from torch import nn
 from lightning_neurons import PruningPlan
 from lightning_neurons.report.tags import TAGS, kind_of
 from tests.callbacks.modules import MemoryLogger, Plain, SeveralLoaders, WithMetrics, dataset, fit, loader
-from tests.callbacks.pruned import Probe, pruner, widths, without_type_checks  # noqa: F401
+from tests.callbacks.pruned import Probe, pruner, widths
 
-pytestmark = pytest.mark.usefixtures("without_type_checks")
 ELSEWHERE = ("pruning/taken_back", "pruning/metric_predicted")
 FAMILIES = [
     tag.name for tag in TAGS if tag.kind == "scalar" and tag.name.startswith("pruning/") and tag.name not in ELSEWHERE

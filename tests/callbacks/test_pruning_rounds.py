@@ -10,9 +10,8 @@ from torch import nn
 
 from lightning_neurons import NeuronPruningCallback, PruningBudget, PruningPlan, prune
 from tests.callbacks.modules import Plain, fit, loader
-from tests.callbacks.pruned import Probe, Tagged, pruner, tags, without_type_checks  # noqa: F401
+from tests.callbacks.pruned import Probe, Tagged, pruner, tags
 
-pytestmark = pytest.mark.usefixtures("without_type_checks")
 CANDIDATES = 4 + 6 + 8
 SHAPES = {
     "linear": lambda way, removed: way,

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from tests.callbacks import modules
 from tests.callbacks.modules import MemoryLogger, Net, Plain, dataset, fit, loader
-from tests.callbacks.pruned import (  # noqa: F401
+from tests.callbacks.pruned import (
     Probe,
     assert_equal,
     assert_moved,
@@ -24,11 +24,8 @@ from tests.callbacks.pruned import (  # noqa: F401
     traces_without_sizes,
     weights,
     widths,
-    without_type_checks,
 )
 from tests.callbacks.test_nothing_left import traces
-
-pytestmark = pytest.mark.usefixtures("without_type_checks")
 
 
 class Stream(IterableDataset):

@@ -21,9 +21,7 @@ from lightning_neurons.results.history import NeuronHistory
 from lightning_neurons.results.pruning_history import PruningHistory
 from tests.callbacks.modules import Plain, fit, loader, trainer_of
 from tests.callbacks.pictured import ImageLogger, files, shown_in, without_matplotlib  # noqa: F401
-from tests.callbacks.pruned import pruner, without_type_checks  # noqa: F401
-
-pytestmark = pytest.mark.usefixtures("without_type_checks")
+from tests.callbacks.pruned import pruner
 
 FIRST = ["figures/importance", "figures/importance_by_layer", "figures/deadness"]
 

@@ -30,10 +30,8 @@ from tests.callbacks.pictured import (
     shown_in,
     without_matplotlib,  # noqa: F401
 )
-from tests.callbacks.pruned import Probe, without_type_checks  # noqa: F401
+from tests.callbacks.pruned import Probe
 from tests.callbacks.studied import NoForward, TwoNetworks, samples, sorted_by_class
-
-pytestmark = pytest.mark.usefixtures("without_type_checks")
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},

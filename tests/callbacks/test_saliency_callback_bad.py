@@ -12,10 +12,8 @@ from lightning_neurons import ArgumentError, SaliencyCallback
 from lightning_neurons.callbacks import saliency as module_of_the_callback
 from tests.callbacks.modules import Net, Plain, dataset, fit, loader, trainer_of
 from tests.callbacks.pictured import ImageLogger, files
-from tests.callbacks.pruned import assert_refused, without_type_checks  # noqa: F401
+from tests.callbacks.pruned import assert_refused
 from tests.callbacks.studied import TwoNetworks
-
-pytestmark = pytest.mark.usefixtures("without_type_checks")
 
 WRONG = [
     ({"method": "gradcam"}, "method='gradcam'.*did you mean 'grad_cam'"),

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
 
-import jaxtyping
 import lightning as L  # noqa: N812
 import pytest
 from torch import Tensor, nn
@@ -36,15 +35,6 @@ class Dropping(WithMetrics):
 
 
 MODULES = {one.__name__: one for one in (Plain, Dropping, modules.Noisy, modules.PartlyFrozen, modules.LogsDirectly)}
-
-
-@pytest.fixture(autouse=True)
-def _without_type_checks() -> Iterator[None]:
-    """The checks of types that run in tests draw random numbers of their own."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 @pytest.fixture(autouse=True)

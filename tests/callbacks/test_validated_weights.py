@@ -18,10 +18,8 @@ from lightning_neurons import (
 )
 from lightning_neurons.callbacks import validated as validated_weights
 from tests.callbacks.modules import Plain, dataset, fit, loader
-from tests.callbacks.pruned import Probe, assert_equal, pruner, weights, without_type_checks  # noqa: F401 (a fixture)
+from tests.callbacks.pruned import Probe, assert_equal, pruner, weights
 from tests.callbacks.studied import accuracy_without, loss_without, samples
-
-pytestmark = pytest.mark.usefixtures("without_type_checks")
 
 
 class SwapsStates(L.Callback):
