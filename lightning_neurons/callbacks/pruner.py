@@ -192,7 +192,7 @@ class NeuronPruner(MonitoredObserver):
         problems = [*(f"cannot cut {reason}" for reason in survey.unprunable), *verdict.unmet]
         if (problems and self.pruning.on_unprunable == "raise") or (fatal and verdict.unmet):
             raise MisconfigurationException(f"{type(self).__name__}: {'; '.join(problems)}")
-        for problem in (*problems, *(note for note in verdict.notes if note.startswith("MACs are counted"))):
+        for problem in (*problems, *(note for note in verdict.notes if note.startswith("MACs are not counted"))):
             self._warn(problem)
 
     # -- cutting

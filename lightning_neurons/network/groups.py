@@ -1,22 +1,19 @@
 """Which neurons can only be removed together: the one place that asks Torch-Pruning.
 
 Its dependency graph (Fang et al. 2023, DepGraph) is right for all that it knows, but to build one it puts a model into
-evaluation mode, loses frozen layers, leaves hooks behind after an error, keeps the activations of a forward alive, and
-may take minutes. So it is only ever shown a copy, under a time limit, and is dropped after use.
+evaluation mode, loses frozen layers, leaves hooks behind after an error, and keeps the activations of a forward alive.
+So it is only ever shown a copy, and is dropped after use; ``following.py`` finds its way through it.
 """
 
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, no_type_check
+from collections.abc import Callable, Mapping
+from typing import Any
 
-import torch_pruning
 from torch import Tensor, nn
 
 from lightning_neurons.errors import PruningError
 from lightning_neurons.network.batches import tensors_of
 from lightning_neurons.network.coupling import Coupling, Group, Part
+from lightning_neurons.network.following import Arrival, LostError, build, follow
 from lightning_neurons.network.isolate import differentiable
 from lightning_neurons.network.layer import candidates, modules_by_name, public_name
 from lightning_neurons.network.widths import Role, is_depthwise, why_fixed
@@ -28,28 +25,21 @@ Forward = Callable[[nn.Module], Any]
 _PASSING = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.PReLU)
 
 
-def find_coupling(copy: nn.Module, forward: Forward, *, time_limit: float = 60.0) -> Coupling:
+def find_coupling(copy: nn.Module, forward: Forward) -> Coupling:
     """Build the graph of a model and read it.
 
     Args:
         copy: A copy that nobody else needs: modes, gradients and flags are left changed.
         forward: Runs it on one small batch.
-        time_limit: Seconds after which to give up; graphs of some models take longer than training.
 
     Raises:
-        PruningError: If the model cannot be traced, or not in time.
+        PruningError: If the model cannot be traced.
     """
     for parameter in copy.parameters():
         parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
-    for module in copy.modules():
-        if isinstance(module, nn.PReLU) and module.num_parameters == 1:  # else its one slope passes for its width
-            module.requires_grad_(False)
     try:
-        with differentiable(), _limited(time_limit), _no_views(copy):
-            graph = torch_pruning.DependencyGraph().build_dependency(
-                copy, (), forward_fn=lambda model, _: forward(model), output_transform=_outputs, verbose=False
-            )
-            return _read(copy, graph)
+        with differentiable():
+            return _read(copy, build(copy, forward, _outputs))
     except PruningError as error:
         raise PruningError(f"{type(copy).__name__} cannot be traced: {error}") from error
     except Exception as error:
@@ -66,46 +56,6 @@ def _outputs(out: Any) -> list[Tensor]:
     return found
 
 
-@contextmanager
-def _no_views(copy: nn.Module) -> Iterator[None]:
-    """A function that works in place on a view replaces the node by which the graph would know the view's module."""
-
-    def out_of_view(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        return output.clone() if output._is_view() else output
-
-    norms = [m for m in copy.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
-    handles = [norm.register_forward_hook(out_of_view) for norm in norms]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _limited(seconds: float) -> Iterator[None]:
-    """Raise from within, whatever runs: the graph's own code looks at no clock."""
-    if sys.getprofile() is not None:
-        yield  # a profiler is at work, and keeps its place
-        return
-    end = time.monotonic() + seconds
-
-    @no_type_check  # runs at every call
-    def check(frame, event, argument):  # noqa: ANN001, ANN202
-        if time.monotonic() > end:
-            sys.setprofile(None)
-            raise PruningError(
-                f"its graph was not complete after {seconds:g} s, which happens where values are sliced, concatenated "
-                "and added over and over; prune a smaller part of it, such as prune(model.backbone, ...)"
-            )
-
-    sys.setprofile(check)
-    try:
-        yield
-    finally:
-        sys.setprofile(None)
-
-
 def _read(model: nn.Module, graph: Any) -> Coupling:
     layers = candidates(model)
     paths: dict[Any, str] = {module: public_name(path) for path, module in model.named_modules()}
@@ -115,18 +65,17 @@ def _read(model: nn.Module, graph: Any) -> Coupling:
     covered: dict[str, set[int]] = {name: set() for name in seen}
     groups, lost = [], {}
     for name, module in seen.items():
-        pruner = graph.get_pruner_of_module(module)
-        width = pruner.get_out_channels(module)
+        width = graph.get_pruner_of_module(module).get_out_channels(module)
         fresh = [i for i in range(width or 0) if i not in covered[name]]
         if not fresh:
             continue
         try:
-            found = graph.get_pruning_group(module, pruner.prune_out_channels, fresh)
-        except (IndexError, KeyError, TypeError, ValueError) as error:
+            found = follow(graph, module, fresh)
+        except LostError as error:
             fixed = _fixed_readers(nodes[module], paths, modules_by_name(model))
-            lost[name] = fixed or f"its neurons cannot be followed ({type(error).__name__}: {error})"
+            lost[name] = fixed or str(error)
             found = []
-        group = _group(name, fresh, found, graph, paths, layers)
+        group = _group(name, fresh, found, paths, layers)
         groups.append(group)
         for other, units in group.layers.items():
             covered[other] |= {i for unit in units for i in unit}
@@ -168,21 +117,20 @@ def _fixed_readers(node: Any, paths: Mapping[Any, str], modules: Mapping[str, nn
 
 
 def _group(
-    root: str, fresh: list[int], found: Any, graph: Any, paths: Mapping[Any, str], layers: Mapping[str, nn.Module]
+    root: str, fresh: list[int], found: list[Arrival], paths: Mapping[Any, str], layers: Mapping[str, nn.Module]
 ) -> Group:
-    place = {index: unit for unit, index in enumerate(fresh)}
+    unit_of = _units(fresh, found)
+    size = len(set(unit_of.values()))
     taken: dict[tuple[str, Role, int | None], list[set[int]]] = {}
-    for item in found:
-        target = item.dep.target
-        if target.module not in paths:
+    for arrival in found:
+        if arrival.module not in paths:
             continue  # an operation without parameters
-        makes = graph.is_out_channel_pruning_fn(item.dep.handler)
-        role, axis = _role(target.module, makes), None
+        role, axis = _role(arrival.module, arrival.makes), None
         if role == "holds":
-            axis = int(target.pruning_dim) % target.module.ndim
-        units = taken.setdefault((paths[target.module], role, axis), [set() for _ in fresh])
-        for index, origin in zip(item.idxs, item.root_idxs, strict=True):
-            units[place[origin]].add(index)
+            axis = arrival.axis % arrival.module.ndim
+        units = taken.setdefault((paths[arrival.module], role, axis), [set() for _ in range(size)])
+        for index, origin in arrival.places:
+            units[unit_of[origin]].add(index)
     parts = tuple(
         Part(path, role, tuple(tuple(sorted(unit)) for unit in units), axis)
         for (path, role, axis), units in taken.items()
@@ -192,7 +140,25 @@ def _group(
     ordered = {name: makers[name] for name in layers if name in makers}
     # A depthwise convolution of one channel could not be told from a dense one any more.
     least = 2 if any(is_depthwise(layers[name]) for name in ordered) else 1
-    return Group(root, len(fresh), parts, ordered, least)
+    return Group(root, size, parts, ordered, least)
+
+
+def _units(fresh: list[int], found: list[Arrival]) -> dict[int, int]:
+    """By neuron of the root, its unit: those that share a place anywhere are one, as factors are."""
+    first = {neuron: neuron for neuron in fresh}
+
+    def find(neuron: int) -> int:
+        while first[neuron] != neuron:
+            neuron = first[neuron]
+        return neuron
+
+    for arrival in found:
+        owners: dict[int, int] = {}
+        for index, origin in arrival.places:
+            a, b = sorted((find(owners.setdefault(index, origin)), find(origin)))
+            first[b] = a
+    numbers = {neuron: number for number, neuron in enumerate(n for n in fresh if find(n) == n)}
+    return {neuron: numbers[find(neuron)] for neuron in fresh}
 
 
 def _role(module: Any, makes: bool) -> Role:

@@ -1,20 +1,26 @@
 """What a model costs, and what it would cost with fewer neurons: parameters and multiply-accumulate operations (MACs).
 
-MACs are those of convolutional and linear layers for one sample: the number of positions at which a layer computes,
-times its weights. Both follow from the sizes of tensors, so the cost of a plan is known exactly before anything is cut.
+MACs are those of one sample, of every operation that ``torch.utils.flop_counter`` has a formula for. An operation with
+a weight takes the number of positions at which it is applied, times the weight's size. Both follow from the sizes of
+tensors, so the cost of a plan is known before anything is cut. What has no weight of its own, as the products inside of
+attention, is taken to stay.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from lightning_neurons.network.batches import batch_size_of, tensors_of
 from lightning_neurons.network.coupling import Group
-from lightning_neurons.network.layer import modules_by_name, public_name
+from lightning_neurons.network.layer import candidates, modules_by_name, public_name
 from lightning_neurons.network.widths import axes
 from lightning_neurons.pruning.example import Example
 
@@ -32,11 +38,13 @@ class Costs:
     Attributes:
         shapes: By parameter.
         positions: By weight, at how many positions it is applied per sample.
-        uncounted: Modules whose MACs are not counted, as they compute inside of a function.
+        rest: MACs per sample of operations without a weight of their own.
+        uncounted: Layers that ran without any operation whose MACs are known.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     positions: Mapping[str, float]
+    rest: float = 0.0
     uncounted: tuple[str, ...] = ()
 
     def parameters(self, removed: Removed | None = None) -> int:
@@ -45,7 +53,8 @@ class Costs:
 
     def macs(self, removed: Removed | None = None) -> int:
         """How many multiply-accumulate operations one sample takes, when something has been removed."""
-        return round(sum(count * self._size(name, removed or {}) for name, count in self.positions.items()))
+        weights = sum(count * self._size(name, removed or {}) for name, count in self.positions.items())
+        return round(weights + self.rest)
 
     def macs_of(self, weight: str) -> int:
         """How many of them one layer's weight takes."""
@@ -63,34 +72,99 @@ def costs_of(model: nn.Module, example: Example) -> Costs:
         model: In evaluation mode; it may be a copy.
         example: What to run it on.
     """
-    positions: dict[str, float] = {}
     samples = batch_size_of(example.inputs) if tensors_of(example.inputs) else 1
-    names = {id(p): public_name(name) for name, p in model.named_parameters()}  # one name for what is shared
-    hooks = [
-        module.register_forward_hook(_counter(names[id(module.weight)], positions, samples), with_kwargs=True)
-        for module in modules_by_name(model).values()
-        if isinstance(module, _ConvNd | nn.Linear) and id(module.weight) in names
-    ]
-    try:
+    counting = _Counting(model)
+    # The fused forms of attention have no formula on every device; written out, all of it is counted.
+    with counting.watched(), _written_out(), torch.inference_mode(False), torch.no_grad(), counting:
         example.run(model)
-    finally:
-        for hook in hooks:
-            hook.remove()
     shapes = {public_name(name): tuple(p.shape) for name, p in model.named_parameters()}
-    inside = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Bilinear)
-    uncounted = tuple(path for path, module in modules_by_name(model).items() if isinstance(module, inside))
-    return Costs(shapes, {name: count for name, count in positions.items() if name in shapes}, uncounted)
+    positions = {
+        name: macs / math.prod(shapes[name]) / samples for name, macs in counting.macs.items() if name in shapes
+    }
+    rest = sum(macs for name, macs in counting.macs.items() if name not in shapes) / samples
+    return Costs(shapes, positions, rest, counting.uncounted())
 
 
-def _counter(name: str, positions: dict[str, float], samples: int) -> Any:
-    def count(module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
-        if isinstance(module, _ConvTransposeNd):
-            applied = (args[0] if args else kwargs["input"]).numel() / module.in_channels
-        else:
-            applied = output.numel() / module.weight.shape[0]
-        positions[name] = positions.get(name, 0.0) + applied / samples
+@contextmanager
+def _written_out() -> Iterator[None]:
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
-    return count
+
+class _Counting(TorchDispatchMode):
+    """Adds up the MACs of a forward, by weight; those without any by no name."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.macs: dict[str, int] = {}
+        self._names = {_memory(p): public_name(name) for name, p in model.named_parameters() if p.ndim > 1}
+        inside = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Bilinear)
+        known = {name: m for name, m in modules_by_name(model).items() if isinstance(m, inside)}
+        self._layers = {**candidates(model), **known}
+        self._running: list[str] = []
+        self._ran: dict[str, int] = {}
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Know which layer is running."""
+        hooks = [
+            hook
+            for name, layer in self._layers.items()
+            for hook in (
+                layer.register_forward_pre_hook(self._starts(name), prepend=True),
+                layer.register_forward_hook(self._end, always_call=True),
+            )
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def uncounted(self) -> tuple[str, ...]:
+        """The layers that ran, and none of whose operations has a formula."""
+        return tuple(name for name in self._layers if self._ran.get(name) == 0)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            macs = int(formula(*args, **(kwargs or {}), out_val=out)) // 2
+            name = self._weight_of([t for t in args[:3] if isinstance(t, Tensor)])
+            self.macs[name] = self.macs.get(name, 0) + macs
+            self._ran.update({layer: self._ran.get(layer, 0) + macs for layer in self._running})
+        return out
+
+    def _starts(self, name: str) -> Callable[..., None]:
+        def start(*_: Any) -> None:
+            self._running.append(name)
+            self._ran.setdefault(name, 0)
+
+        return start
+
+    def _end(self, *_: Any) -> None:
+        self._running.pop()
+
+    def _weight_of(self, operands: Sequence[Tensor]) -> str:
+        """The one parameter among the operands, or what a layer has computed from its own; else no name."""
+        found = {self._names[_memory(t)] for t in operands if _memory(t) in self._names}
+        weight = self._layers[self._running[-1]]._parameters.get("weight") if self._running else None
+        if len(found) != 1 and weight is not None:
+            shapes = {tuple(t.shape) for t in operands} | {tuple(t.shape[::-1]) for t in operands if t.ndim == 2}
+            return self._names.get(_memory(weight), "") if tuple(weight.shape) in shapes else ""
+        return found.pop() if len(found) == 1 else ""
+
+
+def _memory(tensor: Tensor) -> int:
+    """Which memory a tensor lies in: views of a parameter lie in its own."""
+    return int(tensor.untyped_storage()._cdata)
 
 
 def effects(group: Group, modules: Mapping[str, nn.Module]) -> Effects:

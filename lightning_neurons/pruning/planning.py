@@ -193,7 +193,7 @@ def _plan(
     structure: Structure, units: Units, reasons: Mapping[str, Mapping[int, str]], notes: tuple[str, ...]
 ) -> PruningPlan:
     neurons = {layer: tuple(chosen) for layer, chosen in structure.neurons(units).items()}
-    parameters, macs = structure.costs_without(units)
+    parameters, macs = structure.counted_without(units)
     cost = PlanCost(structure.costs.parameters(), structure.costs.macs(), parameters, macs)
     return PruningPlan(neurons, dict(structure.widths), reasons, cost, notes)
 

@@ -75,9 +75,8 @@ def select(
         notes.append(f"as narrow as min_neurons, max_amount and round_to allow: {', '.join(full)}")
     if not chosen and not any("not reached" in note or "nothing is cut" in note for note in notes):
         notes.append(f"nothing is cut: {_why_nothing(groups, scores, budget)}")
-    if budget.rule[0] == "target_macs" and structure.costs.uncounted:
-        listed = ", ".join(structure.costs.uncounted)
-        notes.append(f"MACs are counted in convolutional and linear layers only, not in {listed}")
+    if structure.costs.uncounted:
+        notes.append(f"MACs are not counted in {', '.join(structure.costs.uncounted)}: no formula is known for them")
     return Selection({root: sorted(units) for root, units in chosen.items() if units}, places, tuple(notes))
 
 

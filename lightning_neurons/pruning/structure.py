@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lightning_neurons.errors import PruningError
-from lightning_neurons.network.coupling import Coupling, Group, Part
+from lightning_neurons.network.coupling import Coupling, Group
 from lightning_neurons.network.groups import find_coupling
 from lightning_neurons.network.layer import candidates, modules_by_name, require_materialized, widths_of
 from lightning_neurons.network.widths import axes, why_fixed
@@ -18,6 +18,7 @@ from lightning_neurons.pruning.compensation.repair import Wiring
 from lightning_neurons.pruning.costs import Costs, Effects, costs_of, effects, removed_by
 from lightning_neurons.pruning.example import Example, scramble, twin_of
 from lightning_neurons.pruning.preflight import Preflight
+from lightning_neurons.pruning.surgery import cut, cuts_of
 
 Units = Mapping[str, list[int]]
 """By a group's root, units of it."""
@@ -63,9 +64,20 @@ class Structure:
         return {layer: sorted(found[layer]) for layer in self.widths if found.get(layer)}
 
     def costs_without(self, units: Units) -> tuple[int, int]:
-        """Parameters and MACs when units have gone."""
+        """Parameters and MACs when units have gone, from the sizes of tensors."""
         removed = removed_by(self._effects, units)
         return self.costs.parameters(removed), self.costs.macs(removed)
+
+    def counted_without(self, units: Units) -> tuple[int, int]:
+        """The same, with the MACs counted on a copy that is cut: what has no weight, as attention, may be less too."""
+        parameters, macs = self.costs_without(units)
+        if not any(units.values()) or self._twin_macs != self.costs.macs():  # where it runs depends on its weights
+            return parameters, macs
+        operation = cut(self.preflight.twin, cuts_of(self.groups.values(), units))
+        try:
+            return parameters, costs_of(self.preflight.twin, self.preflight.example).macs()
+        finally:
+            operation.roll_back()
 
     @cached_property
     def wiring(self) -> Wiring:
@@ -85,18 +97,21 @@ class Structure:
         }
 
     @cached_property
+    def _twin_macs(self) -> int:
+        return costs_of(self.preflight.twin, self.preflight.example).macs()
+
+    @cached_property
     def _effects(self) -> dict[str, Effects]:
         modules = modules_by_name(self.preflight.twin)
         return {root: effects(group, modules) for root, group in self.offered.items()}
 
 
-def discover(model: nn.Module, example: Example, *, time_limit: float = 60.0) -> Structure:
+def discover(model: nn.Module, example: Example) -> Structure:
     """Learn what of a model can be cut. The model is only read.
 
     Args:
         model: Any module.
         example: A few samples, and how to run the model on them.
-        time_limit: Seconds after which tracing is given up.
 
     Raises:
         PruningError: If the model cannot be copied, run or traced.
@@ -104,11 +119,10 @@ def discover(model: nn.Module, example: Example, *, time_limit: float = 60.0) ->
     """
     require_materialized(model)
     twin = twin_of(model)
-    coupling = find_coupling(twin, example.run, time_limit=time_limit)
+    coupling = find_coupling(twin, example.run)
     for parameter in twin.parameters():
         parameter.requires_grad_(False)
-    with torch.no_grad():
-        costs = costs_of(twin, example)
+    costs = costs_of(twin, example)
     ends = [name for name in candidates(twin) if name in coupling.ends]
     try:
         scrambled = twin_of(twin)
@@ -167,18 +181,10 @@ def _why_not(group: Group, modules: Mapping[str, nn.Module], tied: Mapping[str, 
             and any(True for _ in modules[owner].parameters(False))
         ):
             return f"{owner}: nobody has said how the width of {type(modules[owner]).__name__} is changed"
-        sizes = {leaf: _size(modules[owner], leaf.rpartition(".")[2], part) for leaf in leaves}
-        if any(place >= size for size in sizes.values() for unit in part.indices for place in unit):
-            return f"its neurons cannot be followed to {part.path}: something between them adds or moves channels"
         shared = next((f"{leaf} and {tied[leaf]} are one parameter" for leaf in leaves if leaf in tied), None)
         if shared:
             return shared
     return None
-
-
-def _size(owner: nn.Module, leaf: str, part: Part) -> int:
-    axis = axes(owner, part.role)[leaf] if part.axis is None else part.axis
-    return int(getattr(owner, leaf).shape[axis])
 
 
 def _tied(model: nn.Module) -> dict[str, str]:

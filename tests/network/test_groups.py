@@ -1,16 +1,10 @@
 """Which neurons can only go together; and the graph that says so is asked safely."""
 
 import copy
-import cProfile
 import gc
-import itertools
-import sys
 import threading
-import time
 import weakref
-from contextlib import nullcontext
 from functools import cache
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +12,6 @@ import torch_pruning
 from torch import Tensor, nn
 
 from lightning_neurons import PruningError, prune
-from lightning_neurons.network import groups
 from lightning_neurons.network.groups import find_coupling
 from lightning_neurons.pruning.example import Example
 from lightning_neurons.pruning.structure import discover
@@ -148,12 +141,6 @@ class Failing(LeNet):
         raise ValueError("no such picture")
 
 
-class Sleeping(LeNet):
-    def forward(self, x: Tensor) -> Tensor:
-        time.sleep(0.2)
-        return super().forward(x)
-
-
 class Detached(LeNet):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).detach()
@@ -178,7 +165,6 @@ def test_a_model_that_cannot_be_traced_is_named_and_left_alone(make):
     assert (make is not Failing) or "no such picture" in str(caught.value)
     assert hooks_of(net) == hooks
     assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
-    assert sys.getprofile() is None
 
 
 def test_what_a_forward_has_left_behind_does_not_keep_a_model_from_being_cut():
@@ -197,56 +183,6 @@ def test_a_model_that_cannot_be_copied_is_named_and_left_alone():
         prune(net, x, {"conv1": [0]})
     assert hooks_of(net) == before
     assert net.conv1.out_channels == 4
-
-
-def endless(*args: object) -> None:
-    for _ in itertools.count():
-        len(args)
-
-
-def test_tracing_that_takes_too_long_is_given_up_whether_the_model_or_the_graph_is_slow(monkeypatch):
-    net, x = seeded(Sleeping), pictures(2)[0]
-    with pytest.raises(PruningError, match="not complete after"):
-        find_coupling(net, Example(x).run, time_limit=0.05)
-    assert sys.getprofile() is None
-    monkeypatch.setattr(torch_pruning.DependencyGraph, "get_pruning_group", endless)
-    with pytest.raises(PruningError, match="not complete after"):
-        find_coupling(seeded(LeNet), Example(x).run, time_limit=0.5)
-    assert sys.getprofile() is None
-
-
-def test_who_is_told_that_tracing_took_too_long_is_told_how_long_and_what_to_do(monkeypatch):
-    clock = itertools.count(step=10)
-    monkeypatch.setattr(groups, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    with pytest.raises(PruningError, match=r"after 120 s, .* prune a smaller part of it"):
-        discover(seeded(LeNet), Example(pictures(2)[0]), time_limit=120)
-    assert sys.getprofile() is None
-
-
-@pytest.mark.parametrize("make", [LeNet, Failing], ids=["found", "failing"])
-def test_a_profile_function_keeps_its_place(make):
-    def profile(frame: object, event: str, argument: object) -> None:
-        pass
-
-    sys.setprofile(profile)
-    try:
-        with nullcontext() if make is LeNet else pytest.raises(PruningError):
-            find_coupling(seeded(make), Example(pictures(2)[0]).run)
-        assert sys.getprofile() is profile
-    finally:
-        sys.setprofile(None)
-
-
-def test_it_works_under_a_profiler_which_goes_on_after():
-    net, x = seeded(LeNet), pictures(2)[0]
-
-    def trace_and_count() -> int:
-        found = find_coupling(net, Example(x).run)
-        return len(sorted(group.root for group in found.groups))
-
-    profiler = cProfile.Profile()
-    assert profiler.runcall(trace_and_count) == 5
-    assert any("sorted" in str(entry.code) for entry in profiler.getstats())
 
 
 def test_the_graph_is_dropped_as_it_would_keep_the_activations_of_a_forward_alive(monkeypatch):

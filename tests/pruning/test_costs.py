@@ -1,7 +1,6 @@
 """Parameters and operations, counted by hand and on models that were really cut."""
 
 import copy
-import math
 import random
 from typing import Any
 
@@ -9,7 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.parametrizations import weight_norm
+from torch.utils.flop_counter import FlopCounterMode
 
+from lightning_neurons import prune
 from lightning_neurons.network.groups import Group, Part
 from lightning_neurons.pruning.costs import Costs, costs_of, effects, removed_by
 from lightning_neurons.pruning.example import Example
@@ -140,24 +143,10 @@ EXAMPLES["transformer"] = (lambda: CharTransformer(9), torch.arange(24).reshape(
 
 
 def recount(net: nn.Module, x: Tensor) -> tuple[int, int]:
-    """From what each layer says of itself, instead of from its tensors."""
-    macs: list[int] = []
-
-    def count(module: Any, args: Any, out: Tensor) -> None:
-        if isinstance(module, nn.Linear):
-            macs.append(out.numel() * module.in_features)
-        elif isinstance(module, nn.ConvTranspose2d):
-            macs.append(args[0].numel() * module.out_channels * math.prod(module.kernel_size))
-        else:
-            macs.append(out.numel() * module.in_channels // module.groups * math.prod(module.kernel_size))
-
-    kinds = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
-    hooks = [m.register_forward_hook(count) for m in net.modules() if isinstance(m, kinds)]
-    with torch.no_grad():
+    """Half of what PyTorch's own counter says, with attention written out."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.enable_grad():
         net(x)
-    for hook in hooks:
-        hook.remove()
-    return sum(p.numel() for p in net.parameters()), sum(macs) // len(x)
+    return sum(p.numel() for p in net.parameters()), counter.get_total_flops() // 2 // len(x)
 
 
 def some_units(structure: Structure, seed: int) -> dict[str, list[int]]:
@@ -180,7 +169,58 @@ def test_costs_without_units_are_those_of_a_model_that_was_really_cut(name):
         units = some_units(structure, seed)
         smaller = copy.deepcopy(net)
         cut(smaller, cuts_of(structure.groups.values(), units))
-        assert structure.costs_without(units) == recount(smaller, x), units
+        assert structure.costs_without(units) == structure.counted_without(units) == recount(smaller, x), units
+
+
+class Graph(nn.Module):
+    """Means over neighbours, whose cost depends on a width; and a layer whose weight is given to a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.given = nn.Linear(6, 8), nn.Linear(8, 7), nn.Linear(7, 7)
+        self.register_buffer("neighbours", torch.rand(6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.neighbours @ F.relu(self.first(x))
+        return F.linear(F.relu(self.neighbours @ self.second(x)), self.given.weight, self.given.bias)
+
+
+def normed() -> nn.Module:
+    return nn.Sequential(weight_norm(nn.Conv1d(6, 8, 3)), nn.ReLU(), nn.Conv1d(8, 7, 1), nn.ReLU(), nn.Conv1d(7, 2, 1))
+
+
+class Scaled(nn.Linear):
+    """Computes its weight anew in each call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight * 0.5, self.bias)
+
+
+WITHOUT_A_WEIGHT = {
+    "graph": Graph,
+    "weight norm": normed,
+    "scaled": lambda: nn.Sequential(Scaled(6, 8), nn.ReLU(), Scaled(8, 5), nn.ReLU(), Scaled(5, 2)),
+    "encoder": lambda: nn.Sequential(nn.TransformerEncoderLayer(6, 2, 9, batch_first=True), nn.Linear(6, 2)),
+    "recurrent": lambda: nn.Sequential(nn.GRU(6, 4, batch_first=True), First(), nn.Linear(4, 5), nn.Linear(5, 2)),
+}
+
+
+class First(nn.Module):
+    def forward(self, x: tuple[Tensor, Tensor]) -> Tensor:
+        return x[0]
+
+
+@pytest.mark.parametrize("name", WITHOUT_A_WEIGHT)
+def test_operations_without_a_weight_of_their_own_count_before_and_after_a_cut(name):
+    net, x = WITHOUT_A_WEIGHT[name]().eval(), torch.randn(2, 6, 6)
+    before = recount(net, x)
+    structure = discover(net, Example(x))
+    assert (structure.costs.parameters(), structure.costs.macs()) == before
+    report = prune(net, x, {"criterion": "weight_l2", "amount": 0.4}, compensation="none")
+    cost = report.cost
+    assert (cost.parameters, cost.macs) == before
+    assert (cost.parameters_after, cost.macs_after) == recount(net, x)
+    assert cost.macs_after < cost.macs
 
 
 def test_what_goes_is_counted_once_for_each_tensor_and_axis():

@@ -208,15 +208,18 @@ REFUSED = {
     "tied": (Tied, "fc2", r"head.weight and embed.weight are one parameter"),
     "output": (LeNet, "fc3", r"its neurons are the model's output"),
     "hard-coded view": (hard_coded, "0", r"the forward fails without them \(RuntimeError: shape '\[-1, 128\]'"),
-    "norm over neighbours": (lambda: convolutions(conv(), nn.LocalResponseNorm(3)), "0", r"the output differs"),
-    "mean of channels": (lambda: convolutions(conv(), Call(lambda x: x - x.mean(1, True))), "0", r"the output differs"),
+    "norm over neighbours": (
+        lambda: convolutions(conv(), nn.LocalResponseNorm(3)),
+        "0",
+        r"its neurons cannot be followed: something between them and their readers adds channels",
+    ),
+    "mean of channels": (
+        lambda: convolutions(conv(), Call(lambda x: x - x.mean(1, True))),
+        "0",
+        r"its neurons cannot be followed: mean makes one value of all of them",
+    ),
     "softmax of channels": (lambda: convolutions(conv(), nn.Softmax(1)), "0", r"the output differs"),
     "shuffled channels": (lambda: convolutions(conv(), nn.ChannelShuffle(2)), "0", r"the output differs"),
-    "gated halves": (
-        lambda: convolutions(conv(), Call(lambda x: torch.mul(*x.chunk(2, 1))), width=4),
-        "0",
-        r"the (forward|output)",
-    ),
     "pixels of channels": (
         lambda: convolutions(conv(), nn.PixelShuffle(2), width=2),
         "0",

@@ -1,0 +1,207 @@
+"""One odd block does not make a whole model unprunable: neurons are followed through it, or it alone is left out."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from lightning_neurons import PruningError, prune
+from lightning_neurons.network.groups import find_coupling
+from lightning_neurons.pruning.example import Example
+from tests.models import seeded
+
+
+class CrossStage(nn.Module):
+    """Half of a layer goes through a residual branch, and all parts are read together, as in CSP and C2f blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner, self.last = nn.Conv2d(3, 6, 1), nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(9, 4, 1)
+        self.head = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = list(F.silu(self.first(x)).chunk(2, 1))
+        parts.append(parts[-1] + self.inner(parts[-1]))
+        return self.head(F.silu(self.last(torch.cat(parts, 1))))
+
+
+class GatedHalves(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.both, self.down = nn.Linear(5, 8), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.both(x).chunk(2, -1)
+        return self.down(F.silu(gate) * value)
+
+
+class Gate(nn.Module):
+    """A map of one channel scales all channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.narrow, self.gate = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 1), nn.Conv2d(4, 1, 1)
+        self.head = nn.Conv2d(6, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.wide(x))
+        return self.head(x * torch.sigmoid(self.gate(F.relu(self.narrow(x)))))
+
+
+class FlatJoin(nn.Module):
+    """A pooled convolution, a flat one and a linear layer side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pooled, self.flat, self.linear = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 3, 7), nn.Linear(2, 5)
+        self.head = nn.Linear(12, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = F.adaptive_avg_pool2d(F.relu(self.pooled(x)), 1).flatten(1)
+        flat = F.relu(self.flat(x)).flatten(1)
+        return self.head(torch.cat([pooled, flat, F.relu(self.linear(x[:, 0, 0, :2]))], -1))
+
+
+class NormBeforeJoin(nn.Module):
+    """One slope for all, and a norm by instance, in front of a concatenation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.slope, self.right, self.norm = nn.Conv2d(3, 4, 3), nn.PReLU(), nn.Conv2d(3, 3, 3), None
+        self.norm, self.head = nn.InstanceNorm2d(3, affine=True), nn.Conv2d(7, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        right = F.relu_(self.norm(self.right(x)))
+        return self.head(torch.cat([self.slope(self.left(x)), right], 1))
+
+
+def turned(x: Tensor) -> Tensor:
+    """Rotary positions: halves of a head change places."""
+    half = x.shape[-1] // 2
+    angle = torch.arange(x.shape[-2], dtype=x.dtype)[:, None] / 10 ** torch.arange(half, dtype=x.dtype)
+    other = torch.cat([-x[..., half:], x[..., :half]], -1)
+    return x * torch.cat([angle, angle], -1).cos() + other * torch.cat([angle, angle], -1).sin()
+
+
+class Decoder(nn.Module):
+    """A block with rotary positions, grouped queries and a gated MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm = nn.Embedding(11, 8), nn.RMSNorm(8)
+        self.q, self.k, self.v, self.o = nn.Linear(8, 8), nn.Linear(8, 4), nn.Linear(8, 4), nn.Linear(8, 8)
+        self.gate, self.up, self.down = nn.Linear(8, 6), nn.Linear(8, 6), nn.Linear(6, 8)
+        self.head = nn.Linear(8, 11)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        x = self.embed(codes)
+        y = self.norm(x)
+        q, k, v = (f(y).view(*y.shape[:2], -1, 2).transpose(1, 2) for f in (self.q, self.k, self.v))
+        k, v = (z.repeat_interleave(2, 1) for z in (turned(k), v))
+        mixed = F.scaled_dot_product_attention(turned(q), k, v, is_causal=True).transpose(1, 2).flatten(2)
+        x = x + self.o(mixed)
+        return self.head(x + self.down(F.silu(self.gate(x)) * self.up(x)))
+
+
+def alone(start: int, count: int) -> list[tuple[int, ...]]:
+    return [(i,) for i in range(start, start + count)]
+
+
+IMAGES = 2, 3, 7, 7
+CASES = {
+    "cross stage": (
+        CrossStage,
+        IMAGES,
+        {
+            ("first", "makes"): alone(0, 6),
+            ("inner", "makes"): [(), (), (), *alone(0, 3)],
+            ("inner", "reads"): [(), (), (), *alone(0, 3)],
+            ("last", "reads"): [*alone(0, 3), (3, 6), (4, 7), (5, 8)],
+        },
+    ),
+    "gated halves": (
+        GatedHalves,
+        (2, 3, 5),
+        {("both", "makes"): [(0, 4), (1, 5), (2, 6), (3, 7)], ("down", "reads"): alone(0, 4)},
+    ),
+    "gate": (
+        Gate,
+        IMAGES,
+        {("wide", "makes"): alone(0, 6), ("narrow", "reads"): alone(0, 6), ("head", "reads"): alone(0, 6)},
+    ),
+    "pooled": (FlatJoin, IMAGES, {("pooled", "makes"): alone(0, 4), ("head", "reads"): alone(0, 4)}),
+    "flat": (FlatJoin, IMAGES, {("flat", "makes"): alone(0, 3), ("head", "reads"): alone(4, 3)}),
+    "one slope": (
+        NormBeforeJoin,
+        IMAGES,
+        {("left", "makes"): alone(0, 4), ("slope", "passes"): alone(0, 4), ("head", "reads"): alone(0, 4)},
+    ),
+    "norm by instance": (
+        NormBeforeJoin,
+        IMAGES,
+        {("right", "makes"): alone(0, 3), ("norm", "passes"): alone(0, 3), ("head", "reads"): alone(4, 3)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_neurons_are_followed_through_what_lays_them_out_anew(name):
+    make, size, parts = CASES[name]
+    found = find_coupling(seeded(make, double=True), Example(torch.randn(size).double()).run)
+    root = next(iter(parts))[0]
+    (group,) = [group for group in found.groups if group.root == root]
+    assert {(part.path, part.role): list(part.indices) for part in group.parts} == parts
+    assert group.size == len(next(iter(parts.values())))
+    assert found.lost == {}
+
+
+def test_groups_of_a_decoder_with_rotary_positions_end_and_its_mlp_is_cut_by_half():
+    net, codes = seeded(Decoder, double=True), torch.randint(0, 11, (2, 5))
+    right = copy.deepcopy(net)
+    report = prune(net, codes, {"criterion": "weight_l2", "amount": 0.5}, compensation="none")
+    gone = list(report.plan.neurons["gate"])
+    assert len(gone) == 3
+    assert report.plan.neurons == {"gate": tuple(gone), "up": tuple(gone)}
+    right.down.weight.data[:, gone] = 0
+    assert torch.allclose(net(codes), right(codes), rtol=1e-12, atol=1e-12)
+    assert all(any(note.startswith(f"{n} is not cut") for note in report.notes) for n in ("q", "v", "o"))
+
+
+class Odd(nn.Module):
+    """One layer whose neurons cannot be followed, between two that can."""
+
+    def __init__(self, way) -> None:
+        super().__init__()
+        self.first, self.odd, self.last, self.head = nn.Linear(4, 6), nn.Linear(6, 8), nn.Linear(8, 5), nn.Linear(5, 2)
+        self.way = way
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.last(self.way(self.odd(F.relu(self.first(x)))))))
+
+
+@pytest.mark.parametrize(
+    ("way", "reason"),
+    [
+        (lambda x: torch.stack(x.unbind(1)[::-1], 1), "single ones of them are picked out"),
+        (lambda x: x - x.mean(1, keepdim=True), "mean makes one value of all of them"),
+        (lambda x: F.pad(x[:, :6], (1, 1)), "something between them and their readers adds channels"),
+        (lambda x: torch.cat([x[:, :1], torch.ones(2, 1), x[:, 1:6], torch.zeros(2, 1)], 1), "more than one constant"),
+    ],
+    ids=["unbind", "mean", "pad", "constants"],
+)
+def test_the_layer_that_cannot_be_followed_is_refused_with_the_reason_and_the_others_are_cut(way, reason):
+    net, x = seeded(Odd, way), torch.randn(2, 4)
+    before = copy.deepcopy(net)
+    report = prune(net, x, {"criterion": "weight_l2", "amount": 0.5}, compensation="none")
+    assert any(
+        note.startswith("odd is not cut: its neurons cannot be followed") and reason in note for note in report.notes
+    )
+    assert {name: len(gone) for name, gone in report.plan.neurons.items()} == {"first": 3, "last": 2}
+    with torch.no_grad():
+        before.odd.weight[:, list(report.plan.neurons["first"])] = 0
+        before.head.weight[:, list(report.plan.neurons["last"])] = 0
+    assert torch.allclose(net(x), before(x), atol=1e-6)
+    with pytest.raises(PruningError, match=f"^odd cannot be cut: its neurons cannot be followed: .*{reason}"):
+        prune(before, x, {"odd": [0]})
