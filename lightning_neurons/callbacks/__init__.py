@@ -1,5 +1,6 @@
 """Lightning callbacks: when to measure and when to cut, not what."""
 
+from lightning_neurons.callbacks import namespaces  # noqa: F401 (first: it looks which one is there before us)
 from lightning_neurons.callbacks.activation_maximization import ActivationMaximizationCallback
 from lightning_neurons.callbacks.activation_statistics import ActivationStatisticsCallback
 from lightning_neurons.callbacks.checkpoint import PrunedCheckpointMixin, load_pruned

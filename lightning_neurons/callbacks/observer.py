@@ -9,13 +9,12 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import lightning.pytorch
-import pytorch_lightning
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_neurons.callbacks import checks
 from lightning_neurons.callbacks.member import Member
+from lightning_neurons.callbacks.namespaces import EitherCallback
 from lightning_neurons.callbacks.outlet import keeping_training, monitored, numbered_observer, offer
 from lightning_neurons.callbacks.publish import publish, series_suffix, show
 from lightning_neurons.callbacks.replay import StepReplay
@@ -35,7 +34,7 @@ from lightning_neurons.studies.sample import StratifiedSample, stream_length
 from lightning_neurons.studies.settings import MeasurementSettings
 
 
-class NeuronObserver(lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: ignore[misc]
+class NeuronObserver(EitherCallback):
     """Common base of the observing callbacks; add one of those to a Trainer.
 
     Attributes:

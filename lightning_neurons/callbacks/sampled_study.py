@@ -8,8 +8,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import lightning.pytorch
-import pytorch_lightning
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -17,6 +15,7 @@ from torch import Tensor
 
 from lightning_neurons.callbacks import checks
 from lightning_neurons.callbacks.agreement import in_one_process
+from lightning_neurons.callbacks.namespaces import EitherCallback
 from lightning_neurons.callbacks.outlet import Outlet, keeping_training, outlet_of
 from lightning_neurons.callbacks.replay import StepReplay
 from lightning_neurons.callbacks.steps import evaluation_loaders
@@ -28,7 +27,7 @@ from lightning_neurons.studies.measure import LossFunction
 from lightning_neurons.studies.sample import Picked, StratifiedSample, stream_length
 
 
-class SampledStudy(lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: ignore[misc]
+class SampledStudy(EitherCallback):
     """Common base of the callbacks that make studies; add one of those to a Trainer."""
 
     loss_fn: LossFunction | None = None
