@@ -131,7 +131,7 @@ class Decision:
             layers = structure.groups[root].layers
             if not {*layers} & {*structure.coupling.ends, *ignored}:
                 found.append(f"{root}: {reason}")
-        unseen = (f"{name}: it is not in the model's graph" for name in structure.coupling.unseen)
+        unseen = (f"{name}: {reason}" for name, reason in structure.unseen.items())
         return Survey(self.rounds.dense or Dense.of(structure), (*found, *unseen), structure.wiring)
 
     def _judge(self, budgets: Sequence[PruningBudget], report: NeuronReport | None, seed: int, is_due: bool) -> Verdict:

@@ -55,7 +55,7 @@ class Coupling:
         groups: All groups, in the order of the model.
         reads: By layer, the layers whose values it reads.
         norm_behind: By layer, the norm layer that alone reads it.
-        unseen: Layers that are not in the graph: they did not run, or ran as functions.
+        unseen: Layers that are not in the graph, each with the reason.
         ends: Layers whose neurons are the model's output.
         lost: By root, why a group could not be followed through the model.
     """
@@ -63,6 +63,6 @@ class Coupling:
     groups: tuple[Group, ...]
     reads: Mapping[str, tuple[str, ...]]
     norm_behind: Mapping[str, str]
-    unseen: tuple[str, ...]
+    unseen: Mapping[str, str]
     ends: frozenset[str]
     lost: Mapping[str, str] = field(default_factory=dict)

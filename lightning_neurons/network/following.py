@@ -29,6 +29,7 @@ _GUESSES: dict[Any, Callable[[Any, Any], None]] = {
 }
 _CHANNELS = (_TYPES.CONV, _TYPES.DEPTHWISE_CONV, _TYPES.BN, _TYPES.IN, _TYPES.GN)
 _FEATURES = (_TYPES.LINEAR, _TYPES.LN, _TYPES.EMBED, _TYPES.MHA, _TYPES.LSTM)
+_PRODUCTS = {"Mm", "Bmm", "Addmm", "Baddbmm", "Addbmm", "Mv", "Dot", "Convolution", "Cdist", "EuclideanDist"}
 _PLAIN = (ArithmeticError, AttributeError, AssertionError, LookupError, RecursionError, TypeError, ValueError)
 _Mapping = Callable[[Sequence[Any]], list[Any]]
 
@@ -61,12 +62,17 @@ def build(model: nn.Module, run: Callable[[nn.Module], Any], outputs: Callable[[
         model: A copy that nobody else needs.
         run: Runs it.
         outputs: Finds the tensors in what it returns.
+
+    Returns:
+        The graph. Modules that ran are in its ``ran``; in ``products`` and ``reductions`` the pairs of nodes between
+        which neurons stop being themselves.
     """
     graph = torch_pruning.DependencyGraph()
     graph.model, graph.verbose, graph.ignored_params = model, False, []
     graph._module2name = {module: name for name, module in model.named_modules()}
     graph._param_to_name, graph.unwrapped_parameters = graph._detect_unwrapped_parameters(None)
-    with _plain(model):
+    graph.ran, graph.products, graph.reductions = set(), set(), set()
+    with _plain(model), _noted(model, graph.ran):
         graph.module2node = graph._trace(model, (), lambda copy, _: run(copy), output_transform=outputs)
     graph._build_dependency(graph.module2node)
     _lay_out(graph)
@@ -93,6 +99,16 @@ def _plain(model: nn.Module) -> Iterator[None]:
 
 def _out_of_view(module: nn.Module, inputs: Any, output: Any) -> Any:
     return output.clone() if isinstance(output, Tensor) and output._is_view() else output
+
+
+@contextmanager
+def _noted(model: nn.Module, ran: set[nn.Module]) -> Iterator[None]:
+    handles = [m.register_forward_hook(lambda module, i, out: ran.add(module)) for m in model.modules()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def follow(graph: Any, module: nn.Module, neurons: Iterable[int]) -> list[Arrival]:
@@ -150,6 +166,7 @@ class _Edge:
         table: The places before the operation, by place behind it; None if they are the same.
         exact: Whether the table is known.
         lost: Why nothing can be followed along it, if so.
+        reduces: Whether the operation makes one value of all neurons.
     """
 
     source: Any
@@ -158,6 +175,7 @@ class _Edge:
     table: Table | None = None
     exact: bool = True
     lost: str | None = None
+    reduces: bool = False
 
     def along(self, guess: _Mapping | None) -> list[_Mapping | None]:
         """What happens to indices from the source to the operation."""
@@ -218,6 +236,9 @@ def _lay_out(graph: Any) -> None:
         edges = [] if inputs is None else [_edge(node, number, inputs, axes) for number in range(len(inputs))]
         found = {edge.axis for edge in edges if edge.axis is not None}
         axes[node] = _own_axis(node) if _is_layer(node) else found.pop() if len(found) == 1 else None
+        if name_of(node.grad_fn) in _PRODUCTS and not _is_layer(node):
+            graph.products.update((edge.source, node) for edge in edges)
+        graph.reductions.update((edge.source, node) for edge in edges if edge.reduces)
         failure = None if all(edge.exact for edge in edges) and inputs is not None else _guess(graph, node)
         _connect(node, edges, failure)
 
@@ -288,7 +309,8 @@ def _edge(node: Any, number: int, inputs: Sequence[tuple[Any, Any, int]], axes: 
     if name_of(node.grad_fn) == "Cat" and joined(node.grad_fn, len(before)) == axis:
         return _joined(node, source, function, k, axis, part)
     if reduces(node.grad_fn, len(before), axis) and before[axis] > 1:
-        return _Edge(source, None, part, lost=f"{name_of(node.grad_fn).lower()} makes one value of all of them")
+        lost = f"{name_of(node.grad_fn).lower()} makes one value of all of them"
+        return _Edge(source, None, part, lost=lost, reduces=True)
     found = behind(node.grad_fn, before, axis)
     if found is None and before[axis] == 1:  # broadcast, it only scales or shifts
         return _Edge(source, None, part, table=())

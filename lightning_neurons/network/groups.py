@@ -84,8 +84,8 @@ def _read(model: nn.Module, graph: Any) -> Coupling:
         groups=tuple(groups),
         reads={name: _sources(nodes[module], names) for name, module in seen.items()},
         norm_behind={name: paths[norm] for name, module in seen.items() if (norm := _norm_behind(nodes[module]))},
-        unseen=tuple(name for name in layers if name not in seen),
-        ends=frozenset(name for name, module in seen.items() if _is_end(nodes[module])),
+        unseen={name: _why_unseen(module, graph) for name, module in layers.items() if name not in seen},
+        ends=frozenset(name for name, module in seen.items() if _is_end(nodes[module], graph)),
         lost=lost,
     )
 
@@ -187,14 +187,29 @@ def _sources(node: Any, names: Mapping[Any, str]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _is_end(node: Any) -> bool:
-    """Whether nothing that makes new neurons lies between a layer and the model's output."""
-    stack, visited = [node], set()
+def _is_end(node: Any, graph: Any) -> bool:
+    """Whether a layer makes the model's output: its neurons arrive there, or what is summed of them and of no other."""
+    stack, visited = [(node, False)], set()
+    arrived, summed, read = False, False, False
     while stack:
-        current = stack.pop()
-        if not current.outputs:
-            return True
-        fresh = [n for n in current.outputs if id(n) not in visited and _role(n.module, makes=False) != "reads"]
-        visited |= {id(n) for n in fresh}
-        stack.extend(fresh)
-    return False
+        current, reduced = stack.pop()
+        arrived |= not current.outputs and not reduced
+        summed |= not current.outputs and reduced
+        for following in current.outputs:
+            if _role(following.module, makes=False) == "reads" or (current, following) in graph.products:
+                read = True
+            elif (following, reduced) not in visited:
+                visited.add((following, reduced))
+                stack.append((following, reduced or (current, following) in graph.reductions))
+    return arrived or (summed and not read)
+
+
+def _why_unseen(module: nn.Module, graph: Any) -> str:
+    if module not in graph.ran:
+        functions = (f for node in graph.module2node.values() for f, _ in getattr(node.grad_fn, "next_functions", ()))
+        used = {id(getattr(function, "variable", None)) for function in functions}
+        given = any(id(parameter) in used for parameter in module.parameters())
+        return "its weights are used by a function" if given else "it did not run"
+    if graph.get_pruner_of_module(module).get_out_channels(module) is not None:
+        return "what it makes is cut off from the output, as by no_grad, detach, another library or a checkpoint"
+    return f"nobody has said how the width of {type(module).__name__} is changed"

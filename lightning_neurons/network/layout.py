@@ -86,9 +86,9 @@ def behind(node: Any, before: Sequence[int], axis: int) -> tuple[int, Table | No
 
 def reduces(node: Any, ndim: int, axis: int) -> bool:
     """Whether an operation makes one value of all that lie on an axis, as a sum or a mean does."""
-    if not hasattr(node, "_saved_keepdim"):
-        return False
-    return axis in _reduced_axes(node, ndim)
+    if hasattr(node, "_saved_keepdim"):
+        return axis in _reduced_axes(node, ndim)
+    return ndim > 0 and shape_of(node) == () and name_of(node) in ("Mean", "Sum", "Norm", "Max", "Min")
 
 
 def _on_one_axis(laid: Tensor, count: int) -> tuple[int, Table | None] | None:

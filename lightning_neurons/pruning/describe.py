@@ -21,8 +21,7 @@ def describe_structure(model: nn.Module, example_inputs: Any, *, path: str | Pat
 
     Roles: ``"expand"``, ``"depthwise"`` and ``"project"`` of an inverted residual; ``"squeeze-and-excitation"`` for
     both layers of one; ``"head"`` for what makes the output; ``"layer"`` for everything else. A block is an entry of a
-    container, or one of several modules of a type; a layer outside of any is a block of its own. Layers that run inside
-    of a function, as in ``nn.MultiheadAttention``, are not seen.
+    container, or one of several modules of a type; a layer outside of any is a block of its own.
 
     Args:
         model: Any module; it is only read.
@@ -33,7 +32,8 @@ def describe_structure(model: nn.Module, example_inputs: Any, *, path: str | Pat
         A document of plain values. ``blocks`` has for each block its ``parents`` (the nearest blocks whose layers it
         reads) and its ``layers``, each with role, type, number of neurons, group, the layers that it reads, parameters
         and MACs per sample; ``groups`` has for each group its size, its layers, its readers, and why it cannot be cut,
-        or None.
+        or None; ``unseen`` has for each layer without a group the reason, as under ``torch.no_grad`` or inside of a
+        function.
 
     Raises:
         PruningError: If the model cannot be copied, run or traced.
@@ -62,6 +62,7 @@ def describe_structure(model: nn.Module, example_inputs: Any, *, path: str | Pat
             }
             for root, group in structure.groups.items()
         },
+        "unseen": dict(structure.coupling.unseen),
     }
     if path is not None:
         write_whole(path, json.dumps(document, indent=1))

@@ -135,9 +135,7 @@ def complete(structure: Structure, plan: PruningPlan) -> PruningPlan:
         for neuron in neurons:
             found = structure.group_of(layer, neuron)
             if found is None:
-                raise PruningError(
-                    f"{layer} cannot be cut: it is not in the model's graph (it did not run, or as a function)"
-                )
+                raise PruningError(f"{layer} cannot be cut: {structure.unseen[layer]}")
             root, unit = found
             if root in structure.refused:
                 raise PruningError(f"{layer} cannot be cut: {structure.refused[root]}")

@@ -44,7 +44,7 @@ def select(
         UnknownNameError: If a pattern of ``budget.ignore`` matches no layer.
     """
     dense = Dense.of(structure) if dense is None else dense
-    notes = [f"{root} is not cut: {reason}" for root, reason in structure.refused.items()]
+    notes = [f"{name} is not cut: {reason}" for name, reason in {**structure.refused, **structure.unseen}.items()]
     ignored = budget.ignores(list(structure.widths))
     groups = {}
     for root, group in structure.offered.items():

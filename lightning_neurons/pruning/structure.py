@@ -51,6 +51,11 @@ class Structure:
         """The groups that can be cut."""
         return {root: group for root, group in self.groups.items() if root not in self.refused}
 
+    @property
+    def unseen(self) -> dict[str, str]:
+        """The layers that cannot be cut as nothing is known of what reads them, each with the reason."""
+        return {name: f"it is not in the model's graph: {why}" for name, why in self.coupling.unseen.items()}
+
     def group_of(self, layer: str, neuron: int) -> tuple[str, int] | None:
         """The group and the unit that a neuron belongs to."""
         return self._owners.get((layer, neuron))
@@ -134,7 +139,8 @@ def discover(model: nn.Module, example: Example) -> Structure:
     refused = _refused(preflight.twin, coupling)
     for seed in range(2):  # one choice alone might happen to have the symmetry that a wrong group needs
         tried = {root: _some(group, seed) for root, group in groups.items() if root not in refused}
-        refused |= preflight.failing([groups[root] for root in tried], tried)
+        failing = preflight.failing([groups[root] for root in tried], tried)
+        refused |= {root: _norm_over(groups[root], twin) or reason for root, reason in failing.items()}
     return Structure(groups, refused, coupling, widths_of(twin), blocks_of(twin), costs, preflight)
 
 
@@ -152,18 +158,27 @@ def _some(group: Group, seed: int) -> list[int]:
 def _refused(model: nn.Module, coupling: Coupling) -> dict[str, str]:
     """What can be told without a trial."""
     modules, tied = modules_by_name(model), _tied(model)
-    refused = dict(coupling.lost)
+    refused = {}
     for group in coupling.groups:
-        if group.root in refused:
-            continue
-        reason = _why_not(group, modules, tied)
-        if any(layer in coupling.ends for layer in group.layers) and reason is None:
+        lost, end = coupling.lost.get(group.root), any(layer in coupling.ends for layer in group.layers)
+        reason = lost if lost and not end else _why_not(group, modules, tied)
+        if end and reason is None:
             reason = "its neurons are the model's output"
         if reason is None and group.size <= group.least:
             reason = f"it has {group.size} neuron{'s' * (group.size > 1)}, and {group.least} must stay"
         if reason is not None:
             refused[group.root] = reason
     return refused
+
+
+def _norm_over(group: Group, model: nn.Module) -> str | None:
+    """Why a group whose cut is wrong cannot be cut, if a norm layer runs over all of it."""
+    modules = modules_by_name(model)
+    for part in group.parts:
+        owner = part.path.rpartition(".")[0] if part.role == "holds" else part.path
+        if isinstance(modules[owner], nn.LayerNorm | nn.RMSNorm):
+            return f"{owner}: {type(modules[owner]).__name__} normalises over all of them, and would do so over fewer"
+    return None
 
 
 def _why_not(group: Group, modules: Mapping[str, nn.Module], tied: Mapping[str, str]) -> str | None:

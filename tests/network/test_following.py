@@ -1,15 +1,18 @@
 """One odd block does not make a whole model unprunable: neurons are followed through it, or it alone is left out."""
 
 import copy
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from lightning_neurons import PruningError, prune
+from lightning_neurons import PruningError, describe_structure, prune
 from lightning_neurons.network.groups import find_coupling
 from lightning_neurons.pruning.example import Example
+from lightning_neurons.pruning.structure import discover
 from tests.models import seeded
 
 
@@ -205,3 +208,87 @@ def test_the_layer_that_cannot_be_followed_is_refused_with_the_reason_and_the_ot
     assert torch.allclose(net(x), before(x), atol=1e-6)
     with pytest.raises(PruningError, match=f"^odd cannot be cut: its neurons cannot be followed: .*{reason}"):
         prune(before, x, {"odd": [0]})
+
+
+class HalfSeen(nn.Module):
+    """The way from one layer to the rest is not that of autograd."""
+
+    def __init__(self, way) -> None:
+        super().__init__()
+        self.hidden, self.next, self.head = nn.Linear(4, 8), nn.Linear(8, 6), nn.Linear(6, 2)
+        self.way = way
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.next(self.way(self.hidden, x))))
+
+
+def without_gradient(layer: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return layer(x).relu()
+
+
+CUT_OFF = "what it makes is cut off from the output"
+WAYS = {
+    "no_grad": (without_gradient, CUT_OFF),
+    "detached": (lambda layer, x: layer(x).relu().detach(), CUT_OFF),
+    "numpy": (lambda layer, x: torch.from_numpy(layer(x).detach().numpy()).relu(), CUT_OFF),
+    "checkpoint": (lambda layer, x: checkpoint(layer, x.requires_grad_(), use_reentrant=True).relu(), CUT_OFF),
+    "function": (lambda layer, x: F.linear(x, layer.weight, layer.bias).relu(), "its weights are used by a function"),
+    "another": (lambda layer, x: torch.cat([x, x], 1), "it did not run"),
+}
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_a_layer_that_is_not_seen_is_named_with_the_reason_and_the_rest_is_cut(name):
+    way, reason = WAYS[name]
+    net, x = seeded(HalfSeen, way), torch.randn(3, 4)
+    assert describe_structure(net, x)["unseen"].keys() == {"hidden"}
+    report = prune(net, x, {"criterion": "weight_l2", "amount": 0.5})
+    (note,) = [note for note in report.notes if note.startswith("hidden is not cut: it is not in the model's graph: ")]
+    assert reason in note
+    assert {name: len(gone) for name, gone in report.plan.neurons.items()} == {"next": 3}
+    with pytest.raises(PruningError, match=f"hidden cannot be cut: it is not in the model's graph: {reason}"):
+        prune(net, x, {"hidden": [0]})
+
+
+class Stream(nn.Module):
+    """A residual stream with norms behind its sums; its mean, and the size of it, may be outputs too."""
+
+    def __init__(self, end) -> None:
+        super().__init__()
+        self.start, self.norm, self.up, self.down = nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 9), nn.Linear(9, 6)
+        self.head, self.end = nn.Linear(6, 3), end
+
+    def forward(self, x: Tensor) -> object:
+        x = self.start(x)
+        return self.end(self, self.norm(x + self.down(F.relu(self.up(x)))))
+
+
+ENDS = {
+    "read by a layer": (lambda net, x: net.head(x), r"norm: LayerNorm normalises over all of them"),
+    "read by a product": (lambda net, x: x @ net.head.weight.T, r"norm: LayerNorm|cannot be followed to the output"),
+    "the output itself": (lambda net, x: x, r"its neurons are the model's output$"),
+    "its mean": (lambda net, x: (net.head(x), x.abs().mean()), r"mean makes one value of all of them$"),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_the_reason_why_a_stream_is_not_cut_is_the_true_one(name):
+    end, reason = ENDS[name]
+    found = discover(seeded(Stream, end), Example(torch.randn(3, 4)))
+    assert re.search(reason, found.refused["start"])
+    assert ("start" in found.coupling.ends) is (name == "the output itself")
+    assert "up" in found.offered
+
+
+def test_a_layer_whose_values_are_summed_to_the_output_makes_the_output():
+    class Loss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.hidden, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(F.relu(self.hidden(x))).square().mean()
+
+    found = discover(seeded(Loss), Example(torch.randn(3, 4)))
+    assert found.refused == {"head": "its neurons are the model's output"}

@@ -117,14 +117,14 @@ def test_a_layer_that_never_runs_is_unseen_and_in_no_group():
     net, x = net_and_inputs("LeNet")
     net.unused = nn.Linear(3, 2)
     found = find_coupling(net, Example(x).run)
-    assert found.unseen == ("unused",)
+    assert found.unseen == {"unused": "it did not run"}
     assert [group.root for group in found.groups] == ["conv1", "conv2", "fc1", "fc2", "fc3"]
 
 
 def test_who_reads_whom_who_ends_the_model_and_which_norm_follows_is_known():
     found = coupling_of("ResNet B")
     assert found.ends == {"linear"}
-    assert found.unseen == ()
+    assert found.unseen == {}
     assert found.reads["conv1"] == ()
     assert set(found.reads["layer1.1.conv1"]) == {"conv1", "layer1.0.conv2"}
     assert set(found.reads["linear"]) == {"layer2.0.conv2", "layer2.0.shortcut.0", "layer2.1.conv2"}
