@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from lightning_neurons.metrics.histogram import BINS, INNER_BINS, LOWEST, PARTS, representatives
-from lightning_neurons.report.numbers import known_share, layer_rows
+from lightning_neurons.report.numbers import effective_share, known_share, layer_rows
 from lightning_neurons.report.page import markdown
 from lightning_neurons.report.tags import with_suffix
 from lightning_neurons.results.history import HistoryEntry
@@ -71,7 +71,7 @@ def scalars(report: NeuronReport, entry: HistoryEntry) -> dict[str, float]:
         "neurons/dead_share": known_share(rows, "dead"),
         "neurons/dormant_share": known_share(rows, "dormant"),
         "neurons/constant_share": known_share(rows, "constant"),
-        "neurons/effective_share": sum(r.effective for r in rows) / max(sum(r.neurons for r in rows), 1),
+        "neurons/effective_share": effective_share(rows),
         "neurons/rank_stability": entry.mean_stability,
         "neurons/died": float(sum(map(len, entry.died.values()))),
         "neurons/revived": float(sum(map(len, entry.revived.values()))),

@@ -50,7 +50,9 @@ def layer_rows(report: NeuronReport, shown: int = 3) -> list[LayerRow]:
     scores = report.importance() if report.scores else {}
     rows = []
     for name, counts in report.counts.items():
-        ranked = _ranked(report, scores[name], name) if name in scores else []
+        importance = scores.get(name)
+        ranked = [] if importance is None else _ranked(report, importance, name)
+        is_known = importance is not None and not importance.isnan().all()
         measured = {"dead": report.deadness.get(name)}
         measured |= {measure: report.deadness_by.get(measure, {}).get(name) for measure in ("dormant", "constant")}
         known = {measure: 0 if d is None else int((~d.isnan()).sum()) for measure, d in measured.items()}
@@ -63,8 +65,8 @@ def layer_rows(report: NeuronReport, shown: int = 3) -> list[LayerRow]:
                 known=known,
                 most=tuple(ranked[:shown]),
                 least=tuple(ranked[::-1][:shown]),
-                top_share=share_of_top(scores[name], TOP_SHARE) if name in scores else math.nan,
-                effective=effective_number(scores[name]) if name in scores else math.nan,
+                top_share=share_of_top(importance, TOP_SHARE) if is_known else math.nan,
+                effective=effective_number(importance) if is_known else math.nan,
             )
         )
     return rows
@@ -85,6 +87,12 @@ def counted(rows: Sequence[LayerRow], measure: str) -> int | None:
 def known_share(rows: Sequence[LayerRow], measure: str) -> float:
     """The same as a share of the neurons of which it is known; NaN if there are none."""
     return share(counted(rows, measure) or 0, sum(row.known[measure] for row in rows))
+
+
+def effective_share(rows: Sequence[LayerRow]) -> float:
+    """The effective number of important neurons as a share of all; of the layers of which it is known."""
+    known = [row for row in rows if not math.isnan(row.effective)]
+    return sum(row.effective for row in known) / sum(row.neurons for row in known) if known else math.nan
 
 
 def in_words(rows: Sequence[LayerRow], measure: str) -> str:

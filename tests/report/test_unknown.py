@@ -1,5 +1,6 @@
 """Neurons of which it is not known whether they are dead: every output says so, and nothing counts them as dead."""
 
+import dataclasses
 import io
 import math
 
@@ -14,7 +15,7 @@ from lightning_neurons.pruning.scoring import group_scores, neuron_scores
 from lightning_neurons.report.console import table
 from lightning_neurons.report.html.overview import layers
 from lightning_neurons.report.loggers import scalars
-from lightning_neurons.report.numbers import layer_rows
+from lightning_neurons.report.numbers import effective_share, layer_rows
 from lightning_neurons.report.page import markdown
 from lightning_neurons.results.history import NeuronHistory
 
@@ -55,12 +56,21 @@ def test_where_nothing_is_known_nothing_is_said(tmp_path):
     (row,) = layer_rows(report)
     assert (row.dead, row.dormant, row.constant) == (None, None, None)
     values = scalars(report, NeuronHistory().add(report))
-    assert not {name for name in values if "share" in name and "effective" not in name}
+    assert not {name for name in values if "share" in name or "effective" in name}
     assert values["neurons/nonfinite"] == 9
     assert "unknown" not in text_of(report)
     assert "| `0` | 3 | - | - |" in markdown(report, NeuronHistory().add(report))
     report.save(tmp_path / "neurons.json")
     assert NeuronReport.load(tmp_path / "neurons.json").unknown("0").tolist() == [True] * 3
+
+
+def test_the_effective_share_is_that_of_the_layers_of_which_it_is_known():
+    (row,) = layer_rows(report_of(PARTLY))
+    assert row.effective == 1
+    unknown = dataclasses.replace(row, layer="other", neurons=5, effective=math.nan)
+    assert effective_share([row, unknown]) == 1 / 3
+    assert math.isnan(effective_share([unknown]))
+    assert math.isnan(effective_share([])), "no layer ran"
 
 
 @pytest.mark.parametrize("agreement", ["mean", "all"])
