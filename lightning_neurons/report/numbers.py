@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from lightning_neurons.criteria import effective_number, share_of_top
@@ -50,9 +51,9 @@ def layer_rows(report: NeuronReport, shown: int = 3) -> list[LayerRow]:
     scores = report.importance() if report.scores else {}
     rows = []
     for name, counts in report.counts.items():
-        importance = scores.get(name)
-        ranked = [] if importance is None else _ranked(report, importance, name)
-        is_known = importance is not None and not importance.isnan().all()
+        importance = scores.get(name, torch.empty(0))
+        ranked = _ranked(report, importance, name) if name in scores else []
+        is_known = not importance.isnan().all()
         measured = {"dead": report.deadness.get(name)}
         measured |= {measure: report.deadness_by.get(measure, {}).get(name) for measure in ("dormant", "constant")}
         known = {measure: 0 if d is None else int((~d.isnan()).sum()) for measure, d in measured.items()}
