@@ -22,7 +22,8 @@ from lightning_neurons.callbacks.session import Session
 from lightning_neurons.callbacks.steps import evaluation_loaders, training_loaders
 from lightning_neurons.callbacks.trail import Trail
 from lightning_neurons.callbacks.validated import forget_weights, keep_weights, validated_weights
-from lightning_neurons.errors import NoLossError, check_count
+from lightning_neurons.criteria import CRITERIA
+from lightning_neurons.errors import ArgumentError, NoLossError, check_count
 from lightning_neurons.network.layer import candidates
 from lightning_neurons.report.loggers import scalars
 from lightning_neurons.report.tags import with_suffix
@@ -358,16 +359,24 @@ class NeuronObserver(EitherCallback):
             return None
 
     def _raise_failure(self, trainer: Any) -> None:
-        """Before training has begun, or without training, nothing is lost by stopping at once."""
-        member, failure = self._member, self._why
-        # A module without a loss is as it is; with a loss_fn, or any other fault, something was asked for that fails.
-        if member and member.lost and (self.loss_fn is not None or not isinstance(member.lost, NoLossError)):
-            failure = failure or member.lost
-        if failure is None or not (trainer.sanity_checking or trainer.state.fn != "fit"):
+        """Before training has begun, or without training, nothing is lost by saying at once what was asked wrongly."""
+        if not (trainer.sanity_checking or trainer.state.fn != "fit"):
             return
+        failure, lost = self._why, self._member.lost if self._member else None
+        # A module without a loss is as it is; with a loss_fn, something was asked for that fails.
+        if lost is not None and (self.loss_fn is not None or not isinstance(lost, NoLossError)):
+            failure = failure or lost
         if isinstance(failure, MisconfigurationException):
             raise failure
-        raise MisconfigurationException(f"{type(self).__name__}: {failure}") from failure
+        # What fails though nobody has asked for anything would run without us, and is to run with us.
+        if failure is not None and (isinstance(failure, ArgumentError) or self._has_code_of_the_users()):
+            raise MisconfigurationException(f"{type(self).__name__}: {failure}") from failure
+
+    def _has_code_of_the_users(self) -> bool:
+        """Whether the arguments, rather than the module, may be at fault."""
+        settings = self.settings
+        own = any(c.name not in CRITERIA for c in settings.criteria)
+        return self.loss_fn is not None or settings.by_class or settings.inputs != "clean" or own
 
     def _show(self, trainer: Any) -> None:
         if self._report is None:

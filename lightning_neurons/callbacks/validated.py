@@ -30,12 +30,18 @@ _FEW = 8
 
 @dataclass
 class _Kept:
-    """Weights by name, when a batch ran; ``waiting`` is a hook that will keep them once more, when a module runs."""
+    """Weights by name, when a batch ran.
+
+    Attributes:
+        waiting: A hook that will keep them once more, when a module runs.
+        failure: Why it could not.
+    """
 
     weights: dict[str, Tensor]
     batch_idx: int
     by_batch: bool
     waiting: RemovableHandle | None = None
+    failure: Exception | None = None
 
 
 _KEPT: "WeakKeyDictionary[Any, _Kept]" = WeakKeyDictionary()
@@ -60,7 +66,10 @@ def keep_weights(trainer: Any, pl_module: nn.Module, callback: Any, batch_idx: i
         return
 
     def runs(*_: Any) -> None:  # what others do before each batch comes between now and then
-        kept.weights = _copies(pl_module)
+        try:
+            kept.weights = _copies(pl_module)
+        except Exception as error:  # noqa: BLE001 (whoever runs the module must not notice)
+            kept.failure = error
         _stop_waiting(kept)
 
     kept.waiting = register_module_forward_pre_hook(runs)
@@ -79,8 +88,13 @@ def validated_weights(trainer: Any, *, in_batch: bool = False) -> Iterator[None]
     Args:
         trainer: The Trainer.
         in_batch: Whether validation is going on, so that they differ only if they are exchanged around each batch.
+
+    Raises:
+        Exception: While validation is going on, if the weights could not be kept.
     """
     kept = _KEPT.get(trainer)
+    if in_batch and kept is not None and kept.failure is not None:
+        raise kept.failure
     weights = {} if kept is None else kept.weights
     if in_batch and not (kept and kept.by_batch and _differs(trainer.lightning_module, weights)):
         weights = {}

@@ -33,13 +33,15 @@ class HookedMode(TorchFunctionMode):
 
     Args:
         fast: The modules with a fast path, where the run is a user's; none where it is our own, and nobody minds.
+        of_others: Whether the run is a user's, who must not notice if looking at it goes wrong.
 
     Attributes:
-        failure: Why a module could not be run again to be looked at, or None.
+        failure: Why the run could not be looked at to its end, or None.
     """
 
-    def __init__(self, fast: Iterable[nn.Module] = ()) -> None:
+    def __init__(self, fast: Iterable[nn.Module] = (), *, of_others: bool = False) -> None:
         super().__init__()
+        self._of_others = of_others
         self.failure: Exception | None = None
         self._fast = {id(module): module for module in fast}
         self._handles: list[RemovableHandle] = []
@@ -104,11 +106,11 @@ class HookedMode(TorchFunctionMode):
         if (meant := self._told_before.get(id(module))) is not None:
             self._tell(meant[1], module, inputs)
         if id(module) in self._fast:
-            self._step_aside(module)
+            self._safely(self._step_aside, module)
 
     def _module_ends(self, module: nn.Module, inputs: Any, *ended: Any) -> Any:
         if module is self._aside:
-            self._come_back(inputs, *ended)
+            self._safely(self._come_back, inputs, *ended)
         meant = self._told_after.get(id(module))
         return None if meant is None else self._tell(meant[1], module, inputs, ended[-1])
 
@@ -124,7 +126,32 @@ class HookedMode(TorchFunctionMode):
         if self._aside not in (None, module):
             return None
         with torch._C.DisableTorchFunction():  # what is asked and computed in here is none of anybody's calls
-            return function(module, *given)
+            return self._safely(function, module, *given)
+
+    def _safely(self, look: Callable[..., Any], *given: Any) -> Any:
+        """Look at something, unless that has gone wrong before; a user's run goes on if it does."""
+        if not self._of_others:
+            return look(*given)
+        try:
+            return look(*given) if self.failure is None else None
+        except Exception as error:  # noqa: BLE001 (an observer must not stop what it observes)
+            self.failure = error
+            return None
+
+    def _looked_at(
+        self, look: Callable[..., Any], func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """What a call gives, or what ``look`` makes of it; it is given the function, and how to call it once."""
+        call = _Call(func, args, kwargs)
+        if not self._of_others:
+            return look(func, call, args, kwargs)
+        try:
+            return look(func, call, args, kwargs)
+        except Exception as error:
+            if call.is_running:
+                raise  # the call itself
+            self.failure = error
+            return call.out if call.is_done else func(*args, **kwargs)
 
     def _step_aside(self, module: nn.Module) -> None:
         """Around a module with a fast path, unless it is slow anyway: under a mode of the user's, for example."""
@@ -156,6 +183,21 @@ class HookedMode(TorchFunctionMode):
             self.failure = error
         finally:
             self._is_second = False
+
+
+class _Call:
+    """A call that is made once."""
+
+    def __init__(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._func, self._args, self._kwargs = func, args, kwargs
+        self.is_running = self.is_done = False
+        self.out: Any = None
+
+    def __call__(self) -> Any:
+        self.is_running = True
+        self.out = self._func(*self._args, **self._kwargs)
+        self.is_running, self.is_done = False, True
+        return self.out
 
 
 class _Hook:

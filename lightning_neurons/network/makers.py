@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_neurons.network.hooked import After, HookedMode
-from lightning_neurons.network.trees import address_of, tensors_in, version_of, weights_of
+from lightning_neurons.network.trees import Weights, address_of, has_weights, tensors_in, version_of, weights_of
 
 Origin = tuple[frozenset[str], frozenset[str]]
 """The nearest layers, and all layers."""
@@ -52,8 +52,8 @@ class Origins(HookedMode):
         found += [self._written.get(address_of(tensor), _NOWHERE) for tensor in tensors]
         return frozenset().union(*(f[0] for f in found)), frozenset().union(*(f[1] for f in found))
 
-    def _made(self, name: str, weights: tuple[int, ...], module: nn.Module, inputs: Any, output: Any) -> None:
-        if weights_of(module) != weights:
+    def _made(self, name: str, weights: Weights, module: nn.Module, inputs: Any, output: Any) -> None:
+        if not has_weights(module, weights):
             return  # it runs with other weights, as another network
         every = self.of(output)[1] | {name}
         for tensor in tensors_in(output):

@@ -5,6 +5,7 @@ monitor of gradients), and parts of it may be checkpointed. The backward of the 
 hook of the user's may hear of it.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -71,6 +72,24 @@ def unhooked(tensor: Any) -> Any:
         made_by, base = tensor.grad_fn, tensor._base
         is_wrapped = made_by is not None and made_by.name() == "BackwardHookFunctionBackward"
         return base if is_wrapped and base is not None and base.shape == tensor.shape else tensor
+
+
+def functions_running() -> int:
+    """How many autograd functions are running; nobody can look into one that differentiates itself."""
+    # What starts them is a function of Python in some versions of torch only; their forward is one in all.
+    functions = (inspect.unwrap(kind.forward) for kind in _subclasses(torch.autograd.Function))
+    forwards = {getattr(function, "__code__", None) for function in functions}
+    frame, found = inspect.currentframe(), 0
+    while frame is not None:
+        found += frame.f_code in forwards
+        frame = frame.f_back
+    return found
+
+
+def _subclasses(kind: Any) -> Iterator[Any]:
+    for one in type.__subclasses__(kind):
+        yield one
+        yield from _subclasses(one)
 
 
 @contextmanager

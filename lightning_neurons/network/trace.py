@@ -7,7 +7,6 @@ numbers. A branch that does not reunite, a residual sum or a concatenation ends 
 although the tensor stays the same object. What becomes of one output is kept in ``course.py``.
 """
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -21,12 +20,12 @@ from lightning_neurons.network.families import LINKS, PASSING, family_of
 from lightning_neurons.network.flow import Flow
 from lightning_neurons.network.hooked import After, Before, HookedMode
 from lightning_neurons.network.layer import Layer, public_name
-from lightning_neurons.network.own_gradients import unhooked
+from lightning_neurons.network.own_gradients import functions_running, unhooked
 from lightning_neurons.network.pieces import Pieces
 from lightning_neurons.network.places import place_behind
 from lightning_neurons.network.spread import spread_behind
 from lightning_neurons.network.steps import COPIES, CREATES, DETACHES, LOOKS, STEPS, Step, operands
-from lightning_neurons.network.trees import in_transform, is_plain, tensors_in, unwrapped, weights_of
+from lightning_neurons.network.trees import has_weights, in_transform, is_plain, tensors_in, unwrapped, weights_of
 from lightning_neurons.network.writes import share_memory, target_of_write
 
 _UNUSED = "did not run as a module (unused, or its weights are used by a function)"
@@ -42,10 +41,18 @@ class Trace(HookedMode):
         model: Whose modules give the links their names.
         layers: The layers to follow, by public name.
         fast: See ``HookedMode``.
+        of_others: See ``HookedMode``.
     """
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], fast: Iterable[nn.Module] = ()) -> None:
-        super().__init__(fast)
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, nn.Module],
+        fast: Iterable[nn.Module] = (),
+        *,
+        of_others: bool = False,
+    ) -> None:
+        super().__init__(fast, of_others=of_others)
         self._model, self._layers = model, layers
         self._now: dict[int, tuple[Course, int]] = {}  # id of a tensor -> which value of which call it is
         self._carried: dict[int, tuple[Value, int]] = {}  # id of a tensor -> whose value it carries, inputs per neuron
@@ -101,11 +108,11 @@ class Trace(HookedMode):
             if layer is not None:
                 if layer in self._inside:
                     self._inside.remove(layer)
-                if family is None or in_transform() or weights_of(module) != weights:
+                if family is None or in_transform() or not has_weights(module, weights):
                     return  # with other weights (of ``functional_call``, for example) it is another network
                 self._flow.leaves(layer, output, family.axis)
                 if isinstance(output, Tensor) and is_plain(output):
-                    course = Course(output, family.axis, depth=_depth(), in_model=bool(self._modules))
+                    course = Course(output, family.axis, depth=functions_running(), in_model=bool(self._modules))
                     self._calls.setdefault(layer, []).append(course)
                     self._name(output, course, 0)
                     self._carried[id(output)] = course.values[0], 1
@@ -115,17 +122,23 @@ class Trace(HookedMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        if self.failure is not None:
+            return func(*args, **(kwargs or {}))
+        return self._looked_at(self._follow, func, args, kwargs or {})
+
+    def _follow(
+        self, func: Callable[..., Any], call: Callable[[], Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         if in_transform():  # what goes on in there is not followed, but that it reads a value
             self._read_in_transform((args, kwargs))
-            return func(*args, **kwargs)
+            return call()
         if func in LOOKS:
-            return self._look(func, args, kwargs)
+            return self._look(func, call, args, kwargs)
         given = [unhooked(tensor) for tensor in operands(func, args, kwargs)]
         reads = [self._now.get(id(t)) for t in given]
         target = target_of_write(func, args, kwargs)
         self._copy_before(target, func)
-        out = func(*args, **kwargs)
+        out = call()
         if not self._inside:
             self._flow.passes(func, args, kwargs, out, target)
         made = target if out is None else out
@@ -147,8 +160,10 @@ class Trace(HookedMode):
             if id(tensor) in self._carried:
                 self._carried[id(tensor)][0].foreign = True
 
-    def _look(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        out = func(*args, **kwargs)
+    def _look(
+        self, func: Callable[..., Any], call: Callable[[], Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        out = call()
         if not self._inside:
             self._flow.passes(func, args, kwargs, out, None)
         if func in CREATES:
@@ -192,7 +207,7 @@ class Trace(HookedMode):
             for found in reads:
                 if found is not None:
                     name = getattr(func, "__name__", "a function").strip("_")
-                    found[0].values[found[1]].outside.append(name if _depth() == found[0].depth else HIDDEN)
+                    found[0].values[found[1]].outside.append(name if functions_running() == found[0].depth else HIDDEN)
             self._torn(func, given, reads, made)
             if isinstance(made, Tensor):
                 self._now.pop(id(made), None)
@@ -223,7 +238,7 @@ class Trace(HookedMode):
         course: Course,
     ) -> Value | None:
         """What a call has made, if of the values of one output and of constants alone; else None."""
-        if func not in STEPS or _depth() != course.depth:
+        if func not in STEPS or functions_running() != course.depth:
             return None
         if self._is_over(course) and func not in LINKS:
             return None
@@ -358,24 +373,6 @@ class Trace(HookedMode):
         self._constants.close()
         self._pieces.close()
         self._alive.clear()
-
-
-def _depth() -> int:
-    """How many autograd functions are running; nobody can look into one that differentiates itself."""
-    # What starts them is a function of Python in some versions of torch only; their forward is one in all.
-    functions = (inspect.unwrap(kind.forward) for kind in _subclasses(torch.autograd.Function))
-    forwards = {getattr(function, "__code__", None) for function in functions}
-    frame, found = inspect.currentframe(), 0
-    while frame is not None:
-        found += frame.f_code in forwards
-        frame = frame.f_back
-    return found
-
-
-def _subclasses(kind: Any) -> Iterator[Any]:
-    for one in type.__subclasses__(kind):
-        yield one
-        yield from _subclasses(one)
 
 
 def _pass_on(known: dict[int, Any], source: Tensor, made: Tensor) -> None:

@@ -50,15 +50,30 @@ def address_of(tensor: Tensor) -> int:
     return address or -id(tensor)
 
 
-def weights_of(module: nn.Module) -> tuple[int, ...]:
-    """Which memory a module computes with: another, if it runs with other weights than its own."""
+Weights = tuple[tuple[Tensor, int], ...]
+"""Parameters, and which memory each has."""
+
+
+def weights_of(module: nn.Module) -> Weights:
+    """What a module computes with."""
     owners = module.modules() if module._modules else (module,)
     parameters = [p for owner in owners for p in owner._parameters.values() if p is not None]
     with torch._C.DisableTorchFunction():
         try:
-            return tuple([p.data_ptr() for p in parameters])
+            return tuple([(p, p.data_ptr()) for p in parameters])
         except RuntimeError:  # in a transform, for example
-            return tuple([address_of(p) for p in parameters])
+            return tuple([(p, address_of(p)) for p in parameters])
+
+
+def has_weights(module: nn.Module, weights: Weights) -> bool:
+    """Whether a module computes with the same parameters, or the same memory: otherwise it is another network.
+
+    ``functional_call`` gives it other parameters; ``parameter.data = ...`` gives its own ones other numbers.
+    """
+    now = weights_of(module)
+    if len(now) != len(weights):
+        return False
+    return all(p is q or here == there for (p, here), (q, there) in zip(now, weights, strict=True))
 
 
 def in_transform() -> bool:

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from lightning_neurons.network.gate import gated
 from lightning_neurons.network.hooked import After, HookedMode
 from lightning_neurons.network.layer import Layer, Link
+from lightning_neurons.network.moving import MovingWeights
 from lightning_neurons.network.own_gradients import BACKWARDS, Hook, needs_parameters, retaining, unhooked
-from lightning_neurons.network.steps import COPIES, FORMS, STEPS, operands
-from lightning_neurons.network.trees import is_plain, unheard, weights_of
+from lightning_neurons.network.steps import COPIES, FORMS, LOOKS, STEPS, operands
+from lightning_neurons.network.trees import Weights, has_weights, is_plain, unheard, weights_of
 from lightning_neurons.network.writes import share_memory, target_of_write
 
 Deliver = Callable[[str, Tensor], None]
@@ -48,8 +49,10 @@ class FollowLayers(HookedMode):
         layers: Mapping[str, Layer],
         modules: Mapping[str, nn.Module],
         fast: Iterable[nn.Module] = (),
+        *,
+        of_others: bool = False,
     ) -> None:
-        super().__init__(fast)
+        super().__init__(fast, of_others=of_others)
         self._layers, self._modules = layers, modules
         self._waiting: dict[int, tuple[_Way, int]] = {}  # id of a tensor -> which value it is on which way
         links = [link for name in modules for chain in layers[name].chains for link in chain]
@@ -79,11 +82,11 @@ class FollowLayers(HookedMode):
         """Whether these are numbers of the network that can be taken."""
         return is_plain(value)
 
-    def _layer_hook(self, name: str, weights: tuple[int, ...]) -> After:
+    def _layer_hook(self, name: str, weights: Weights) -> After:
         chains = self._layers[name].chains
 
         def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
-            if not isinstance(output, Tensor) or not self._counts(output) or weights_of(module) != weights:
+            if not isinstance(output, Tensor) or not self._counts(output) or not has_weights(module, weights):
                 return None  # with other weights (of ``functional_call``, for example) it is another network
             if not chains:
                 self.unknown.add(name)
@@ -99,22 +102,26 @@ class FollowLayers(HookedMode):
     ) -> Any:
         kwargs = kwargs or {}
         # This runs for every call and every attribute of a tensor: the common case has to be short.
-        if not self._waiting or func not in self._functions:
+        if not self._waiting or func not in self._functions or self.failure is not None:
             return func(*args, **kwargs)
+        return self._looked_at(self._see, func, args, kwargs)
+
+    def _see(
+        self, func: Callable[..., Any], call: Callable[[], Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """A call may read what is on its way: it is the next step, or a copy, or not what the layer was seen to do."""
         known = [self._waiting.get(id(unhooked(tensor))) for tensor in operands(func, args, kwargs)]
         read = [found for found in known if found is not None]
-        return self._step(func, args, kwargs, read) if read else func(*args, **kwargs)
-
-    def _step(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], read: list[tuple[_Way, int]]
-    ) -> Any:
-        """A call reads what is on its way: it is the next step, or a copy, or not what the layer was seen to do."""
+        if not read:
+            return call()
         way = read[0][0]
-        out = func(*args, **kwargs)
+        out = call()
         if way.next == (STEPS[func], tuple(number for _, number in read)) and all(w is way for w, _ in read):
             return self._went(way, args[0] if out is None else out, has_result=out is not None)
         if func in COPIES:
             self._wait(out, *read[0])
+            return out
+        if func in LOOKS:
             return out
         for way, _ in read:
             self.unknown.add(way.name)
@@ -164,6 +171,7 @@ class WatchActivations(FollowLayers):
         modules: Their modules.
         deliver: Called in the middle of the model's forward; must not change the value.
         fast: See ``HookedMode``.
+        of_others: See ``HookedMode``.
     """
 
     def __init__(
@@ -172,8 +180,10 @@ class WatchActivations(FollowLayers):
         modules: Mapping[str, nn.Module],
         deliver: Deliver,
         fast: Iterable[nn.Module] = (),
+        *,
+        of_others: bool = False,
     ) -> None:
-        super().__init__(layers, modules, fast)
+        super().__init__(layers, modules, fast, of_others=of_others)
         self._deliver = deliver
 
     def _arrive(self, name: str, value: Tensor) -> Tensor:
@@ -207,6 +217,7 @@ class WatchGradients(FollowLayers):
         is_plain: Whether the forward is expected to take no gradients but those by tensors of its own: parameters are
             frozen and backward hooks left out. Else it runs as its author wrote it.
         told: How many activations ``deliver_activation`` knows already, from a forward that was broken off.
+        weights: Is told what may overwrite the model's weights.
 
     Raises:
         StepDifferentiates: In the middle of the forward, if ``is_plain`` turns out to be wrong.
@@ -221,8 +232,10 @@ class WatchGradients(FollowLayers):
         *,
         is_plain: bool = True,
         told: int = 0,
+        weights: MovingWeights | None = None,
     ) -> None:
         super().__init__(layers, modules)
+        self._weights = weights
         self._deliver, self._deliver_activation, self._is_plain = deliver, deliver_activation, is_plain
         self._held: dict[int, tuple[str, Tensor]] = {}
         self._late: dict[int, Tensor] = {}
@@ -246,6 +259,8 @@ class WatchGradients(FollowLayers):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if self._weights is not None:
+            self._weights.before(func, args, kwargs or {})
         if func in BACKWARDS:
             return self._backward_of_its_own(func, args, kwargs or {})
         target = target_of_write(func, args, kwargs or {}) if self._held else None

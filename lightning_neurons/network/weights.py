@@ -1,5 +1,6 @@
 """What criteria may know of a layer: its weights, neuron axis first, and those that read it."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -8,14 +9,13 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_neurons.criteria.contract import LayerTraits
 from lightning_neurons.network.isolate import isolated
-from lightning_neurons.network.layer import Layer, modules_by_name, public_name
+from lightning_neurons.network.layer import Layer, public_name
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
-def traits_of(layer: Layer, model: nn.Module) -> LayerTraits:
-    """Everything that criteria may know of ``layer`` in ``model``."""
-    modules = modules_by_name(model)
+def traits_of(layer: Layer, modules: Mapping[str, nn.Module]) -> LayerTraits:
+    """Everything that criteria may know of ``layer``, one of the ``modules`` of a model by their path."""
     readers = [outgoing_weight(modules[name], spread) for name, spread in layer.readers or ()]
     outgoing = None
     if readers and all(r is not None and len(r) == layer.neurons for r in readers):
@@ -91,7 +91,7 @@ def _weight_of(module: nn.Module | None) -> Any:
         return module.eval().weight
 
 
-def _norm_scale(layer: Layer, modules: dict[str, nn.Module]) -> Tensor | None:
+def _norm_scale(layer: Layer, modules: Mapping[str, nn.Module]) -> Tensor | None:
     for link in layer.chain:
         if link.kind == "norm" and link.module:
             scale = _weight_of(modules.get(public_name(link.module)))

@@ -16,7 +16,7 @@ from lightning_neurons.metrics.histogram import BINS, HIGHEST, LOWEST
 from lightning_neurons.metrics.room import require_room
 from lightning_neurons.metrics.streaming import StreamingCriteria
 from lightning_neurons.network.families import widths_of
-from lightning_neurons.network.layer import Layer, Pattern, candidates, require_materialized
+from lightning_neurons.network.layer import Layer, Pattern, candidates, modules_by_name, require_materialized
 from lightning_neurons.network.samples import samples_first
 from lightning_neurons.network.weights import traits_of
 from lightning_neurons.results.neuron_report import LayerCounts, NeuronReport
@@ -50,7 +50,7 @@ class Measurement:
     ) -> None:
         self.model, self.criteria, self.per_class = model, tuple(criteria), per_class
         self.chosen = layers
-        self.modules = candidates(model, layers)
+        self.modules, self._named = candidates(model, layers), modules_by_name(model)
         require_materialized(model)
         self.layers: dict[str, Layer] = {}
         self._forms: dict[str, tuple[int, bool, tuple[float, float] | None, int | None]] = {}
@@ -90,7 +90,7 @@ class Measurement:
         """Take note of the layers' activation points."""
         for name, layer in layers.items():
             if layer.calls and not (name in self.layers and self.layers[name].calls):
-                self.metric.describe(traits_of(layer, self.model), calls=layer.calls)
+                self.metric.describe(traits_of(layer, self._named), calls=layer.calls)
             if layer.calls or name not in self.layers:
                 self.layers[name] = layer
                 self._forms[name] = layer.axis, layer.rectified, layer.bounds, layer.rows_per_sample
@@ -135,7 +135,7 @@ class Measurement:
     ) -> NeuronReport:
         """Turn the sums into results, on the CPU; the report takes them over, so nothing can be added afterwards."""
         if not all(c.statistics for c in self.criteria):  # weights may have been exchanged since
-            self.metric.traits |= {n: traits_of(self.layers[n], self.model) for n in self.metric.traits}
+            self.metric.traits |= {n: traits_of(self.layers[n], self._named) for n in self.metric.traits}
         self.metric.cpu()
         kinds = {c.name: c.kind for c in self.criteria}
         computed = {name: by_layer for name, by_layer in self.metric.scores().items() if name in kinds}

@@ -1,7 +1,7 @@
 """The passes over the data that measurements share: one watched forward, one backward to the activations."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
@@ -17,6 +17,7 @@ from lightning_neurons.network.fastpath import fast_modules
 from lightning_neurons.network.hooked import HookedMode
 from lightning_neurons.network.isolate import differentiable, eager, frozen
 from lightning_neurons.network.layer import Layer, candidates
+from lightning_neurons.network.moving import MovingWeights
 from lightning_neurons.network.own_gradients import backward_hooks, direct_checkpoints, kept_gradients
 from lightning_neurons.network.samples import is_ambiguous
 from lightning_neurons.network.trace import Trace
@@ -75,11 +76,14 @@ class Passes:
 
     def __init__(self, model: nn.Module, receivers: Sequence[Receiver], known: Known | None = None) -> None:
         self.model = model
+        self._modules = candidates(model)  # the forward may hang modules elsewhere; each keeps its name
         self.receivers: list[Receiver] = []
-        self.known: Known | None = known if known is not None and known.form == _form_of(model) else None
+        self.known: Known | None = known if known is not None and known.form == _form_of(self._modules) else None
         """None makes the next forward be traced."""
         self._learnt: Mapping[str, Layer] = self.known.layers if self.known else {}
         self._is_plain = True  # until the forward takes gradients of its own that need its parameters
+        self.weights_move = False
+        """Whether the forward exchanges weights while it runs."""
         self.needs_gradients = False
         """Whether the forward runs only where gradients are on, as it takes some of its own."""
         for receiver in receivers:
@@ -107,13 +111,15 @@ class Passes:
         """
         fast = self._fast if of_others else ()
         if self.known is not None:
-            watch = WatchActivations(self.known.layers, _modules(self.receivers), self._activation, fast)
+            watch = WatchActivations(
+                self.known.layers, _modules(self.receivers), self._activation, fast, of_others=of_others
+            )
             with eager(), watch:
                 yield
             _check(watch)
             self._forget(watch.unknown)
             return
-        trace = Trace(self.model, candidates(self.model), fast)
+        trace = Trace(self.model, self._modules, fast, of_others=of_others)
         try:
             with eager(), trace:
                 yield
@@ -149,25 +155,38 @@ class Passes:
             batch = normal_tensors(batch)
             if self.known is None or self.known.ambiguous:
                 self.find(loss_of, batch)
-            listening, told = self.receivers if receivers is None else receivers, 0
-            if self._is_plain:
-                watch = self._watch(listening, need, observe=observe)
-                try:
-                    with frozen(self.model):
-                        loss = self._forward(watch, loss_of, batch)
-                except (Exception, StepDifferentiates):  # noqa: BLE001 (a step may find no parameter to differentiate by)
-                    told, loss = watch.told, None
-                if loss is not None:
+            listening = self.receivers if receivers is None else receivers
+            is_plain, moves, told = self._is_plain, self.weights_move, 0
+            while True:  # at most three ways, of which the first is nearly always good
+                weights = MovingWeights(self.model)
+                watch = self._watch(listening, need, weights, observe=observe, is_plain=is_plain, told=told)
+                with ExitStack() as stack:
+                    if not is_plain:
+                        stack.enter_context(kept_gradients(self.model))
+                    try:
+                        with frozen(self.model) if is_plain else nullcontext():
+                            loss = self._forward(watch, loss_of, batch, weights.keeping() if moves else nullcontext())
+                    except (Exception, StepDifferentiates):
+                        if not is_plain:
+                            raise
+                        is_plain, told = False, watch.told  # a step may find no parameter to differentiate by
+                        continue
+                    if weights.have_moved and not moves:
+                        moves, told = True, watch.told
+                        continue
+                    self._is_plain, self.weights_move = is_plain, moves
                     self._backward(watch, loss)
-                    return
-            with kept_gradients(self.model):
-                watch = self._watch(listening, need, observe=observe, is_plain=False, told=told)
-                loss = self._forward(watch, loss_of, batch)
-                self._is_plain = False
-            self._backward(watch, loss)
+                return
 
     def _watch(
-        self, listening: Sequence[Receiver], need: Need, *, observe: bool, is_plain: bool = True, told: int = 0
+        self,
+        listening: Sequence[Receiver],
+        need: Need,
+        weights: MovingWeights,
+        *,
+        observe: bool,
+        is_plain: bool,
+        told: int,
     ) -> WatchGradients:
         assert self.known is not None, "just found"
         return WatchGradients(
@@ -177,10 +196,17 @@ class Passes:
             (lambda name, activation: _tell(listening, name, activation, None, "activation")) if observe else None,
             is_plain=is_plain,
             told=told,
+            weights=weights,
         )
 
-    def _forward(self, watch: WatchGradients, loss_of: Callable[[Any], Tensor], batch: Any) -> Tensor:
-        with torch.enable_grad(), backward_hooks(watch.choose_hooks), watch:
+    def _forward(
+        self,
+        watch: WatchGradients,
+        loss_of: Callable[[Any], Tensor],
+        batch: Any,
+        keeping: AbstractContextManager[None],
+    ) -> Tensor:
+        with torch.enable_grad(), backward_hooks(watch.choose_hooks), keeping, watch:
             loss = loss_of(batch)
         self._forget(watch.unknown)
         return loss
@@ -231,7 +257,7 @@ class Passes:
                     return
 
     def _trace(self, forward: Callable[[Any], Any], batch: Any, samples: int | None, gradients: bool) -> None:
-        trace = Trace(self.model, candidates(self.model))
+        trace = Trace(self.model, self._modules)
         try:
             with torch.set_grad_enabled(gradients), eager(), trace:
                 forward(batch)
@@ -251,7 +277,7 @@ class Passes:
             layers[name] = before[name] if not layer.calls and name in before else seen
         sizes = (v.numel() * v.element_size() // v.shape[0] for v in finals.values() if v.ndim and v.shape[0])
         unclear = (v.ndim > 2 and is_ambiguous(v, layers[name].axis, v.shape[1]) for name, v in finals.items())
-        self.known = Known(_form_of(self.model), layers, max(sizes, default=0), few is None and any(unclear))
+        self.known = Known(_form_of(self._modules), layers, max(sizes, default=0), few is None and any(unclear))
         self._learnt = layers
         for receiver in self.receivers:
             receiver.learn({name: layers[name] for name in receiver.modules})
@@ -268,13 +294,11 @@ class Passes:
 def _check(mode: HookedMode) -> None:
     if mode.failure is not None:
         error = mode.failure
-        raise MeasurementError(
-            f"a module with a fast path could not be run again to be watched ({type(error).__name__}: {error})"
-        ) from error
+        raise MeasurementError(f"the forward could not be watched ({type(error).__name__}: {error})") from error
 
 
-def _form_of(model: nn.Module) -> tuple[tuple[str, int, int], ...]:
-    families = ((name, module, family_of(module)) for name, module in candidates(model).items())
+def _form_of(modules: Mapping[str, nn.Module]) -> tuple[tuple[str, int, int], ...]:
+    families = ((name, module, family_of(module)) for name, module in modules.items())
     return tuple((name, id(module), family.neurons(module)) for name, module, family in families if family)
 
 

@@ -1,7 +1,9 @@
 """Whatever fails while a report is made, after training has begun, costs that epoch's measurement and nothing else."""
 
 import importlib
+from functools import cache
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -72,6 +74,65 @@ def test_training_goes_on_and_the_next_epoch_is_measured(place, monkeypatch):
     assert trainer not in _SESSIONS or not _SESSIONS[trainer], "nothing is going on any more"
     for mine, theirs in zip(trainer.model.parameters(), plain.model.parameters(), strict=True):
         assert torch.equal(mine, theirs)
+
+
+WATCHING = [
+    "studies.passes:Passes._activation", "studies.passes:_tell", "network.watch:operands", "network.watch:is_plain",
+    "network.watch:WatchActivations._arrive", "network.watch:FollowLayers._went", "network.trace:tensors_in",
+    "network.trace:operands", "network.trace:target_of_write", "network.trace:Trace._see", "network.trace:Trace._ends",
+    "network.course:Course.add", "network.flow:Flow.leaves", "network.hooked:may_be_fast", "network.hooked:isolated",
+    "callbacks.validated:_copies",
+]  # fmt: skip
+
+
+class Encoded(Plain):
+    """Has a module with a fast path, and weights that somebody may exchange around each batch."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        encoder = nn.TransformerEncoderLayer(6, 2, 8, batch_first=True, dropout=0.0)
+        super().__init__(
+            nn.Sequential(nn.Flatten(1, 2), encoder, nn.Flatten(), nn.Linear(36, 4), nn.ReLU(), nn.Linear(4, 3))
+        )
+
+    def on_validation_batch_start(self, *_: Any) -> None:
+        """Nothing, but nobody can know."""
+
+
+@cache
+def encoded_alone() -> Any:
+    return fit(Encoded(), max_epochs=2, train=loader(16), val=loader(8))
+
+
+@pytest.mark.parametrize("place", WATCHING)
+@pytest.mark.filterwarnings("ignore:.*nothing has been measured.*")
+def test_a_fault_in_watching_is_not_noticed_by_the_step_that_is_watched(place, monkeypatch):
+    where, name = place.split(":")
+    owner = importlib.import_module(f"lightning_neurons.{where}")
+    *outer, last = name.split(".")
+    owner = getattr(owner, outer[0]) if outer else owner
+    plain, broken = encoded_alone(), Mock(side_effect=LookupError("a fault of ours"))
+    monkeypatch.setattr(owner, last, broken)
+    callback = NeuronSensitivityCallback(max_figures=0)
+    with pytest.warns(UserWarning, match="measured"):
+        trainer = fit(Encoded(), [callback], max_epochs=2, train=loader(16), val=loader(8))
+    assert broken.called
+    assert torch.equal(trainer.callback_metrics["val_loss"], plain.callback_metrics["val_loss"])
+    for mine, theirs in zip(trainer.model.parameters(), plain.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_an_error_of_the_step_that_is_watched_is_the_users(monkeypatch):
+    class Fails(Plain):
+        def validation_step(self, batch: Any, batch_idx: int) -> Any:
+            with pytest.raises(RuntimeError, match="shape"):
+                torch.relu(self.net[1](batch[0].flatten(1))).reshape(-1, 7)
+            return super().validation_step(batch, batch_idx)
+
+    module, callback = small(), NeuronSensitivityCallback(max_figures=0)
+    module.__class__ = Fails
+    fit(module, [callback])
+    assert callback.report.counts["net.1"].samples.min() > 0
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])

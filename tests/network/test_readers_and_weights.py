@@ -6,6 +6,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from lightning_neurons import find_neurons
+from lightning_neurons.network.layer import modules_by_name
 from lightning_neurons.network.weights import incoming_weight, outgoing_weight, traits_of
 from tests.models import ConvNet, ResidualNet, pictures
 
@@ -57,7 +58,7 @@ def test_several_layers_may_read_the_same_neurons():
     stem = find_neurons(net, torch.randn(2, 3, 8, 8))[0]
     assert stem.readers == (("left", 1), ("right", 1))
     expected = [torch.cat([net.left.weight[:, i].flatten(), net.right.weight[:, i].flatten()]) for i in range(4)]
-    assert torch.equal(sorted_rows(traits_of(stem, net).outgoing), sorted_rows(torch.stack(expected)))
+    assert torch.equal(sorted_rows(traits_of(stem, modules_by_name(net)).outgoing), sorted_rows(torch.stack(expected)))
 
 
 def sorted_rows(weights: Tensor) -> Tensor:
@@ -121,7 +122,7 @@ def test_weights_behind_a_flattened_picture_are_those_of_the_neurons_own_positio
     conv2 = find_neurons(net, pictures()[0])[1]
     assert conv2.readers == (("fc1", 16),)
     expected = [net.fc1.weight[:, 16 * c : 16 * (c + 1)].flatten() for c in range(5)]
-    assert torch.equal(sorted_rows(traits_of(conv2, net).outgoing), sorted_rows(torch.stack(expected)))
+    assert torch.equal(sorted_rows(traits_of(conv2, modules_by_name(net)).outgoing), sorted_rows(torch.stack(expected)))
 
 
 @pytest.mark.parametrize("tokens", [3, 4])
@@ -130,7 +131,7 @@ def test_flattened_tokens_never_give_a_neuron_the_weights_of_others(tokens):
     net = nn.Sequential(nn.Linear(2, width), nn.ReLU(), nn.Flatten(), nn.Linear(tokens * width, 5))
     first = find_neurons(net, torch.randn(2, tokens, 2))[0]
     right = torch.stack([net[3].weight[:, d::width].flatten() for d in range(width)])
-    outgoing = traits_of(first, net).outgoing
+    outgoing = traits_of(first, modules_by_name(net)).outgoing
     assert outgoing is None or torch.equal(sorted_rows(outgoing), sorted_rows(right))
     assert first.readers in {None, (("3", tokens),)}
 
@@ -152,7 +153,7 @@ def test_the_norms_scale_is_found_behind_the_layer_and_nowhere_else():
     net = nn.Sequential(
         nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2), nn.LayerNorm(2), nn.Linear(2, 2)
     )
-    first, second, third = (traits_of(layer, net) for layer in find_neurons(net, torch.randn(5, 3)))
+    first, second, third = (traits_of(layer, modules_by_name(net)) for layer in find_neurons(net, torch.randn(5, 3)))
     assert torch.equal(first.norm_scale, net[1].weight)
     assert torch.equal(second.norm_scale, net[4].weight)
     assert third.norm_scale is None
@@ -172,7 +173,7 @@ def test_to_look_at_a_weight_that_is_computed_at_every_reading_changes_nothing(c
         nn.utils.parametrizations.spectral_norm(net[0])
     net.train()
     random, state = torch.get_rng_state(), {name: value.clone() for name, value in net.state_dict().items()}
-    incoming = traits_of(layer, net).incoming
+    incoming = traits_of(layer, modules_by_name(net)).incoming
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
     assert all(part.training for part in net[0].modules())
