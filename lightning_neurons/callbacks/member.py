@@ -71,6 +71,11 @@ class Member:
         except Exception as error:  # noqa: BLE001 (an observer must not stop what it observes)
             self.failure = error
 
+    def add_note(self, note: str) -> None:
+        """Say something in the report, once."""
+        if note and note not in self.notes:
+            self.notes.append(note)
+
     def forget(self) -> None:
         """Let go of what went wrong: its traceback holds frames that hold this member."""
         self.failure = self.lost = None

@@ -53,6 +53,11 @@ class StepReplay:
         self.logged: dict[str, Any] = {}
         self._finder = LossFinder(by_sample=by_sample)
 
+    @property
+    def doubt(self) -> str:
+        """In words, which of several losses of the step was taken, where that is not clear; else empty."""
+        return self._finder.doubt
+
     @contextmanager
     def isolated(self) -> Iterator[None]:
         """Inside, the module may be run at will, in evaluation mode; afterwards it is as it was."""

@@ -215,6 +215,10 @@ class Session:
                     self._one_part(group, replay, loss_of, part, seed=1000 * picked.place[0] + number)
 
         gradients_together(group, run, all_rests_on_it=self.source == "train")
+        for member in group:
+            member.add_note(replay.doubt)
+            if self.passes.weights_move and not all(c.statistics for c in member.measurement.criteria):
+                member.add_note("the step exchanges weights while it runs: scores of weights are of those it leaves")
 
     def _one_part(
         self, group: list[Member], replay: StepReplay, loss_of: Callable[[Any], Tensor], part: Any, seed: int

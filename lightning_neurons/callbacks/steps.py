@@ -78,9 +78,13 @@ class LossFinder:
 
     Args:
         by_sample: Whether a loss is one number for each sample.
+
+    Attributes:
+        doubt: In words, which of several was taken, where no name tells which is the whole; else empty.
     """
 
     def __init__(self, *, by_sample: bool = False) -> None:
+        self.doubt = ""
         self._by_sample = by_sample
         self._place: int | None = None
 
@@ -91,7 +95,8 @@ class LossFinder:
             out: What the step has returned.
             logged: What it has logged.
         """
-        offered, numbers = [*_named(out), *_named(logged)], [_floats(out), _floats(dict(logged))]
+        named, numbers = [*_named(out), *_named(logged)], [_floats(out), _floats(dict(logged))]
+        offered = [value for _, value in named]
         every = [*offered, *numbers[0], *numbers[1]]
         if not torch.is_grad_enabled():  # nothing is differentiable; where it is not known yet, any will do
             known = every[self._place : self._place + 1] if self._place is not None else []
@@ -108,7 +113,20 @@ class LossFinder:
         if not places:
             return _words(out)
         self._place = places[0]
+        if self._place < len(offered):
+            returned = len(_named(out))
+            together = range(returned) if self._place < returned else range(returned, len(offered))
+            self._doubt([named[place] for place in dict.fromkeys(places) if place in together])
         return _scalar(every[self._place])
+
+    def _doubt(self, found: list[tuple[str, Tensor]]) -> None:
+        (name, taken), *rest = found
+        others = [other for other, value in rest if value is not taken]
+        if others and not _is_plain(name):
+            self.doubt = (
+                f"sensitivity is that of {name}, though {' and '.join(others)} may be parts of the loss as well: give "
+                "the whole the name loss, or pass loss_fn=lambda module, batch: ... that returns it"
+            )
 
     def _fits(self, value: Tensor) -> bool:
         return value.numel() == 1 or self._by_sample
@@ -118,16 +136,16 @@ def _scalar(value: Tensor) -> Tensor:
     return value.reshape(()) if value.numel() == 1 else value
 
 
-def _named(out: Any) -> list[Tensor]:
+def _named(out: Any) -> list[tuple[str, Tensor]]:
     """What is a loss by its place or name, the likeliest first."""
     if isinstance(out, Tensor):
-        return [out] if out.is_floating_point() else []
+        return [("loss", out)] if out.is_floating_point() else []
     entries = dict(out) if isinstance(out, Mapping) else getattr(out, "__dict__", {})
     if not isinstance(out, Mapping) and "loss" not in entries and hasattr(out, "loss"):
         entries = {"loss": out.loss}  # a named tuple, or slots
     names = sorted((name for name in entries if "loss" in str(name).lower()), key=lambda name: not _is_plain(name))
-    found = (entries[name] for name in names)
-    return [value for value in found if isinstance(value, Tensor) and value.is_floating_point()]
+    found = ((str(name), entries[name]) for name in names)
+    return [(name, value) for name, value in found if isinstance(value, Tensor) and value.is_floating_point()]
 
 
 def _is_plain(name: Any) -> bool:

@@ -153,9 +153,9 @@ class Passes:
         """
         with differentiable(), direct_checkpoints():
             batch = normal_tensors(batch)
-            if self.known is None or self.known.ambiguous:
-                self.find(loss_of, batch)
             listening = self.receivers if receivers is None else receivers
+            if self.known is None or self.known.ambiguous or not self._have_run(listening):
+                self.find(loss_of, batch)
             is_plain, moves, told = self._is_plain, self.weights_move, 0
             while True:  # at most three ways, of which the first is nearly always good
                 weights = MovingWeights(self.model)
@@ -177,6 +177,10 @@ class Passes:
                     self._is_plain, self.weights_move = is_plain, moves
                     self._backward(watch, loss)
                 return
+
+    def _have_run(self, listening: Sequence[Receiver]) -> bool:
+        """Whether any of their layers has been seen: a forward that was watched need not run what the loss does."""
+        return self.known is not None and any(self.known.layers[name].calls for name in _modules(listening))
 
     def _watch(
         self,

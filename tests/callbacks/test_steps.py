@@ -241,3 +241,54 @@ def test_what_is_not_measured_is_named_with_its_share_of_the_parameters():
     chosen = NeuronSensitivityCallback(layers=["net.out"], max_figures=0)
     trainer_of([chosen]).validate(module, data, verbose=False)
     assert not any("not measured" in note for note in chosen.report.notes)
+
+
+class InParts(Plain):
+    """Returns a loss's parts by name, or logs them."""
+
+    def __init__(self, names: tuple[str, ...], how: str) -> None:
+        super().__init__()
+        self.names, self.how = names, how
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        logits = self(batch[0])
+        losses = [nn.functional.cross_entropy(logits, batch[1]), logits.square().mean()]
+        found = dict(zip(self.names, [*losses, sum(losses)], strict=False))
+        if self.how == "returned":
+            return found
+        return self.log_dict(found)
+
+
+PARTS = [("ce_loss", "kl_loss"), ("kl_loss", "ce_loss"), ("loss_a", "loss_b", "loss_c")]
+WHOLE = [("ce_loss", "kl_loss", "val/loss"), ("loss", "aux_loss"), ("loss_of_all",), ("total_loss", "loss_a")]
+
+
+@pytest.mark.parametrize("how", ["returned", "logged"])
+@pytest.mark.parametrize("names", PARTS + WHOLE)
+def test_which_of_several_losses_was_taken_is_said_where_no_name_tells_the_whole(names, how):
+    torch.manual_seed(0)
+    module, callback = InParts(names, how), NeuronSensitivityCallback(criteria=["taylor"])
+    trainer_of([callback]).validate(module, loader(24, seed=1), verbose=False)
+    said = [note for note in callback.report.notes if note.startswith("sensitivity is that of")]
+    if names in WHOLE:
+        assert said == []
+        return
+    assert f"that of {names[0]}, though {' and '.join(names[1:])} may be" in said[0]
+    assert "loss_fn=" in said[0]
+    first = measure(module, [*loader(24, seed=1)], criteria=["taylor"], loss_fn=lambda m, b: m.loss(b))
+    torch.testing.assert_close(callback.report.scores["taylor"], first.scores["taylor"], rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("returned", [None, torch.ones(())])
+def test_the_training_steps_loss_is_measured_where_validation_does_not_run_the_network(returned):
+    class Elsewhere(Plain):
+        def validation_step(self, batch: Any, batch_idx: int) -> Any:
+            self.log("mean", batch[0].mean())
+            return returned
+
+    module, callback = Elsewhere(), NeuronSensitivityCallback(criteria=["taylor", "mean"], step="training")
+    trainer_of([callback]).validate(module, loader(24, seed=1), verbose=False)
+    expected = measure(module, [*loader(24, seed=1)], criteria=["taylor"], loss_fn=lambda m, b: m.loss(b))
+    torch.testing.assert_close(callback.report.scores["taylor"], expected.scores["taylor"], rtol=1e-4, atol=1e-8)
+    assert callback.report.counts["net.fc1"].gradient_samples.tolist() == [24] * 8
+    assert callback.report.counts["net.fc1"].samples.tolist() == [0] * 8
