@@ -7,6 +7,7 @@ from torch import nn
 
 from lightning_neurons.callbacks.arguments import lightning_errors
 from lightning_neurons.callbacks.checks import name_of
+from lightning_neurons.callbacks.folders import apart
 from lightning_neurons.callbacks.forward import forward_of
 from lightning_neurons.callbacks.outlet import Outlet, keeping_training, numbered, offer
 from lightning_neurons.callbacks.replay import StepReplay
@@ -120,7 +121,7 @@ class ClassNeuronsCallback(SampledStudy):
 
     def _offer(self, trainer: Any, pl_module: Any) -> None:
         assert self.report is not None, "just taken"
-        suffix = numbered(trainer, self, ClassNeuronsCallback)
+        suffix = numbered(trainer, self, ClassNeuronsCallback) + apart(trainer)
         values = {with_suffix(name, suffix): value for name, value in class_scalars(self.report).items()}
         offer(trainer, pl_module, values, f"classes{suffix}")
 
@@ -131,4 +132,4 @@ class ClassNeuronsCallback(SampledStudy):
                 found.save(inside(outlet.folder, f"{name}.json"))
         for logger in outlet.loggers:
             with keeping_training(self, "the study was not written everywhere"):
-                write_classes([logger], found, outlet.step, name)
+                write_classes([logger], found, outlet.step, name + apart(trainer))

@@ -1,8 +1,9 @@
 """Where the files of a run go: a folder that no other run writes to."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
@@ -13,6 +14,12 @@ _OWN = "lightning_neurons"
 
 _CHOSEN: "WeakKeyDictionary[Any, dict[tuple[str, str], Place]]" = WeakKeyDictionary()
 """By Trainer: by what it does and where its runs lie, the folder."""
+
+_FITTED: "WeakSet[Any]" = WeakSet()
+"""The loggers that have seen a fit."""
+
+_BESIDE: "WeakKeyDictionary[Any, dict[tuple[Any, ...], bool]]" = WeakKeyDictionary()
+"""By Trainer: by what it does and with which loggers, whether these are those of another Trainer's fit."""
 
 
 def folder_of(trainer: Any) -> Place | None:
@@ -36,6 +43,30 @@ def folder_of(trainer: Any) -> Place | None:
 def has_fitted(trainer: Any) -> bool:
     """Whether this Trainer evaluates now what it has trained before."""
     return bool(trainer.state.fn != "fit" and trainer.fit_loop.epoch_loop._batches_that_stepped > 0)
+
+
+def is_beside_a_fit(trainer: Any) -> bool:
+    """Whether this Trainer evaluates what another has trained, into the same logger. Call it in all processes."""
+    if trainer.state.fn == "fit":
+        _FITTED.update(trainer.loggers)
+        return False
+    if has_fitted(trainer):
+        return False
+    key = trainer.state.fn.value, *map(id, trainer.loggers)
+    known = _BESIDE.setdefault(trainer, {})
+    if key not in known:  # once, as the first process alone asks later on
+        found = any(logger in _FITTED for logger in trainer.loggers)
+        if not found and trainer.is_global_zero and not trainer.fast_dev_run:
+            with suppress(Exception):  # who finds no folder is told so where it is written to
+                root, parts = _place_of_runs(trainer)
+                found = root is not None and parts is not None and is_there(inside(root, *parts, "history.json"))
+        known[key] = bool(trainer.strategy.broadcast(found, 0))
+    return known[key]
+
+
+def apart(trainer: Any) -> str:
+    """What keeps the series of such an evaluation apart from those of the fit: ``"_test"``, or nothing."""
+    return f"_{trainer.state.fn.value}" if is_beside_a_fit(trainer) else ""
 
 
 def _chosen(trainer: Any) -> Place | None:

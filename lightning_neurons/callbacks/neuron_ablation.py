@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_neurons.callbacks.arguments import Step, lightning_errors
 from lightning_neurons.callbacks.checks import name_of, require_training_step
+from lightning_neurons.callbacks.folders import apart
 from lightning_neurons.callbacks.independence import independence_of
 from lightning_neurons.callbacks.outlet import Outlet, keeping_training, numbered, offer
 from lightning_neurons.callbacks.replay import StepReplay
@@ -171,18 +172,19 @@ class NeuronAblationCallback(SampledStudy):
     def _offer(self, trainer: Any, pl_module: Any) -> None:
         assert self.ablation is not None, "just taken"
         assert self.agreement is not None, "just taken"
-        suffix = numbered(trainer, self, NeuronAblationCallback)
+        suffix = numbered(trainer, self, NeuronAblationCallback) + apart(trainer)
         values = ablation_scalars(self.ablation, self.agreement)
         offer(trainer, pl_module, {with_suffix(n, suffix): v for n, v in values.items()}, f"ablation{suffix}")
 
     def _publish(self, trainer: Any, outlet: Outlet, found: Screening) -> None:
         name = f"ablation{numbered(trainer, self, NeuronAblationCallback)}"
+        group = name + apart(trainer)
         for logger in outlet.loggers:
             with keeping_training(self, "the ablation was not written everywhere"):
-                write_ablation([logger], found.ablation, found.agreement, outlet.step, name)
+                write_ablation([logger], found.ablation, found.agreement, outlet.step, group)
         if outlet.folder is not None:
             with keeping_training(self, "the ablation was not written to the log directory"):
                 found.ablation.save(inside(outlet.folder, f"{name}.json"))
         if can_draw() and can_show(outlet.loggers):
             figure = agreement_scatter(found.report, found.ablation, found.criterion).figure
-            show_figure(outlet.loggers, f"{name}/scatter", figure, outlet.step)
+            show_figure(outlet.loggers, f"{group}/scatter", figure, outlet.step)

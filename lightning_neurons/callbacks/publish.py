@@ -5,7 +5,7 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from lightning_neurons.callbacks.folders import has_fitted
+from lightning_neurons.callbacks.folders import apart, has_fitted
 from lightning_neurons.callbacks.outlet import Outlet, keeping_training, numbered_observer, outlet_of
 from lightning_neurons.report.console import print_report
 from lightning_neurons.report.drawing import can_draw
@@ -54,9 +54,12 @@ def publish(trainer: Any, observer: Any, report: NeuronReport, entry: HistoryEnt
 
 
 def series_suffix(trainer: Any, observer: Any) -> str:
-    """What the groups of an observer's series end with: its number; what a test finds after a fit stays apart."""
+    """What the groups of an observer's series end with: its number; what a test finds after a fit stays apart.
+
+    So does what another Trainer finds, whose steps are not those of the fit. Call it in all processes.
+    """
     number = numbered_observer(trainer, observer)
-    return f"{number}_test" if trainer.testing and has_fitted(trainer) else number
+    return number + ("_test" if trainer.testing and has_fitted(trainer) else apart(trainer))
 
 
 def show(trainer: Any, observer: Any) -> None:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import lightning as L  # noqa: N812
 import pytest
@@ -19,6 +20,7 @@ from lightning_neurons import (
     NeuronSensitivityCallback,
 )
 from lightning_neurons.report.layout import LAYOUT
+from lightning_neurons.report.tags import kind_of
 from tests.callbacks.modules import MemoryLogger, OldNamespace, Plain, SeveralLoaders, fit, loader, trainer_of
 
 
@@ -86,6 +88,25 @@ def test_the_x_of_a_test_is_that_of_test_loss_and_its_series_stay_apart_from_tho
     trainer.test(Plain(), loader(12, seed=1), verbose=False)
     assert xs(logger.rows, "neurons/dead_share") == [3, 7]
     assert xs(logger.rows, "neurons_test/dead_share") == xs(logger.rows, "test_loss") == [8]
+
+
+@pytest.mark.parametrize("stage", ["validate", "test"])
+@pytest.mark.parametrize("same_logger", [True, False])
+def test_what_another_trainer_finds_stays_apart_from_the_fit_whose_logger_it_has(stage, same_logger, tmp_path):
+    module, val = Plain(), loader(12, seed=1)
+    logger = TensorBoardLogger(tmp_path, name="", version="run")
+    fit(module, observers(), logger=logger, max_epochs=2, train=loader(), val=val)
+    if not same_logger:
+        logger = TensorBoardLogger(tmp_path, name="", version="run")
+    written = Mock(wraps=logger.log_metrics)
+    logger.log_metrics = written
+    getattr(trainer_of(observers(), logger=logger), stage)(module, val, verbose=False)
+    calls = [call.args[0] if call.args else call.kwargs["metrics"] for call in written.call_args_list]
+    names = {name.split("/")[0] for values in calls for name in values}
+    of_fits = {"neurons", "ablation", "classes"}
+    assert not names & of_fits
+    assert {f"{group}_{stage}" for group in (of_fits if stage == "validate" else {"neurons"})} <= names
+    assert {kind_of(name) for values in calls for name in values if name.startswith("neurons")} == {"scalar"}
 
 
 def test_what_is_found_on_training_data_stands_at_the_last_batch_of_its_epoch_as_what_training_logs_of_it():
