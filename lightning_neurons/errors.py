@@ -58,6 +58,16 @@ class MissingPackageError(ImportError):
     """A package that only this needs is not installed; the message says how to install it."""
 
 
+def in_short(error: BaseException) -> str:
+    r"""An error of somebody else's code in one line.
+
+    Example:
+        >>> in_short(RuntimeError("shapes differ\n  and more"))
+        'RuntimeError: shapes differ'
+    """
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
 def nearest(got: str, known: Collection[str], count: int = 3) -> list[str]:
     """The ``count`` names most like ``got``; a pattern's wildcards are left out of the comparison.
 

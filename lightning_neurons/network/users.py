@@ -28,8 +28,8 @@ class Users:
         """Whether a module, by name, is the user's."""
         package = _package(module)
         if package not in self._known:
-            foreign = package in _FRAMEWORK or package == _OWN
-            self._known[package] = not foreign and (package in self._packages or not _is_installed(package))
+            mine = package in self._packages or not _is_installed(package)
+            self._known[package] = mine and not is_framework(package)
         return self._known[package]
 
     def own(self, kind: type) -> bool:
@@ -48,6 +48,11 @@ class Users:
         apart = _FRAMEWORK | sys.stdlib_module_names | {_OWN}
         gathers = any(callable(getattr(kind, name, None)) for name in ("reset", "partial_fit"))
         return gathers and packages.isdisjoint(apart - {"abc"}) and not issubclass(kind, type)
+
+
+def is_framework(module: str | None) -> bool:
+    """Whether a module, by name, belongs to a framework that models are built on, or to this package."""
+    return _package(module) in _FRAMEWORK | {_OWN}
 
 
 def _package(module: str | None) -> str:

@@ -4,7 +4,6 @@ Layers are given random weights, one after the other from the output down. A map
 them: it shows the picture, not the model.
 """
 
-import copy
 import math
 import warnings
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from lightning_neurons.criteria.agreement import agreement
 from lightning_neurons.errors import ArgumentError, MeasurementError, UnknownNameError, check_seed
+from lightning_neurons.network.copying import copy_of
 from lightning_neurons.network.layer import modules_by_name, public_name
 from lightning_neurons.pictures.aims import logits_of
 from lightning_neurons.pictures.question import Target
@@ -112,7 +112,7 @@ def randomization_check(
 
 def _copied(model: nn.Module) -> nn.Module:
     try:
-        return copy.deepcopy(model)
+        return copy_of(model)
     except Exception as error:
         raise MeasurementError(f"{type(model).__name__} cannot be copied: {type(error).__name__}: {error}") from error
 

@@ -1,6 +1,5 @@
 """What a model is run on to learn its structure: a few samples, and how to call the model with them."""
 
-import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -9,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_neurons.errors import PruningError
+from lightning_neurons.errors import PruningError, in_short
 from lightning_neurons.network.batches import map_tensors
-from lightning_neurons.network.isolate import eager, kept_random_state
+from lightning_neurons.network.copying import copy_of, what_fails
+from lightning_neurons.network.isolate import eager, isolated, kept_random_state
 from lightning_neurons.network.neurons import call
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 @dataclass(frozen=True)
@@ -37,6 +35,22 @@ class Example:
                 torch.cuda.manual_seed_all(0)
             return self.forward(model, map_tensors(self.inputs, Tensor.clone))
 
+    def check(self, model: nn.Module) -> None:
+        """Run a model that has just been cut, and leave no trace: a copy may have run where it does not.
+
+        Raises:
+            PruningError: If it fails.
+        """
+        try:
+            with isolated(model), torch.no_grad():
+                model.eval()
+                self.run(model)
+        except Exception as error:
+            raise PruningError(
+                f"the model fails without the neurons that were to go, although its copy did not ({in_short(error)}); "
+                "everything is as it was"
+            ) from error
+
     def to(self, dtype: torch.dtype) -> "Example":
         """The same with floating-point inputs of another type."""
         return replace(self, inputs=map_tensors(self.inputs, lambda t: t.to(dtype) if t.is_floating_point() else t))
@@ -52,21 +66,14 @@ def twin_of(model: nn.Module, *, shared: bool = False) -> nn.Module:
     Raises:
         PruningError: If the model cannot be copied.
     """
-    # Values that a forward has left behind belong to its graph, and would not let themselves be copied.
-    left = [v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor) and not v.is_leaf]
-    hooks = [vars(m)[name] for m in model.modules() for name in _HOOKS]
     try:
-        with torch.inference_mode(False), torch.no_grad():
-            own: dict[int, Any] = {id(value): value.detach().clone() for value in left}
-            own |= {id(t): t for t in (*model.parameters(), *model.buffers())} if shared else {}
-            try:
-                return copy.deepcopy(model, dict(own)).eval()
-            except (RuntimeError, TypeError):  # what a profiler has hung on the modules cannot be copied either
-                return copy.deepcopy(model, own | {id(hook): type(hook)() for hook in hooks}).eval()
+        return copy_of(model, shared=shared).eval()
     except Exception as error:
+        attribute = what_fails(model)
+        kept = "what cannot be copied, such as a lock or an open file," if attribute is None else attribute
         raise PruningError(
             f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}), so a cut cannot be tried "
-            "before it is made; keep what cannot be copied, such as a lock or an open file, out of its attributes"
+            f"before it is made; keep {kept} out of its attributes"
         ) from error
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lightning_neurons.errors import PruningError
+from lightning_neurons.errors import PruningError, in_short
 from lightning_neurons.network.batches import tensors_of
 from lightning_neurons.network.coupling import Group
 from lightning_neurons.network.layer import modules_by_name
@@ -82,9 +82,9 @@ class Preflight:
         try:
             got = self._outputs(self.example)
         except Exception as error:  # noqa: BLE001
-            first = (str(error).splitlines() or [""])[0]
-            why = f"{type(error).__name__}: {first}"
-            return f"the forward fails without them ({why}): something that is not cut depends on their number"
+            return (
+                f"the forward fails without them ({in_short(error)}): something that is not cut depends on their number"
+            )
         finally:
             operation.roll_back()
         return _compare(expected, got, self.tolerance)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from lightning_neurons.errors import PruningError
+from lightning_neurons.errors import PruningError, in_short
 from lightning_neurons.network.isolate import eager, isolated
 from lightning_neurons.pruning.compensation.calibration import Calibration
 from lightning_neurons.pruning.compensation.compensate import compensate
@@ -101,10 +101,9 @@ def _try_on(model: nn.Module, candidate: Candidate, calibration: Calibration) ->
             try:
                 calibration.run(twin, batch)
             except Exception as error:
-                why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
                 raise PruningError(
-                    f"the cut model fails on batch {number} ({why}): something that the example does not run reads "
-                    "what goes, or the model does not run on the batches at all"
+                    f"the cut model fails on batch {number} ({in_short(error)}): something that the example does not "
+                    "run reads what goes, or the model does not run on the batches at all"
                 ) from error
 
 

@@ -21,9 +21,9 @@ from lightning_neurons.pruning.lossless import without_loss
 from lightning_neurons.pruning.optimizers import checked_optimizers
 from lightning_neurons.pruning.plan import PlanCost, PruningPlan
 from lightning_neurons.pruning.planning import allocations, complete, units_of
-from lightning_neurons.pruning.preparation import Candidate, prepare
+from lightning_neurons.pruning.preparation import Candidate, Prepared, prepare
 from lightning_neurons.pruning.request import check_inputs, check_model, chosen_compensation, kept_batches, wanted
-from lightning_neurons.pruning.structure import discover
+from lightning_neurons.pruning.structure import Structure, discover
 from lightning_neurons.pruning.surgery import cut, cuts_of
 from lightning_neurons.results.neuron_report import NeuronReport
 from lightning_neurons.studies.measure import LossFunction, measure
@@ -129,29 +129,54 @@ def prune(
     check_inputs(example_inputs, kept)
     if loss_fn is not None and not callable(loss_fn):
         raise ArgumentError.of("loss_fn", loss_fn, "a function (model, batch) -> loss")
-    structure = discover(model, Example(example_inputs))
-    calibration = Calibration(kept, _run, _loss(model, kept, loss_fn))
+    example = Example(example_inputs)
+    with isolated(model):  # copies may share with it what their code reaches on other ways
+        structure = discover(model, example)
+        calibration = Calibration(kept, _run, _loss(model, kept, loss_fn))
+        report = None
+        if isinstance(asked, PruningBudget):
+            report = _measured(model, example_inputs, asked, kept, loss_fn)
+        prepared = _prepared(structure, model, asked, calibration, report, how, lossless, reestimate_norms)
+    operation = cut(model, prepared.cuts, optimizers=optimizers, shifts=prepared.shifts)
+    try:
+        example.check(model)
+    except BaseException:
+        operation.roll_back()
+        raise
+    widths = {layer: len(prepared.plan.remaining(layer)) for layer in structure.widths}
+    return PruningReport(prepared.plan, widths, prepared.plan.notes)
+
+
+def _prepared(
+    structure: Structure,
+    model: nn.Module,
+    asked: PruningPlan | PruningBudget,
+    calibration: Calibration,
+    report: NeuronReport | None,
+    how: Compensation,
+    lossless: bool,
+    reestimate_norms: bool,
+) -> Prepared:
+    """What is asked for, tried on copies and made up for."""
+    notes: tuple[str, ...] = ()
     if isinstance(asked, PruningPlan):
         plan = complete(structure, asked)
         candidates = [Candidate(plan, tuple(cuts_of(structure.groups.values(), units_of(structure, plan))))]
-        prepared = prepare(model, candidates, calibration, structure.wiring, how=how, reestimate_norms=reestimate_norms)
     else:
         evidence = gather(model, asked, calibration, structure.wiring, lossless=lossless)
-        report = _measured(model, example_inputs, asked, kept, loss_fn)
         if lossless:
             candidates, notes = lossless_candidates(structure, model, asked, evidence, report)
-            prepared = without_loss(model, candidates, evidence.constants, calibration, structure.wiring)
-        else:
-            scores, notes = score(structure, model, asked, report=report, evidence=evidence)
-            candidates = candidates_of(structure, asked, allocations(structure, asked, scores))
-            _refuse_unmet(asked, candidates)
-            prepared = prepare(
-                model, candidates, calibration, structure.wiring, how=how, reestimate_norms=reestimate_norms
-            )
-        prepared = replace(prepared, plan=replace(prepared.plan, notes=(*prepared.plan.notes, *notes)))
-    cut(model, prepared.cuts, optimizers=optimizers, shifts=prepared.shifts)
-    widths = {layer: len(prepared.plan.remaining(layer)) for layer in structure.widths}
-    return PruningReport(prepared.plan, widths, prepared.plan.notes)
+            found = without_loss(model, candidates, evidence.constants, calibration, structure.wiring)
+            return _noted(found, notes)
+        scores, notes = score(structure, model, asked, report=report, evidence=evidence)
+        candidates = candidates_of(structure, asked, allocations(structure, asked, scores))
+        _refuse_unmet(asked, candidates)
+    options: dict[str, Any] = {"how": how, "reestimate_norms": reestimate_norms}
+    return _noted(prepare(model, candidates, calibration, structure.wiring, **options), notes)
+
+
+def _noted(prepared: Prepared, notes: Sequence[str]) -> Prepared:
+    return replace(prepared, plan=replace(prepared.plan, notes=(*prepared.plan.notes, *notes)))
 
 
 def _run(model: nn.Module, batch: Any) -> Any:

@@ -1,0 +1,136 @@
+"""Copying a model whole: functions that hold parts of it hold those of the copy, and kept values lose their graphs."""
+
+import copy
+import functools
+import types
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_neurons.network.layer import public_name
+from lightning_neurons.network.users import is_framework
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_COLLECTIONS = (list, tuple, set, frozenset, deque)
+_HELD = (*_COLLECTIONS, dict, Tensor, types.FunctionType, types.MethodType, functools.partial)
+"""What a function may hold that another run of it can change; of anything else it keeps the original."""
+_MOST = 200_000  # things; to copy more would not end either
+
+
+def copy_of(model: nn.Module, *, shared: bool = False) -> nn.Module:
+    """A deep copy, on which running leaves no trace in the original.
+
+    Unlike ``copy.deepcopy``, it takes hooks and other functions along that hold a part of the model or a container in
+    their closure or defaults, and values that a forward or a step has left behind, a list of losses for example.
+
+    Args:
+        model: Any module.
+        shared: Whether the copy has the same parameters and buffers, so that only its modules are copied.
+
+    Raises:
+        Exception: What something in it raises that does not let itself be copied.
+
+    Example:
+        >>> net, kept = nn.Linear(2, 3), []
+        >>> _ = net.register_forward_hook(lambda module, inputs, output: kept.append(output))
+        >>> _ = copy_of(net)(torch.zeros(1, 2))
+        >>> len(kept)
+        0
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        own: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())} if shared else {}
+        things = list(_reachable(model))
+        own |= {id(t): t.detach().clone() for t in things if isinstance(t, Tensor) and not t.is_leaf}
+        functions = [thing for thing in things if isinstance(thing, types.FunctionType)]
+        try:
+            return _copy(model, own, functions)
+        except (RuntimeError, TypeError):  # what a profiler has hung on the modules cannot be copied
+            hooks = [vars(m)[name] for m in model.modules() for name in _HOOKS]
+            return _copy(model, own | {id(hook): type(hook)() for hook in hooks}, functions)
+
+
+def what_fails(model: nn.Module) -> str | None:
+    """The attribute of a model that does not let itself be copied, or None."""
+    left = {id(t): t.detach() for t in _reachable(model) if isinstance(t, Tensor) and not t.is_leaf}
+    for path, module in reversed(list(model.named_modules())):
+        for name, value in vars(module).items():
+            if name == "_modules":
+                continue
+            try:
+                with torch.inference_mode(False), torch.no_grad():
+                    copy.deepcopy(value, {**left, id(module): module})
+            except Exception:  # noqa: BLE001 (whatever it is)
+                return public_name(f"{path}.{name}" if path else name)
+    return None
+
+
+def _copy(model: nn.Module, own: Mapping[int, Any], functions: Iterable[types.FunctionType]) -> nn.Module:
+    memo = dict(own)
+    pairs = [(function, _empty(function)) for function in functions]
+    memo |= {id(old): new for old, new in pairs}
+    made = copy.deepcopy(model, memo)
+    for old, new in pairs:
+        for was, now in zip(old.__closure__ or (), new.__closure__ or (), strict=True):
+            if was != types.CellType():
+                now.cell_contents = _held(was.cell_contents, memo)
+        new.__defaults__ = old.__defaults__ and tuple(_held(value, memo) for value in old.__defaults__)
+        new.__kwdefaults__ = old.__kwdefaults__ and {k: _held(v, memo) for k, v in old.__kwdefaults__.items()}
+    return made
+
+
+def _empty(function: types.FunctionType) -> types.FunctionType:
+    """The same function with nothing in its closure yet: what it holds may hold the function."""
+    cells = None if function.__closure__ is None else tuple(types.CellType() for _ in function.__closure__)
+    made = types.FunctionType(function.__code__, function.__globals__, function.__name__, None, cells)
+    made.__qualname__, made.__module__, made.__doc__ = function.__qualname__, function.__module__, function.__doc__
+    vars(made).update(vars(function))
+    return made
+
+
+def _held(value: Any, memo: dict[int, Any]) -> Any:
+    return copy.deepcopy(value, memo) if id(value) in memo or isinstance(value, _HELD) else value
+
+
+def _reachable(model: nn.Module) -> Iterator[Any]:
+    """Tensors, and functions that hold something, as far as a copy goes."""
+    seen: dict[int, Any] = {}  # alive, so that ids stay unique
+    todo: list[Any] = [model]
+    while todo and len(seen) < _MOST:
+        thing = todo.pop()
+        if id(thing) in seen or isinstance(thing, type | types.ModuleType | str | bytes | int | float | None):
+            continue
+        seen[id(thing)] = thing
+        if isinstance(thing, types.FunctionType):
+            if is_framework(thing.__module__) or not (thing.__closure__ or thing.__defaults__ or thing.__kwdefaults__):
+                continue
+            todo += [value for value in _inside_function(thing) if isinstance(value, _HELD)]
+            yield thing
+        elif isinstance(thing, Tensor):
+            yield thing
+        else:
+            todo += _inside(thing)
+
+
+def _inside_function(function: types.FunctionType) -> list[Any]:
+    filled = [cell.cell_contents for cell in function.__closure__ or () if cell != types.CellType()]
+    return [*filled, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+
+
+def _inside(thing: Any) -> list[Any]:
+    if isinstance(thing, Mapping):
+        return list(thing.values())
+    if isinstance(thing, _COLLECTIONS):
+        return list(thing)
+    if isinstance(thing, types.MethodType):
+        return [thing.__self__]
+    if isinstance(thing, functools.partial):
+        return [thing.func, *thing.args, *thing.keywords.values()]
+    if hasattr(type(thing), "__deepcopy__") and not isinstance(thing, nn.Module):
+        return []  # it knows itself what a copy is
+    state = getattr(thing, "__dict__", {})
+    if isinstance(thing, nn.Module) and "_trainer" in state:  # a copy belongs to no Trainer
+        state = {name: value for name, value in state.items() if name != "_trainer"}
+    return list(state.values())

@@ -1,0 +1,68 @@
+"""Random numbers that are the same in two runs of a network whose layers have other widths."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+_DROPOUTS = {
+    f"{name}{end}"
+    for name in ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout")
+    for end in ("", "_")
+} | {"feature_alpha_dropout", "feature_alpha_dropout_"}
+_DRAWS = {
+    "rand", "randn", "rand_like", "randn_like", "normal", "normal_", "uniform_", "bernoulli", "bernoulli_",
+    "exponential_", "log_normal_", "cauchy_", "geometric_", "randint", "randint_like", "randperm", "multinomial",
+}  # fmt: skip
+
+
+class SameDraws(TorchFunctionMode):
+    """Lets two runs of different widths draw the same: dropout drops nothing, and every draw begins with its own seed.
+
+    Args:
+        alike: Draws, by their number in the run, whose shape depends on the widths: one number is drawn for all
+            places, or for all of an entry of the first axis where that is True.
+
+    Attributes:
+        shapes: Of all draws of the run.
+    """
+
+    def __init__(self, alike: Mapping[int, bool]) -> None:
+        super().__init__()
+        self.alike, self.shapes = alike, list[torch.Size]()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        if name in _DROPOUTS:
+            return args[0] if args else kwargs["input"]
+        if name not in _DRAWS:
+            return func(*args, **kwargs)
+        number = len(self.shapes)
+        torch.default_generator.manual_seed(number)
+        if torch.cuda.is_initialized():
+            torch.cuda.manual_seed_all(number)
+        drawn: Tensor = func(*args, **kwargs)
+        self.shapes.append(drawn.shape)
+        if number in self.alike and drawn.numel():
+            with torch.no_grad():
+                first = drawn[:, None] if self.alike[number] else drawn.reshape(1, -1)
+                first = first.reshape(len(first), -1)[:, :1].clone()
+                drawn.copy_(first.reshape(len(first), *[1] * (drawn.ndim - 1)))
+        return drawn
+
+
+def alike_of(shapes: list[torch.Size], others: list[torch.Size]) -> dict[int, bool] | None:
+    """Which draws of two runs differ in shape, and whether the first axis is the same; None if they draw differently.
+
+    Example:
+        >>> alike_of([torch.Size([4, 8]), torch.Size([4])], [torch.Size([4, 6]), torch.Size([4])])
+        {0: True}
+    """
+    if [len(shape) for shape in shapes] != [len(shape) for shape in others]:
+        return None
+    pairs = enumerate(zip(shapes, others, strict=True))
+    return {number: a[:1] == b[:1] and len(a) > 1 for number, (a, b) in pairs if a != b}

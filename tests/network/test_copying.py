@@ -1,0 +1,142 @@
+"""A copy of a model is whole: what its hooks hold, and what a step has left; what cannot be copied is named."""
+
+import functools
+import threading
+from collections import deque
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_neurons import PruningError, describe_structure, prune
+from lightning_neurons.network.copying import copy_of, what_fails
+from tests.models import seeded
+
+
+class Hooked(nn.Module):
+    """A hook keeps a feature where the forward reads it: in a dict, by one of several ways."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.a, self.h, self.g, kept = nn.Linear(4, 8), nn.Linear(8, 2), nn.Linear(8, 2), {}
+        self.kept = kept
+
+        def put(store, module, inputs, output) -> None:
+            store["a"] = output
+
+        hooks = {
+            "closure": lambda module, inputs, output: put(kept, module, inputs, output),
+            "default": lambda module, inputs, output, store=kept: put(store, module, inputs, output),
+            "partial": functools.partial(put, kept),
+            "self": lambda module, inputs, output: put(self.kept, module, inputs, output),
+            "method": self.keep,
+        }
+        self.a.register_forward_hook(hooks[way])
+
+    def keep(self, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        self.kept["a"] = output
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.h(torch.relu(self.a(x))) + self.g(torch.relu(self.kept["a"]))
+
+
+WAYS = ["closure", "default", "partial", "self", "method"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_hook_of_a_copy_writes_into_the_copy(way):
+    net, x = seeded(Hooked, way), torch.ones(3, 4)
+    twin = copy_of(net)
+    with torch.no_grad():
+        twin.a.weight.mul_(2)
+        out = twin(x)
+    assert net.kept == {}
+    assert torch.equal(twin.kept["a"], twin.a(x))
+    assert torch.equal(out, twin.h(torch.relu(twin.a(x))) + twin.g(torch.relu(twin.a(x))))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_layer_whose_feature_a_hook_hands_on_is_cut_exactly_and_nothing_is_left_in_the_model(way):
+    net, x = seeded(Hooked, way, double=True), torch.ones(3, 4).double()
+    describe_structure(net, x)
+    assert net.kept == {}
+    silent = copy_of(net)
+    prune(net, x, {"a": [0, 5]})
+    with torch.no_grad():
+        silent.h.weight[:, [0, 5]], silent.g.weight[:, [0, 5]] = 0, 0
+        assert net.a.out_features == 6
+        assert torch.allclose(net(x), silent(x), rtol=0, atol=1e-12)
+
+
+class Keeping(nn.Module):
+    """Values with graphs lie in containers of several kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        self.outputs, self.last, self.by_name, losses = [], deque(maxlen=2), {"deep": {"losses": []}}, []
+        self.log_loss = lambda loss: losses.append(loss)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.net(x)
+        self.outputs.append((out.sum(), {"x": out}))
+        self.last.append(out)
+        self.by_name["deep"]["losses"].append(out)
+        self.log_loss(out)
+        return out
+
+
+def test_values_with_graphs_in_containers_do_not_stop_a_copy():
+    net, x = seeded(Keeping), torch.ones(3, 4)
+    net(x)
+    twin = copy_of(net)
+    assert torch.equal(twin.outputs[0][0], net.outputs[0][0])
+    assert not twin.outputs[0][0].requires_grad
+    assert twin.outputs[0][1]["x"] is twin.last[0] is twin.by_name["deep"]["losses"][0]
+    assert net.outputs[0][0].grad_fn is not None
+    assert len(prune(net, x, 0.5).plan.neurons["net.0"]) == 4
+    assert len(net.outputs) == 1
+
+
+@pytest.mark.parametrize(
+    ("attribute", "where"), [("net.busy", "net"), ("net.0.busy", "net.0"), ("busy", "")], ids=lambda v: v or "top"
+)
+def test_what_cannot_be_copied_is_named(attribute, where):
+    net = seeded(Keeping)
+    net(torch.ones(3, 4))
+    assert what_fails(net) is None
+    net.get_submodule(where).busy = {"locks": [threading.Lock()]}
+    assert what_fails(net) == attribute
+    with pytest.raises(PruningError, match=rf"keep {attribute} out of its attributes"):
+        prune(net, torch.ones(1, 4), 0.5)
+
+
+WIDTHS = {}
+
+
+class ByIdentity(nn.Module):
+    """It looks its width up by the module itself, which a copy is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+        WIDTHS[id(self.a)] = 8
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.a(x))
+        return self.b(h.view(-1, WIDTHS.get(id(self.a), h.shape[1])))
+
+
+def test_a_cut_with_which_the_model_itself_fails_is_taken_back():
+    net, x = seeded(ByIdentity), torch.ones(3, 4)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
+    net(x).sum().backward()
+    optimizer.step()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    moments = [optimizer.state[p]["momentum_buffer"].clone() for p in net.parameters()]
+    with pytest.raises(PruningError, match=r"although its copy did not \(RuntimeError: shape.*everything is as it was"):
+        prune(net, x, {"a": [0, 5]}, optimizer=optimizer)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    after = [optimizer.state[p]["momentum_buffer"] for p in net.parameters()]
+    assert all(torch.equal(new, old) for new, old in zip(after, moments, strict=True))
+    assert (net.a.out_features, net.b.in_features) == (8, 8)
