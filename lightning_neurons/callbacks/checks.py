@@ -15,10 +15,19 @@ from lightning_neurons.studies.settings import MeasurementSettings
 
 _SHARDED = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAFSDPStrategy"}
 
-NO_VALIDATION = (
-    "the Trainer runs no validation (no validation_step, no validation data, or limit_val_batches=0), so nothing will "
-    'be measured. NeuronSensitivityCallback(source="train") measures on training batches.'
-)
+_EVER = 10**9  # epochs; some packages set a larger period of validation where there is no validation data
+
+
+def why_no_validation(trainer: Any) -> str | None:
+    """Why a Trainer that fits will run no validation, or None if it will."""
+    if not trainer.enable_validation:
+        return "no validation_step, no validation data, or limit_val_batches=0"
+    every, last = trainer.check_val_every_n_epoch or 1, trainer.max_epochs
+    endless = last is None or last == -1
+    if not trainer.fast_dev_run and every > (_EVER if endless else last):
+        period = "never" if every > _EVER else f"every {every} epochs"
+        return f"it would run {period}, and training ends after {last}; pass check_val_every_n_epoch=1"
+    return None
 
 
 def sharding_of(strategy: Any, *more: str) -> str | None:

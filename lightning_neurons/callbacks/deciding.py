@@ -1,23 +1,28 @@
 """What to cut, decided by one process for all, from what all of them have seen."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning_neurons.callbacks.agreement import costing_a_round, in_one_process
+from lightning_neurons.callbacks.following import Found
 from lightning_neurons.callbacks.pruning_settings import PruningSettings
 from lightning_neurons.callbacks.runner import Runner
+from lightning_neurons.callbacks.training_trial import TrainingTrial, failing
+from lightning_neurons.errors import PruningError
 from lightning_neurons.pruning.budget import PruningBudget
 from lightning_neurons.pruning.compensation.calibration import Calibration
 from lightning_neurons.pruning.compensation.repair import Wiring
 from lightning_neurons.pruning.decision import Evidence, candidates_of, gather, lossless_candidates, score
+from lightning_neurons.pruning.followers import joined, shifts_with_followers
 from lightning_neurons.pruning.lossless import without_loss
 from lightning_neurons.pruning.plan import PruningPlan
-from lightning_neurons.pruning.planning import allocations, choose
+from lightning_neurons.pruning.planning import allocations, choose, units_of
 from lightning_neurons.pruning.preparation import Candidate, prepare
 from lightning_neurons.pruning.reach import Dense
 from lightning_neurons.pruning.rounds import Pending, Rounds
 from lightning_neurons.pruning.structure import Structure, discover
+from lightning_neurons.pruning.surgery import Cut, cuts_of
 from lightning_neurons.results.neuron_report import NeuronReport
 
 
@@ -29,11 +34,13 @@ class Survey:
         dense: The model before any cut.
         unprunable: What cannot be cut, with the reason; without the layers that make the output.
         wiring: How its layers follow one another.
+        ways_left: Of running it, those that have not been tried.
     """
 
     dense: Dense
     unprunable: tuple[str, ...]
     wiring: Wiring
+    ways_left: int
 
 
 @dataclass(frozen=True)
@@ -44,11 +51,13 @@ class Verdict:
         vote: What this measurement alone would remove, in original indices.
         candidates: What could go, with plans in original indices; none if it is not time yet.
         notes: What limits the choice.
+        units: By candidate and by root, what goes of each group, in the indices of the model as it is.
     """
 
     vote: dict[str, list[int]]
     candidates: tuple[Candidate, ...]
     notes: tuple[str, ...]
+    units: tuple[dict[str, list[int]], ...] = ()
 
     @property
     def unmet(self) -> list[str]:
@@ -67,15 +76,27 @@ class Decision:
         runner: How to run it; the deciding process has one.
         settings: What the callback was told.
         rounds: What has happened so far.
+        left_whole: By root, groups that training cannot do with fewer neurons of, and why; more may be found.
+        alike: Networks in the module that follow others, which are cut together, or that may.
     """
 
     def __init__(
-        self, trainer: Any, pl_module: Any, runner: Runner | None, settings: PruningSettings, rounds: Rounds
+        self,
+        trainer: Any,
+        pl_module: Any,
+        runner: Runner | None,
+        settings: PruningSettings,
+        rounds: Rounds,
+        left_whole: dict[str, str],
+        alike: Found,
     ) -> None:
         self.trainer, self.pl_module, self.runner = trainer, pl_module, runner
-        self.settings, self.rounds = settings, rounds
+        self.settings, self.rounds, self.left_whole = settings, rounds, left_whole
+        self._alike = alike
         self._structure: Structure | None = None  # of the deciding process
         self.survey: Survey = in_one_process(trainer, self._look)
+        while runner is not None and runner.ways_left > self.survey.ways_left and runner.take_another(pl_module):
+            pass  # all processes run the module in the same way
         self._evidence = Evidence()
 
     def gather(self, budget: PruningBudget, calibration: Calibration) -> None:
@@ -85,21 +106,44 @@ class Decision:
             self._evidence = gather(self.pl_module, budget, calibration, self.survey.wiring, lossless=lossless)
 
     def judge(
-        self, budgets: Sequence[PruningBudget], report: NeuronReport | None, seed: int, *, is_due: bool
+        self,
+        budgets: Sequence[PruningBudget],
+        report: NeuronReport | None,
+        seed: int,
+        *,
+        is_due: bool,
+        trial: TrainingTrial | None = None,
     ) -> Verdict:
-        """Choose what could go now.
+        """Choose what could go now. What training cannot do without is left whole, and the choice made again.
 
         Args:
             budgets: What is due now, and what is due in the end; by that, measurements vote.
             report: The latest measurement, if there is one.
             seed: Of random scores.
             is_due: Whether a round is due; else only the vote counts.
+            trial: Tries training steps in this process.
 
         Raises:
             PruningError: If the deciding process failed, in every process.
         """
-        verdict: Verdict = in_one_process(self.trainer, lambda: self._judge(budgets, report, seed, is_due))
-        return verdict
+        while True:
+            verdict: Verdict = in_one_process(self.trainer, lambda: self._judge(budgets, report, seed, is_due))
+            failed = {} if trial is None else self._failing(verdict, trial)
+            if not failed:
+                return verdict
+            self.left_whole.update(failed)
+
+    def _failing(self, verdict: Verdict, trial: TrainingTrial) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for units in verdict.units:
+
+            def part(roots: Sequence[str], units: Mapping[str, list[int]] = units) -> list[Cut]:
+                assert self._structure is not None, "the deciding process has looked"
+                return cuts_of([self._structure.groups[root] for root in roots], units)
+
+            with costing_a_round(self.trainer):
+                found |= failing(self.trainer, trial, [*units], part)
+        return found
 
     def prepare(self, verdict: Verdict, calibration: Calibration, number: int) -> Pending:
         """Make what is decided ready to be carried out: compensate for it, compare, and take the best.
@@ -121,22 +165,52 @@ class Decision:
                     how=settings.compensation,
                     reestimate_norms=settings.reestimate_norms,
                 )
-        return Pending(number, prepared.plan, prepared.cuts, prepared.shifts, self.trainer.current_epoch)
+        shifts = shifts_with_followers(prepared.shifts, self._alike.followers, {*wiring.calls})
+        compensated = {name.rpartition(".")[0] for name in shifts.keys() - prepared.shifts.keys()}
+        silent = {f"{path} is not compensated: it did not run" for path in compensated}
+        plan = replace(prepared.plan, notes=tuple(note for note in prepared.plan.notes if note not in silent))
+        return Pending(number, plan, prepared.cuts, shifts, self.trainer.current_epoch)
 
     def _look(self) -> Survey:
         assert self.runner is not None, "the first process has had a batch"
-        self._structure = structure = discover(self.pl_module, self.runner.example)
+        self._structure = joined(self._discover(self.runner), self._alike.followers)
+        structure = self._without_left_whole()
         found, ignored = [], self.settings.budget.ignores(list(structure.widths))
         for root, reason in structure.refused.items():
             layers = structure.groups[root].layers
             if not {*layers} & {*structure.coupling.ends, *ignored}:
                 found.append(f"{root}: {reason}")
-        unseen = (f"{name}: {reason}" for name, reason in structure.unseen.items())
-        return Survey(self.rounds.dense or Dense.of(structure), (*found, *unseen), structure.wiring)
+        unseen = (
+            f"{name}: {reason}"
+            for name, reason in structure.unseen.items()
+            if not any(_is_in(name, path) for path in self._alike.untrained)
+        )
+        return Survey(
+            self.rounds.dense or Dense.of(structure), (*found, *unseen), structure.wiring, self.runner.ways_left
+        )
+
+    def _discover(self, runner: Runner) -> Structure:
+        """The module's structure, in the first way of running it in which it can be followed."""
+        try:
+            return discover(self.pl_module, runner.example)
+        except PruningError as error:
+            while runner.take_another(self.pl_module):
+                try:
+                    return discover(self.pl_module, runner.example)
+                except PruningError:
+                    continue
+            raise error
+
+    def _without_left_whole(self) -> Structure:
+        structure = self._structure
+        assert structure is not None, "the deciding process has looked"
+        known = {root: reason for root, reason in self.left_whole.items() if root in structure.groups}
+        for path, reason in self._alike.unclear.items():
+            known |= {root: reason for root, g in structure.groups.items() if any(_is_in(n, path) for n in g.layers)}
+        return replace(structure, refused={**known, **structure.refused})
 
     def _judge(self, budgets: Sequence[PruningBudget], report: NeuronReport | None, seed: int, is_due: bool) -> Verdict:
-        structure, dense, patience = self._structure, self.survey.dense, self.settings.patience
-        assert structure is not None, "the deciding process has looked"
+        structure, dense, patience = self._without_left_whole(), self.survey.dense, self.settings.patience
         budget, final = budgets[0], budgets[-1]
         if patience > 1:  # measurements are compared neuron by neuron
             budget = replace(budget, scope=budget.scopes[0])
@@ -155,5 +229,10 @@ class Decision:
             found, _ = lossless_candidates(structure, self.pl_module, budget, self._evidence, report, **options)
         else:
             found = candidates_of(structure, budget, choices, earlier)
+        units = tuple(units_of(structure, one.plan) for one in found)
         lifted = (replace(one, plan=replace(one.plan.lifted(before), notes=(*one.plan.notes, *notes))) for one in found)
-        return Verdict(vote, tuple(lifted), (*found[0].plan.notes, *notes))
+        return Verdict(vote, tuple(lifted), (*found[0].plan.notes, *notes), units)
+
+
+def _is_in(path: str, network: str) -> bool:
+    return f"{path}.".startswith(f"{network}.")

@@ -112,8 +112,11 @@ class NeuronObserver(EitherCallback):
             checks.check_room(who, pl_module, self.settings, trainer.strategy.root_device)
         if self.step == "training":
             checks.require_training_step(who, pl_module)
-        if stage == "fit" and self.source == "val" and not trainer.enable_validation:
-            self._warn(checks.NO_VALIDATION)
+        if stage == "fit" and self.source == "val" and (why := checks.why_no_validation(trainer)) is not None:
+            self._warn(
+                f"the Trainer runs no validation ({why}), so nothing will be measured. "
+                'NeuronSensitivityCallback(source="train") measures on training batches.'
+            )
         if stage == "fit" and self.source == "train" and self.loss_fn is None and self.step == "validation":
             checks.require_validation_step(who, pl_module)
 

@@ -5,6 +5,7 @@ to its weights, and a resumed run goes on as the uninterrupted one would have.
 """
 
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,10 +17,12 @@ from lightning_neurons.callbacks.calibrating import calibration_of
 from lightning_neurons.callbacks.checkpoint import follow_checkpoints, stop_following
 from lightning_neurons.callbacks.cutting import averages_of, carry_out, reset_early_stopping
 from lightning_neurons.callbacks.deciding import Decision, Survey, Verdict
+from lightning_neurons.callbacks.following import Following
 from lightning_neurons.callbacks.monitored import MonitoredObserver
 from lightning_neurons.callbacks.pruning_settings import PruningSettings
 from lightning_neurons.callbacks.publish import publish_rounds
 from lightning_neurons.callbacks.runner import KeptBatches, Runner
+from lightning_neurons.callbacks.training_trial import BATCHES, TrainingTrial
 from lightning_neurons.callbacks.validated import keep_weights, validated_weights
 from lightning_neurons.errors import PruningError
 from lightning_neurons.pruning.budget import PruningBudget
@@ -41,11 +44,14 @@ class NeuronPruner(MonitoredObserver):
         self._seed: int | None = None
         self._runner: Runner | None = None
         self._kept = KeptBatches(0)
+        self._trial: TrainingTrial | None = None
+        self._left_whole: dict[str, str] = {}
+        self._following = Following()
         self._fitted: Any = None  # a weak reference to the module of the last fit
         self._restored = self._validated = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_fitted": None, "_runner": None}  # they belong to a running fit
+        return {**vars(self), "_fitted": None, "_runner": None, "_trial": None}  # they belong to a running fit
 
     @property
     def plan(self) -> PruningPlan:
@@ -59,12 +65,20 @@ class NeuronPruner(MonitoredObserver):
 
     def state_dict(self) -> dict[str, Any]:
         """Rounds, the pending plan and the history, as plain values and tensors."""
-        return {**super().state_dict(), "rounds": self.rounds.state_dict(), "seed": self._seed}
+        return {
+            **super().state_dict(),
+            "rounds": self.rounds.state_dict(),
+            "seed": self._seed,
+            "left_whole": self._left_whole,
+            "followers": self._following.known,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue with the rounds of a checkpoint."""
         super().load_state_dict(state_dict)
         self.rounds, self._seed = Rounds.from_state(state_dict["rounds"]), state_dict["seed"]
+        self._left_whole = dict(state_dict.get("left_whole", {}))
+        self._following.known = dict(state_dict.get("followers", {}))
         self._restored = True
 
     # -- before anything runs
@@ -93,12 +107,22 @@ class NeuronPruner(MonitoredObserver):
         self._fitted, self._restored = weakref.ref(pl_module), False
         if (is_fresh := suitability.is_fresh(type(self).__name__, pl_module, self.rounds)) or not known:
             self._forget(is_fresh)  # what was decided was decided for another module
+        self._following.begin(pl_module)
 
     def _forget(self, is_fresh: bool) -> None:
-        self.rounds = Rounds() if is_fresh else self.rounds
+        self.rounds, self._left_whole = Rounds() if is_fresh else self.rounds, {}
+        self._following = Following()
         self.rounds.pending, self.rounds.votes, self.rounds.undone = None, [], []
 
     # -- measuring
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Keep the first batches of an epoch after which a round may be decided, to try training steps on."""
+        if batch_idx < BATCHES and self._is_near(trainer):
+            if batch_idx == 0 or self._trial is None:
+                self._trial = TrainingTrial(trainer, pl_module)
+            self._trial.add(batch, batch_idx)
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin to measure, if a round is due or near."""
@@ -159,7 +183,7 @@ class NeuronPruner(MonitoredObserver):
 
     def _try(self, trainer: Any, pl_module: Any) -> None:
         self._kept = KeptBatches(0)  # a resumed run must not take these few for a validation
-        decision = Decision(trainer, pl_module, self._runner, self.pruning, self.rounds)
+        decision = self._decision(trainer, pl_module)
         verdict = decision.judge([self.pruning.trial()], None, 0, is_due=False)
         self._note(decision.survey, verdict, fatal=self.pruning.budget.amount is None)
 
@@ -169,18 +193,40 @@ class NeuronPruner(MonitoredObserver):
         if is_due and suitability.is_over(trainer):
             self._warn(f"round {number} of {schedule.rounds} is not made: no epoch follows {trainer.current_epoch}")
             return
-        decision = Decision(trainer, pl_module, self._runner, self.pruning, self.rounds)
+        decision = self._decision(trainer, pl_module)
         calibration = calibration_of(trainer, pl_module, self._runner, self._kept, self.loss_fn)
         budgets = [self._due_budget(number), self.pruning.budget]
         decision.gather(budgets[0], calibration)
-        verdict = decision.judge(budgets, self.report, (self._seed or 0) + self.rounds.number, is_due=is_due)
-        self._note(decision.survey, verdict)
+        seed, known = (self._seed or 0) + self.rounds.number, {*self._left_whole}
+        verdict = decision.judge(budgets, self.report, seed, is_due=is_due, trial=self._working_trial(trainer))
+        new = [f"{root}: {why}" for root, why in self._left_whole.items() if root not in known]
+        self._note(replace(decision.survey, unprunable=(*decision.survey.unprunable, *new)), verdict)
         self.rounds.votes = [*self.rounds.votes, verdict.vote][1 - patience :] if patience > 1 else []
         if not verdict.candidates:
             return
         pending = self.rounds.pending = decision.prepare(verdict, calibration, number)
         if not pending.plan and not any("met already" in note for note in verdict.notes):
             self._warn(f"nothing is cut in round {number}: {'; '.join(pending.plan.notes)}")
+
+    def _decision(self, trainer: Any, pl_module: Any) -> Decision:
+        alike = self._following.look(trainer, pl_module)
+        return Decision(trainer, pl_module, self._runner, self.pruning, self.rounds, self._left_whole, alike)
+
+    def _working_trial(self, trainer: Any) -> TrainingTrial | None:
+        """What tries training steps, if all processes have it and the step runs on a copy."""
+        trial, self._trial = self._trial, None
+        if not trainer.strategy.reduce_boolean_decision(trial is not None and trial.can_try(), all=True):
+            return None
+        assert trial is not None, "every process has it"
+        reason = trial.failure()
+        if trainer.strategy.reduce_boolean_decision(reason is None, all=True):
+            return trial
+        self._warn(
+            f"training_step does not run on a copy of the module ({reason or 'in another process'}), so it is not "
+            "known what only training reads",
+            once="training_step",
+        )
+        return None
 
     def _due_budget(self, number: int) -> PruningBudget:
         """What is due in a round of the schedule."""
@@ -251,5 +297,5 @@ class NeuronPruner(MonitoredObserver):
         for module in (trainer.lightning_module, *averages_of(trainer)):
             if module is not None:  # an exception may come before there is one
                 stop_following(module)
-        self._runner, self._kept = None, KeptBatches(0)
+        self._runner, self._trial, self._kept = None, None, KeptBatches(0)
         super()._drop(trainer)

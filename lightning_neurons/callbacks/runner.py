@@ -13,6 +13,7 @@ from lightning_neurons.callbacks.replay import StepReplay
 from lightning_neurons.network.batches import batch_size_of, inputs_of, map_tensors, rows_of
 from lightning_neurons.network.isolate import eager, isolated
 from lightning_neurons.network.neurons import call
+from lightning_neurons.pruning.compensation.calibration import Run
 from lightning_neurons.pruning.example import Example
 
 _FEW = 2
@@ -20,6 +21,8 @@ _FEW = 2
 
 class Runner:
     """Runs a module, or a copy of it, by its forward where that takes a batch's inputs, else by its validation step.
+
+    Where its layers cannot be followed in that way, there may be another one: ``take_another``.
 
     Args:
         trainer: The Trainer.
@@ -32,24 +35,40 @@ class Runner:
     """
 
     def __init__(self, trainer: Any, pl_module: Any, example_inputs: Any, batch: Any) -> None:
-        self.trainer, self.by_forward = trainer, True
+        self.trainer = trainer
+        size = batch_size_of(batch)
+        few = rows_of(batch, torch.arange(min(_FEW, size)), size)
+        self._run: Run = self._step
+        self._others: list[tuple[Example, Run]] = [(Example(few, self._step), self._step)]
         given = pl_module.example_input_array if example_inputs is None else example_inputs
         if given is not None:
             given = map_tensors(given, lambda t: t.to(pl_module.device))
-            self.example = Example(trainer.precision_plugin.convert_input(given))
-            self._try(pl_module, self.example, "example_input_array" if example_inputs is None else "example_inputs")
+            self.example, self._run = Example(trainer.precision_plugin.convert_input(given)), _on_inputs
+            self._require(pl_module, "example_input_array" if example_inputs is None else "example_inputs")
             return
-        size = batch_size_of(batch)
-        few = rows_of(batch, torch.arange(min(_FEW, size)), size)
-        self.example = Example(inputs_of(few))
-        if overrides(pl_module, "forward") and self._runs(pl_module, self.example) is None:
-            return
-        self.by_forward, self.example = False, Example(few, self._step)
-        self._try(pl_module, self.example, "validation_step")
+        if overrides(pl_module, "forward"):
+            self._others = [(Example(inputs_of(few)), _on_inputs), *self._others, (Example(few), call)]
+        if not self.take_another(pl_module):
+            self.example = Example(few, self._step)
+            self._require(pl_module, "validation_step")
 
     def __call__(self, module: nn.Module, batch: Any) -> Any:
         """Run a module on a whole batch."""
-        return call(module, inputs_of(batch)) if self.by_forward else self._step(module, batch)
+        return self._run(module, batch)
+
+    @property
+    def ways_left(self) -> int:
+        """Ways of running the module that have not been tried."""
+        return len(self._others)
+
+    def take_another(self, pl_module: Any) -> bool:
+        """Run the module in the next way in which it runs; False if none is left, and nothing has changed."""
+        while self._others:
+            example, run = self._others.pop(0)
+            if self._failure(pl_module, example) is None:
+                self.example, self._run = example, run
+                return True
+        return False
 
     def _step(self, module: Any, batch: Any) -> Any:
         """What the validation step returns and logs; on a module of which nobody minds what is set in it."""
@@ -61,7 +80,7 @@ class Runner:
         out = StepReplay(self.trainer, module, "validation_step", None).run(batch)
         return [out, [value for value in logged.values() if isinstance(value, Tensor)]]
 
-    def _runs(self, pl_module: Any, example: Example) -> Exception | None:
+    def _failure(self, pl_module: Any, example: Example) -> Exception | None:
         try:
             with isolated(pl_module), torch.no_grad():
                 pl_module.eval()
@@ -70,13 +89,17 @@ class Runner:
             return error
         return None
 
-    def _try(self, pl_module: Any, example: Example, name: str) -> None:
-        error = self._runs(pl_module, example)
+    def _require(self, pl_module: Any, name: str) -> None:
+        error = self._failure(pl_module, self.example)
         if error is not None:
             raise MisconfigurationException(
                 f"{type(pl_module).__name__} does not run on {name} ({type(error).__name__}: {error}); pass "
                 "example_inputs= that its forward takes: a tensor, a tuple of arguments or a dict of keyword arguments"
             ) from error
+
+
+def _on_inputs(module: nn.Module, batch: Any) -> Any:
+    return call(module, inputs_of(batch))
 
 
 class KeptBatches:

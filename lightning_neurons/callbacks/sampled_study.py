@@ -63,8 +63,8 @@ class SampledStudy(EitherCallback):
         checks.refuse_sharded(who, trainer.strategy)
         if not checks.overrides(pl_module, "configure_model"):
             checks.check_layers(who, pl_module, self.layers)
-        if stage == "fit" and not trainer.enable_validation:
-            self._warn("the Trainer runs no validation, so nothing will be measured")
+        if stage == "fit" and (why := checks.why_no_validation(trainer)) is not None:
+            self._warn(f"the Trainer runs no validation ({why}), so nothing will be measured")
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin to keep samples, if a study is due."""

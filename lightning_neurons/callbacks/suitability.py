@@ -6,7 +6,7 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_neurons.callbacks.arguments import lightning_errors
-from lightning_neurons.callbacks.checks import overrides, sharding_of
+from lightning_neurons.callbacks.checks import overrides, sharding_of, why_no_validation
 from lightning_neurons.errors import UnknownNameError
 from lightning_neurons.network.layer import candidates, widths_of
 from lightning_neurons.pruning.budget import PruningBudget
@@ -47,10 +47,10 @@ def refuse_run(who: str, trainer: Any, pl_module: Any, start_epoch: int | None, 
     Raises:
         MisconfigurationException: Saying what is missing.
     """
-    if not trainer.enable_validation:
+    if (why := why_no_validation(trainer)) is not None:
         raise MisconfigurationException(
-            f"{who} measures and decides on validation data, and this Trainer runs no validation (no "
-            "validation_step, no validation data, or limit_val_batches=0); prune() works without."
+            f"{who} measures and decides on validation data, and this Trainer runs no validation ({why}); prune() "
+            "works without."
         )
     if getattr(pl_module, "_compiler_ctx", None) is not None:
         raise MisconfigurationException(

@@ -42,17 +42,33 @@ class SameDraws(TorchFunctionMode):
         if name not in _DRAWS:
             return func(*args, **kwargs)
         number = len(self.shapes)
-        torch.default_generator.manual_seed(number)
-        if torch.cuda.is_initialized():
-            torch.cuda.manual_seed_all(number)
+        _seed(number)
         drawn: Tensor = func(*args, **kwargs)
         self.shapes.append(drawn.shape)
         if number in self.alike and drawn.numel():
+            _seed(number)
             with torch.no_grad():
-                first = drawn[:, None] if self.alike[number] else drawn.reshape(1, -1)
-                first = first.reshape(len(first), -1)[:, :1].clone()
-                drawn.copy_(first.reshape(len(first), *[1] * (drawn.ndim - 1)))
+                drawn.copy_(_narrow(func, args, kwargs, drawn, by_entry=self.alike[number]))
         return drawn
+
+
+def _seed(number: int) -> None:
+    torch.default_generator.manual_seed(number)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(number)
+
+
+def _narrow(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], drawn: Tensor, *, by_entry: bool
+) -> Tensor:
+    """The same draw for one place alone, or for one place of each entry of the first axis."""
+    places = tuple(slice(None) if axis == 0 and by_entry else slice(0, 1) for axis in range(drawn.ndim))
+    if args and isinstance(args[0], Tensor) and args[0].shape == drawn.shape:
+        return func(args[0][places].clone(), *args[1:], **kwargs)  # type: ignore[no-any-return]
+    if func in (torch.rand, torch.randn):
+        options = {name: value for name, value in kwargs.items() if name not in ("size", "out")}
+        return func(drawn[places].shape, **options)
+    return drawn.flatten()[:1]
 
 
 def alike_of(shapes: list[torch.Size], others: list[torch.Size]) -> dict[int, bool] | None:

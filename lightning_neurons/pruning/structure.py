@@ -10,6 +10,7 @@ from torch import nn
 from lightning_neurons.errors import PruningError
 from lightning_neurons.network.coupling import Coupling, Group
 from lightning_neurons.network.groups import find_coupling
+from lightning_neurons.network.isolate import isolated
 from lightning_neurons.network.layer import candidates, modules_by_name, require_materialized, widths_of
 from lightning_neurons.network.widths import axes, why_fixed
 from lightning_neurons.pruning.blocks import blocks_of
@@ -123,7 +124,11 @@ def discover(model: nn.Module, example: Example) -> Structure:
         ArgumentError: If a layer is lazy and has not been materialised.
     """
     require_materialized(model)
-    twin = twin_of(model)
+    with isolated(model):  # a copy may share with it what its code reaches on other ways
+        return _structure_of(twin_of(model), example)
+
+
+def _structure_of(twin: nn.Module, example: Example) -> Structure:
     coupling = find_coupling(twin, example.run)
     for parameter in twin.parameters():
         parameter.requires_grad_(False)
@@ -138,13 +143,13 @@ def discover(model: nn.Module, example: Example) -> Structure:
     groups = {group.root: group for group in coupling.groups}
     refused = _refused(preflight.twin, coupling)
     for seed in range(2):  # one choice alone might happen to have the symmetry that a wrong group needs
-        tried = {root: _some(group, seed) for root, group in groups.items() if root not in refused}
+        tried = {root: some_units(group, seed) for root, group in groups.items() if root not in refused}
         failing = preflight.failing([groups[root] for root in tried], tried)
         refused |= {root: _norm_over(groups[root], twin) or reason for root, reason in failing.items()}
     return Structure(groups, refused, coupling, widths_of(twin), blocks_of(twin), costs, preflight)
 
 
-def _some(group: Group, seed: int) -> list[int]:
+def some_units(group: Group, seed: int) -> list[int]:
     """About a third of a group's units, without any pattern, as a trial; no layer loses all."""
     chosen: list[int] = []
     for unit in torch.randperm(group.size, generator=torch.Generator().manual_seed(seed)).tolist():

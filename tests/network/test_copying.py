@@ -68,6 +68,31 @@ def test_a_layer_whose_feature_a_hook_hands_on_is_cut_exactly_and_nothing_is_lef
         assert torch.allclose(net(x), silent(x), rtol=0, atol=1e-12)
 
 
+STORE = {}
+
+
+class Stored(nn.Module):
+    """A hook keeps a feature in a name of the file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+        self.a.register_forward_hook(lambda module, inputs, output: STORE.update(a=output))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.a(x)
+        return self.b(torch.relu(STORE["a"]))
+
+
+def test_nothing_is_left_in_what_copies_share_with_the_model():
+    net, x = seeded(Stored), torch.ones(3, 4)
+    groups = describe_structure(net, x)["groups"]
+    assert groups["a"]["readers"] == ["b"]
+    assert STORE == {}
+    prune(net, x, {"a": [2]})
+    assert STORE == {}
+
+
 class Keeping(nn.Module):
     """Values with graphs lie in containers of several kinds."""
 
