@@ -56,6 +56,7 @@ class Coupling:
         reads: By layer, the layers whose values it reads.
         norm_behind: By layer, the norm layer that alone reads it.
         unseen: Layers that are not in the graph, each with the reason.
+        idle: All modules with parameters that did not run, and whose parameters nothing else has used.
         ends: Layers whose neurons are the model's output.
         lost: By root, why a group could not be followed through the model.
     """
@@ -64,5 +65,6 @@ class Coupling:
     reads: Mapping[str, tuple[str, ...]]
     norm_behind: Mapping[str, str]
     unseen: Mapping[str, str]
+    idle: tuple[str, ...]
     ends: frozenset[str]
     lost: Mapping[str, str] = field(default_factory=dict)

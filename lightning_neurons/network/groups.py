@@ -80,11 +80,18 @@ def _read(model: nn.Module, graph: Any) -> Coupling:
         for other, units in group.layers.items():
             covered[other] |= {i for unit in units for i in unit}
     names = {module: name for name, module in seen.items()}
+    functions = (f for node in nodes.values() for f, _ in getattr(node.grad_fn, "next_functions", ()))
+    used = {id(getattr(function, "variable", None)) for function in functions}
     return Coupling(
         groups=tuple(groups),
         reads={name: _sources(nodes[module], names) for name, module in seen.items()},
         norm_behind={name: paths[norm] for name, module in seen.items() if (norm := _norm_behind(nodes[module]))},
-        unseen={name: _why_unseen(module, graph) for name, module in layers.items() if name not in seen},
+        unseen={name: _why_unseen(module, graph, used) for name, module in layers.items() if name not in seen},
+        idle=tuple(
+            public_name(path)
+            for path, module in model.named_modules()
+            if module not in graph.ran and module._parameters and not any(id(p) in used for p in module.parameters())
+        ),
         ends=frozenset(name for name, module in seen.items() if _is_end(nodes[module], graph)),
         lost=lost,
     )
@@ -204,10 +211,8 @@ def _is_end(node: Any, graph: Any) -> bool:
     return arrived or (summed and not read)
 
 
-def _why_unseen(module: nn.Module, graph: Any) -> str:
+def _why_unseen(module: nn.Module, graph: Any, used: set[int]) -> str:
     if module not in graph.ran:
-        functions = (f for node in graph.module2node.values() for f, _ in getattr(node.grad_fn, "next_functions", ()))
-        used = {id(getattr(function, "variable", None)) for function in functions}
         given = any(id(parameter) in used for parameter in module.parameters())
         return "its weights are used by a function" if given else "it did not run"
     if graph.get_pruner_of_module(module).get_out_channels(module) is not None:

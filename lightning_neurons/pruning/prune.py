@@ -143,6 +143,9 @@ def prune(
     except BaseException:
         operation.roll_back()
         raise
+    if structure.coupling.idle and prepared.plan:
+        names = ", ".join(structure.coupling.idle)
+        prepared = _noted(prepared, [f"did not run, so not cut with what they may read in training: {names}"])
     widths = {layer: len(prepared.plan.remaining(layer)) for layer in structure.widths}
     return PruningReport(prepared.plan, widths, prepared.plan.notes)
 

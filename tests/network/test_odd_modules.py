@@ -48,6 +48,29 @@ def test_what_stands_in_front_of_a_concatenation_is_cut_exactly(norm, function):
         assert torch.allclose(net(x), silent(x), rtol=0, atol=1e-12)
 
 
+class Sometimes(nn.Module):
+    """Only training runs the auxiliary head; a scale and an attention are used without running all of their modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+        self.auxiliary = nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 2))
+        self.mix, self.scales = nn.MultiheadAttention(4, 1, batch_first=True), nn.ParameterList([torch.ones(8)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.mix(x[:, None], x[:, None], x[:, None])[0][:, 0]
+        h = torch.relu(self.a(x)) * self.scales[0]
+        return self.b(h) + (self.auxiliary(h) if self.training else 0)
+
+
+@pytest.mark.parametrize("plan", [{"a": [0, 3]}, 0.25], ids=["plan", "share"])
+def test_modules_with_parameters_that_did_not_run_are_named(plan):
+    report = prune(seeded(Sometimes), torch.randn(3, 4), plan)
+    assert len(report.plan.neurons["a"]) == 2
+    said = "did not run, so not cut with what they may read in training: auxiliary.0, auxiliary.1"
+    assert [note for note in report.notes if note.startswith("did not run")] == [said]
+
+
 class TwoNames(nn.Module):
     def __init__(self, *, later: bool) -> None:
         super().__init__()
