@@ -3,6 +3,7 @@
 import copy
 import functools
 import types
+import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -69,28 +70,33 @@ def what_fails(model: nn.Module) -> str | None:
 
 def _copy(model: nn.Module, own: Mapping[int, Any], functions: Iterable[types.FunctionType]) -> nn.Module:
     memo = dict(own)
-    pairs = [(function, _empty(function)) for function in functions]
+    cells = {id(cell): (cell, types.CellType()) for function in functions for cell in function.__closure__ or ()}
+    pairs = [(function, _empty(function, cells)) for function in functions]
     memo |= {id(old): new for old, new in pairs}
     made = copy.deepcopy(model, memo)
+    for was, now in cells.values():
+        if was != types.CellType():
+            now.cell_contents = _held(was.cell_contents, memo)
     for old, new in pairs:
-        for was, now in zip(old.__closure__ or (), new.__closure__ or (), strict=True):
-            if was != types.CellType():
-                now.cell_contents = _held(was.cell_contents, memo)
         new.__defaults__ = old.__defaults__ and tuple(_held(value, memo) for value in old.__defaults__)
         new.__kwdefaults__ = old.__kwdefaults__ and {k: _held(v, memo) for k, v in old.__kwdefaults__.items()}
     return made
 
 
-def _empty(function: types.FunctionType) -> types.FunctionType:
-    """The same function with nothing in its closure yet: what it holds may hold the function."""
-    cells = None if function.__closure__ is None else tuple(types.CellType() for _ in function.__closure__)
-    made = types.FunctionType(function.__code__, function.__globals__, function.__name__, None, cells)
+def _empty(
+    function: types.FunctionType, cells: Mapping[int, tuple[types.CellType, types.CellType]]
+) -> types.FunctionType:
+    """The same function with nothing in its closure yet, as what it holds may hold the function; cells are shared."""
+    closure = None if function.__closure__ is None else tuple(cells[id(cell)][1] for cell in function.__closure__)
+    made = types.FunctionType(function.__code__, function.__globals__, function.__name__, None, closure)
     made.__qualname__, made.__module__, made.__doc__ = function.__qualname__, function.__module__, function.__doc__
     vars(made).update(vars(function))
     return made
 
 
 def _held(value: Any, memo: dict[int, Any]) -> Any:
+    if isinstance(value, weakref.ref):
+        return weakref.ref(memo[id(value())]) if id(value()) in memo else value
     return copy.deepcopy(value, memo) if id(value) in memo or isinstance(value, _HELD) else value
 
 

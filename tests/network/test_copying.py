@@ -2,6 +2,7 @@
 
 import functools
 import threading
+import weakref
 from collections import deque
 
 import pytest
@@ -19,12 +20,23 @@ class Hooked(nn.Module):
     def __init__(self, way: str) -> None:
         super().__init__()
         self.a, self.h, self.g, kept = nn.Linear(4, 8), nn.Linear(8, 2), nn.Linear(8, 2), {}
-        self.kept = kept
+        self.kept, last, me = kept, None, weakref.ref(self)
 
         def put(store, module, inputs, output) -> None:
             store["a"] = output
 
+        def note(module, inputs, output) -> None:
+            nonlocal last
+            last = output
+
+        def hand_on(module, inputs) -> None:
+            put(kept, module, inputs, last)
+
+        if way == "two functions":
+            self.h.register_forward_pre_hook(hand_on)
         hooks = {
+            "two functions": note,
+            "weak reference": lambda module, inputs, output: put(me().kept, module, inputs, output),
             "closure": lambda module, inputs, output: put(kept, module, inputs, output),
             "default": lambda module, inputs, output, store=kept: put(store, module, inputs, output),
             "partial": functools.partial(put, kept),
@@ -40,7 +52,7 @@ class Hooked(nn.Module):
         return self.h(torch.relu(self.a(x))) + self.g(torch.relu(self.kept["a"]))
 
 
-WAYS = ["closure", "default", "partial", "self", "method"]
+WAYS = ["closure", "default", "partial", "self", "method", "two functions", "weak reference"]
 
 
 @pytest.mark.parametrize("way", WAYS)
