@@ -1,4 +1,4 @@
-"""Which neurons can only be removed together: the one place that asks Torch-Pruning.
+"""Which neurons can only be removed together, as Torch-Pruning's graph says.
 
 Its dependency graph (Fang et al. 2023, DepGraph) is right for all that it knows, but to build one it puts a model into
 evaluation mode, loses frozen layers, leaves hooks behind after an error, and keeps the activations of a forward alive.
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from lightning_neurons.errors import PruningError
 from lightning_neurons.network.batches import tensors_of
+from lightning_neurons.network.connections import LostError
 from lightning_neurons.network.coupling import Coupling, Group, Part
-from lightning_neurons.network.following import Arrival, LostError, build, follow
+from lightning_neurons.network.following import Arrival, build, follow
 from lightning_neurons.network.isolate import differentiable
 from lightning_neurons.network.layer import candidates, modules_by_name, public_name
 from lightning_neurons.network.widths import Role, is_depthwise, why_fixed

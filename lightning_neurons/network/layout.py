@@ -81,7 +81,7 @@ def behind(node: Any, before: Sequence[int], axis: int) -> tuple[int, Table | No
         laid = act(numbers, node, after)
     except (AttributeError, IndexError, RuntimeError, TypeError):  # saved in another form than expected
         return None
-    return _on_one_axis(laid, before[axis]) if tuple(laid.shape) == after else None
+    return _on_one_axis(laid, before[axis], axis) if tuple(laid.shape) == after else None
 
 
 def reduces(node: Any, ndim: int, axis: int) -> bool:
@@ -91,15 +91,36 @@ def reduces(node: Any, ndim: int, axis: int) -> bool:
     return ndim > 0 and shape_of(node) == () and name_of(node) in ("Mean", "Sum", "Norm", "Max", "Min")
 
 
-def _on_one_axis(laid: Tensor, count: int) -> tuple[int, Table | None] | None:
+def contracts(node: Any, number: int, before: Sequence[int], axis: int) -> bool:
+    """Whether a product or a convolution sums over what lies on an axis of one of its inputs.
+
+    Args:
+        node: What it has left in the graph.
+        number: Which of its inputs it is.
+        before: The size of that input.
+        axis: Where the neurons lie in it.
+    """
+    name = name_of(node)
+    if name == "Convolution":
+        alone = node._saved_groups == before[axis] == (shape_of(node) or (0, 0))[1]
+        return number == 0 and axis == 1 and not alone
+    if name in ("Mm", "Addmm", "Mv", "Addmv"):
+        left = number == len(node.next_functions) - 2
+        return axis == len(before) - 1 if left else axis == max(len(before) - 2, 0)
+    return False
+
+
+def _on_one_axis(laid: Tensor, count: int, before: int) -> tuple[int, Table | None] | None:
     for axis, size in enumerate(laid.shape):
         sizes = [1] * laid.ndim
         sizes[axis] = size
         table = laid[tuple(slice(None) if i == axis else 0 for i in range(laid.ndim))]
-        varies = count == 1 or bool((table != table[0]).any())
-        if varies and bool((laid == table.view(sizes)).all()):
+        if bool((table != table[0]).any()) and bool((laid == table.view(sizes)).all()):
             found = tuple(table.tolist())
             return axis, None if found == tuple(range(count)) else found
+    one = laid.flatten()[0]
+    if before < laid.ndim and laid.shape[before] == 1 and bool((laid == one).all()):
+        return before, None if count == 1 else (int(one),)  # a single one is left
     return None
 
 

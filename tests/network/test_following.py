@@ -40,6 +40,38 @@ class GatedHalves(nn.Module):
         return self.down(F.silu(gate) * value)
 
 
+class GatedByFunction(GatedHalves):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.glu(self.both(x)))
+
+
+class Experts(nn.Module):
+    """Each of two branches is scaled by one neuron of a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start, self.choice = nn.Linear(4, 5), nn.Linear(5, 2)
+        self.first, self.second, self.head = nn.Linear(5, 3), nn.Linear(5, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.start(x)
+        shares = self.choice(x).softmax(-1)
+        return self.head(shares[:, :1] * self.first(x) + shares[:, 1:] * self.second(x))
+
+
+class Mixer(nn.Module):
+    """Tokens are mixed as well as channels, and both are added to one stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start, self.tokens, self.channels, self.head = (nn.Linear(*n) for n in ((4, 6), (5, 5), (6, 6), (6, 2)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.start(x)
+        x = x + self.tokens(x.mT).mT
+        return self.head(x + F.relu(self.channels(x)))
+
+
 class Gate(nn.Module):
     """A map of one channel scales all channels."""
 
@@ -129,6 +161,16 @@ CASES = {
         (2, 3, 5),
         {("both", "makes"): [(0, 4), (1, 5), (2, 6), (3, 7)], ("down", "reads"): alone(0, 4)},
     ),
+    "gated by a function": (
+        GatedByFunction,
+        (2, 3, 5),
+        {("both", "makes"): [(0, 4), (1, 5), (2, 6), (3, 7)], ("down", "reads"): alone(0, 4)},
+    ),
+    "experts": (
+        Experts,
+        (3, 4),
+        {("first", "makes"): alone(0, 3), ("second", "makes"): alone(0, 3), ("head", "reads"): alone(0, 3)},
+    ),
     "gate": (
         Gate,
         IMAGES,
@@ -158,6 +200,20 @@ def test_neurons_are_followed_through_what_lays_them_out_anew(name):
     assert {(part.path, part.role): list(part.indices) for part in group.parts} == parts
     assert group.size == len(next(iter(parts.values())))
     assert found.lost == {}
+
+
+def test_neurons_on_another_axis_are_left_out_of_the_stream_that_they_are_added_to():
+    net, x = seeded(Mixer, double=True), torch.randn(2, 5, 4).double()
+    right = copy.deepcopy(net)
+    report = prune(net, x, {"criterion": "weight_l2", "amount": 0.5}, compensation="none")
+    gone = list(report.plan.neurons["start"])
+    assert report.plan.neurons == {"start": tuple(gone), "channels": tuple(gone)}
+    assert len(gone) == 3
+    (note,) = [note for note in report.notes if note.startswith("tokens is not cut")]
+    assert note.endswith("they are combined with neurons on another axis")
+    with torch.no_grad():
+        right.channels.weight[:, gone], right.head.weight[:, gone] = 0, 0
+    assert torch.allclose(net(x), right(x), rtol=1e-12, atol=1e-12)
 
 
 def test_groups_of_a_decoder_with_rotary_positions_end_and_its_mlp_is_cut_by_half():
@@ -190,17 +246,18 @@ class Odd(nn.Module):
         (lambda x: torch.stack(x.unbind(1)[::-1], 1), "single ones of them are picked out"),
         (lambda x: x - x.mean(1, keepdim=True), "mean makes one value of all of them"),
         (lambda x: F.pad(x[:, :6], (1, 1)), "something between them and their readers adds channels"),
+        (lambda x: x[:, 3][:, None] + x, "single ones of them are picked out"),
+        (lambda x: x @ torch.ones(8, 8), r"a function reads them, not a layer \(mm\)"),
         (lambda x: torch.cat([x[:, :1], torch.ones(2, 1), x[:, 1:6], torch.zeros(2, 1)], 1), "more than one constant"),
     ],
-    ids=["unbind", "mean", "pad", "constants"],
+    ids=["unbind", "mean", "pad", "select", "product", "constants"],
 )
 def test_the_layer_that_cannot_be_followed_is_refused_with_the_reason_and_the_others_are_cut(way, reason):
     net, x = seeded(Odd, way), torch.randn(2, 4)
     before = copy.deepcopy(net)
     report = prune(net, x, {"criterion": "weight_l2", "amount": 0.5}, compensation="none")
-    assert any(
-        note.startswith("odd is not cut: its neurons cannot be followed") and reason in note for note in report.notes
-    )
+    (note,) = [note for note in report.notes if note.startswith("odd is not cut")]
+    assert re.search(f"its neurons cannot be followed: .*{reason}", note)
     assert {name: len(gone) for name, gone in report.plan.neurons.items()} == {"first": 3, "last": 2}
     with torch.no_grad():
         before.odd.weight[:, list(report.plan.neurons["first"])] = 0
@@ -266,7 +323,7 @@ class Stream(nn.Module):
 
 ENDS = {
     "read by a layer": (lambda net, x: net.head(x), r"norm: LayerNorm normalises over all of them"),
-    "read by a product": (lambda net, x: x @ net.head.weight.T, r"norm: LayerNorm|cannot be followed to the output"),
+    "read by a product": (lambda net, x: x @ net.head.weight.T, r"a function reads them, not a layer \(mm\)$"),
     "the output itself": (lambda net, x: x, r"its neurons are the model's output$"),
     "its mean": (lambda net, x: (net.head(x), x.abs().mean()), r"mean makes one value of all of them$"),
 }

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from lightning_neurons.network.layout import behind, name_of, parts_of, reduces
+from lightning_neurons.network.layout import behind, contracts, name_of, parts_of, reduces
 
 SIZE = 2, 6, 3, 4
 
@@ -19,6 +19,7 @@ OPERATIONS = {
     "last": lambda x: x.permute(0, 2, 3, 1),
     "tokens": lambda x: x.flatten(2).transpose(-1, -2),
     "a part": lambda x: x[:, 1:5:2],
+    "a single one": lambda x: x[:, 2:3],
     "one row": lambda x: x.select(2, -1),
     "some": lambda x: x[:, [4, 0]],
     "index_select": lambda x: x.index_select(1, torch.tensor([3, 3, 1])),
@@ -89,3 +90,28 @@ def test_a_split_says_where_its_parts_begin_on_the_axis_that_it_divides():
 def test_a_sum_or_a_mean_over_the_neurons_is_told_from_one_over_the_map(operation, reduced):
     node = operation(torch.zeros(SIZE, requires_grad=True)).grad_fn
     assert reduces(node, 4, 1) is reduced
+
+
+@pytest.mark.parametrize(
+    ("operation", "axis", "summed"),
+    [
+        (lambda x: x @ torch.ones(6, 6), 1, True),
+        (lambda x: x @ torch.ones(6, 6), 0, False),
+        (lambda x: torch.ones(6, 6) @ x, 1, False),
+        (lambda x: torch.ones(6, 6) @ x, 0, True),
+        (lambda x: torch.addmm(torch.ones(6), x, torch.ones(6, 6)), 1, True),
+        (lambda x: x @ torch.ones(6), 1, True),
+    ],
+)
+def test_a_product_sums_over_one_axis_of_each_factor(operation, axis, summed):
+    node = operation(torch.zeros(6, 6, requires_grad=True)).grad_fn
+    number = next(i for i, (function, _) in enumerate(node.next_functions) if function is not None)
+    assert contracts(node, number, (6, 6), axis) is summed
+
+
+@pytest.mark.parametrize(("groups", "summed"), [(1, True), (2, True), (4, False)])
+def test_a_convolution_sums_over_channels_unless_each_is_alone(groups, summed):
+    x = torch.zeros(2, 4, 5, requires_grad=True)
+    node = F.conv1d(x, torch.ones(4, 4 // groups, 3), groups=groups).grad_fn
+    assert contracts(node, 0, (2, 4, 5), 1) is summed
+    assert contracts(node, 0, (2, 4, 5), 2) is False
