@@ -1,52 +1,35 @@
 """Making a cut inside a running Trainer: out of DDP's wrapper and back, with averages of the weights."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_neurons.callbacks.runner import KeptBatches, Runner, metric_on
-from lightning_neurons.pruning.latency import latency
-from lightning_neurons.pruning.rounds import Pending, PruningRound
-from lightning_neurons.pruning.surgery import Cut, cut
+from lightning_neurons.callbacks.runner import KeptBatches, metric_on
+from lightning_neurons.pruning.surgery import Cut, Operation, cut
 
 
-def carry_out(
-    trainer: Any, pl_module: Any, pending: Pending, runner: Runner | None, kept: KeptBatches, monitor: str | None
-) -> PruningRound:
-    """Make a decided cut, and measure what it does.
+def metric_now(trainer: Any, pl_module: Any, kept: KeptBatches, monitor: str | None) -> float | None:
+    """The metric of the network that validation looks at: with averaged weights, that of the average.
 
     Args:
-        trainer: The Trainer, at the beginning of a training epoch.
+        trainer: The Trainer.
         pl_module: Its module.
-        pending: What is decided.
-        runner: How the module is run; None after a resume, when nothing has been run yet.
         kept: Validation samples.
-        monitor: The metric.
+        monitor: The metric, if there is one.
+
+    Returns:
+        The metric on the kept samples of all processes, or None if it cannot be known.
+
+    Raises:
+        PruningError: If it could not be measured in some process; in every process.
     """
     # What all processes do together must not depend on what one of them has seen.
-    looked = monitor is not None and trainer.strategy.broadcast(kept.samples > 0, 0)
-    before = trainer.callback_metrics.get(monitor) if monitor is not None else None
-    earlier = None if runner is None else latency(pl_module, runner.example)
-    if pending.cuts:
-        cut_in_fit(trainer, pl_module, pending.cuts, pending.shifts)
-    return PruningRound(
-        number=pending.number,
-        epoch=trainer.current_epoch,
-        step=trainer.global_step,
-        plan=pending.plan,
-        latency_before=earlier,
-        latency=None if runner is None else latency(pl_module, runner.example),
-        before=None if before is None else float(before),
-        cut=_metric_now(trainer, pl_module, kept, monitor) if looked and monitor is not None else None,
-    )
-
-
-def _metric_now(trainer: Any, pl_module: Any, kept: KeptBatches, monitor: str) -> float | None:
-    """The metric of the network that validation looks at: with averaged weights, that of the average."""
+    if monitor is None or not trainer.strategy.broadcast(kept.samples > 0, 0):
+        return None
     averaging = [c for c in trainer.callbacks if hasattr(c, "_swap_models") and c._average_model is not None]
     for callback in averaging:
         callback._swap_models(pl_module)
@@ -57,7 +40,13 @@ def _metric_now(trainer: Any, pl_module: Any, kept: KeptBatches, monitor: str) -
             callback._swap_models(pl_module)
 
 
-def cut_in_fit(trainer: Any, pl_module: Any, cuts: Sequence[Cut], shifts: Mapping[str, Tensor]) -> None:
+def cut_in_fit(
+    trainer: Any,
+    pl_module: Any,
+    cuts: Sequence[Cut],
+    shifts: Mapping[str, Tensor],
+    also: Callable[[Operation], None],
+) -> None:
     """Cut the model, its optimizers' state and its averages; after an error everything is as it was.
 
     Args:
@@ -65,14 +54,18 @@ def cut_in_fit(trainer: Any, pl_module: Any, cuts: Sequence[Cut], shifts: Mappin
         pl_module: Its module.
         cuts: What goes.
         shifts: What compensates for it.
+        also: Writes down that it has been made, when all else has been done; it is taken back with it.
     """
+    if not cuts:
+        also(Operation())
+        return
     strategy = trainer.strategy
     wrapped = isinstance(strategy.model, DistributedDataParallel)
     if wrapped:
         # The wrapper's reducer knows the old shapes: ranks would diverge without an error.
         strategy.model = strategy.lightning_module
     try:
-        cut(pl_module, cuts, optimizers=trainer.optimizers, copies=averages_of(trainer), shifts=shifts)
+        cut(pl_module, cuts, optimizers=trainer.optimizers, copies=averages_of(trainer), shifts=shifts, also=also)
     finally:
         if wrapped:
             strategy.configure_ddp()

@@ -27,8 +27,10 @@ class ForesightedPruner(NeuronPruner):
         assert guard is not None and monitor is not None, "asked for together"
         earlier = Rounds(self.rounds.dense, self.rounds.done).plan
         neurons = pending.plan.lowered(earlier).neurons
+        self.rounds.pending = None  # until it has been checked
         now = metric_on(trainer, pl_module, self._kept, monitor)
         without = metric_without(trainer, pl_module, self._kept, monitor, neurons)
+        self.rounds.pending = pending
         if now is None or without is None:
             self._warn(f"validation_step does not log {monitor} for a batch, so no cut can be checked by ablation")
             return

@@ -15,6 +15,8 @@ from lightning_neurons.callbacks.pruning_settings import PruningSettings
 from lightning_neurons.callbacks.recovery_settings import SMALLEST_STEP
 from lightning_neurons.callbacks.snapshot import restore_models, restore_snapshot, take_snapshot
 from lightning_neurons.pruning.budget import PruningBudget
+from lightning_neurons.pruning.rounds import PruningRound
+from lightning_neurons.pruning.surgery import Operation
 from lightning_neurons.report.pruning import taken_back_scalars
 from lightning_neurons.studies.settings import MeasurementSettings
 
@@ -54,8 +56,8 @@ class NeuronKeeper(ForesightedPruner):
         super().on_fit_start(trainer, pl_module)
         good = self.keeping.good
         if self.keeping.judge_after is not None and good is not None and not was_restored:  # a fit has failed
-            restore_models((pl_module, *averages_of(trainer)), good)  # an average has been copied before
-            self.rounds.take_back(self.keeping.good_rounds)
+            models = (pl_module, *averages_of(trainer))  # an average has been copied before
+            restore_models(models, good, self._book_undone)
             self._warn("the fit before ended in the middle of a recovery: the model before that cut comes back")
         if not was_restored:
             self.keeping.judge_after, self.keeping.good = None, None
@@ -118,18 +120,22 @@ class NeuronKeeper(ForesightedPruner):
             self._look(trainer, trainer.current_epoch - 1)
             self._judge(trainer, pl_module)
             self._prepare_to_cut(trainer, pl_module)
-        rounds = len(self.rounds.done)
         pending = self.rounds.pending
         if self._distiller is not None and pending is not None and pending.cuts:
             self._distiller.learn(pl_module)
         super().on_train_epoch_start(trainer, pl_module)
-        made = any(one.plan for one in self.rounds.done[rounds:])
-        last = trainer.current_epoch + self.pruning.recovery_epochs - 1
-        if made and self.pruning.guard is not None:
-            self.keeping.judge_after, self.keeping.measured = last, False
         if self._distiller is not None:
-            self._distiller.until = last if made else self._distiller.until
             self._distiller.on_epoch(trainer.current_epoch, is_over=self._is_over())
+
+    def _book(self, trainer: Any, made: PruningRound, operation: Operation) -> None:
+        super()._book(trainer, made, operation)
+        last = trainer.current_epoch + self.pruning.recovery_epochs - 1
+        if made.plan and self.pruning.guard is not None:
+            operation.keep(self.keeping)
+            self.keeping.judge_after, self.keeping.measured = last, False
+        if made.plan and self._distiller is not None:
+            operation.keep(self._distiller)
+            self._distiller.until = last
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """See whether the teacher has heard anything."""
@@ -226,22 +232,34 @@ class NeuronKeeper(ForesightedPruner):
     def _take_back(self, trainer: Any, pl_module: Any) -> None:
         keeping, guard = self.keeping, self.pruning.guard
         assert guard is not None and keeping.good is not None and keeping.baseline is not None, "asked before"
-        restore_snapshot(trainer, pl_module, keeping.good)
-        undone = self.rounds.take_back(keeping.good_rounds)
         now = f"was {keeping.latest:.4g}" if keeping.measured and keeping.latest is not None else "was not measured"
+        undone = len(self.rounds.done) - keeping.good_rounds
         what = f"{undone} round{'s' * (undone != 1)} taken back" if undone else "its last good state comes back"
         least = f"{guard.bound(keeping.baseline):.4g} is the worst that is allowed"
-        self._warn(f"{guard.monitor} {now} before epoch {trainer.current_epoch}, and {least}: {what}")
-        keeping.judge_after, keeping.latest = None, None  # it was that of the model that has gone
-        keeping.good = keeping.good if self.rounds.done else None  # without a cut there is no contract
+        restore_snapshot(trainer, pl_module, keeping.good, self._book_violation)
         if self.pruning.reset_early_stopping:
             reset_early_stopping(trainer)
+        self._warn(f"{guard.monitor} {now} before epoch {trainer.current_epoch}, and {least}: {what}")
         self._write(trainer, taken_back_scalars(self.rounds))
+
+    def _book_undone(self, operation: Operation) -> None:
+        """Write down that rounds have been taken back, as a part of putting the state back."""
+        operation.keep(self.rounds)
+        self.rounds.take_back(self.keeping.good_rounds)
+
+    def _book_violation(self, operation: Operation) -> None:
+        keeping, guard = self.keeping, self.pruning.guard
+        assert guard is not None, "asked before"
+        self._book_undone(operation)
+        operation.keep(keeping)
+        keeping.judge_after, keeping.latest = None, None  # it was that of the model that has gone
+        keeping.good = keeping.good if self.rounds.done else None  # without a cut there is no contract
         if guard.on_violation == "stop" or keeping.step / 2 < SMALLEST_STEP:
             keeping.stopped = True
         else:
             keeping.step /= 2
         if self._distiller is not None:
+            operation.keep(self._distiller)
             self._distiller.until = -1
 
     def _drop(self, trainer: Any) -> None:

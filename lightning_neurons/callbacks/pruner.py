@@ -6,6 +6,7 @@ to its weights, and a resumed run goes on as the uninterrupted one would have.
 
 import weakref
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,19 +16,23 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from lightning_neurons.callbacks import suitability
 from lightning_neurons.callbacks.calibrating import calibration_of
 from lightning_neurons.callbacks.checkpoint import follow_checkpoints, stop_following
-from lightning_neurons.callbacks.cutting import averages_of, carry_out, reset_early_stopping
+from lightning_neurons.callbacks.cutting import averages_of, cut_in_fit, metric_now, reset_early_stopping
 from lightning_neurons.callbacks.deciding import Decision, Survey, Verdict
 from lightning_neurons.callbacks.following import Following
 from lightning_neurons.callbacks.monitored import MonitoredObserver
+from lightning_neurons.callbacks.outlet import keeping_training
 from lightning_neurons.callbacks.pruning_settings import PruningSettings
 from lightning_neurons.callbacks.publish import publish_rounds
+from lightning_neurons.callbacks.resume import batches_trained, make_up
 from lightning_neurons.callbacks.runner import KeptBatches, Runner
 from lightning_neurons.callbacks.training_trial import BATCHES, TrainingTrial
 from lightning_neurons.callbacks.validated import keep_weights, validated_weights
 from lightning_neurons.errors import PruningError
 from lightning_neurons.pruning.budget import PruningBudget
+from lightning_neurons.pruning.latency import latency
 from lightning_neurons.pruning.plan import PruningPlan
-from lightning_neurons.pruning.rounds import Rounds
+from lightning_neurons.pruning.rounds import Pending, PruningRound, Rounds
+from lightning_neurons.pruning.surgery import Operation
 from lightning_neurons.report.pruning import print_rounds, round_scalars, start_scalars
 from lightning_neurons.studies.settings import MeasurementSettings
 
@@ -49,6 +54,8 @@ class NeuronPruner(MonitoredObserver):
         self._following = Following()
         self._fitted: Any = None  # a weak reference to the module of the last fit
         self._restored = self._validated = False
+        self._validated_at: int | None = None  # after how many batches
+        self._open: Rounds | None = None  # as they were when the validation began that is going on
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_fitted": None, "_runner": None, "_trial": None}  # they belong to a running fit
@@ -64,11 +71,16 @@ class NeuronPruner(MonitoredObserver):
         return None if self.rounds.pending is None else self.rounds.pending.plan
 
     def state_dict(self) -> dict[str, Any]:
-        """Rounds, the pending plan and the history, as plain values and tensors."""
+        """Rounds, the pending plan and the history, as plain values and tensors.
+
+        While a validation goes on, the rounds are those before it: when the run is resumed, it is made again.
+        """
+        rounds = self.rounds if self._open is None else self._open
         return {
             **super().state_dict(),
-            "rounds": self.rounds.state_dict(),
+            "rounds": rounds.state_dict(),
             "seed": self._seed,
+            "validated": self._validated_at,
             "left_whole": self._left_whole,
             "followers": self._following.known,
         }
@@ -79,7 +91,7 @@ class NeuronPruner(MonitoredObserver):
         self.rounds, self._seed = Rounds.from_state(state_dict["rounds"]), state_dict["seed"]
         self._left_whole = dict(state_dict.get("left_whole", {}))
         self._following.known = dict(state_dict.get("followers", {}))
-        self._restored = True
+        self._restored, self._validated_at = True, state_dict.get("validated")
 
     # -- before anything runs
 
@@ -95,7 +107,7 @@ class NeuronPruner(MonitoredObserver):
             suitability.refuse_company(type(self).__name__, trainer, NeuronPruner)
             suitability.refuse_patterns(pl_module, self.pruning.budget)
             self._seed = torch.initial_seed() % 2**31 if self._seed is None else self._seed
-            self._validated = False
+            self._validated, self._open = False, None
         super().setup(trainer, pl_module, stage)
         for module in (pl_module, *averages_of(trainer)):  # an average may have been copied before
             follow_checkpoints(module)
@@ -126,6 +138,7 @@ class NeuronPruner(MonitoredObserver):
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin to measure, if a round is due or near."""
+        self._open = None if trainer.sanity_checking else replace(self.rounds)
         self._runner, near = None, self._is_near(trainer)
         wanted = self.pruning.calibrates or self.pruning.monitor is not None
         self._kept = KeptBatches(self.max_samples if wanted and near else 0)
@@ -245,23 +258,49 @@ class NeuronPruner(MonitoredObserver):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin the curves with the whole model."""
+        make_up(trainer, self._validated_at)
         if (dense := self.rounds.dense) is not None and not self.rounds.done:
             self._write(trainer, start_scalars(dense))
-        due = self.rounds.pending is not None and trainer.current_epoch > self.rounds.pending.decided
-        if due and suitability.leaves_out_epoch_start(trainer):
-            self.on_train_epoch_start(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Carry out what is pending: after every checkpoint of the last epoch, and before the first batch of this."""
         self._look(trainer, trainer.current_epoch - 1)
-        if (pending := (rounds := self.rounds).pending) is None:
-            return
-        rounds.finish(made := carry_out(trainer, pl_module, pending, self._runner, self._kept, self.pruning.monitor))
+        if self.rounds.pending is not None:
+            self._carry_out(trainer, pl_module, self.rounds.pending)
         self._kept, self._runner = KeptBatches(0), None
+
+    def _carry_out(self, trainer: Any, pl_module: Any, pending: Pending) -> None:
+        monitor = self.pruning.monitor
+        before = trainer.callback_metrics.get(monitor) if monitor is not None else None
+        made = PruningRound(
+            pending.number,
+            trainer.current_epoch,
+            trainer.global_step,
+            pending.plan,
+            latency_before=self._latency(pl_module),
+            before=None if before is None else float(before),
+        )
+        cut_in_fit(trainer, pl_module, pending.cuts, pending.shifts, partial(self._book, trainer, made))
         if self.pruning.reset_early_stopping and pending.cuts:
             reset_early_stopping(trainer)
-        self._write(trainer, round_scalars(made, rounds.widths()))
+        # From here on, whatever fails or is interrupted finds a whole cut that has been written down.
+        now = None
+        with keeping_training(self, f"{monitor} was not measured after the cut"):
+            now = metric_now(trainer, pl_module, self._kept, monitor)
+        self.rounds.done[-1] = made = replace(made, latency=self._latency(pl_module), cut=now)
+        self._write(trainer, round_scalars(made, self.rounds.widths()))
         rank_zero_info(f"{type(self).__name__}: {made.summary}")
+
+    def _book(self, trainer: Any, made: PruningRound, operation: Operation) -> None:
+        """Write down that a round has been made, as a part of the cut itself: an interruption finds both or neither."""
+        operation.keep(self.rounds)
+        self.rounds.finish(made)
+
+    def _latency(self, pl_module: Any) -> float | None:
+        if self._runner is not None:
+            with keeping_training(self, "the time of a forward was not measured"):
+                return latency(pl_module, self._runner.example)
+        return None
 
     def _write(self, trainer: Any, values: dict[str, float]) -> None:
         publish_rounds(trainer, self, values)
@@ -274,7 +313,9 @@ class NeuronPruner(MonitoredObserver):
         monitor, metrics = self.pruning.monitor, trainer.callback_metrics
         if monitor is not None and trainer.sanity_checking and metrics and monitor not in metrics:
             self._warn(suitability.unknown_monitor(trainer, monitor))
-        self._validated = self._validated or not trainer.sanity_checking
+        self._open = None
+        if not trainer.sanity_checking and trainer.state.fn == "fit":
+            self._validated, self._validated_at = True, batches_trained(trainer)
 
     def _hear(self, trainer: Any, value: float, epoch: int) -> None:
         if self.rounds.note_recovery(value):

@@ -8,8 +8,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_neurons.callbacks.checks import overrides
+from lightning_neurons.callbacks.checks import overrides, said_of
 from lightning_neurons.callbacks.replay import StepReplay
+from lightning_neurons.errors import PruningError
 from lightning_neurons.network.batches import batch_size_of, inputs_of, map_tensors, rows_of
 from lightning_neurons.network.isolate import eager, isolated
 from lightning_neurons.network.neurons import call
@@ -136,22 +137,31 @@ def metric_on(trainer: Any, pl_module: Any, kept: KeptBatches, monitor: str) -> 
         pl_module: Its module; it is left as it was.
         kept: The samples.
         monitor: The name under which it is logged.
+
+    Raises:
+        PruningError: If it could not be measured in some process; in every process.
     """
-    replay = StepReplay(trainer, pl_module, "validation_step", None)
+    replay, failure = StepReplay(trainer, pl_module, "validation_step", None), None
     name = monitor.removesuffix("/dataloader_idx_0")  # the samples are those of the first dataloader
     total, count, metric = 0.0, 0, None
-    with replay.isolated(), torch.no_grad(), eager():
-        for batch in kept.on(pl_module.device):
-            replay.run(batch)
-            value = replay.logged.get(name)
-            if isinstance(value, Metric):
-                metric = value
-                metric._to_sync = False  # here; a process without samples could not join in
-            elif value is not None:
-                total += float(value) * batch_size_of(batch)
-                count += batch_size_of(batch)
-        if metric is not None:
-            total, count = float(metric.compute()) * kept.samples, kept.samples
+    try:
+        with replay.isolated(), torch.no_grad(), eager():
+            for batch in kept.on(pl_module.device):
+                replay.run(batch)
+                value = replay.logged.get(name)
+                if isinstance(value, Metric):
+                    metric = value
+                    metric._to_sync = False  # here; a process without samples could not join in
+                elif value is not None:
+                    total += float(value) * batch_size_of(batch)
+                    count += batch_size_of(batch)
+            if metric is not None:
+                total, count = float(metric.compute()) * kept.samples, kept.samples
+    except Exception as error:  # noqa: BLE001 (else the other processes would wait for ever)
+        failure = error
+    if not trainer.strategy.reduce_boolean_decision(failure is None, all=True):
+        why = "another process failed" if failure is None else said_of(failure)
+        raise PruningError(f"{monitor} cannot be measured on kept samples: {why}") from failure
     sums = torch.tensor([total, float(count)], dtype=torch.float32, device=pl_module.device)
     sums = trainer.strategy.reduce(sums, reduce_op="sum")
     return float(sums[0] / sums[1]) if sums[1] > 0 else None

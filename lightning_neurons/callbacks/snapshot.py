@@ -5,7 +5,7 @@ whole or not at all.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -33,13 +33,14 @@ def take_snapshot(trainer: Any, pl_module: nn.Module) -> Snapshot:
     }
 
 
-def restore_snapshot(trainer: Any, pl_module: nn.Module, snapshot: Snapshot) -> None:
+def restore_snapshot(trainer: Any, pl_module: nn.Module, snapshot: Snapshot, also: Callable[[Operation], None]) -> None:
     """Put a snapshot back, also into layers that have become narrower; parameters stay the same objects.
 
     Args:
         trainer: Between two epochs, or after the last.
         pl_module: Its module.
         snapshot: What was put aside.
+        also: Writes down that it has come back, when all else has been done; it is taken back with it.
 
     Raises:
         Exception: Whatever went wrong; everything is then as it was.
@@ -60,6 +61,7 @@ def restore_snapshot(trainer: Any, pl_module: nn.Module, snapshot: Snapshot) -> 
             for config, saved in zip(trainer.lr_scheduler_configs, snapshot["schedulers"], strict=True):
                 _exchange(config.scheduler, _copy(saved), operation)
             _exchange(trainer.precision_plugin, _copy(snapshot["precision"]), operation)
+            also(operation)
     except BaseException:
         operation.roll_back()
         raise
@@ -68,11 +70,17 @@ def restore_snapshot(trainer: Any, pl_module: nn.Module, snapshot: Snapshot) -> 
             strategy.configure_ddp()
 
 
-def restore_models(models: Sequence[nn.Module], snapshot: Snapshot) -> None:
-    """Put only the model back, and into copies of it, before anything has been trained."""
-    with torch.inference_mode(False), torch.no_grad():
-        for model in models:
-            _put(model, snapshot["model"], Operation())
+def restore_models(models: Sequence[nn.Module], snapshot: Snapshot, also: Callable[[Operation], None]) -> None:
+    """Put only the model back, and into copies of it, before anything has been trained; whole or not at all."""
+    operation = Operation()
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            for model in models:
+                _put(model, snapshot["model"], operation)
+            also(operation)
+    except BaseException:
+        operation.roll_back()
+        raise
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -155,11 +155,6 @@ def unknown_monitor(trainer: Any, monitor: str) -> str:
     return f"{UnknownNameError.among('monitor', monitor, list(trainer.callback_metrics))} Fine if training logs it."
 
 
-def leaves_out_epoch_start(trainer: Any) -> bool:
-    """Whether a resumed run goes on behind ``on_train_epoch_start``, as from the last batch of an epoch."""
-    return bool(trainer.fit_loop.restarted_mid_epoch or trainer.fit_loop.restarted_on_epoch_end)
-
-
 def warn_of_unseen_weights(warn: Callable[[str], None], trainer: Any) -> None:
     """Say that the weights at the end of training will be others than those that were validated."""
     if any(base.__name__ == "StochasticWeightAveraging" for c in trainer.callbacks for base in type(c).__mro__):

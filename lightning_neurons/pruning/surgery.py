@@ -54,6 +54,10 @@ class Operation:
         self._undo.append(undo)
         action()
 
+    def keep(self, target: object) -> None:
+        """Whatever is set in an object from now on is taken back as well."""
+        self._undo.append(partial(vars(target).update, dict(vars(target))))
+
     def roll_back(self) -> None:
         """Put everything back, the latest first."""
         while self._undo:
@@ -83,6 +87,7 @@ def cut(
     optimizers: Iterable[torch.optim.Optimizer] = (),
     copies: Iterable[nn.Module] = (),
     shifts: Mapping[str, Tensor] | None = None,
+    also: Callable[[Operation], None] | None = None,
 ) -> Operation:
     """Make a model smaller, in place.
 
@@ -92,6 +97,7 @@ def cut(
         optimizers: Their state is cut as well; element by element where it has the parameter's shape.
         copies: Averages of the model with the same names, such as those of EMA and SWA.
         shifts: By name of a parameter or buffer, what is added to it before the cut.
+        also: Does what belongs to the cut, when all else has been done; it is taken back with it.
 
     Returns:
         How to take it back.
@@ -117,6 +123,8 @@ def cut(
                 )
             for state, new in states:
                 operation.do(partial(refill, state, new), partial(refill, state, dict(state)))
+            if also is not None:
+                also(operation)
     except BaseException:
         operation.roll_back()
         raise

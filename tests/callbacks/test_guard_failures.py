@@ -117,7 +117,7 @@ def check(run: Run, epoch: int, patch: pytest.MonkeyPatch) -> None:
     assert run.module(torch.zeros(2, 1, 6, 6)).shape == (2, 3)
 
 
-CUTTING = [(keeper, "take_snapshot", False), (keeper, "take_snapshot", True), (pruner, "carry_out", False)]
+CUTTING = [(keeper, "take_snapshot", False), (keeper, "take_snapshot", True), (pruner, "cut_in_fit", False)]
 
 
 @pytest.mark.parametrize("where, name, late", CUTTING)

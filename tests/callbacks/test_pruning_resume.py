@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import (
 from torch import Tensor
 
 from lightning_neurons import NeuronPruningCallback, load_pruned
-from tests.callbacks.modules import Plain, dataset, loader, trainer_of
+from tests.callbacks.modules import Net, Plain, dataset, loader, trainer_of
 
 EPOCHS, BATCHES = 5, 2
 DATA = [dataset(16)[8 * number : 8 * number + 8] for number in range(BATCHES)]
@@ -99,15 +99,23 @@ class Run:
     state: dict[str, Tensor]
 
 
-def train(setting: Setting, folder: Path, ckpt: Path | None = None, extra: tuple[Any, ...] = (), keep: int = -1) -> Run:
+def train(
+    setting: Setting,
+    folder: Path,
+    ckpt: Path | None = None,
+    extra: tuple[Any, ...] = (),
+    keep: int = -1,
+    module: Numbered | None = None,
+) -> Run:
+    module, callbacks = module or Numbered(), setting.make()
     torch.manual_seed(4 if ckpt is None else 5)  # what is drawn in the beginning is in the checkpoint
-    module, callbacks = Numbered(), setting.make()
+    module.net = Net()
     callbacks += [
         ModelCheckpoint(folder, filename="{epoch}-{step}", save_top_k=keep, monitor="val_loss"),
         ModelCheckpoint(folder, filename="{step}", save_top_k=keep, every_n_train_steps=1),
         *extra,
     ]
-    trainer = trainer_of(callbacks, max_epochs=EPOCHS, enable_checkpointing=True, **(setting.trainer or {}))
+    trainer = trainer_of(callbacks, enable_checkpointing=True, **({"max_epochs": EPOCHS} | (setting.trainer or {})))
     trainer.fit(module, loader(16), loader(24, seed=1), ckpt_path=ckpt)
     (optimizer,) = trainer.optimizers
     state = {f"model.{name}": tensor for name, tensor in module.state_dict().items()}
@@ -148,13 +156,6 @@ class Study:
         state = torch.load(path, weights_only=True)
         return state["callbacks"][self.whole.callback.state_key]["rounds"]
 
-    def before_a_decision(self, path: Path) -> bool:
-        """Written after the last batch of an epoch, and before the validation that decides."""
-        step = int(path.stem.removeprefix("step=")) if path.stem.startswith("step=") else 1
-        decided = [one.epoch for one in self.whole.callback.rounds.done]
-        decided += [epoch - 1 for epoch in decided if self.whole.callback.pruning.patience > 1]
-        return step % BATCHES == 0 and step // BATCHES in decided
-
 
 @pytest.fixture(scope="module", params=SETTINGS)
 def study(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Study:
@@ -175,7 +176,7 @@ def test_there_are_checkpoints_of_every_kind(study):
 
 
 def test_resuming_from_any_checkpoint_ends_as_if_nothing_had_happened(study):
-    files = [path for path in study.files() if not study.before_a_decision(path)]
+    files = study.files()
     assert len(files) >= EPOCHS - 1
     wrong = {}
     for path in files:
@@ -206,20 +207,6 @@ def test_the_metrics_of_rounds_are_after_a_resume_those_of_the_whole_run_or_unkn
     assert wrong == set()
 
 
-@pytest.mark.parametrize("name", ["fisher", "deadness", "random"])
-def test_resuming_from_the_last_batch_before_a_decision_decides_at_the_next_validation(tmp_path, name):
-    setting = SETTINGS[name]
-    study = Study(setting, tmp_path, train(setting, tmp_path))
-    files = [path for path in study.files() if study.before_a_decision(path)]
-    assert files
-    for path in files:
-        resumed, whole = train(setting, tmp_path, path, keep=0).callback, study.whole.callback
-        assert resumed.pending is None
-        assert resumed.plan.widths == whole.plan.widths
-        assert resumed.rounds.number == whole.rounds.number
-        assert 1 <= len(resumed.rounds.done) <= len(whole.rounds.done)
-
-
 class Crash(L.Callback):
     """A mistake in somebody's callback, in the middle of an epoch."""
 
@@ -243,8 +230,49 @@ def test_after_a_crash_in_the_middle_of_an_epoch_the_last_checkpoint_leads_to_th
         with pytest.raises(ArithmeticError, match="somebody's mistake"):
             train(setting, folder, extra=(on_exception, Crash(hook, step)))
         files = [folder / "crashed.ckpt"]
-        # Its last checkpoint before the crash, where it does not stand before a decision.
-        files += [folder / f"step={step}.ckpt"] * (hook == "on_train_batch_start")
+        files += [folder / f"step={step}.ckpt"] * (hook == "on_train_batch_start")  # the last one before the crash
         for path in files:
             found = differences(train(setting, folder, path, keep=0), whole)
             assert found == [], (step, path.name)
+
+
+class Unlucky(Numbered):
+    """Fails in a validation step, once a number of optimizer steps has been made."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.step = step
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if self.trainer.global_step == self.step and self.trainer.validating and batch_idx == 1:
+            raise ArithmeticError("somebody's mistake")
+        return super().validation_step(batch, batch_idx)
+
+
+HOOKS = ["on_validation_start", "on_validation_batch_start", "validation_step", "on_validation_epoch_end"]
+HOOKS += ["on_validation_end", "on_train_epoch_start"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return train(SETTINGS["deadness"], tmp_path_factory.mktemp("whole"))
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_after_a_crash_in_a_validation_or_as_an_epoch_begins_the_run_ends_as_if_nothing_had_happened(
+    tmp_path, hook, whole
+):
+    crash = (OnExceptionCheckpoint(tmp_path, "crashed"), Crash(hook, 4))
+    with pytest.raises(ArithmeticError, match="somebody's mistake"):
+        train(SETTINGS["deadness"], tmp_path, extra=crash, module=Unlucky(4) if hook == "validation_step" else None)
+    assert differences(train(SETTINGS["deadness"], tmp_path, tmp_path / "crashed.ckpt", keep=0), whole) == []
+
+
+@pytest.mark.parametrize("trainer", [{"max_steps": EPOCHS * BATCHES}, {"check_val_every_n_epoch": 2}], ids=str)
+def test_resuming_in_other_rhythms_ends_as_if_nothing_had_happened(tmp_path, trainer):
+    setting = Setting(lambda: [pruner("weight_l2", start_epoch=2, end_epoch=4, every_n_epochs=2)], trainer=trainer)
+    whole = train(setting, tmp_path)
+    assert len(whole.callback.rounds.done) == 2
+    files = [tmp_path / f"{name}.ckpt" for name in ("step=3", "step=4", "epoch=1-step=4")]
+    wrong = {path.name: differences(train(setting, tmp_path, path, keep=0), whole) for path in files}
+    assert wrong == {path.name: [] for path in files}
