@@ -14,11 +14,10 @@ from lightning_neurons.callbacks import pruner as pruner_module
 from lightning_neurons.pruning.rounds import Rounds
 from tests.callbacks.guarded import Scored, by_epoch, hidden, made
 from tests.callbacks.modules import Plain, loader, trainer_of
-from tests.callbacks.pruned import pruner, without_type_checks  # noqa: F401
+from tests.callbacks.pruned import pruner
 from tests.pruning.test_surgery_failures import Interrupted, failing_at
 
 pytestmark = [
-    pytest.mark.usefixtures("without_type_checks"),
     pytest.mark.filterwarnings(
         "ignore:.*(nothing has|all cuts have) been", "ignore:.*taken back", "ignore:.*last model of"
     ),
