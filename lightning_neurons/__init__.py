@@ -10,6 +10,7 @@ from lightning_neurons.callbacks import (
     PrunedCheckpointMixin,
     SaliencyCallback,
     load_pruned,
+    pruned_widths,
 )
 from lightning_neurons.criteria import CRITERIA, Criterion, LayerView, Statistic, Summary, agreement
 from lightning_neurons.errors import (
@@ -22,6 +23,7 @@ from lightning_neurons.errors import (
 from lightning_neurons.network.families import register_layer
 from lightning_neurons.network.layer import Layer
 from lightning_neurons.network.neurons import find_neurons
+from lightning_neurons.network.widths import conform
 from lightning_neurons.pictures.maps import activation_map
 from lightning_neurons.pictures.maximization import maximize_activation
 from lightning_neurons.pictures.randomization import randomization_check
@@ -70,6 +72,7 @@ __all__ = [
     "activation_map",
     "agreement",
     "class_study",
+    "conform",
     "describe_structure",
     "find_neurons",
     "integrated_gradients",
@@ -81,6 +84,7 @@ __all__ = [
     "plan_keeping",
     "predicted_logit",
     "prune",
+    "pruned_widths",
     "randomization_check",
     "register_layer",
     "saliency",

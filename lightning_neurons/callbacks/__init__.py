@@ -3,7 +3,7 @@
 from lightning_neurons.callbacks import namespaces  # noqa: F401 (first: it looks which one is there before us)
 from lightning_neurons.callbacks.activation_maximization import ActivationMaximizationCallback
 from lightning_neurons.callbacks.activation_statistics import ActivationStatisticsCallback
-from lightning_neurons.callbacks.checkpoint import PrunedCheckpointMixin, load_pruned
+from lightning_neurons.callbacks.checkpoint import PrunedCheckpointMixin, load_pruned, pruned_widths
 from lightning_neurons.callbacks.class_neurons import ClassNeuronsCallback
 from lightning_neurons.callbacks.neuron_ablation import NeuronAblationCallback
 from lightning_neurons.callbacks.neuron_pruning import NeuronPruningCallback
@@ -20,4 +20,5 @@ __all__ = [
     "PrunedCheckpointMixin",
     "SaliencyCallback",
     "load_pruned",
+    "pruned_widths",
 ]

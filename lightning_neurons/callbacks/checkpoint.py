@@ -1,15 +1,20 @@
 """Checkpoints of models that have become smaller: the file tells the widths."""
 
-from collections.abc import Mapping
+import functools
+import pickle
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch
+import pytorch_lightning
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 
-from lightning_neurons.errors import ArgumentError
-from lightning_neurons.network.widths import conform
+from lightning_neurons.errors import ArgumentError, PruningError
+from lightning_neurons.network.widths import conform, conforming, narrowed
 
 
 def fit_widths(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -46,90 +51,193 @@ class PrunedCheckpointMixin:
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Take the widths of what is loaded, then load it."""
         assert isinstance(self, nn.Module), "the mixin of a LightningModule"
-        conform(self, state_dict)
-        return super().load_state_dict(state_dict, *args, **kwargs)  # type: ignore[misc]
+        with conforming(self, state_dict):
+            return super().load_state_dict(state_dict, *args, **kwargs)  # type: ignore[misc]
 
 
-def load_pruned(module_class: type[nn.Module], path: str | Path, **kwargs: Any) -> Any:
-    """Load a pruned model, given the class that builds the model as it was before.
+@contextmanager
+def pruned_widths() -> Iterator[None]:
+    """Let every module take the widths of what is loaded into it, whoever builds and loads it.
+
+    For libraries that build a model and load it in one call, such as ``SCVI.load``, ``NeuralForecast.load`` and
+    ``LightningModule.load_from_checkpoint``. Inside, ``torch.nn.Module.load_state_dict`` is another for all threads.
+
+    Example:
+        >>> from lightning_neurons import prune
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> _ = prune(net, torch.zeros(1, 4), {"0": [1, 6]})
+        >>> whole = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> with pruned_widths():
+        ...     _ = whole.load_state_dict(net.state_dict())
+        >>> whole[0].out_features
+        6
+    """
+    with _taking_widths(nn.Module):
+        yield
+
+
+def load_pruned(model: Any, path: str | Path, **kwargs: Any) -> Any:
+    """Load a pruned model, given what builds the model as it was before.
 
     Needs no history and no forward: the widths are those of the tensors in the file.
 
     Args:
-        module_class: A LightningModule class, for a checkpoint; any other module class, for a file with a state dict.
+        model: A LightningModule class, for a checkpoint; or another module class, or a function that makes the model,
+            or the model itself, for a file with a state dict (or a checkpoint, if the model is a LightningModule).
         path: The file.
-        kwargs: For a LightningModule those of ``load_from_checkpoint``; else what the class is made with.
+        kwargs: For a LightningModule class those of ``load_from_checkpoint``; else what the class or function is given.
 
     Returns:
         The model with its weights; a LightningModule as ``load_from_checkpoint`` returns it.
 
     Raises:
-        ArgumentError: If ``module_class`` is no module class, or the file is no such file.
+        ArgumentError: If ``model`` makes no module, or the file is no such file.
+        PruningError: If the file is of another architecture; a model that was given is then as it was.
 
     Example:
         >>> import tempfile
         >>> from lightning_neurons import prune
-        >>> class Net(nn.Sequential):
-        ...     def __init__(self):
-        ...         super().__init__(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-        >>> net = Net()
+        >>> def make():
+        ...     return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> net = make()
         >>> _ = prune(net, torch.zeros(1, 4), {"0": [1, 6]})
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     torch.save(net.state_dict(), f"{folder}/net.pt")
-        ...     load_pruned(Net, f"{folder}/net.pt")[0].out_features
+        ...     load_pruned(make, f"{folder}/net.pt")[0].out_features
         6
     """
-    if not (isinstance(module_class, type) and issubclass(module_class, nn.Module)):
-        raise ArgumentError.of("module_class", module_class, "a LightningModule class, or another module class")
-    if hasattr(module_class, "load_from_checkpoint"):
-        return _from_checkpoint(module_class, path, kwargs)
+    if not (isinstance(model, nn.Module) or callable(model)) or (isinstance(model, nn.Module) and kwargs):
+        allowed = "a LightningModule class, another module class, a function that makes a module, or a module"
+        raise ArgumentError.of("model", model, f"{allowed} (which takes no further arguments)" if kwargs else allowed)
+    if isinstance(model, type) and hasattr(model, "load_from_checkpoint"):
+        return _from_checkpoint(model, path, kwargs)
+    made = model if isinstance(model, nn.Module) else model(**kwargs)
+    if not isinstance(made, nn.Module):
+        raise ArgumentError.of("model", model, f"a function that makes a module, and not a {type(made).__name__}")
+    what = type(made).__name__
+    content = _read(path, f"a file with the state dict of a {what}")
+    state = content
+    if isinstance(made, _LIGHTNING) and isinstance(content, dict) and "state_dict" in content:
+        made.on_load_checkpoint(content)
+        state = content["state_dict"]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ArgumentError.of("path", str(path), f"a file with the state dict of a {what}")
+    with conforming(made, state):
+        wrong = _differences(made, state)
+        if wrong:
+            raise PruningError(f"{path} is of another architecture than {what}: {'; '.join(wrong)}")
+        made.load_state_dict(state)
+    if state is not content:
+        _say_if_unjudged(content, path)
+    return made
+
+
+_LIGHTNING = (lightning.pytorch.LightningModule, pytorch_lightning.LightningModule)
+
+
+def _differences(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
+    """What keeps a state dict from being loaded, in the words of torch."""
+    own = model.state_dict()
+    named = {"Missing key(s)": own.keys() - state.keys(), "Unexpected key(s)": state.keys() - own.keys()}
+    found = [f"{what}: {', '.join(sorted(names))}" for what, names in named.items() if names]
+    pairs = [(name, own[name], state[name]) for name in own if name in state and isinstance(own[name], Tensor)]
+    return found + [
+        f"size mismatch for {name}: {tuple(theirs.shape)} in the file, {tuple(ours.shape)} in the model"
+        for name, ours, theirs in pairs
+        if ours.shape != theirs.shape
+    ]
+
+
+def _read(path: str | Path, what: str, weights_only: bool | None = True, place: str = "cpu") -> Any:
+    """What a file holds.
+
+    Raises:
+        ArgumentError: If it is broken.
+        UnpicklingError: If it holds objects, which could run code.
+    """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (LookupError, EOFError, RuntimeError) as error:
-        got = f"{path} ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
-        raise ArgumentError.of("path", got, f"a file with the state dict of a {module_class.__name__}") from error
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ArgumentError.of("path", str(path), f"a file with the state dict of a {module_class.__name__}")
-    model = module_class(**kwargs)
-    conform(model, state)
-    model.load_state_dict(state)
-    return model
+        return torch.load(path, map_location=place, weights_only=weights_only)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, pickle.UnpicklingError) and "Unsupported global" in str(error):
+            raise  # torch says what could be done
+        raise ArgumentError.of("path", f"{path} ({_first_line(error)})", what) from error
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def _from_checkpoint(module_class: Any, path: str | Path, kwargs: dict[str, Any]) -> Any:
-    own = vars(module_class).get("load_state_dict")
-    load = module_class.load_state_dict
+    name = module_class.__name__
+    expected = f"a checkpoint of a {name}; for a plain state dict, the class of the network itself"
+    try:
+        # On the class itself: it builds the module, and a class made for this would not be the one that it asks for.
+        with _taking_widths(module_class):
+            module = module_class.load_from_checkpoint(path, **kwargs)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        content = _read(path, expected, kwargs.get("weights_only"))
+        if isinstance(content, dict) and isinstance(error, RuntimeError) and "state_dict" in content:
+            raise PruningError(f"{path} is of another architecture than {name}: {error}") from error
+        raise ArgumentError.of("path", f"{path} ({_first_line(error)})", expected) from error
+    try:
+        content = _read(path, expected, place="meta")
+    except Exception:  # noqa: BLE001 (it has been loaded; what else is in it does not matter here)
+        return module
+    _say_if_unjudged(content, path)
+    return module
+
+
+@contextmanager
+def _taking_widths(kind: Any) -> Iterator[None]:
+    """Let modules of a class take the widths of what is loaded into them."""
+    own, load = vars(kind).get("load_state_dict"), kind.load_state_dict
 
     def load_state_dict(module: nn.Module, state_dict: Mapping[str, Any], *args: Any, **options: Any) -> Any:
-        conform(module, state_dict)
-        return load(module, state_dict, *args, **options)
+        with conforming(module, state_dict):
+            return load(module, state_dict, *args, **options)
 
-    # On the class itself: it builds the module, and a class made for this would not be the one that it asks for.
-    module_class.load_state_dict = load_state_dict
+    kind.load_state_dict = load_state_dict
     try:
-        module = module_class.load_from_checkpoint(path, **kwargs)
-        _say_if_unjudged(path)
-        return module
-    except (KeyError, IndexError, TypeError) as error:
-        content = torch.load(path, map_location="cpu", weights_only=kwargs.get("weights_only", True))
-        if isinstance(content, dict) and "state_dict" in content:
-            raise
-        allowed = f"a checkpoint of a {module_class.__name__}; for a plain state dict, the class of the network itself"
-        raise ArgumentError.of("path", str(path), allowed) from error
+        yield
     finally:
         if own is None:
-            del module_class.load_state_dict
+            del kind.load_state_dict
         else:
-            module_class.load_state_dict = own
+            kind.load_state_dict = own
 
 
-def _say_if_unjudged(path: str | Path) -> None:
-    try:
-        callbacks = torch.load(path, map_location="meta", weights_only=True).get("callbacks", {})
-    except Exception:  # noqa: BLE001 (it has been loaded; what else is in it does not matter here)
-        return
-    states = [state.get("keeping", {}) for state in callbacks.values() if isinstance(state, dict)]
-    if any(keeping.get("judge_after") is not None for keeping in states):
+def _say_if_unjudged(content: dict[str, Any], path: str | Path) -> None:
+    callbacks = content.get("callbacks")
+    states = [state for state in callbacks.values() if isinstance(state, dict)] if isinstance(callbacks, dict) else []
+    keeping = [state["keeping"] for state in states if isinstance(state.get("keeping"), dict)]
+    if any(one.get("judge_after") is not None for one in keeping):
         rank_zero_warn(
             f"{path} was written while a cut was recovering: whether its metric keeps to max_drop was not known yet"
         )
+
+
+def _naming_the_way(kind: Any) -> Callable[..., Any]:
+    @functools.wraps(nn.Module.load_state_dict)
+    def load_state_dict(module: nn.Module, state_dict: Mapping[str, Any], *args: Any, **options: Any) -> Any:
+        try:
+            return super(kind, module).load_state_dict(state_dict, *args, **options)
+        except RuntimeError as error:
+            if not narrowed(module, state_dict):
+                raise
+            raise PruningError(
+                f"{error}\nThe file is of a pruned network. load_pruned({type(module).__name__}, path) of "
+                "lightning_neurons loads it, and so does whatever loads it inside of `with pruned_widths():`; a "
+                "Trainer resumes it with the NeuronPruningCallback that it was trained with."
+            ) from error
+
+    return load_state_dict
+
+
+# Whoever has imported this may have pruned checkpoints, and Lightning loads them in many ways: after an error about
+# their sizes, and only then, the way out is said.
+for _kind in _LIGHTNING:
+    _kind.load_state_dict = _naming_the_way(_kind)  # type: ignore[method-assign]

@@ -48,6 +48,10 @@ class NeuronKeeper(ForesightedPruner):
         if self.pruning.guard is not None and self.rounds.done and self.keeping.baseline is None:
             self._warn("the checkpoint was written without max_drop=: what it has lost already is not known")
 
+    def _adopt(self, state: dict[str, Any]) -> None:
+        super()._adopt(state)
+        self.keeping.progress, self.keeping.step, self.keeping.stopped = 0.0, 1.0, False
+
     # -- before anything runs
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:

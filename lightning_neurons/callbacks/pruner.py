@@ -4,6 +4,7 @@ Between decision and cut the plan is pending and goes into every checkpoint, so 
 to its weights, and a resumed run goes on as the uninterrupted one would have.
 """
 
+import ast
 import weakref
 from dataclasses import replace
 from functools import partial
@@ -93,6 +94,24 @@ class NeuronPruner(MonitoredObserver):
         self._following.known = dict(state_dict.get("followers", {}))
         self._restored, self._validated_at = True, state_dict.get("validated")
 
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Go on from the rounds of a pruning callback of other settings, and say so: a budget is of the whole model."""
+        states = checkpoint.get("callbacks") or {}
+        others = [
+            key for key, state in states.items() if isinstance(state, dict) and {"rounds", "seed"} <= state.keys()
+        ]
+        if self.state_key not in states and len(others) == 1:
+            self._adopt(states[others[0]])
+            differ = "; ".join(f"{one} before" for one in _only_in(others[0], self.state_key))
+            self._warn(
+                f"the checkpoint was written with other settings ({differ}): the {len(self.plan)} neurons that have "
+                "gone stay away and count towards what is to go now, which is a share of the model before any cut"
+            )
+
+    def _adopt(self, state: dict[str, Any]) -> None:
+        self.load_state_dict(state)
+        self.rounds = replace(self.rounds, pending=None, votes=[], earlier=len(self.rounds.done))
+
     # -- before anything runs
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -106,6 +125,7 @@ class NeuronPruner(MonitoredObserver):
                 self._warn(f"training ends before the last round, of epoch {schedule.epoch_of(schedule.rounds)}")
             suitability.refuse_company(type(self).__name__, trainer, NeuronPruner)
             suitability.refuse_patterns(pl_module, self.pruning.budget)
+            suitability.warn_of_stale_checkpoints(self._warn, trainer)
             self._seed = torch.initial_seed() % 2**31 if self._seed is None else self._seed
             self._validated, self._open = False, None
         super().setup(trainer, pl_module, stage)
@@ -340,3 +360,16 @@ class NeuronPruner(MonitoredObserver):
                 stop_following(module)
         self._runner, self._trial, self._kept = None, None, KeptBatches(0)
         super()._drop(trainer)
+
+
+def _only_in(key: str, other: str) -> list[str]:
+    """The settings in the key of a callback that are not in another key."""
+
+    def settings(text: str) -> dict[str, Any]:
+        try:
+            return dict(ast.literal_eval(text[text.index("{") :]))
+        except (ValueError, SyntaxError):  # somebody's own values
+            return {"": text}
+
+    theirs, ours = settings(key), settings(other)
+    return [f"{name}={value!r}" for name, value in theirs.items() if name not in ours or ours[name] != value]

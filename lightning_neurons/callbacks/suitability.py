@@ -131,6 +131,17 @@ def is_fresh(who: str, pl_module: Any, rounds: Rounds) -> bool:
     return True
 
 
+def warn_of_stale_checkpoints(warn: Callable[[str], None], trainer: Any) -> None:
+    """Say that ``last.ckpt`` is not the last state where it is written with the best only."""
+    for one in trainer.checkpoint_callbacks:
+        if getattr(one, "monitor", None) and getattr(one, "save_last", None) and getattr(one, "save_top_k", -1) > 0:
+            warn(
+                f"ModelCheckpoint(monitor={one.monitor!r}, save_last=True) writes last.ckpt only when {one.monitor} is "
+                "among the best, so it can hold the network before a cut; a ModelCheckpoint(save_last=True) without "
+                "monitor holds the last"
+            )
+
+
 def is_over(trainer: Any) -> bool:
     """Whether no other epoch will begin."""
     epochs = trainer.max_epochs is not None and trainer.max_epochs != -1

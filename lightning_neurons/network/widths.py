@@ -3,7 +3,8 @@
 Everything that makes a model narrower, or fits it to the widths in a checkpoint, goes through these two tables.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -12,6 +13,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
+
+from lightning_neurons.errors import ArgumentError
 
 Role = Literal["makes", "passes", "reads", "holds"]
 """What a module does with a neuron: it makes it, hands it on one by one (a norm layer, a depthwise convolution), reads
@@ -117,20 +120,69 @@ def conform(model: nn.Module, state: Mapping[str, Any], prefix: str = "") -> lis
 
     Returns:
         The names of the tensors that were given another size. Their values are undefined until they are loaded.
+
+    Raises:
+        ArgumentError: If ``model`` is no module, or ``state`` no state dict.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> small = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).state_dict()
+        >>> conform(net, small)
+        ['0.weight', '0.bias', '2.weight']
+        >>> net.load_state_dict(small), net[0].out_features
+        (<All keys matched successfully>, 6)
     """
-    changed = []
+    if not isinstance(model, nn.Module):
+        raise ArgumentError.of("model", type(model).__name__, "a module")
+    if not isinstance(state, Mapping):
+        raise ArgumentError.of("state", type(state).__name__, "a state dict, that is tensors by name")
+    changed = list(_misfits(model, state, prefix))
+    for _, module, leaf, shape in changed:
+        tensor = getattr(module, leaf)
+        _set(module, leaf, torch.empty(shape, dtype=tensor.dtype, device=tensor.device))
+    for module in model.modules() if changed else ():  # all of them: a tensor may be shared
+        refit(module)
+    return [name for name, *_ in changed]
+
+
+@contextmanager
+def conforming(model: nn.Module, state: Mapping[str, Any]) -> Iterator[None]:
+    """Give a model the widths of a state dict, which is loaded inside; after an error it has its own again."""
+    before = [(module, leaf, getattr(module, leaf).data) for _, module, leaf, _ in _misfits(model, state, "")]
+    conform(model, state)
+    try:
+        yield
+    except BaseException:
+        for module, leaf, data in before:
+            _set(module, leaf, data)
+        for module in model.modules() if before else ():
+            refit(module)
+        raise
+
+
+def narrowed(model: nn.Module, state: Mapping[str, Any]) -> list[str]:
+    """The names of the tensors that are smaller in a state dict, in nothing but their widths."""
+    return [
+        name
+        for name, module, leaf, shape in _misfits(model, state, "")
+        if shape.numel() < getattr(module, leaf).numel()
+    ]
+
+
+def _misfits(
+    model: nn.Module, state: Mapping[str, Any], prefix: str
+) -> Iterator[tuple[str, nn.Module, str, torch.Size]]:
+    """Tensors that differ from a state dict in nothing but their widths: name, module, leaf and the shape there."""
     for path, module in model.named_modules():
         if not axes(module, "makes") and not _holds_parameters(module):
             continue
         before = f"{prefix}{path}." if path else prefix
         for leaf, shape in _new_shapes(module, state, before).items():
-            store = module._parameters if leaf in module._parameters else module._buffers
-            tensor = getattr(module, leaf)
-            set_data(store, leaf, torch.empty(shape, dtype=tensor.dtype, device=tensor.device))
-            changed.append(f"{path}.{leaf}" if path else leaf)
-    for module in model.modules() if changed else ():  # all of them: a tensor may be shared
-        refit(module)
-    return changed
+            yield f"{path}.{leaf}" if path else leaf, module, leaf, shape
+
+
+def _set(module: nn.Module, leaf: str, new: Tensor) -> None:
+    set_data(module._parameters if leaf in module._parameters else module._buffers, leaf, new)
 
 
 def _new_shapes(module: nn.Module, state: Mapping[str, Any], before: str) -> dict[str, torch.Size]:

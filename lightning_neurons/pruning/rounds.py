@@ -78,6 +78,7 @@ class Rounds:
         pending: What is decided and not yet made.
         votes: By layer, in original indices, what each of the latest measurements would have removed.
         undone: Rounds that were taken back.
+        earlier: How many rounds were made by another schedule.
     """
 
     dense: Dense | None = None
@@ -85,11 +86,12 @@ class Rounds:
     pending: Pending | None = None
     votes: list[dict[str, list[int]]] = field(default_factory=list)
     undone: list[PruningRound] = field(default_factory=list)
+    earlier: int = 0
 
     @property
     def number(self) -> int:
         """The last round of the schedule that has been made; 0 before the first."""
-        return self.done[-1].number if self.done else 0
+        return self.done[-1].number if len(self.done) > self.earlier else 0
 
     @property
     def plan(self) -> PruningPlan:
@@ -118,6 +120,7 @@ class Rounds:
         """All rounds but the first ``kept`` have been taken back, and nothing is decided; how many there were."""
         undone, self.done = self.done[kept:], self.done[:kept]
         self.undone, self.pending, self.votes = [*self.undone, *undone], None, []
+        self.earlier = min(self.earlier, kept)
         return len(undone)
 
     def note_recovery(self, value: float) -> bool:
@@ -149,6 +152,7 @@ class Rounds:
             },
             "votes": self.votes,
             "undone": [{**vars(one), "plan": one.plan.to_dict()} for one in self.undone],
+            "earlier": self.earlier,
         }
 
     @classmethod
@@ -169,6 +173,7 @@ class Rounds:
                 pending["decided"],
             ),
             votes=[dict(vote) for vote in state["votes"]],
+            earlier=state.get("earlier", 0),
         )
 
 

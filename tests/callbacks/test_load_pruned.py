@@ -12,9 +12,16 @@ import torch
 from lightning.pytorch.cli import LightningCLI
 from torch import nn
 
-from lightning_neurons import NeuronPruningCallback, PrunedCheckpointMixin, load_pruned
-from lightning_neurons.errors import ArgumentError
+from lightning_neurons import (
+    NeuronPruningCallback,
+    NeuronSensitivityCallback,
+    PrunedCheckpointMixin,
+    load_pruned,
+    pruned_widths,
+)
+from lightning_neurons.errors import ArgumentError, PruningError
 from tests.callbacks.modules import Net, Plain, fit, loader, trainer_of
+from tests.callbacks.pruned import assert_equal
 from tests.models import pictures
 
 IMAGES = pictures(3, size=6, channels=1)[0]
@@ -111,7 +118,7 @@ def test_a_module_is_loaded_as_the_class_it_is_with_its_settings(configured):
     assert loaded.lr == 2e-2
     assert loaded.net.fc1.out_features < 12
     assert not loaded._load_state_dict_pre_hooks
-    with pytest.raises(RuntimeError, match=r"size mismatch for net.conv1.weight"):
+    with pytest.raises(PruningError, match=r"(?s)size mismatch for net.conv1.weight.*load_pruned\(Configured, path\)"):
         Configured.load_from_checkpoint(path)
 
 
@@ -186,13 +193,93 @@ def test_a_checkpoint_of_a_run_by_the_command_line_is_loaded(tmp_path, monkeypat
     assert_same(loaded, cli.model, IMAGES)
 
 
-@pytest.mark.parametrize("wrong", [Net(), "Net", None, int, [Net], lambda: Net()])
-def test_what_is_no_module_class_is_refused(configured, wrong):
-    with pytest.raises(ArgumentError, match=r"(?s)module_class=.*expected a LightningModule class, or another module"):
+@pytest.mark.parametrize("wrong", ["Net", None, int, [Net], lambda: "Net"])
+def test_what_makes_no_module_is_refused(configured, wrong):
+    with pytest.raises(ArgumentError, match=r"(?s)model=.*expected a (LightningModule class|function that)"):
         load_pruned(wrong, configured[1])
+    with pytest.raises(ArgumentError, match=r"(?s)model=.*takes no further arguments"):
+        load_pruned(Net(), configured[1], dropout=0.5)
 
 
-def test_a_file_of_another_class_fails_as_torch_fails(tmp_path, configured):
+@pytest.fixture
+def state(configured, tmp_path) -> Path:
+    """A state dict of the network in the module."""
+    torch.save(configured[0].net.state_dict(), tmp_path / "net.pt")
+    return tmp_path / "net.pt"
+
+
+def test_a_function_or_a_module_is_as_good_as_a_class(configured, state):
+    live, path = configured
+
+    def make(width: int) -> nn.Module:
+        return Configured(width).net
+
+    given = make(12)
+    assert load_pruned(given, state) is given
+    for loaded in (given, load_pruned(make, state, width=12), load_pruned(lambda: make(12), state)):
+        assert_same(loaded, live.net, IMAGES)
+    assert_same(load_pruned(lambda: Configured(12), path), live, IMAGES)
+    assert_same(load_pruned(Renaming(12), path).net, live.net, IMAGES)
+
+
+def test_a_module_that_cannot_be_loaded_stays_as_it_was(state):
+    net = Configured(12).net
+    net.more = nn.Linear(2, 2)
+    before, attributes = {name: tensor.clone() for name, tensor in net.state_dict().items()}, repr(net)
+    with pytest.raises(PruningError, match=r"net.pt is of another architecture than Net: Missing key\(s\): more.bias"):
+        load_pruned(net, state)
+    assert repr(net) == attributes
+    assert_equal(net.state_dict(), before)
+
+
+def test_inside_of_a_context_whoever_builds_and_loads_a_model_takes_its_widths(configured, state):
+    def of_a_library(path: Path) -> nn.Module:
+        net = Configured(12).net
+        net.load_state_dict(torch.load(path, weights_only=True), strict=True)
+        return net
+
+    live, path = configured
+    own = nn.Module.load_state_dict
+    with pruned_widths():
+        assert_same(Configured.load_from_checkpoint(path), live, IMAGES)
+        assert_same(of_a_library(state), live.net, IMAGES)
+    assert nn.Module.load_state_dict is own
+    with pytest.raises(RuntimeError, match=r"size mismatch for conv1\.weight"):
+        of_a_library(state)
+    with pytest.raises(ZeroDivisionError), pruned_widths():
+        raise ZeroDivisionError
+    assert nn.Module.load_state_dict is own
+
+
+def test_after_an_error_in_the_context_a_module_has_its_own_sizes_again(state):
+    other = Configured(12).net
+    other.more = nn.Linear(2, 2)
+    before = {name: tensor.shape for name, tensor in other.state_dict().items()}
+    attributes = repr(other)
+    with pruned_widths(), pytest.raises(RuntimeError, match="Missing key"):
+        other.load_state_dict(torch.load(state, weights_only=True))
+    assert {name: tensor.shape for name, tensor in other.state_dict().items()} == before
+    assert repr(other) == attributes
+
+
+def test_a_run_without_the_pruning_callback_says_what_loads_the_checkpoint(configured):
+    module = Configured(12)
+    with pytest.raises(PruningError, match=r"(?s)size mismatch.*load_pruned.*with the NeuronPruningCallback"):
+        fit(module, [NeuronSensitivityCallback()], loader(16), ckpt=configured[1], max_epochs=3)
+    assert not module._load_state_dict_pre_hooks
+
+
+def test_other_errors_of_loading_are_those_of_torch():
+    with pytest.raises(RuntimeError, match="Missing key") as caught:
+        Configured(12).load_state_dict({})
+    assert not isinstance(caught.value, PruningError)
+    wide = Configured(13).state_dict()
+    with pytest.raises(RuntimeError, match="size mismatch") as caught:
+        Configured(12).load_state_dict(wide)
+    assert not isinstance(caught.value, PruningError)
+
+
+def test_a_file_of_another_class_is_refused_with_what_is_missing(tmp_path, configured):
     torch.save({"fc1.weight": torch.zeros(2, 3, 3, 3)}, tmp_path / "net.pt")
     with pytest.raises(RuntimeError, match=r"(?s)Missing key.*conv1.weight.*size mismatch for fc1.weight"):
         load_pruned(Net, tmp_path / "net.pt")
@@ -245,5 +332,5 @@ def test_a_file_that_is_not_there_or_not_of_torch_says_so(tmp_path, module_class
     with pytest.raises(FileNotFoundError):
         load_pruned(module_class, tmp_path / "nothing.ckpt")
     (tmp_path / "text.ckpt").write_text("weights")
-    with pytest.raises((pickle.UnpicklingError, RuntimeError)):
+    with pytest.raises(ArgumentError, match=r"path=.*text.ckpt \(UnpicklingError.*expected a"):
         load_pruned(module_class, tmp_path / "text.ckpt")
