@@ -279,6 +279,7 @@ class NeuronPruner(MonitoredObserver):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin the curves with the whole model."""
         make_up(trainer, self._validated_at)
+        self._validated = False  # what training logs in an epoch is not there, if it was resumed at its end
         if (dense := self.rounds.dense) is not None and not self.rounds.done:
             self._write(trainer, start_scalars(dense))
 

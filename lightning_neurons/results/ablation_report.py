@@ -5,14 +5,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_neurons.errors import ArgumentError, UnknownNameError
-from lightning_neurons.results.plain import floats, number, plain
-from lightning_neurons.results.whole_file import read_text, write_whole
+from lightning_neurons.errors import UnknownNameError
+from lightning_neurons.results.plain import floats, plain
+from lightning_neurons.results.typed import typed
+from lightning_neurons.results.whole_file import reading_document, write_whole
 
 FORMAT, VERSION = "lightning_neurons ablation", 1
 
@@ -108,19 +109,46 @@ class AblationReport:
         Raises:
             ArgumentError: If the file is no such report, or of a newer version.
         """
-        allowed = "a JSON file that AblationReport.save wrote, whole"
-        try:
-            found = json.loads(read_text(path))
-        except ValueError as error:
-            raise ArgumentError.of("path", str(path), allowed) from error
-        if not isinstance(found, dict) or found.get("format") != FORMAT or found.get("version", 0) > VERSION:
-            raise ArgumentError.of("path", str(path), f"{allowed}, of version {VERSION} or older")
-        by_layer = ("delta_loss", "standard_error", "per_class", "per_class_error")
-        found |= {name: {n: floats(v) for n, v in found[name].items()} for name in by_layer}
-        for name in ("delta_metrics", "per_class_metrics"):
-            found[name] = {m: {n: floats(v) for n, v in by.items()} for m, by in found[name].items()}
-        found["undecided"] = {n: tuple(v) for n, v in found["undecided"].items()}
-        found |= {name: tuple(found[name]) for name in ("class_counts", "notes")}
-        found |= {name: number(found[name]) for name in ("loss", "runs")}
-        found["metrics"] = {n: number(v) for n, v in found["metrics"].items()}
-        return cls(**{f.name: found[f.name] for f in fields(cls)})
+        with reading_document(path, FORMAT, VERSION, "AblationReport.save") as found:
+            kinds = get_type_hints(cls)
+            tensors = {name: dims for name, dims in _DIMENSIONS.items() if not name.endswith("metrics")}
+            values: dict[str, Any] = {name: _by_layer(found[name], dims) for name, dims in tensors.items()}
+            for name in _DIMENSIONS.keys() - tensors.keys():
+                values[name] = {m: _by_layer(by, _DIMENSIONS[name]) for m, by in found[name].items()}
+            plain_ones = [one.name for one in fields(cls) if one.name not in values]
+            values |= {name: typed(kinds[name], found[name], name) for name in plain_ones}
+            _check_widths(values)
+            return cls(**values)
+
+
+_DIMENSIONS = {
+    "delta_loss": 1,
+    "standard_error": 1,
+    "per_class": 2,
+    "per_class_error": 2,
+    "delta_metrics": 1,
+    "per_class_metrics": 2,
+}
+"""How many axes the tensors of a report have."""
+
+
+def _by_layer(entries: Mapping[str, Any], dimensions: int) -> dict[str, Tensor]:
+    found = {name: floats(values) for name, values in entries.items()}
+    if any(values.ndim != dimensions for values in found.values()):
+        raise ValueError(f"numbers have {dimensions} axes")
+    return found
+
+
+def _check_widths(values: Mapping[str, Any]) -> None:
+    """Every number belongs to a neuron."""
+    widths = {layer: len(deltas) for layer, deltas in values["delta_loss"].items()}
+    groups = [values[name] for name in ("standard_error", "per_class", "per_class_error")]
+    groups += [*values["delta_metrics"].values(), *values["per_class_metrics"].values()]
+    if values["standard_error"].keys() != widths.keys():
+        raise ValueError("not every layer has a standard error")
+    for layer, found in ((layer, found) for group in groups for layer, found in group.items()):
+        if found.shape[-1] != widths.get(layer):
+            raise ValueError(f"{layer!r} does not have one number for each of its neurons")
+    for layer, neurons in values["undecided"].items():
+        if not all(0 <= neuron < widths.get(layer, 0) for neuron in neurons):
+            raise ValueError(f"{layer!r} does not have all of these neurons")

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from lightning_neurons.criteria import agreement
 from lightning_neurons.errors import ArgumentError
 from lightning_neurons.metrics.histogram import folded
 from lightning_neurons.results.neuron_report import NeuronReport
-from lightning_neurons.results.plain import number, plain
+from lightning_neurons.results.plain import plain
+from lightning_neurons.results.typed import typed
 from lightning_neurons.results.whole_file import reading_document, write_whole
 
 FORMAT, VERSION = "lightning_neurons history", 1
@@ -194,10 +195,19 @@ class NeuronHistory:
             ArgumentError: If the file is no such history, or of a newer version.
         """
         with reading_document(path, FORMAT, VERSION, "NeuronHistory.save") as found:
-            entries = [HistoryEntry(**entry) for entry in found["entries"]]
-            known = [{name: number(s) for name, s in entry.stability.items()} for entry in entries]
-            entries = [replace(entry, stability=s) for entry, s in zip(entries, known, strict=True)]
-            return cls(entries, {}, int(found.get("measured", 0)), dict(found.get("always_dead", {})))
+            entries = typed(list[HistoryEntry], found["entries"], "entries")
+            always_dead = typed(Mapping[str, list[int]], found.get("always_dead", {}), "always_dead")
+            for entry in entries:
+                for neurons in (entry.dead, entry.unknown, entry.died, entry.revived):
+                    _check_neurons(neurons, entry.widths)
+            _check_neurons(always_dead, entries[-1].widths if entries else {})
+            return cls(entries, {}, typed(int, found.get("measured", 0), "measured"), always_dead)
+
+
+def _check_neurons(neurons: Mapping[str, list[int]], widths: Mapping[str, int]) -> None:
+    for layer, found in neurons.items():
+        if not all(0 <= neuron < widths.get(layer, 0) for neuron in found):
+            raise ValueError(f"{layer!r} does not have all of these neurons")
 
 
 def _unchanged(entries: Sequence[HistoryEntry], last: HistoryEntry) -> list[str]:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_WORDS = ("inf", "-inf")
+
 
 def plain(value: Any) -> Any:
     """Tensors as lists, keys as words, NaN as null, infinities as words.
@@ -29,11 +31,18 @@ def plain(value: Any) -> Any:
 def number(value: Any) -> float:
     """The number that ``plain`` made null or a word.
 
+    Raises:
+        ValueError: If it is something else.
+
     Example:
         >>> number("-inf"), number(2)
         (-inf, 2.0)
     """
-    return float("nan" if value is None else value)
+    if value is None or value in _WORDS:
+        return float("nan" if value is None else value)
+    if not isinstance(value, int | float):
+        raise ValueError(f"a number is expected, and not a {type(value).__name__}")
+    return float(value)
 
 
 def floats(values: Any) -> Tensor:

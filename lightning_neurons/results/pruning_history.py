@@ -4,9 +4,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
-from lightning_neurons.results.plain import number, plain
+from lightning_neurons.results.plain import plain
+from lightning_neurons.results.typed import typed
 from lightning_neurons.results.whole_file import reading_document, write_whole
 
 FORMAT, VERSION = "lightning_neurons pruning", 1
@@ -75,9 +75,5 @@ class PruningHistory:
             ArgumentError: If the file is no such history, or of a newer version.
         """
         with reading_document(path, FORMAT, VERSION, "PruningHistory.save") as found:
-            points = tuple(PruningPoint(**{**point, **_metrics(point)}) for point in found["points"])
-            return cls(**{**found, "points": points})
-
-
-def _metrics(point: Mapping[str, Any]) -> dict[str, float | None]:
-    return {name: None if point[name] is None else number(point[name]) for name in ("before", "cut", "after")}
+            history: PruningHistory = typed(cls, {**found, "points": found["points"]}, "the document")
+            return history

@@ -5,6 +5,7 @@ import json
 import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_neurons.errors import ArgumentError
+from lightning_neurons.metrics.histogram import BINS
 from lightning_neurons.network.layer import Layer, Link
 from lightning_neurons.results.plain import floats, plain
-from lightning_neurons.results.whole_file import read_text, write_whole
+from lightning_neurons.results.typed import typed
+from lightning_neurons.results.whole_file import reading_document, write_whole
 
 FORMAT, VERSION = "lightning_neurons report", 1
 
@@ -74,36 +76,24 @@ def load(path: str | Path, counts_type: Callable[..., Any]) -> dict[str, Any]:
     Raises:
         ArgumentError: If the file is no report, or of a newer version.
     """
-    allowed = "a JSON file that NeuronReport.save wrote, whole"
-    try:
-        document = json.loads(read_text(path))
-    except ValueError as error:
-        raise ArgumentError.of("path", str(path), allowed) from error
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise ArgumentError.of("path", str(path), allowed)
-    if document.get("version", 0) > VERSION:
-        raise ArgumentError.of("path", f"{path} of version {document['version']}", f"version {VERSION} or older")
-    try:
+    with reading_document(path, FORMAT, VERSION, "NeuronReport.save") as document:
         return _fields(document, counts_type)
-    except (KeyError, TypeError, ValueError, AttributeError, zlib.error) as error:
-        raise ArgumentError.of("path", f"{path} ({type(error).__name__}: {error})", allowed) from error
 
 
 def _fields(document: dict[str, Any], counts_type: Callable[..., Any]) -> dict[str, Any]:
-    if document["version"] < 1:
-        raise ValueError("version")
+    layers = [_read_layer(entry) for entry in document["layers"]]
     return _consistent({
-        "layers": tuple(_read_layer(entry) for entry in document["layers"]),
+        "layers": tuple(typed(Layer, asdict(layer), "layers") for layer in layers),
         "scores": _read_nested(document["scores"]),
         "deadness_by": _read_nested(document["deadness"]),
         "per_class": _read_nested(document["per_class"]),
-        "class_counts": tuple(document["class_counts"]),
+        "class_counts": typed(tuple[int, ...], document["class_counts"], "class_counts"),
         "counts": {name: counts_type(**_read_counts(entry)) for name, entry in document["counts"].items()},
-        "refused": document["refused"],
-        "settings": document["settings"],
-        "notes": tuple(document["notes"]),
-        "epoch": document["epoch"],
-        "step": document["step"],
+        "refused": typed(Mapping[str, Mapping[str, str]], document["refused"], "refused"),
+        "settings": typed(Mapping[str, Any], document["settings"], "settings"),
+        "notes": typed(tuple[str, ...], document["notes"], "notes"),
+        "epoch": typed(int | None, document["epoch"], "epoch"),
+        "step": typed(int | None, document["step"], "step"),
     })
 
 
@@ -114,15 +104,11 @@ def _consistent(found: dict[str, Any]) -> dict[str, Any]:
         ValueError: If not.
     """
     widths = {name: len(counts.samples) for name, counts in found["counts"].items()}
-    if not isinstance(found["settings"], dict) or not isinstance(found["refused"], dict):
-        raise ValueError("settings and refused have to be mappings")
-    for key in ("epoch", "step"):
-        if not isinstance(found[key], int | None):
-            raise ValueError(f"{key} has to be a whole number")
-    for group in ("scores", "deadness_by", "per_class"):
+    typed(str | None, found["settings"].get("main_criterion"), "main_criterion")
+    for group, dimensions in (("scores", 1), ("deadness_by", 1), ("per_class", 2)):
         for criterion, by_layer in found[group].items():
             for layer, values in by_layer.items():
-                if layer not in widths or values.shape[-1:] != (widths[layer],):
+                if layer not in widths or values.ndim != dimensions or values.shape[-1] != widths[layer]:
                     raise ValueError(f"{criterion} of {layer} does not have one value for each of its neurons")
     return found
 
@@ -167,8 +153,23 @@ def _counts(counts: Any) -> dict[str, Any]:
 def _read_counts(entry: dict[str, Any]) -> dict[str, Any]:
     entry = {"left_out": entry["nonfinite"], **entry}  # files of earlier versions tell no difference
     names = ("samples", "gradient_samples", "values", "nonfinite", "left_out")
-    whole = {n: torch.tensor(entry[n], dtype=torch.int64) for n in names}
-    packed = zlib.decompress(base64.b64decode(entry["histogram"]["zlib"]))
-    histogram = torch.from_numpy(np.frombuffer(packed, "<i8").astype(np.int64).reshape(entry["histogram"]["shape"]))
+    whole = {n: torch.tensor(typed(list[int], entry[n], n), dtype=torch.int64) for n in names}
+    width = len(whole["samples"])
     largest = None if entry["largest"] is None else floats(entry["largest"])
-    return {**whole, "rms": entry["rms"], "largest": largest, "histogram": histogram}
+    if any(len(counts) != width for counts in whole.values()) or (largest is not None and largest.shape != (width,)):
+        raise ValueError("there is not one count for each neuron")
+    rms = typed(float | None, entry["rms"], "rms")
+    return {**whole, "rms": rms, "largest": largest, "histogram": _unpacked(entry["histogram"], width)}
+
+
+def _unpacked(entry: Mapping[str, Any], width: int) -> Tensor:
+    """A histogram; what is packed is not unpacked any further than a histogram of so many neurons is large."""
+    rows, bins = typed(tuple[int, int], entry["shape"], "histogram")
+    if rows not in (0, width) or not 0 <= bins <= BINS:
+        raise ValueError(f"a histogram of {width} neurons does not have {rows} rows and {bins} bins")
+    size = 8 * rows * bins
+    unpacker = zlib.decompressobj()
+    data = unpacker.decompress(base64.b64decode(entry["zlib"]), size + 1)
+    if len(data) != size or not unpacker.eof:
+        raise ValueError("a histogram has another size than it says")
+    return torch.from_numpy(np.frombuffer(data, "<i8").astype(np.int64).reshape(rows, bins))

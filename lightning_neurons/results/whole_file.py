@@ -142,11 +142,19 @@ def reading_document(path: str | Path, form: str, version: int, writer: str) -> 
     Raises:
         ArgumentError: If it is no such document, or of a newer version.
     """
+    allowed = f"a JSON file that {writer} wrote, whole, of version {version} or older"
     try:
         found = json.loads(read_text(path))
-        if found.pop("format") != form or found.pop("version") > version:
-            raise ValueError("format")
-        yield found
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        allowed = f"a JSON file that {writer} wrote, whole, of version {version} or older"
+    except (ValueError, RecursionError) as error:
         raise ArgumentError.of("path", str(path), allowed) from error
+    if not isinstance(found, dict) or found.pop("format", None) != form:
+        raise ArgumentError.of("path", str(path), allowed)
+    known = found.pop("version", None)
+    if type(known) is not int or known < 1:
+        raise ArgumentError.of("path", f"{path} (version {known!r})", allowed)
+    if known > version:
+        raise ArgumentError.of("path", f"{path} of version {known}", f"version {version} or older")
+    try:
+        yield found
+    except Exception as error:
+        raise ArgumentError.of("path", f"{path} ({type(error).__name__}: {error})", allowed) from error

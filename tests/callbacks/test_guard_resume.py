@@ -173,10 +173,12 @@ def test_every_checkpoint_in_the_middle_of_an_epoch_leads_to_the_same_end(whole)
     assert wrong == {}
 
 
-def test_a_checkpoint_after_the_last_batch_and_before_validation_leads_to_a_model_that_keeps_the_contract(whole):
+def test_a_checkpoint_after_the_last_batch_and_before_validation_leads_to_the_same_end(whole):
     setting, folder, run = whole
     for step in range(BATCHES, BATCHES * EPOCHS, BATCHES):
         resumed = train(setting, [], folder / f"step-{step}.ckpt")
+        if setting is not SETTINGS["of training"]:  # what an unfinished epoch has logged is not saved
+            assert differences(resumed.end(), run.end()) == [], step
         assert hidden(resumed.module) >= 14, step
         assert resumed.callback.rounds.widths() == {
             name: len(layer.weight)

@@ -1,0 +1,84 @@
+"""Values of a JSON document, checked by the annotations of what is made of them: such files come from anywhere."""
+
+import types
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from lightning_neurons.results.plain import number
+
+
+def typed(kind: Any, value: Any, where: str) -> Any:
+    """The value that an annotation asks for; lists become tuples, and words the numbers that ``plain`` wrote so.
+
+    Args:
+        kind: A plain type, ``Any``, a union, a ``Literal``, a list, tuple or mapping of such, or a dataclass.
+        value: What the document has in its place.
+        where: The place, for errors.
+
+    Raises:
+        ValueError: If the document has something else there.
+
+    Example:
+        >>> typed(tuple[float, ...], [1, None, "-inf"], "losses")
+        (1.0, nan, -inf)
+    """
+    origin, inside = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        return _one_of(inside, value, where)
+    if origin is Literal:
+        return value if value in inside else _refuse(kind, value, where)
+    if origin in (list, tuple):
+        return _several(origin, inside, value, where)
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        pairs = value.items() if isinstance(value, Mapping) else _refuse(kind, value, where)
+        return {typed(inside[0], key, where): typed(inside[1], entry, f"{where}.{key}") for key, entry in pairs}
+    if is_dataclass(kind):
+        return _made(kind, value, where)
+    if kind is float:
+        return number(value)
+    if kind is int and isinstance(value, int) and abs(value) >= 2**63:
+        _refuse(kind, value, where)
+    fits = isinstance(value, kind) and (kind is not int or not isinstance(value, bool))
+    return value if fits else _refuse(kind, value, where)
+
+
+def _refuse(kind: Any, value: Any, where: str) -> Any:
+    what = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
+    raise ValueError(f"{where} has to be {what}, and is a {type(value).__name__}")
+
+
+def _one_of(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
+    if value is None and types.NoneType in kinds:
+        return None
+    found = [kind for kind in kinds if kind is not types.NoneType]
+    for kind in found[:-1]:
+        try:
+            return typed(kind, value, where)
+        except ValueError:
+            continue
+    return typed(found[-1], value, where)
+
+
+def _several(kind: Any, inside: tuple[Any, ...], value: Any, where: str) -> Any:
+    if not isinstance(value, list | tuple):
+        _refuse(kind, value, where)
+    if kind is tuple and inside[-1] is not ...:
+        if len(inside) != len(value):
+            _refuse(kind, value, where)
+        return tuple(typed(one, entry, where) for one, entry in zip(inside, value, strict=True))
+    return kind(typed(inside[0], entry, where) for entry in value)
+
+
+def _made(kind: Any, value: Any, where: str) -> Any:
+    if not isinstance(value, Mapping):
+        _refuse(kind, value, where)
+    hints = get_type_hints(kind)
+    own = {field.name: field for field in fields(kind)}
+    strange = [name for name in value if name not in own]
+    missing = [n for n, f in own.items() if n not in value and f.default is MISSING and f.default_factory is MISSING]
+    if strange or missing:
+        raise ValueError(f"{where} has {(strange or ['no ' + missing[0]])[0]!r}")
+    return kind(**{name: typed(hints[name], entry, f"{where}.{name}") for name, entry in value.items()})
