@@ -100,7 +100,7 @@ class NeuronPruner(MonitoredObserver):
         others = [
             key for key, state in states.items() if isinstance(state, dict) and {"rounds", "seed"} <= state.keys()
         ]
-        if self.state_key not in states and len(others) == 1:
+        if trainer.state.fn == "fit" and self.state_key not in states and len(others) == 1:
             self._adopt(states[others[0]])
             differ = "; ".join(f"{one} before" for one in _only_in(others[0], self.state_key))
             self._warn(
