@@ -36,17 +36,20 @@ class Following:
 
     Attributes:
         known: By the path of a follower, that of the network that it follows.
+        marks: By the path of a network, what tells where it was before anything was trained.
     """
 
     def __init__(self) -> None:
         self.known: dict[str, str] = {}
-        self._before: dict[str, Tensor] = {}
+        self.marks: dict[str, Tensor] = {}
 
     def begin(self, pl_module: nn.Module) -> None:
-        """Remember where everything is, before it is trained."""
+        """Remember where everything is, before it is trained; a resumed run knows it from its checkpoint."""
+        if self.marks:
+            return
         with torch.no_grad():
             alike = {path for paths in _alike(pl_module) for path in paths}
-            self._before = {path: _mark(pl_module.get_submodule(path)) for path in alike}
+            self.marks = {path: _mark(pl_module.get_submodule(path)) for path in alike}
 
     def look(self, trainer: Any, pl_module: nn.Module) -> Found:
         """See what has moved since; before the first step, nothing can have."""
@@ -63,14 +66,14 @@ class Following:
                 path: m for path, m in modules.items() if _has_any(m, held)
             }
             for path, module in modules.items():
-                if path in leaders or path not in self._before or not leaders or _is_within(path, seen):
+                if path in leaders or path not in self.marks or not leaders or _is_within(path, seen):
                     continue
                 untrained.add(public_name(path))
                 leader = min(leaders, key=lambda one: _distance(leaders[one], module))
-                if not torch.equal(_mark(module), self._before[path]):
+                if not torch.equal(_mark(module), self.marks[path]):
                     self.known[public_name(path)] = public_name(leader)
                     seen.append(public_name(path))
-                elif torch.equal(self._before[path], self._before[leader]) and _may_write(pl_module, path):
+                elif torch.equal(self.marks[path], self.marks[leader]) and _may_write(pl_module, path):
                     seen.append(public_name(path))
                     unclear[public_name(leader)] = (
                         f"{path} is a copy of {leader} that has not moved yet, so it is not known whether it follows"

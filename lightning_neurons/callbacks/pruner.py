@@ -24,7 +24,7 @@ from lightning_neurons.callbacks.monitored import MonitoredObserver
 from lightning_neurons.callbacks.outlet import keeping_training
 from lightning_neurons.callbacks.pruning_settings import PruningSettings
 from lightning_neurons.callbacks.publish import publish_rounds
-from lightning_neurons.callbacks.resume import batches_trained, make_up
+from lightning_neurons.callbacks.resume import batches_trained, first_batches, make_up
 from lightning_neurons.callbacks.runner import KeptBatches, Runner
 from lightning_neurons.callbacks.training_trial import BATCHES, TrainingTrial
 from lightning_neurons.callbacks.validated import keep_weights, validated_weights
@@ -84,6 +84,7 @@ class NeuronPruner(MonitoredObserver):
             "validated": self._validated_at,
             "left_whole": self._left_whole,
             "followers": self._following.known,
+            "marks": self._following.marks,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -92,6 +93,7 @@ class NeuronPruner(MonitoredObserver):
         self.rounds, self._seed = Rounds.from_state(state_dict["rounds"]), state_dict["seed"]
         self._left_whole = dict(state_dict.get("left_whole", {}))
         self._following.known = dict(state_dict.get("followers", {}))
+        self._following.marks = dict(state_dict.get("marks", {}))
         self._restored, self._validated_at = True, state_dict.get("validated")
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
@@ -155,6 +157,14 @@ class NeuronPruner(MonitoredObserver):
                 self._trial = TrainingTrial(trainer, pl_module)
             self._trial.add(batch, batch_idx)
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+
+    def _keep_training_batches(self, trainer: Any, pl_module: Any) -> None:
+        """The same, where the epoch of a validation was over when the run was resumed."""
+        if self._is_near(trainer):
+            self._trial = TrainingTrial(trainer, pl_module)
+            with keeping_training(self, "no training step is tried before the next cut"):
+                for batch, batch_idx in first_batches(trainer, BATCHES):
+                    self._trial.add(batch, batch_idx)
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin to measure, if a round is due or near."""
@@ -278,7 +288,7 @@ class NeuronPruner(MonitoredObserver):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin the curves with the whole model."""
-        make_up(trainer, self._validated_at)
+        make_up(trainer, self._validated_at, partial(self._keep_training_batches, trainer, pl_module))
         self._validated = False  # what training logs in an epoch is not there, if it was resumed at its end
         if (dense := self.rounds.dense) is not None and not self.rounds.done:
             self._write(trainer, start_scalars(dense))

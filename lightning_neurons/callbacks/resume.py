@@ -6,7 +6,10 @@ second, or not at all, and trains no batch of the epoch in the third; with ``max
 ended twice.
 """
 
+from collections.abc import Callable, Iterator
 from typing import Any
+
+from lightning_neurons.network.isolate import kept_random_state
 
 
 def batches_trained(trainer: Any) -> int:
@@ -14,7 +17,7 @@ def batches_trained(trainer: Any) -> int:
     return int(trainer.fit_loop.epoch_loop.batch_progress.total.ready)
 
 
-def make_up(trainer: Any, validated: int | None) -> None:
+def make_up(trainer: Any, validated: int | None, prepare: Callable[[], None]) -> None:
     """Validate what should have been validated before the run ended. Call it in ``on_train_start``, in all processes.
 
     Everybody hears of that validation as of any other, in the epoch to which it belongs.
@@ -22,6 +25,7 @@ def make_up(trainer: Any, validated: int | None) -> None:
     Args:
         trainer: The Trainer.
         validated: ``batches_trained`` at the last validation that has been finished; None if that is not known.
+        prepare: Called before such a validation.
     """
     fit, epoch = trainer.fit_loop, trainer.fit_loop.epoch_loop
     if fit.restarted_on_epoch_start:  # the batches that are counted are those of the last epoch
@@ -42,6 +46,7 @@ def make_up(trainer: Any, validated: int | None) -> None:
         epoch.batch_progress.increment_completed()
     _move_epoch(fit, -is_closed)
     if epoch._should_check_val_fx(fit._data_fetcher):
+        prepare()
         _validate(trainer)
         epoch.val_loop.reset_restart_stage()  # it need not be finished any more,
         epoch.val_loop._has_run = False  # and is left out by the epoch itself, which else would never end its restart
@@ -52,6 +57,17 @@ def make_up(trainer: Any, validated: int | None) -> None:
     elif before_validation:
         epoch.batch_progress.total.completed -= 1  # ``reset`` is still going to count it
         epoch.batch_progress.current.completed -= 1
+
+
+def first_batches(trainer: Any, count: int) -> Iterator[tuple[Any, int]]:
+    """Training batches as the step gets them, with their index, from an iteration of their own over the data."""
+    loader, pl_module = trainer.fit_loop._combined_loader, trainer.lightning_module
+    with kept_random_state(pl_module):
+        for batch, batch_idx, _ in iter(type(loader)(loader.iterables, loader._mode)):
+            if batch_idx >= count:
+                return
+            moved = pl_module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch), dataloader_idx=0)
+            yield trainer.strategy.batch_to_device(moved, dataloader_idx=0), batch_idx
 
 
 def _validate(trainer: Any) -> None:

@@ -276,3 +276,23 @@ def test_resuming_in_other_rhythms_ends_as_if_nothing_had_happened(tmp_path, tra
     files = [tmp_path / f"{name}.ckpt" for name in ("step=3", "step=4", "epoch=1-step=4")]
     wrong = {path.name: differences(train(setting, tmp_path, path, keep=0), whole) for path in files}
     assert wrong == {path.name: [] for path in files}
+
+
+class ReadInTraining(Numbered):
+    """A layer that only training runs reads one entry for each of eight neurons."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.extra = torch.nn.Linear(8, 1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) + self.extra(self.net.fc1.bias).square().sum()
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot cut net.fc1. training_step fails without them")
+def test_what_only_training_reads_is_left_whole_by_a_run_that_goes_on_behind_a_whole_epoch_as_well(tmp_path):
+    setting = Setting(lambda: [pruner("weight_l2", target_params=None, amount=0.5, end_epoch=1)])
+    train(setting, tmp_path, module=ReadInTraining())
+    resumed = ReadInTraining()
+    train(setting, tmp_path, tmp_path / f"step={BATCHES}.ckpt", keep=0, module=resumed)
+    assert [len(layer.weight) for layer in (resumed.net.conv1, resumed.net.conv2, resumed.net.fc1)] == [2, 3, 8]
