@@ -162,7 +162,11 @@ class PruningPlan:
         Raises:
             ArgumentError: If the file is no plan, of a newer version, or contradicts itself.
         """
-        return cls.from_dict(plan_json.read(path))
+        document = plan_json.read(path)
+        try:
+            return cls.from_dict(document)
+        except ArgumentError as error:
+            raise ArgumentError(f"{path}: {error}") from error
 
 
 def _moved(plan: PruningPlan, before: PruningPlan, move: Callable[[int, Sequence[int]], int | None]) -> PruningPlan:

@@ -10,6 +10,7 @@ from lightning_neurons.results.whole_file import read_text, write_whole
 
 _AS_SAVED = "a plan as PruningPlan.save wrote it"
 FORMAT, VERSION = "lightning_neurons pruning plan", 1
+_DIGITS = 19  # of the largest whole number that a tensor can hold
 
 
 def to_dict(plan: Any) -> dict[str, Any]:
@@ -38,7 +39,7 @@ def read(path: str | Path) -> Any:
     """
     try:
         return json.loads(read_text(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ArgumentError.of("path", str(path), "a JSON file that PruningPlan.save wrote, whole") from error
 
 
@@ -70,8 +71,8 @@ def fields(
                 "plan", {layer: indices[-1]}, f"neurons below the width {widths[layer]} in {layer!r}"
             )
     _check_reasons(reasons, neurons)
-    if not (cost is None or (_is_map(cost) and all(map(is_number, cost.values())))):
-        raise ArgumentError.of("plan", cost, f"a cost of numbers, in {_AS_SAVED}")
+    if not (cost is None or (_is_map(cost) and all(is_number(n) and isinstance(n, int) for n in cost.values()))):
+        raise ArgumentError.of("plan", cost, f"a cost of whole numbers, in {_AS_SAVED}")
     if not isinstance(document.get("notes", []), list):
         raise ArgumentError.of("plan", document["notes"], f"a list of notes, in {_AS_SAVED}")
     try:
@@ -89,7 +90,7 @@ def fields(
 def _check_reasons(reasons: Any, neurons: Mapping[str, tuple[int, ...]]) -> None:
     by_layer: dict[str, Any] = reasons if _is_map(reasons) else {"": None}
     for layer, by in by_layer.items():
-        if not _is_map(by) or not all(i.isdecimal() for i in by):
+        if not _is_map(by) or not all(i.isdecimal() and len(i) < _DIGITS for i in by):
             raise ArgumentError.of("plan", reasons, f"reasons by layer and neuron, in {_AS_SAVED}")
         strange = [i for i in by if int(i) not in neurons.get(layer, ())]
         if strange:
