@@ -87,7 +87,8 @@ def race(
     """
     whole, population = _joined(batches)
     some = [rows_of(whole, rows, population) for rows in torch.arange(population).split(_LEAST)]
-    if len(some) > 1 and not study.may_divide(whole, some):
+    as_they_came = len(batches) == 1 or study.has_parts(whole, batches)
+    if not as_they_came or (len(some) > 1 and not study.may_divide(whole, some)):
         raise MeasurementError(
             "budget: a race runs samples in any company, and here the loss of one depends on the others in its batch"
         )

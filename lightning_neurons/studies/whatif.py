@@ -123,14 +123,18 @@ class WhatIf:
     def may_divide(self, batch: Any, parts: Sequence[Any]) -> bool:
         """Whether a batch has the loss and the outputs of its parts; found out on the first batch."""
         if self._divides is None:
-            with torch.inference_mode(False), torch.no_grad(), eager(), isolated(self.model):
-                whole = self._run(normal_tensors(batch))
-                try:
-                    results = [whole, *(self._run(normal_tensors(one)) for one in parts)]
-                    self._divides = divides(self.outcomes, batch, parts, results)
-                except Exception:  # noqa: BLE001 (whatever a model raises on other samples than it expects)
-                    self._divides = False
+            self._divides = self.has_parts(batch, parts)
         return self._divides
+
+    def has_parts(self, batch: Any, parts: Sequence[Any]) -> bool:
+        """Whether a batch has the loss and the outputs of these parts."""
+        with torch.inference_mode(False), torch.no_grad(), eager(), isolated(self.model):
+            whole = self._run(normal_tensors(batch))
+            try:
+                results = [whole, *(self._run(normal_tensors(one)) for one in parts)]
+                return divides(self.outcomes, batch, parts, results)
+            except Exception:  # noqa: BLE001 (whatever a model raises on other samples than it expects)
+                return False
 
     def on(self, batch: Any) -> "BatchWhatIf":
         """Run a batch (or a part of one) and make ready to run it with changes."""

@@ -97,10 +97,31 @@ def test_many_small_batches_are_joined_and_solved_the_same():
     one, many = seeded(Mlp), seeded(Mlp)
     prune(one, X[:2], {"a": [0, 5], "b": [1]}, [X])
     prune(many, X[:2], {"a": [0, 5], "b": [1]}, [X[i : i + 1] for i in range(64)])
-    assert len(in_few([X[i : i + 1] for i in range(64)], 32)) == 32
+    assert len(in_few([X[i : i + 1] for i in range(64)], 32, one)) == 32
     assert torch.allclose(one(X), many(X), atol=1e-5)
-    assert torch.equal(torch.cat(in_few([X[i : i + 1] for i in range(64)], 5)), X)
-    assert [len(batch) for batch in in_few([X[:3], X[:2, :4], X[:1, :4]], 1)] == [3, 3]
+    assert torch.equal(torch.cat(in_few([X[i : i + 1] for i in range(64)], 5, one)), X)
+    assert [len(batch) for batch in in_few([X[:3], X[:2, :4], X[:1, :4]], 1, torch.relu)] == [3, 3]
+    assert len(in_few(X.split(8), 2, lambda batch: one(batch).square().mean())) == 2
+
+
+def of_one_size(batch: torch.Tensor) -> torch.Tensor:
+    assert len(batch) == 8
+    return batch
+
+
+COMPANY = {
+    "centred": lambda batch: batch - batch.mean(0),
+    "a bag": lambda batch: batch.amax(0),
+    "a mean that is no mean of means": lambda batch: batch.mean().square(),
+    "nothing that could tell": lambda batch: [],
+    "fails": of_one_size,
+}
+
+
+@pytest.mark.parametrize("run", COMPANY.values(), ids=COMPANY)
+def test_batches_whose_samples_depend_on_one_another_stay_as_they_came(run):
+    batches = list(X.split(8))
+    assert all(one is other for one, other in zip(in_few(batches, 2, run), batches, strict=True))
 
 
 def test_threads_that_cannot_be_started_leave_nothing_behind(monkeypatch):

@@ -193,6 +193,15 @@ def test_losses_of_samples_are_needed_and_a_mean_is_taken_apart():
         ablate(net, [(x, y)], lambda m, b: (m(b[0])[:, None] - m(b[0])).square().mean(), budget=0.9)
 
 
+def test_few_samples_that_depend_on_their_batch_are_not_joined_either():
+    def centred(model, batch):
+        return F.cross_entropy(model(batch[0] - batch[0].mean(0)), batch[1], reduction="none")
+
+    net, x, y = net_and_data(24)
+    with pytest.raises(MeasurementError, match=r"budget: .* the loss of one depends on the others"):
+        ablate(net, list(zip(x.split(8), y.split(8), strict=True)), centred, budget=0.9)
+
+
 def test_batches_of_several_forms_cannot_be_shuffled():
     net, x, y = net_and_data(40)
     with pytest.raises(MeasurementError, match=r"budget.*one form"):

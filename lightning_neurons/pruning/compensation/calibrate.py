@@ -5,6 +5,7 @@ both in lockstep.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,7 +48,6 @@ def least_squares(
     """
     gone, modules = readers_of(cuts), modules_by_name(model)
     calls, run, reduce = wiring.calls, calibration.run, calibration.reduce
-    batches = in_few(calibration.batches, _WALKS)
     constants = {path: constant_of(path, modules, wiring.norm_behind) for path in gone}
     readers = {
         path: Reader(path, modules[path], gone[path], patchwise=patchwise, has_constant=constants[path] is not None)
@@ -59,6 +59,7 @@ def least_squares(
     rehearsal = Rehearsal(model, cuts)
     with isolated(model), eager(), torch.no_grad():
         model.eval()
+        batches = in_few(calibration.batches, _WALKS, partial(run, model))
         # What runs several times in a forward cannot be waited for: it is solved by what it reads in the whole model.
         repeated = [path for path in readers if calls[path] > 1]
         _watch(model, [readers[path] for path in repeated], batches, run)

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_neurons.errors import PruningError
-from lightning_neurons.network.batches import batch_size_of, form_of, is_divisible, join
+from lightning_neurons.network.batches import batch_size_of, form_of, is_divisible, join, tensors_of
 from lightning_neurons.network.isolate import eager
 from lightning_neurons.pruning.compensation.moments import Reduce, alone
+
+_ALIKE = 1e-4
 
 Run = Callable[[nn.Module, Any], Any]
 """Runs a model, or a copy of it, on a batch."""
@@ -55,20 +57,53 @@ class Calibration:
         return float(self.agree(float(total[0] / total[1].clamp(min=1))))
 
 
-def in_few(batches: Sequence[Any], most: int) -> list[Any]:
-    """The same samples in not many more than ``most`` batches; batches of different forms are not joined.
+def in_few(batches: Sequence[Any], most: int, run: Callable[[Any], Any]) -> list[Any]:
+    """The same samples in not many more than ``most`` batches, where joined ones give what they give alone.
 
     Args:
-        batches: Batches of any form.
+        batches: Batches of any form; those of different forms are not joined.
         most: How many there should be at most.
+        run: Runs a batch; tried on the first that would be joined.
     """
-    if len(batches) <= most:
-        return list(batches)
     at_once = -(-len(batches) // most)
     found: list[list[Any]] = []
-    for batch in batches:
+    for batch in batches if at_once > 1 else ():
         if found and len(found[-1]) < at_once and is_divisible(batch) and form_of(found[-1][0]) == form_of(batch):
             found[-1].append(batch)
         else:
             found.append([batch])
-    return [join(some, [batch_size_of(batch) for batch in some]) if len(some) > 1 else some[0] for some in found]
+    several = [some for some in found if len(some) > 1]
+    if not several or not _stand_alone(several[0], run):
+        return list(batches)
+    return [_joined(some) for some in found]
+
+
+def _joined(some: Sequence[Any]) -> Any:
+    return join(some, [batch_size_of(batch) for batch in some])
+
+
+def _stand_alone(some: Sequence[Any], run: Callable[[Any], Any]) -> bool:
+    """Whether joined batches give what they give one by one: the same rows, or their means."""
+    try:
+        found = [[t.detach() for t in tensors_of(run(batch))] for batch in (_joined(some), *some)]
+    except Exception:  # noqa: BLE001 (whatever a model raises on more samples than it expects)
+        return False
+    if len({len(tensors) for tensors in found}) > 1:
+        return False
+    sizes = [batch_size_of(batch) for batch in some]
+    floats = [(tensor, pieces) for tensor, *pieces in zip(*found, strict=True) if tensor.is_floating_point()]
+    return bool(floats) and all(_is_alike(tensor, pieces, sizes) for tensor, pieces in floats)
+
+
+def _is_alike(whole: Tensor, pieces: Sequence[Tensor], sizes: Sequence[int]) -> bool:
+    if not whole.ndim:
+        expected = sum(piece * size for piece, size in zip(pieces, sizes, strict=True)) / sum(sizes)
+    elif [len(piece) for piece in pieces] == list(sizes) and len(whole) == sum(sizes):
+        expected = torch.cat(list(pieces))
+    else:
+        return False
+    assert isinstance(expected, Tensor), "of one or more pieces"
+    scale = float(whole.abs().nan_to_num(posinf=0, neginf=0).max()) if whole.numel() else 0.0
+    return whole.shape == expected.shape and torch.allclose(
+        whole, expected, rtol=0, atol=_ALIKE * scale + 1e-30, equal_nan=True
+    )
