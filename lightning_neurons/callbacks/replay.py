@@ -1,8 +1,8 @@
 """Running a LightningModule's own step a second time, with gradients, without leaving a trace.
 
-What ``network/isolate.py`` does for any module, and what only Lightning has: ``self.log`` is caught, ``self.print`` is
-silent, loggers are replaced by one that does nothing, the precision of the Trainer is kept, and a compiled step is run
-as it was written.
+What ``network/isolate.py`` does for any module, and what only Lightning has: ``self.log`` is caught, what a step prints
+is dropped, loggers are replaced by one that does nothing, the precision of the Trainer is kept, and a compiled step is
+run as it was written.
 """
 
 import sys
@@ -21,6 +21,7 @@ from lightning_neurons.errors import MeasurementError, NoLossError
 from lightning_neurons.network.batches import map_tensors, tensors_of
 from lightning_neurons.network.isolate import isolated
 from lightning_neurons.network.same_calls import DivergedError
+from lightning_neurons.network.surroundings import kept_attributes, kept_environment, silent
 from lightning_neurons.studies.measure import LossFunction
 
 _OF_DYNAMO = ("__compiled_fn_", "__resume_at_")  # what the compiler leaves in a file of which it has compiled something
@@ -63,6 +64,8 @@ class StepReplay:
         """Inside, the module may be run at will, in evaluation mode; afterwards it is as it was."""
         module, trainer = self.pl_module, self.trainer
         with ExitStack() as stack:
+            stack.enter_context(kept_environment())
+            stack.enter_context(kept_attributes(getattr(trainer, "datamodule", None)))
             schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
             stack.enter_context(isolated(module, vars(trainer), *trainer.optimizers, *schedulers))
             shadows = {"log": self._log, "log_dict": self._log_dict, "print": _silent, **_uncompiled(module)}
@@ -86,7 +89,8 @@ class StepReplay:
                 return self.loss_fn(self.pl_module, batch)
             # A copy, as a step may change its batch and is run on it more than once.
             arguments = step_arguments(self.trainer, self.pl_module, self.step, *self._place_of(batch))
-            return getattr(self.pl_module, self.step)(map_tensors(batch, Tensor.clone), *arguments)
+            with silent():
+                return getattr(self.pl_module, self.step)(map_tensors(batch, Tensor.clone), *arguments)
 
     def loss(self, batch: Any) -> Tensor:
         """The differentiable loss of a batch, as ``loss_fn`` or the step returns or logs it.

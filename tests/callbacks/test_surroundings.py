@@ -1,0 +1,89 @@
+"""What a step does beside the module happens once: what it prints and logs, the environment, the data module."""
+
+import logging
+import os
+import sys
+import threading
+from typing import Any
+
+import lightning as L  # noqa: N812
+from torch import Tensor
+
+from lightning_neurons import NeuronSensitivityCallback
+from lightning_neurons.network.surroundings import silent
+from tests.callbacks.modules import Plain, fit, loader, trainer_of
+
+LOG = logging.getLogger("a step")
+
+
+class Data(L.LightningDataModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen, self.by_name, self.names, self.count = [], {}, set(), 0
+
+    def train_dataloader(self) -> Any:
+        return loader()
+
+    def val_dataloader(self) -> Any:
+        return loader(24, seed=1)
+
+
+class Talks(Plain):
+    def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
+        print(f"printed {batch_idx}")
+        sys.stderr.writelines([f"said {batch_idx}\n"])
+        LOG.warning("logged %d", batch_idx)
+        data = self.trainer.datamodule
+        if data is not None:
+            data.seen.append(batch_idx)
+            data.by_name[f"batch {len(data.by_name)}"] = batch_idx
+            data.names.add(len(data.names))
+            data.count += 1
+            os.environ["OF_A_STEP"] = str(int(os.environ["OF_A_STEP"]) + 1)
+            os.environ.setdefault(f"OF_A_STEP_{data.count}", "new")
+        return super().validation_step(batch, batch_idx)
+
+
+def test_a_step_speaks_once_for_each_batch(capsys, caplog):
+    fit(Talks(), [NeuronSensitivityCallback(max_figures=0)], val=loader(24, seed=1), num_sanity_val_steps=0)
+    heard = capsys.readouterr()
+    for batch_idx in range(3):
+        assert heard.out.count(f"printed {batch_idx}") == 1
+        assert heard.err.count(f"said {batch_idx}") == 1
+        assert [record.getMessage() for record in caplog.records].count(f"logged {batch_idx}") == 1
+
+
+def test_a_loss_fn_which_nobody_else_runs_is_heard(capsys):
+    def loss(module: Any, batch: Any) -> Tensor:
+        print("in loss_fn")
+        return module.loss(batch)
+
+    fit(Plain(), [NeuronSensitivityCallback(loss_fn=loss, max_figures=0)])
+    assert "in loss_fn" in capsys.readouterr().out
+
+
+def test_the_environment_and_what_the_data_module_collects_are_those_of_the_run_alone(monkeypatch):
+    found = []
+    for callbacks in ([], [NeuronSensitivityCallback(max_figures=0)]):
+        monkeypatch.setenv("OF_A_STEP", "0")
+        data = Data()
+        trainer_of(callbacks).fit(Talks(), datamodule=data)
+        variables = {name: value for name, value in os.environ.items() if name.startswith("OF_A_STEP")}
+        found.append((data.seen, data.by_name, data.names, data.count, variables))
+        for name in variables:
+            monkeypatch.delenv(name)
+    assert found[0] == found[1]
+    assert len(found[0][0]) == 5
+
+
+def test_other_threads_and_whoever_keeps_the_stream_are_heard(capsys, caplog):
+    with silent():
+        kept = sys.stdout
+        print("nobody hears this")
+        LOG.warning("nor this")
+        other = threading.Thread(target=lambda: (print("another thread"), LOG.warning("its log")))
+        other.start()
+        other.join()
+    print("later", file=kept)
+    assert capsys.readouterr().out == "another thread\nlater\n"
+    assert [record.getMessage() for record in caplog.records] == ["its log"]
