@@ -22,7 +22,6 @@ from lightning_neurons.callbacks.session import Session
 from lightning_neurons.callbacks.steps import evaluation_loaders, training_loaders
 from lightning_neurons.callbacks.trail import Trail
 from lightning_neurons.callbacks.validated import forget_weights, keep_weights, validated_weights
-from lightning_neurons.criteria import CRITERIA
 from lightning_neurons.errors import ArgumentError, NoLossError, check_count
 from lightning_neurons.network.layer import candidates
 from lightning_neurons.report.loggers import scalars
@@ -372,14 +371,10 @@ class NeuronObserver(EitherCallback):
         if isinstance(failure, MisconfigurationException):
             raise failure
         # What fails though nobody has asked for anything would run without us, and is to run with us.
-        if failure is not None and (isinstance(failure, ArgumentError) or self._has_code_of_the_users()):
+        if failure is not None and (
+            isinstance(failure, ArgumentError) or self.loss_fn is not None or self.settings.may_fail
+        ):
             raise MisconfigurationException(f"{type(self).__name__}: {failure}") from failure
-
-    def _has_code_of_the_users(self) -> bool:
-        """Whether the arguments, rather than the module, may be at fault."""
-        settings = self.settings
-        own = any(c.name not in CRITERIA for c in settings.criteria)
-        return self.loss_fn is not None or settings.by_class or settings.inputs != "clean" or own
 
     def _show(self, trainer: Any) -> None:
         if self._report is None:

@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
-from lightning_neurons.criteria import Criterion, resolve
+from lightning_neurons.criteria import CRITERIA, Criterion, resolve
 from lightning_neurons.criteria.deadness import check_threshold, near_zero
 from lightning_neurons.criteria.ranking import Normalization
 from lightning_neurons.errors import ArgumentError, check_choice
@@ -81,6 +81,11 @@ class MeasurementSettings:
     def by_class(self) -> bool:
         """Whether classes are kept apart."""
         return self.per_class is not False
+
+    @property
+    def may_fail(self) -> bool:
+        """Whether these may be at fault where nothing can be measured, rather than the model."""
+        return self.by_class or self.inputs != "clean" or any(c.name not in CRITERIA for c in self.criteria)
 
     def targets(self, batch: Any) -> Tensor:
         """The class of each sample.
