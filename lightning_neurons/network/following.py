@@ -17,7 +17,7 @@ from torch_pruning import _helpers
 
 from lightning_neurons.network.connections import LostError, lay_out
 from lightning_neurons.network.layer import public_name
-from lightning_neurons.network.trees import tensors_in
+from lightning_neurons.network.trees import in_transform, tensors_in
 
 _READING = (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
 
@@ -63,15 +63,21 @@ def build(model: nn.Module, run: Callable[[nn.Module], Any], outputs: Callable[[
     return graph
 
 
+def _open_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules of a model that one can look into: not those that are TorchScript."""
+    return [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+
+
 @contextmanager
 def _plain(model: nn.Module) -> Iterator[None]:
     """Let modules leave one node by which the graph knows them; inside, some lay axes out as one."""
     whole = {nn.Linear.forward: _linear, nn.modules.instancenorm._InstanceNorm.forward: _norm}
-    changed = [m for m in model.modules() if type(m).forward in whole and "forward" not in vars(m)]
+    modules = _open_modules(model)
+    changed = [m for m in modules if type(m).forward in whole and "forward" not in vars(m)]
     for module in changed:
         module.forward = partial(whole[type(module).forward], module)
     # A function that works in place on a view replaces the node that the view's module has left.
-    handles = [m.register_forward_hook(_out_of_view) for m in model.modules() if not any(True for _ in m.children())]
+    handles = [m.register_forward_hook(_out_of_view) for m in modules if not any(True for _ in m.children())]
     try:
         yield
     finally:
@@ -82,12 +88,24 @@ def _plain(model: nn.Module) -> Iterator[None]:
 
 
 class _Linear(torch.autograd.Function):
+    """A linear map in one node; a forward may ask for its gradient, and for that of it."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
         return nn.functional.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        (x, weight), gradient = ctx.saved_tensors, gradients[0]
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        bias = rows.sum(0) if ctx.needs_input_grad[2] else None
+        return gradient @ weight, rows.T @ x.reshape(-1, x.shape[-1]), bias
 
 
 def _linear(module: Any, input: Tensor) -> Any:
+    if in_transform():
+        return nn.functional.linear(input, module.weight, module.bias)
     return _Linear.apply(input, module.weight, module.bias)  # type: ignore[no-untyped-call]
 
 
@@ -112,7 +130,7 @@ def _noted(graph: Any) -> Iterator[None]:
                     graph.inside.add(function)
                     stack.extend(f for f, _ in function.next_functions)
 
-    handles = [module.register_forward_hook(end, with_kwargs=True) for module in graph.model.modules()]
+    handles = [m.register_forward_hook(end, with_kwargs=True) for m in _open_modules(graph.model)]
     try:
         yield
     finally:

@@ -113,7 +113,7 @@ def _fixed_readers(node: Any, paths: Mapping[Any, str], modules: Mapping[str, nn
         for following in stack.pop().outputs:
             # What the graph does not know as a module shows itself by its parameters.
             near = [n.module for n in (following, *following.inputs) if n.module in paths]
-            owners = [paths[m].rpartition(".")[0] if isinstance(m, nn.Parameter) else paths[m] for m in near]
+            owners = [paths[m].rpartition(".")[0] if isinstance(m, Tensor) else paths[m] for m in near]
             for path in owners:
                 reason = why_fixed(modules[path])
                 if reason is not None:
@@ -170,7 +170,7 @@ def _units(fresh: list[int], found: list[Arrival]) -> dict[int, int]:
 
 
 def _role(module: Any, makes: bool) -> Role:
-    if isinstance(module, nn.Parameter):
+    if isinstance(module, Tensor):  # a parameter; those of TorchScript have no type of their own
         return "holds"
     if isinstance(module, nn.Embedding):
         return "makes"

@@ -63,6 +63,8 @@ def axes(module: nn.Module, role: Role) -> dict[str, int]:
 def why_fixed(module: nn.Module) -> str | None:
     """Why a module's width cannot be changed, or None if it can."""
     kind = type(module).__name__
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is TorchScript, which nobody can look into"
     if isinstance(module, nn.GroupNorm):
         return f"{kind} normalises groups of channels together, and would do so over other groups"
     if isinstance(module, nn.MultiheadAttention):

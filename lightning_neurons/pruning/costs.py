@@ -163,8 +163,8 @@ class _Counting(TorchDispatchMode):
 
 
 def _memory(tensor: Tensor) -> int:
-    """Which memory a tensor lies in: views of a parameter lie in its own."""
-    return int(tensor.untyped_storage()._cdata)
+    """Which memory a tensor lies in: views of a parameter lie in its own. Sparse tensors have none of that kind."""
+    return int(tensor.untyped_storage()._cdata) if tensor.layout == torch.strided else id(tensor)
 
 
 def effects(group: Group, modules: Mapping[str, nn.Module]) -> Effects:

@@ -99,7 +99,7 @@ class Preflight:
         finally:
             for hook in hooks:
                 hook.remove()
-        return [*values, *tensors_of(out)]
+        return [tensor.detach() for tensor in (*values, *tensors_of(out))]
 
 
 @contextmanager

@@ -349,3 +349,43 @@ def test_a_layer_whose_values_are_summed_to_the_output_makes_the_output():
 
     found = discover(seeded(Loss), Example(torch.randn(3, 4)))
     assert found.refused == {"head": "its neurons are the model's output"}
+
+
+OTHER_BLOCKS = {
+    "TorchScript": (lambda: torch.jit.script(nn.Sequential(nn.Linear(8, 8), nn.ReLU())), False),
+    "a transform": (lambda: torch.vmap(lambda row: row * 2), True),
+    "a sparse product": (lambda: lambda x: torch.sparse.mm(torch.eye(len(x)).to_sparse(), x), True),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("name", OTHER_BLOCKS)
+def test_blocks_of_other_kinds_do_not_stop_the_rest(name):
+    make, goes = OTHER_BLOCKS[name]
+    report = prune(seeded(Odd, make()), torch.randn(2, 4), {"criterion": "weight_l2", "amount": 0.5})
+    assert {name: len(gone) for name, gone in report.plan.neurons.items()} == (
+        {"first": 3, "odd": 4, "last": 2} if goes else {"first": 3, "last": 2}
+    )
+    assert goes or any(note.startswith("odd is not cut: way.0: it is TorchScript") for note in report.notes)
+
+
+class Forces(nn.Module):
+    """Returns an energy and its slope, so that its forward differentiates twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.energy = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 1))
+        self.other, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            (force,) = torch.autograd.grad(self.energy(x).sum(), x, create_graph=True)
+            (slope,) = torch.autograd.grad(force.square().sum(), x, create_graph=True)
+        return slope, self.head(F.relu(self.other(x)))
+
+
+def test_a_forward_that_differentiates_itself_is_traced():
+    report = prune(seeded(Forces), torch.randn(2, 5, 3), {"criterion": "weight_l2", "amount": 0.5})
+    assert {name: len(gone) for name, gone in report.plan.neurons.items()} == {"other": 2}
+    assert any(note.startswith("energy.0 is not cut: ") for note in report.notes)
