@@ -72,18 +72,15 @@ class Structure:
     def costs_without(self, units: Units) -> tuple[int, int]:
         """Parameters and MACs when units have gone, from the sizes of tensors."""
         removed = removed_by(self._effects, units)
-        return self.costs.parameters(removed), self.costs.macs(removed)
+        rest = sum(self._rest_per_unit.get(root, 0.0) * len(gone) for root, gone in units.items())
+        return self.costs.parameters(removed), self.costs.macs(removed) - round(rest)
 
     def counted_without(self, units: Units) -> tuple[int, int]:
-        """The same, with the MACs counted on a copy that is cut: what has no weight, as attention, may be less too."""
+        """The same, with the MACs counted on a copy that is cut."""
         parameters, macs = self.costs_without(units)
-        if not any(units.values()) or self._twin_macs != self.costs.macs():  # where it runs depends on its weights
-            return parameters, macs
-        operation = cut(self.preflight.twin, cuts_of(self.groups.values(), units))
-        try:
-            return parameters, costs_of(self.preflight.twin, self.preflight.example).macs()
-        finally:
-            operation.roll_back()
+        if any(units.values()) and self._whole.macs() == self.costs.macs():  # else its weights decide what runs
+            macs = self._counted(units).macs()
+        return parameters, macs
 
     @cached_property
     def wiring(self) -> Wiring:
@@ -103,8 +100,24 @@ class Structure:
         }
 
     @cached_property
-    def _twin_macs(self) -> int:
-        return costs_of(self.preflight.twin, self.preflight.example).macs()
+    def _rest_per_unit(self) -> dict[str, float]:
+        """By root, the MACs of operations without a weight, such as products with neighbours, that go with a unit."""
+        tried = {root: some_units(group, 0) for root, group in self.offered.items()}
+        whole = self.costs.rest
+        if not whole or self._whole.rest != whole or self._counted(tried).rest == whole:
+            return {}
+        return {root: (whole - self._counted({root: gone}).rest) / len(gone) for root, gone in tried.items() if gone}
+
+    @cached_property
+    def _whole(self) -> Costs:
+        return self._counted({})
+
+    def _counted(self, units: Units) -> Costs:
+        operation = cut(self.preflight.twin, cuts_of(self.groups.values(), units))
+        try:
+            return costs_of(self.preflight.twin, self.preflight.example)
+        finally:
+            operation.roll_back()
 
     @cached_property
     def _effects(self) -> dict[str, Effects]:

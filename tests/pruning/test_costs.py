@@ -216,6 +216,11 @@ def test_operations_without_a_weight_of_their_own_count_before_and_after_a_cut(n
     before = recount(net, x)
     structure = discover(net, Example(x))
     assert (structure.costs.parameters(), structure.costs.macs()) == before
+    for seed in range(3):
+        units = some_units(structure, seed)
+        smaller = copy.deepcopy(net)
+        cut(smaller, cuts_of(structure.groups.values(), units))
+        assert structure.costs_without(units) == structure.counted_without(units) == recount(smaller, x)
     report = prune(net, x, {"criterion": "weight_l2", "amount": 0.4}, compensation="none")
     cost = report.cost
     assert (cost.parameters, cost.macs) == before
