@@ -33,7 +33,9 @@ class NeuronPruningCallback(NeuronKeeper):
 
     Neurons are scored on validation data when a round is due; the plan is made when that validation ends, goes into the
     checkpoint, and is carried out when the next training epoch begins. Coupled neurons (residual streams, depthwise
-    convolutions) go together. Every cut is tried on a copy first; layers that cannot be cut stay whole, with a warning.
+    convolutions) go together, and so do those of momentum and target networks in the module, which follow others. Every
+    cut is tried on a copy first, and so are the first training steps of an epoch, as training may run more than
+    validation does; layers that cannot be cut stay whole, with a warning.
     Checkpoints of any round can be resumed and validated; ``load_pruned`` loads them without a Trainer.
 
     Args:

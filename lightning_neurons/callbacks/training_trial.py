@@ -102,7 +102,8 @@ class TrainingTrial:
         else:
             cut(twin, cuts)
         for name, module in twin.named_modules():
-            module.training = self._modes.get(name, module.training)
+            drops = isinstance(module, nn.modules.dropout._DropoutNd)
+            module.training = self._modes.get(name, module.training) and not drops
         seen: list[Gradients] = []
 
         def look() -> None:

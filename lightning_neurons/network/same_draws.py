@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 
 _DROPOUTS = {
@@ -37,6 +38,9 @@ class SameDraws(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        if func is Tensor.backward:  # a checkpoint runs a part of the forward again
+            with self:
+                return _backward(*args, **kwargs)
         if name in _DROPOUTS:
             return args[0] if args else kwargs["input"]
         if name not in _DRAWS:
@@ -50,6 +54,16 @@ class SameDraws(TorchFunctionMode):
             with torch.no_grad():
                 drawn.copy_(_narrow(func, args, kwargs, drawn, by_entry=self.alike[number]))
         return drawn
+
+
+def _backward(
+    tensor: Tensor, gradient: Any = None, retain_graph: Any = None, create_graph: bool = False, inputs: Any = ()
+) -> None:
+    """``Tensor.backward`` as it is inside: by its name, a mode would be asked again and again."""
+    first = torch.ones_like(tensor) if gradient is None else gradient
+    keep = create_graph if retain_graph is None else retain_graph
+    inputs = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs or ())
+    _engine_run_backward((tensor,), (first,), keep, create_graph, inputs, allow_unreachable=True, accumulate_grad=True)
 
 
 def _seed(number: int) -> None:

@@ -64,7 +64,8 @@ def class_study(
         layers: None for all, or patterns of paths, names of classes or module types; others are left alone.
         replacement: What neurons that are off become: ``"zero"``, or their ``"mean"`` over all samples.
         controls: How many random draws are compared; classes with as many neurons share them.
-        forward: From the model and a batch to logits; None calls the model on the batch's inputs.
+        forward: From the model and a batch to logits, or to an object in which they are called so; None calls the
+            model on the batch's inputs.
         progress: Show progress bars.
         seed: Of the random draws.
 

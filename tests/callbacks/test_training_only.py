@@ -9,6 +9,7 @@ import lightning as L  # noqa: N812
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_neurons.callbacks.training_trial import TrainingTrial
 from tests.callbacks.modules import Manual, Net, Plain, fit
@@ -186,7 +187,15 @@ class Dropping(Deep):
     def extra(self, batch):
         _, second, third = self.features(batch[0][torch.randperm(len(batch[0]))])
         noisy = self.net.fc1(nn.functional.dropout(second + 0.1 * torch.randn_like(second), 0.2))
-        return (noisy.relu() * third).sum(1).mean() + 1e-3 * sum(p.norm() for p in self.net.parameters())
+        again = checkpoint(self.noisy_head, third, use_reentrant=False)
+        return (
+            again.square().mean()
+            + (noisy.relu() * third).sum(1).mean()
+            + 1e-3 * sum(p.norm() for p in self.net.parameters())
+        )
+
+    def noisy_head(self, x):
+        return self.net.fc2(nn.functional.dropout(x, 0.5) + 0.1 * torch.rand_like(x))
 
 
 class Keeping(Plain):
