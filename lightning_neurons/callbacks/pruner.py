@@ -25,7 +25,7 @@ from lightning_neurons.callbacks.outlet import keeping_training
 from lightning_neurons.callbacks.pruning_settings import PruningSettings
 from lightning_neurons.callbacks.publish import publish_rounds
 from lightning_neurons.callbacks.resume import batches_trained, first_batches, make_up
-from lightning_neurons.callbacks.runner import KeptBatches, Runner
+from lightning_neurons.callbacks.runner import KeptBatches, Runner, check_cut
 from lightning_neurons.callbacks.training_trial import BATCHES, TrainingTrial
 from lightning_neurons.callbacks.validated import keep_weights, validated_weights
 from lightning_neurons.errors import PruningError
@@ -311,7 +311,12 @@ class NeuronPruner(MonitoredObserver):
             latency_before=self._latency(pl_module),
             before=None if before is None else float(before),
         )
-        cut_in_fit(trainer, pl_module, pending.cuts, pending.shifts, partial(self._book, trainer, made))
+        try:
+            cut_in_fit(trainer, pl_module, pending.cuts, pending.shifts, partial(self._book, trainer, made))
+        except PruningError as error:
+            self.rounds.pending = None
+            self._warn(f"round {pending.number} is not made at epoch {trainer.current_epoch}: {error}")
+            return
         if self.pruning.reset_early_stopping and pending.cuts:
             reset_early_stopping(trainer)
         # From here on, whatever fails or is interrupted finds a whole cut that has been written down.
@@ -324,6 +329,8 @@ class NeuronPruner(MonitoredObserver):
 
     def _book(self, trainer: Any, made: PruningRound, operation: Operation) -> None:
         """Write down that a round has been made, as a part of the cut itself: an interruption finds both or neither."""
+        if made.plan:
+            check_cut(trainer, self._runner)
         operation.keep(self.rounds)
         self.rounds.finish(made)
 

@@ -103,6 +103,22 @@ def _on_inputs(module: nn.Module, batch: Any) -> Any:
     return call(module, inputs_of(batch))
 
 
+def check_cut(trainer: Any, runner: Runner | None) -> None:
+    """Run a module that has just been cut once, in every process that knows how.
+
+    Raises:
+        PruningError: If it fails in some process; in every process.
+    """
+    failure = None
+    if runner is not None:
+        try:
+            runner.example.check(trainer.lightning_module)
+        except PruningError as error:
+            failure = error
+    if not trainer.strategy.reduce_boolean_decision(failure is None, all=True):
+        raise failure or PruningError("the cut model fails in another process; everything is as it was")
+
+
 class KeptBatches:
     """The first validation samples, kept on the CPU.
 

@@ -1,6 +1,7 @@
 """A module that cannot be followed in one way of running it is run in another; a run without validation is told why."""
 
 import sys
+import warnings
 
 import pytest
 import torch
@@ -47,6 +48,30 @@ def test_the_cut_does_not_depend_on_the_way_in_which_the_module_is_followed(make
 def test_a_module_that_can_be_followed_in_no_way_is_refused():
     message = r"cannot be traced.*output depends on none of its parameters"
     assert_refused(Neither(), message, [pruner("weight_l2")])
+
+
+ROWS = {}
+
+
+class ByIdentity(Plain):
+    """It looks a width up by the layer itself, which a copy is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        ROWS[id(self.net.fc1)] = 8
+        self.net.drop.forward = lambda x: x.view(-1, ROWS.get(id(self.net.fc1), x.shape[1]))
+
+
+def test_a_cut_with_which_the_module_itself_fails_is_taken_back_and_training_goes_on():
+    torch.manual_seed(0)
+    module, callback = ByIdentity(), pruner("weight_l2", scope="layer", ignore=["net.conv*"])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = fit(module, [callback], max_epochs=3)
+    assert trainer.current_epoch == 3
+    assert any("round 1 is not made at epoch 1: the model fails without" in str(w.message) for w in caught)
+    assert widths(module) == {"net.conv1": 4, "net.conv2": 6, "net.fc1": 8, "net.fc2": 3}
+    assert (callback.rounds.done, callback.pending) == ([], None)
 
 
 @pytest.mark.parametrize(("every", "said"), [(sys.maxsize, "it would run never"), (5, "it would run every 5 epochs")])
