@@ -5,6 +5,7 @@ the forward, and each operation is asked for by itself; only where neurons are s
 its guess taken.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -193,6 +194,8 @@ def _inputs_of(graph: Any, node: Any) -> list[_Input] | None:
 def _edge(graph: Any, node: Any, number: int, inputs: Sequence[_Input], axes: Mapping[Any, int | None]) -> _Edge:
     source, function, k, place = inputs[number]
     before, axis = _shape(function, k), axes.get(source)
+    if before is not None and math.prod(before) == 1:  # a number scales or shifts all alike
+        return _Edge(source, table=())
     if before is None or axis is None or not 0 <= axis < len(before):
         return _Edge(source, exact=_is_layer(node))
     part = None

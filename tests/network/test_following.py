@@ -72,6 +72,19 @@ class Mixer(nn.Module):
         return self.head(x + F.relu(self.channels(x)))
 
 
+class WeighedSum(nn.Module):
+    """Two branches are summed with weights that are learnt, one number each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shares, self.left, self.right = nn.Parameter(torch.ones(2)), nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+        self.head = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shares = self.shares / self.shares.sum()
+        return self.head(F.relu(shares[0] * self.left(x) + shares[1] * self.right(x)))
+
+
 class Gate(nn.Module):
     """A map of one channel scales all channels."""
 
@@ -170,6 +183,11 @@ CASES = {
         Experts,
         (3, 4),
         {("first", "makes"): alone(0, 3), ("second", "makes"): alone(0, 3), ("head", "reads"): alone(0, 3)},
+    ),
+    "weighed sum": (
+        WeighedSum,
+        IMAGES,
+        {("left", "makes"): alone(0, 4), ("right", "makes"): alone(0, 4), ("head", "reads"): alone(0, 4)},
     ),
     "gate": (
         Gate,
