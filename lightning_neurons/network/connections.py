@@ -273,8 +273,8 @@ def _guess(graph: Any, node: Any) -> str | None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             guess(graph, node)
-    except _PLAIN as error:
-        return f"it is not understood how {name_of(node.grad_fn).lower()} lays them out ({type(error).__name__})"
+    except _PLAIN:  # sizes do not add up
+        return f"it is not understood how {name_of(node.grad_fn).lower()} lays them out"
     return None
 
 

@@ -92,7 +92,7 @@ def reduces(node: Any, ndim: int, axis: int) -> bool:
 
 
 def contracts(node: Any, number: int, before: Sequence[int], axis: int) -> bool:
-    """Whether a product or a convolution sums over what lies on an axis of one of its inputs.
+    """Whether a product, a distance or a convolution sums over what lies on an axis of one of its inputs.
 
     Args:
         node: What it has left in the graph.
@@ -104,6 +104,8 @@ def contracts(node: Any, number: int, before: Sequence[int], axis: int) -> bool:
     if name == "Convolution":
         alone = node._saved_groups == before[axis] == (shape_of(node) or (0, 0))[1]
         return number == 0 and axis == 1 and not alone
+    if name in ("Cdist", "EuclideanDist"):
+        return axis == len(before) - 1
     if name in ("Mm", "Addmm", "Mv", "Addmv"):
         left = number == len(node.next_functions) - 2
         return axis == len(before) - 1 if left else axis == max(len(before) - 2, 0)

@@ -101,6 +101,8 @@ def test_a_sum_or_a_mean_over_the_neurons_is_told_from_one_over_the_map(operatio
         (lambda x: torch.ones(6, 6) @ x, 0, True),
         (lambda x: torch.addmm(torch.ones(6), x, torch.ones(6, 6)), 1, True),
         (lambda x: x @ torch.ones(6), 1, True),
+        (lambda x: torch.cdist(x, torch.ones(6, 6)), 1, True),
+        (lambda x: torch.cdist(x, torch.ones(6, 6)), 0, False),
     ],
 )
 def test_a_product_sums_over_one_axis_of_each_factor(operation, axis, summed):
