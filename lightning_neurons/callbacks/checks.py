@@ -52,19 +52,27 @@ def refuse_sharded(who: str, strategy: Any) -> None:
 
 
 def check_layers(who: str, pl_module: Any, patterns: tuple[Pattern, ...] | None) -> None:
-    """Make sure that there is something to measure.
+    """Make sure that each pattern matches a layer.
 
     Raises:
-        MisconfigurationException: If a pattern matches no layer, or the module has none.
+        MisconfigurationException: If one does not.
     """
     try:
-        found = candidates(pl_module, patterns)
+        candidates(pl_module, patterns)
     except ArgumentError as error:
         raise MisconfigurationException(f"{who}: {error}") from error
-    if not found:
-        raise MisconfigurationException(
-            f"{who}: {type(pl_module).__name__} has no convolutional or linear layer; make your own layer types known "
-            "by lightning_neurons.register_layer"
+
+
+def require_layers(pl_module: Any, patterns: tuple[Pattern, ...] | None) -> None:
+    """Make sure that there is something to measure; a module without layers is no mistake of who observes it.
+
+    Raises:
+        MeasurementError: If the module has no layer.
+    """
+    if not candidates(pl_module, patterns):
+        raise MeasurementError(
+            f"{type(pl_module).__name__} has no convolutional or linear layer; make your own layer types known by "
+            "lightning_neurons.register_layer"
         )
 
 

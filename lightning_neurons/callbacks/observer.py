@@ -232,8 +232,8 @@ class NeuronObserver(EitherCallback):
         self._raise_failure(trainer)
 
     def _join(self, trainer: Any, pl_module: Any, step: str, loaders: Any, batches: Any) -> None:
-        checks.check_layers(type(self).__name__, pl_module, self.settings.layers)
         settings = self.settings
+        checks.require_layers(pl_module, settings.layers)
         measurement = Measurement(
             pl_module, settings.criteria, layers=settings.layers, per_class=settings.by_class, device=pl_module.device
         )

@@ -72,11 +72,26 @@ def test_a_pattern_that_matches_no_layer_stops_before_training_and_names_the_nea
     assert all(torch.equal(p, q) for p, q in zip(module.parameters(), before, strict=True))
 
 
+class Scaled(nn.Module):
+    """Learns one number for each class, and has no layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        return self.scale * x.mean((1, 2, 3))[:, None]
+
+
 @pytest.mark.parametrize("observer", OBSERVERS)
-def test_a_module_without_any_layer_is_refused(observer):
-    module = Plain(nn.Flatten())
-    with pytest.raises(MisconfigurationException, match="Plain has no convolutional or linear layer"):
-        trainer_of([observer()]).validate(module, loader(), verbose=False)
+def test_a_module_without_any_layer_is_trained_with_a_warning(observer):
+    callback, plain, module = observer(), Plain(Scaled()), Plain(Scaled())
+    trainer_of([]).fit(plain, loader(), loader())
+    measured, layer = "nothing has been measured", "Plain has no convolutional or linear layer"
+    with pytest.warns(UserWarning, match=measured), pytest.warns(UserWarning, match=layer):
+        trainer_of([callback]).fit(module, loader(), loader())
+    assert torch.equal(module.net.scale, plain.net.scale)
+    assert callback.report is None
 
 
 class FSDPStrategy(SingleDeviceStrategy):
