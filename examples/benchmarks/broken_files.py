@@ -150,7 +150,7 @@ def other_values(data: bytes, chance: random.Random) -> bytes:
         elif change == 1 and isinstance(holder, dict):
             holder[chance.choice(["", "0", "other", "9" * 5000])] = holder.pop(key)
         elif change == 2 and isinstance(holder[key], int | float):
-            holder[key] = -holder[key] - chance.choice([0, 1, 0.5])
+            holder[key] = chance.choice([-holder[key], holder[key] + 1, 0.5])
         else:
             holder[key] = copy.deepcopy(chance.choice(ODD))
     return json.dumps(document).encode()

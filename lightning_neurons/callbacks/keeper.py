@@ -41,8 +41,10 @@ class NeuronKeeper(ForesightedPruner):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where a checkpoint left off."""
+        with self._reading_state():
+            keeping = Keeping.of(state_dict.get("keeping", {}))
         super().load_state_dict(state_dict)
-        self.keeping = Keeping(**state_dict.get("keeping", {}))
+        self.keeping = keeping
         if self._distiller is not None and state_dict.get("distillation") is not None:
             self._distiller.load_state_dict(state_dict["distillation"])
         if self.pruning.guard is not None and self.rounds.done and self.keeping.baseline is None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_neurons.callbacks.snapshot import Snapshot
+from lightning_neurons.results.typed import typed
 
 
 @dataclass
@@ -35,6 +36,16 @@ class Keeping:
     step_of_latest: int = -1
     step: float = 1.0
     stopped: bool = False
+
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> "Keeping":
+        """Continue where ``state_dict`` left off.
+
+        Raises:
+            ValueError: If a value is not what it has to be.
+        """
+        found: Keeping = typed(cls, state, "keeping")
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values and tensors."""

@@ -6,6 +6,8 @@ to its weights, and a resumed run goes on as the uninterrupted one would have.
 
 import ast
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -28,13 +30,14 @@ from lightning_neurons.callbacks.resume import batches_trained, first_batches, m
 from lightning_neurons.callbacks.runner import KeptBatches, Runner, check_cut
 from lightning_neurons.callbacks.training_trial import BATCHES, TrainingTrial
 from lightning_neurons.callbacks.validated import keep_weights, validated_weights
-from lightning_neurons.errors import PruningError
+from lightning_neurons.errors import ArgumentError, PruningError
 from lightning_neurons.pruning.budget import PruningBudget
 from lightning_neurons.pruning.latency import latency
 from lightning_neurons.pruning.plan import PruningPlan
 from lightning_neurons.pruning.rounds import Pending, PruningRound, Rounds
 from lightning_neurons.pruning.surgery import Operation
 from lightning_neurons.report.pruning import print_rounds, round_scalars, start_scalars
+from lightning_neurons.results.typed import typed
 from lightning_neurons.studies.settings import MeasurementSettings
 
 
@@ -88,13 +91,29 @@ class NeuronPruner(MonitoredObserver):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue with the rounds of a checkpoint."""
-        super().load_state_dict(state_dict)
-        self.rounds, self._seed = Rounds.from_state(state_dict["rounds"]), state_dict["seed"]
-        self._left_whole = dict(state_dict.get("left_whole", {}))
-        self._following.known = dict(state_dict.get("followers", {}))
-        self._following.marks = dict(state_dict.get("marks", {}))
-        self._restored, self._validated_at = True, state_dict.get("validated")
+        """Continue with the rounds of a checkpoint.
+
+        Raises:
+            ArgumentError: If they are broken; the callback is then as it was.
+        """
+        with self._reading_state():
+            super().load_state_dict(state_dict)
+            self.rounds, self._seed = Rounds.from_state(state_dict["rounds"]), state_dict["seed"]
+            self._left_whole = typed(dict[str, str], state_dict.get("left_whole", {}), "left_whole")
+            self._following = Following()
+            self._following.known = typed(dict[str, str], state_dict.get("followers", {}), "followers")
+            self._following.marks = typed(dict[str, torch.Tensor], state_dict.get("marks", {}), "marks")
+            self._restored, self._validated_at = True, typed(int | None, state_dict.get("validated"), "validated")
+
+    @contextmanager
+    def _reading_state(self) -> Iterator[None]:
+        before = dict(vars(self))
+        try:
+            yield
+        except Exception as error:
+            vars(self).update(before)
+            got = f"the state of {type(self).__name__} in a checkpoint ({type(error).__name__}: {error})"
+            raise ArgumentError.of("ckpt_path", got, "one that it has written, whole") from error
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Go on from the rounds of a pruning callback of other settings, and say so: a budget is of the whole model."""

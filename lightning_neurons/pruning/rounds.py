@@ -1,7 +1,7 @@
 """What a pruning callback remembers: the model before any cut, the rounds so far, and the one that is decided."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from torch import Tensor
@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_neurons.pruning.plan import PruningPlan
 from lightning_neurons.pruning.reach import Dense
 from lightning_neurons.pruning.surgery import Cut
+from lightning_neurons.results.typed import typed
 
 
 @dataclass(frozen=True)
@@ -157,25 +158,31 @@ class Rounds:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> "Rounds":
-        """Continue where ``state_dict`` left off."""
+        """Continue where ``state_dict`` left off.
+
+        Raises:
+            ValueError: If a value is not what it has to be.
+        """
         pending = state["pending"]
         return cls(
-            dense=None if state["dense"] is None else Dense(**state["dense"]),
+            dense=typed(Dense | None, state["dense"], "dense"),
             done=[_round(one) for one in state["done"]],
             undone=[_round(one) for one in state["undone"]],
             pending=None
             if pending is None
             else Pending(
-                pending["number"],
+                typed(int, pending["number"], "number"),
                 PruningPlan.from_dict(pending["plan"]),
-                tuple(Cut(**{**one, "places": tuple(one["places"])}) for one in pending["cuts"]),
-                pending["shifts"],
-                pending["decided"],
+                typed(tuple[Cut, ...], pending["cuts"], "cuts"),
+                typed(Mapping[str, Tensor], pending["shifts"], "shifts"),
+                typed(int, pending["decided"], "decided"),
             ),
-            votes=[dict(vote) for vote in state["votes"]],
-            earlier=state.get("earlier", 0),
+            votes=typed(list[dict[str, list[int]]], state["votes"], "votes"),
+            earlier=typed(int, state.get("earlier", 0), "earlier"),
         )
 
 
 def _round(state: Mapping[str, Any]) -> PruningRound:
-    return PruningRound(**{**state, "plan": PruningPlan.from_dict(state["plan"])})
+    kinds = {one.name: one.type for one in fields(PruningRound) if one.name != "plan"}
+    plain = {name: typed(kind, state[name], name) for name, kind in kinds.items() if name in state}
+    return PruningRound(**plain, plan=PruningPlan.from_dict(state["plan"]))

@@ -69,7 +69,7 @@ def keep_cards(directory: Place, cards: Sequence[tuple[Any, Mapping[str, Any]]],
 def _listed(path: Place) -> list[dict[str, Any]]:
     try:
         found = json.loads(read_text(path))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return []
     return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
 

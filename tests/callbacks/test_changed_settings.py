@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_neurons import NeuronPruningCallback, PruningPlan
+from lightning_neurons import ArgumentError, NeuronPruningCallback, PruningPlan
 from tests.callbacks.modules import Plain, loader, trainer_of
 from tests.callbacks.pruned import assert_sound, widths
 
@@ -69,3 +69,22 @@ def test_a_last_checkpoint_that_may_not_be_the_last_is_named_before_training(sav
         warnings.simplefilter("always")
         trainer.fit(Plain(), loader(16), loader(24, seed=1))
     assert any("can hold the network before a cut" in str(one.message) for one in caught) == said
+
+
+BROKEN = {
+    "no rounds": lambda state: state.pop("rounds"),
+    "a text for a number": lambda state: state["rounds"]["done"][0].update(epoch="two"),
+    "half a plan": lambda state: state["rounds"]["done"][0]["plan"].pop("neurons"),
+    "a contract of other things": lambda state: state["keeping"].update(judge_after=[1]),
+    "something else": lambda state: state["keeping"].update(other=1),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_broken_state_is_refused_and_nothing_of_it_is_taken(half, what):
+    callback = pruner(0.5)
+    (state,) = [s for key, s in torch.load(half[2], weights_only=True)["callbacks"].items() if "NeuronPruning" in key]
+    BROKEN[what](state)
+    with pytest.raises(ArgumentError, match=r"ckpt_path=.the state of NeuronPruningCallback in a checkpoint"):
+        callback.load_state_dict(state)
+    assert (callback.plan, callback.rounds.dense, callback._restored) == (pruner(0.5).plan, None, False)

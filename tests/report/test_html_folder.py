@@ -83,6 +83,15 @@ def test_a_picture_that_cannot_be_shown_is_left_out_with_a_note(bare, name, why)
     assert why in " ".join(run.notes)
 
 
+def test_a_picture_that_would_make_the_page_huge_is_left_out_with_a_note(bare):
+    put_picture(bare, "large.png", 8)
+    with (bare / "pictures" / "large.png").open("ab") as file:
+        file.truncate(9 << 20)
+    put_list(bare, "pictures", [{"file": "large.png"}])
+    assert "large.png' is left out: it has 9 MB, and a page takes pictures of at most 8 MB" in notes(bare)
+    assert write_html(bare).stat().st_size < 1 << 20
+
+
 def test_a_link_that_leads_out_of_the_folder_is_not_followed(bare):
     Image.new("RGB", (8, 8)).save(bare.parent / "secret.png")
     (bare / "pictures").mkdir()

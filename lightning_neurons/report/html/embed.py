@@ -15,6 +15,9 @@ _PIXELS_PER_INCH = 96
 _SHARPNESS = 1.5
 """Pixels of the picture for one of the page, as most screens have more than one."""
 
+LARGEST = 8 << 20
+"""Bytes of a picture from a file: all of it goes into the page, and a third more."""
+
 _SIGNATURES = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg", b"GIF8": "image/gif"}
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_neurons.errors import ArgumentError
-from lightning_neurons.report.html.embed import media_type
+from lightning_neurons.report.html.embed import LARGEST, media_type
 from lightning_neurons.results.plain import number
 
 
@@ -95,6 +95,8 @@ def _unfit(folder: Path, name: str) -> str:
             return f"it lies outside {folder.name}/"
         if not file.is_file():
             return "there is no such file"
+        if file.stat().st_size > LARGEST:
+            return f"it has {file.stat().st_size >> 20} MB, and a page takes pictures of at most {LARGEST >> 20} MB"
         with file.open("rb") as opened:
             return "" if media_type(opened.read(16)) else "it is no PNG, JPEG, GIF or WebP"
     except (OSError, ValueError) as error:

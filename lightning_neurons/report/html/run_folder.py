@@ -17,7 +17,7 @@ from lightning_neurons.results.pruning_history import PruningHistory
 
 Found = TypeVar("Found")
 
-_BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+_BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError)
 _DEPTH = 3
 
 
