@@ -4,7 +4,6 @@ Between decision and cut the plan is pending and goes into every checkpoint, so 
 to its weights, and a resumed run goes on as the uninterrupted one would have.
 """
 
-import ast
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from lightning_neurons.callbacks.cutting import averages_of, cut_in_fit, metric_
 from lightning_neurons.callbacks.deciding import Decision, Survey, Verdict
 from lightning_neurons.callbacks.following import Following
 from lightning_neurons.callbacks.monitored import MonitoredObserver
+from lightning_neurons.callbacks.other_settings import state_of_other_settings
 from lightning_neurons.callbacks.outlet import keeping_training
 from lightning_neurons.callbacks.pruning_settings import PruningSettings
 from lightning_neurons.callbacks.publish import publish_rounds
@@ -117,15 +117,11 @@ class NeuronPruner(MonitoredObserver):
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Go on from the rounds of a pruning callback of other settings, and say so: a budget is of the whole model."""
-        states = checkpoint.get("callbacks") or {}
-        others = [
-            key for key, state in states.items() if isinstance(state, dict) and {"rounds", "seed"} <= state.keys()
-        ]
-        if trainer.state.fn == "fit" and self.state_key not in states and len(others) == 1:
-            self._adopt(states[others[0]])
-            differ = "; ".join(f"{one} before" for one in _only_in(others[0], self.state_key))
+        other = state_of_other_settings(checkpoint, self.state_key) if trainer.state.fn == "fit" else None
+        if other is not None:
+            self._adopt(other[0])
             self._warn(
-                f"the checkpoint was written with other settings ({differ}): the {len(self.plan)} neurons that have "
+                f"the checkpoint was written with other settings ({other[1]}): the {len(self.plan)} neurons that have "
                 "gone stay away and count towards what is to go now, which is a share of the model before any cut"
             )
 
@@ -397,16 +393,3 @@ class NeuronPruner(MonitoredObserver):
                 stop_following(module)
         self._runner, self._trial, self._kept = None, None, KeptBatches(0)
         super()._drop(trainer)
-
-
-def _only_in(key: str, other: str) -> list[str]:
-    """The settings in the key of a callback that are not in another key."""
-
-    def settings(text: str) -> dict[str, Any]:
-        try:
-            return dict(ast.literal_eval(text[text.index("{") :]))
-        except (ValueError, SyntaxError):  # somebody's own values
-            return {"": text}
-
-    theirs, ours = settings(key), settings(other)
-    return [f"{name}={value!r}" for name, value in theirs.items() if name not in ours or ours[name] != value]

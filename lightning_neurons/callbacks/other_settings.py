@@ -1,0 +1,32 @@
+"""The state that a pruning callback of other settings has left in a checkpoint."""
+
+import ast
+from collections.abc import Mapping
+from typing import Any
+
+
+def state_of_other_settings(checkpoint: Mapping[str, Any], own: str) -> tuple[dict[str, Any], str] | None:
+    """The state of the one pruning callback of other settings, and these; None if there is none, or the own state.
+
+    Args:
+        checkpoint: Of a Trainer.
+        own: The key of the callback's own state.
+    """
+    states = checkpoint.get("callbacks") or {}
+    others = [key for key, state in states.items() if isinstance(state, dict) and {"rounds", "seed"} <= state.keys()]
+    if own in states or len(others) != 1:
+        return None
+    return states[others[0]], "; ".join(f"{one} before" for one in _only_in(others[0], own))
+
+
+def _only_in(key: str, other: str) -> list[str]:
+    """The settings in the key of a callback that are not in another key."""
+    theirs, ours = _settings(key), _settings(other)
+    return [f"{name}={value!r}" for name, value in theirs.items() if name not in ours or ours[name] != value]
+
+
+def _settings(key: str) -> dict[str, Any]:
+    try:
+        return dict(ast.literal_eval(key[key.index("{") :]))
+    except (ValueError, SyntaxError):  # somebody's own values
+        return {"": key}
