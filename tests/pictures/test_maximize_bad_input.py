@@ -181,7 +181,7 @@ def test_a_model_that_detaches_its_input_is_refused(make, target):
 def test_outputs_that_are_no_logits_are_refused():
     class Boxes(nn.Module):
         def forward(self, x):
-            return [x]
+            return [x, x]
 
     with pytest.raises(MeasurementError, match=r"returned list.*logits.*forward="):
         maximize_activation(Boxes(), 1, **GOOD)

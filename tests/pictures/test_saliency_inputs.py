@@ -206,6 +206,7 @@ WRAPPED = {
     "dict": lambda logits: {"loss": None, "logits": logits},
     "dataclass": Outputs,
     "places": lambda logits: torch.stack([logits - 1, logits + 1], 2),
+    "its only floating-point tensor": lambda logits: {"scores": logits, "labels": logits.argmax(1)},
     "picture of places": lambda logits: logits[:, :, None, None].expand(-1, -1, 2, 2),
 }
 
@@ -218,7 +219,7 @@ def test_logits_are_found_in_outputs(wrap, of):
         torch.testing.assert_close(saliency(model, x, target, of=of), saliency(model.net, x, target, of=of))
 
 
-@pytest.mark.parametrize("wrap", [lambda y: (y, y), lambda y: None, lambda y: y.argmax(1), lambda y: {"y": y},
+@pytest.mark.parametrize("wrap", [lambda y: (y, y), lambda y: None, lambda y: y.argmax(1), lambda y: {"y": y, "z": y},
                                   lambda y: y.sum()],
                          ids=["tuple", "none", "whole numbers", "dict", "one number"])  # fmt: skip
 @pytest.mark.parametrize("target", [1, None], ids=["class", "predicted"])
