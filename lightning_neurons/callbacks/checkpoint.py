@@ -132,6 +132,9 @@ def load_pruned(model: Any, path: str | Path, **kwargs: Any) -> Any:
     return made
 
 
+_NOT_OF_THE_FILE = (FileNotFoundError, PermissionError, IsADirectoryError, MemoryError)
+"""Errors that say nothing of what a file holds; of a broken one, torch may say that an argument is invalid."""
+
 _LIGHTNING = (lightning.pytorch.LightningModule, pytorch_lightning.LightningModule)
 
 
@@ -157,7 +160,7 @@ def _read(path: str | Path, what: str, weights_only: bool | None = True, place: 
     """
     try:
         return torch.load(path, map_location=place, weights_only=weights_only)
-    except (OSError, MemoryError):
+    except _NOT_OF_THE_FILE:
         raise
     except Exception as error:
         if isinstance(error, pickle.UnpicklingError) and "Unsupported global" in str(error):
@@ -176,7 +179,7 @@ def _from_checkpoint(module_class: Any, path: str | Path, kwargs: dict[str, Any]
         # On the class itself: it builds the module, and a class made for this would not be the one that it asks for.
         with _taking_widths(module_class):
             module = module_class.load_from_checkpoint(path, **kwargs)
-    except (OSError, MemoryError):
+    except _NOT_OF_THE_FILE:
         raise
     except Exception as error:
         content = _read(path, expected, kwargs.get("weights_only"))
