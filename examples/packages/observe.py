@@ -19,7 +19,7 @@ def train(name: str, callbacks: list[Any]) -> tuple[dict[str, bytes], float]:
     """Everything that could differ, as bytes, and the seconds that it took."""
     L.seed_everything(0, verbose=False)
     begun = time.process_time()
-    trainer, module = PACKAGES[name](callbacks)
+    trainer, module, *_ = PACKAGES[name](callbacks)
     seconds = time.process_time() - begun
     values = {**module.state_dict(), **{f"metric {n}": v for n, v in trainer.callback_metrics.items()}}
     values["random state"] = torch.get_rng_state()

@@ -1,11 +1,11 @@
 """Trainings of other people's packages, small enough for a minute each: synthetic data, two or three epochs.
 
-Each function takes the callbacks and further arguments of the Trainer, trains, and returns the Trainer and its module.
+Each function takes callbacks and further arguments of the Trainer, trains, and says how its package saves and loads.
 """
 
 import tempfile
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L  # noqa: N812
 import numpy as np
@@ -14,7 +14,23 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-Run = tuple[Any, Any]
+
+class Run(NamedTuple):
+    """What a training leaves.
+
+    Attributes:
+        trainer: The Trainer.
+        module: Its module.
+        model: What the package saves and loads: the module, or what stands around its network.
+        reload: Saves the model into a folder in the way of the package, and returns one that it has loaded from there.
+        outputs: What such a model says of some of its data.
+    """
+
+    trainer: Any
+    module: Any
+    model: Any
+    reload: Callable[[str], Any]
+    outputs: Callable[[Any], Any]
 
 
 def _trainer(callbacks: Sequence[Any], **more: Any) -> Any:
@@ -44,9 +60,15 @@ def forecasting(callbacks: Sequence[Any], **more: Any) -> Run:
     )  # fmt: skip
     module = TemporalFusionTransformer.from_dataset(data, hidden_size=8, attention_head_size=2, log_interval=-1)
     trainer = _trainer(callbacks, limit_train_batches=4, limit_val_batches=4, gradient_clip_val=0.1, **more)
-    loaders = (data.to_dataloader(train=flag, batch_size=32, num_workers=0) for flag in (True, False))
+    loaders = [data.to_dataloader(train=flag, batch_size=32, num_workers=0) for flag in (True, False)]
     trainer.fit(module, *loaders)
-    return trainer, module
+
+    def reload(folder: str) -> Any:
+        trainer.save_checkpoint(f"{folder}/last.ckpt")
+        return TemporalFusionTransformer.load_from_checkpoint(f"{folder}/last.ckpt", weights_only=False)
+
+    inputs, _ = next(iter(loaders[1]))
+    return Run(trainer, module, module, reload, lambda model: model(inputs).prediction)
 
 
 def single_cell(callbacks: Sequence[Any], **more: Any) -> Run:
@@ -60,17 +82,26 @@ def single_cell(callbacks: Sequence[Any], **more: Any) -> Run:
     data.obs["batch"] = ["one", "other"] * 96
     scvi.model.SCVI.setup_anndata(data, batch_key="batch")
     model = scvi.model.SCVI(data, n_hidden=24, n_latent=4)
-    kept: list[Run] = []
+    kept: list[Any] = []
 
     class Keep(L.Callback):
         def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-            kept.append((trainer, pl_module))
+            kept.extend((trainer, pl_module))
 
     model.train(
         max_epochs=3, train_size=0.7, batch_size=32, check_val_every_n_epoch=1, accelerator="cpu",
         callbacks=[Keep(), *callbacks], enable_progress_bar=False, default_root_dir=tempfile.mkdtemp(), **more,
     )  # fmt: skip
-    return kept[0]
+
+    def reload(folder: str) -> Any:
+        model.save(f"{folder}/model")
+        return scvi.model.SCVI.load(f"{folder}/model", data, accelerator="cpu")
+
+    def outputs(model: Any) -> Any:
+        found = model.get_latent_representation(), model.get_normalized_expression(return_numpy=True)
+        return torch.cat([torch.as_tensor(part) for part in found], 1)
+
+    return Run(*kept, model, reload, outputs)
 
 
 def chemistry(callbacks: Sequence[Any], **more: Any) -> Run:
@@ -85,12 +116,15 @@ def chemistry(callbacks: Sequence[Any], **more: Any) -> Run:
     val.normalize_targets(train.normalize_targets())
     module = models.MPNN(parts.BondMessagePassing(d_h=24), parts.MeanAggregation(), parts.RegressionFFN(24, 24))
     trainer = _trainer(callbacks, **more)
-    trainer.fit(
-        module,
-        data.build_dataloader(train, batch_size=16, num_workers=0, seed=0),
-        data.build_dataloader(val, batch_size=8, num_workers=0, shuffle=False),
-    )
-    return trainer, module
+    validation = data.build_dataloader(val, batch_size=8, num_workers=0, shuffle=False)
+    trainer.fit(module, data.build_dataloader(train, batch_size=16, num_workers=0, seed=0), validation)
+
+    def reload(folder: str) -> Any:
+        models.save_model(f"{folder}/model.pt", module)
+        return models.load_model(f"{folder}/model.pt")
+
+    graph, *descriptors, _, _, _, _ = next(iter(validation))
+    return Run(trainer, module, module, reload, lambda model: model(graph, *descriptors))
 
 
 class _Views(Dataset[Any]):
@@ -157,10 +191,19 @@ class _Byol(L.LightningModule):
 def self_supervised(callbacks: Sequence[Any], **more: Any) -> Run:
     """lightly: BYOL."""
     trainer, module = _trainer(callbacks, **more), _Byol()
-    trainer.fit(
-        module, DataLoader(_Views(48), 16, generator=torch.Generator().manual_seed(0)), DataLoader(_Views(32), 16)
-    )
-    return trainer, module
+    validation = DataLoader(_Views(32), 16)
+    trainer.fit(module, DataLoader(_Views(48), 16, generator=torch.Generator().manual_seed(0)), validation)
+
+    def reload(folder: str) -> Any:
+        trainer.save_checkpoint(f"{folder}/last.ckpt")
+        return _Byol.load_from_checkpoint(f"{folder}/last.ckpt")
+
+    def outputs(model: Any) -> Tensor:
+        one, two = next(iter(validation))
+        online = model.prediction(model.projection(model.backbone(one)))
+        return torch.cat([online, model.projection_momentum(model.backbone_momentum(two))])
+
+    return Run(trainer, module, module, reload, outputs)
 
 
 class _Fields(Dataset[Any]):
@@ -184,10 +227,14 @@ def segmentation(callbacks: Sequence[Any], **more: Any) -> Run:
         model="unet", backbone="resnet18", weights=None, in_channels=3, num_classes=2, task="multiclass", loss="ce"
     )
     trainer = _trainer(callbacks, logger=False, **more)
-    trainer.fit(
-        module, DataLoader(_Fields(16), 4, generator=torch.Generator().manual_seed(0)), DataLoader(_Fields(8), 4)
-    )
-    return trainer, module
+    validation = DataLoader(_Fields(8), 4)
+    trainer.fit(module, DataLoader(_Fields(16), 4, generator=torch.Generator().manual_seed(0)), validation)
+
+    def reload(folder: str) -> Any:
+        trainer.save_checkpoint(f"{folder}/last.ckpt")
+        return SemanticSegmentationTask.load_from_checkpoint(f"{folder}/last.ckpt")
+
+    return Run(trainer, module, module, reload, lambda model: model(next(iter(validation))["image"]))
 
 
 PACKAGES: dict[str, Callable[..., Run]] = {

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Makes an environment of its own with packages that train with Lightning, and trains each with and without the callback.
+# Makes an environment of its own with packages that train with Lightning, and trains each with and without the callback,
+# and cuts each.
 # Several gigabytes of packages and a few minutes, so it is run by hand:
 #   bash examples/packages/run.sh [folder of the environment] [names of packages]
 set -euo pipefail
@@ -14,4 +15,8 @@ if [ ! -x "$folder/bin/python" ]; then
     scvi-tools==1.4.2 chemprop==2.3.1 lightly==1.6.0 torchgeo==0.8.1 requests "$project"
 fi
 "$folder/bin/pip" install --quiet --no-deps --force-reinstall "$project"
-OMP_NUM_THREADS=1 "$folder/bin/python" -W ignore "$project/examples/packages/observe.py" "$@"
+failed=0
+for script in observe cut; do
+  OMP_NUM_THREADS=1 "$folder/bin/python" -W ignore "$project/examples/packages/$script.py" "$@" || failed=1
+done
+exit $failed

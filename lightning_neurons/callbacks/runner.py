@@ -1,5 +1,6 @@
 """How a LightningModule is run outside of its Trainer's loop: on an example, and on kept validation batches."""
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,14 @@ from torchmetrics import Metric
 from lightning_neurons.callbacks.checks import overrides, said_of
 from lightning_neurons.callbacks.replay import StepReplay
 from lightning_neurons.errors import PruningError
-from lightning_neurons.network.batches import batch_size_of, inputs_of, map_tensors, rows_of
+from lightning_neurons.network.batches import (
+    batch_size_of,
+    inputs_of,
+    is_divisible,
+    is_list_of_samples,
+    map_tensors,
+    rows_of,
+)
 from lightning_neurons.network.isolate import eager, isolated
 from lightning_neurons.network.neurons import call
 from lightning_neurons.pruning.compensation.calibration import Run
@@ -37,8 +45,7 @@ class Runner:
 
     def __init__(self, trainer: Any, pl_module: Any, example_inputs: Any, batch: Any) -> None:
         self.trainer = trainer
-        size = batch_size_of(batch)
-        few = rows_of(batch, torch.arange(min(_FEW, size)), size)
+        few = _first_of(batch, _FEW)
         self._run: Run = self._step
         self._others: list[tuple[Example, Run]] = [(Example(few, self._step), self._step)]
         given = pl_module.example_input_array if example_inputs is None else example_inputs
@@ -49,6 +56,8 @@ class Runner:
             return
         if overrides(pl_module, "forward"):
             self._others = [(Example(inputs_of(few)), _on_inputs), *self._others, (Example(few), call)]
+            if isinstance(few, list | tuple) and not is_list_of_samples(few):
+                self._others.append((Example(few, _on_first), _on_first))
         if not self.take_another(pl_module):
             self.example = Example(few, self._step)
             self._require(pl_module, "validation_step")
@@ -103,6 +112,19 @@ def _on_inputs(module: nn.Module, batch: Any) -> Any:
     return call(module, inputs_of(batch))
 
 
+def _on_first(module: nn.Module, batch: Any) -> Any:
+    """Its forward on the first entries of a batch, as many as it takes, where targets and weights follow them."""
+    kinds = [parameter.kind for parameter in inspect.signature(module.forward).parameters.values()]
+    taken = sum(kind in {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD} for kind in kinds)
+    return module(*batch[:taken])
+
+
+def _first_of(batch: Any, samples: int) -> Any:
+    """The first samples of a batch; all of a batch that is one piece, such as a graph."""
+    size = batch_size_of(batch)
+    return rows_of(batch, torch.arange(samples), size) if samples < size and is_divisible(batch) else batch
+
+
 def check_cut(trainer: Any, runner: Runner | None) -> None:
     """Run a module that has just been cut once, in every process that knows how.
 
@@ -123,7 +145,7 @@ class KeptBatches:
     """The first validation samples, kept on the CPU.
 
     Args:
-        max_samples: How many at most.
+        max_samples: How many at most; a batch that cannot be divided is kept whole all the same.
     """
 
     def __init__(self, max_samples: int) -> None:
@@ -132,12 +154,11 @@ class KeptBatches:
 
     def add(self, batch: Any) -> None:
         """Keep what there is room for."""
-        size = batch_size_of(batch)
-        wanted = min(size, self.max_samples - self.samples)
-        if wanted > 0:
-            part = batch if wanted == size else rows_of(batch, torch.arange(wanted), size)
+        left = self.max_samples - self.samples
+        if left > 0:
+            part = _first_of(batch, left)
             self._batches.append(map_tensors(part, lambda t: t.detach().to("cpu", copy=True)))
-            self.samples += wanted
+            self.samples += batch_size_of(part)
 
     def on(self, device: torch.device) -> Iterator[Any]:
         """The batches, one by one, on a device."""

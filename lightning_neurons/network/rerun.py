@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_neurons.network.batches import join, rows_of
+from lightning_neurons.network.batches import is_divisible, join, rows_of
 from lightning_neurons.network.isolate import eager, kept_optimizers, kept_random_state, returning_to
 from lightning_neurons.network.replay import Replay
 from lightning_neurons.network.reruns import Reruns
@@ -47,7 +47,7 @@ class Rerun:
         self._tape: Tape | None = None
         self._fits = True  # whether this batch takes the way that is known
         if of.calls is None:
-            few = min(_FEW, samples)
+            few = min(_FEW, samples) if is_divisible(batch) else samples
             try:
                 of.learn(rows_of(batch, torch.arange(few), samples), few)
             except Exception:  # noqa: BLE001 (whatever a model raises on fewer samples than it expects)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import DataLoader
 
-from lightning_neurons import NeuronSensitivityCallback, measure
+from lightning_neurons import NeuronPruningCallback, NeuronSensitivityCallback, measure
+from lightning_neurons.callbacks.runner import KeptBatches
 from lightning_neurons.network.batches import batch_size_of, is_divisible, map_tensors, tensors_of
 from tests.callbacks.modules import Plain, fit
 
@@ -248,3 +249,46 @@ def test_a_batch_that_says_nothing_of_its_samples_costs_sensitivity_alone(batch)
 def trainer_of_draws(module: Any, callback: Any, data: Any) -> None:
     train = DataLoader([0, 1], batch_size=None)
     fit(module, [callback], train=train, val=data)
+
+
+class Beside(NamedTuple):
+    graph: Any
+    more: Tensor | None
+    y: Tensor
+
+
+class Answers(OfGraphs):
+    """Its forward takes the first entries of a batch, and its validation step logs nothing but what is right."""
+
+    def forward(self, graph: Any, more: Tensor | None = None) -> Tensor:
+        nodes = self.net(graph.x)
+        return self.out(torch.zeros(graph.num_graphs, nodes.shape[1]).index_add(0, graph.batch, nodes))
+
+    def loss(self, batch: Any) -> Tensor:
+        return nn.functional.cross_entropy(self(getattr(batch, "graph", batch)), batch.y)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_acc", (self(getattr(batch, "graph", batch)).argmax(1) == batch.y).float().mean(), batch_size=4)
+
+
+def test_a_network_is_cut_in_the_same_way_whether_targets_stand_in_a_graph_or_beside_it():
+    left = []
+    for form in (lambda graph: graph, lambda graph: Beside(graph, None, graph.y)):
+        torch.manual_seed(0)
+        module = Answers()
+        callback = NeuronPruningCallback("fisher", amount=0.5, loss_fn=lambda m, batch: m.training_step(batch, 0))
+        data = DataLoader([form(graph) for graph in graphs(3)], batch_size=None, collate_fn=lambda batch: batch)
+        fit(module, [callback], train=data, val=data, max_epochs=2)
+        assert (module.net[0].out_features, module.out.in_features) == (3, 3)
+        left.append((callback.plan.neurons, module.state_dict()))
+    assert left[0][0] == left[1][0]
+    assert all(torch.equal(value, left[1][1][name]) for name, value in left[0][1].items())
+
+
+def test_of_a_graph_that_is_kept_nothing_is_missing():
+    kept = KeptBatches(6)
+    for graph in graphs(3):
+        kept.add(Beside(graph, None, graph.y))
+    found = list(kept.on(torch.device("cpu")))
+    assert [(len(one.graph.x), len(one.y)) for one in found] == [(8, 4)] * 2
+    assert kept.samples == 8
