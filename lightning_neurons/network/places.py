@@ -106,7 +106,10 @@ def axis_behind(
     strides[axis] = 1
     form = torch.empty(neurons, dtype=torch.int8, device="cpu").as_strided(source.shape, strides)
     rest = args[1:] if args else ()
-    moved = function(form, *rest, **{name: value for name, value in kwargs.items() if name != "input"})
+    try:
+        moved = function(form, *rest, **{name: value for name, value in kwargs.items() if name != "input"})
+    except (RuntimeError, TypeError, ValueError, IndexError):  # a view that lays neurons and something else as one
+        return None
     if moved.untyped_storage().data_ptr() != form.untyped_storage().data_ptr():
         return None
     found = [d for d in range(moved.ndim) if moved.shape[d] > 1 and moved.stride(d) != 0]

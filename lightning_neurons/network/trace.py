@@ -139,18 +139,42 @@ class Trace(HookedMode):
         target = target_of_write(func, args, kwargs)
         self._copy_before(target, func)
         out = call()
+        try:
+            self._note_call(func, args, kwargs, given, reads, out, target)
+        except Exception:  # noqa: BLE001 (arguments that nobody thought of: the chain ends, and the model goes on)
+            self._ends_here(func, reads, out)
+        return out
+
+    def _note_call(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        given: list[Tensor],
+        reads: list[tuple[Course, int] | None],
+        out: Any,
+        target: Tensor | None,
+    ) -> None:
         if not self._inside:
             self._flow.passes(func, args, kwargs, out, target)
         made = target if out is None else out
         if not any(True for _ in tensors_in(made)):
-            return out  # .shape and the like read nothing
+            return  # .shape and the like read nothing
         if func in COPIES and isinstance(made, Tensor) and self._copied(given[0], made):
-            return out
+            return
         if target is None and func not in STEPS and args and out is args[0]:
-            return out  # what had nothing to do
+            return  # what had nothing to do
         self._see(func, args, kwargs, given, reads, made)
         self._constants.see(given, made, target)
-        return out
+
+    def _ends_here(self, func: Callable[..., Any], reads: list[tuple[Course, int] | None], made: Any) -> None:
+        """A call that is no step has read values."""
+        for found in reads:
+            if found is not None:
+                name = getattr(func, "__name__", "a function").strip("_")
+                found[0].values[found[1]].outside.append(name if functions_running() == found[0].depth else HIDDEN)
+        for tensor in tensors_in(made):
+            self._now.pop(id(tensor), None)
 
     def _read_in_transform(self, given: Any) -> None:
         for tensor in map(unwrapped, map(unhooked, tensors_in(given))):
@@ -204,13 +228,8 @@ class Trace(HookedMode):
         course = next(iter(courses.values())) if alone else None
         value = None if course is None else self._step(func, args, kwargs, given, reads, made, course)
         if value is None:
-            for found in reads:
-                if found is not None:
-                    name = getattr(func, "__name__", "a function").strip("_")
-                    found[0].values[found[1]].outside.append(name if functions_running() == found[0].depth else HIDDEN)
+            self._ends_here(func, reads, made)
             self._torn(func, given, reads, made)
-            if isinstance(made, Tensor):
-                self._now.pop(id(made), None)
         self._carry(func, args, kwargs, carriers, made, value)
 
     def _torn(

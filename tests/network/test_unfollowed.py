@@ -1,6 +1,7 @@
 """Chains that are followed through transposes and detached values, and those that cannot be, which is said."""
 
 from collections.abc import Callable
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -38,6 +39,8 @@ SAID: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "samples": (lambda x: torch.stack([row.relu() for row in x]), "unbind and then to relu"),
     "maxout": (lambda x: torch.stack([x, torch.zeros_like(x)]).amax(0), "stack and then to amax"),
     "flat": (lambda x: F.relu(x.flatten()).view_as(x), "flatten and then to relu"),
+    "merged": (lambda x: F.relu(x.view(-1, 2)).view(x.shape), "view and then to relu"),
+    "bits": (lambda x: x.view(torch.int32).view(torch.float32).relu(), "view and then to relu"),
     "flip": (lambda x: x.flip(-1).clamp(min=0).flip(-1), "flip and then to clamp"),
     "largest": (lambda x: x * (x >= x.topk(3, -1).values[:, -1:]), "topk"),
     "norm": (lambda x: x / x.norm(dim=-1, keepdim=True), "norm"),
@@ -101,6 +104,15 @@ def test_what_cannot_be_followed_is_said_in_the_report(name):
     torch.testing.assert_close(report.scores["mean"]["layer"].double(), mean, rtol=1e-4, atol=1e-6)
     (note,) = [note for note in report.notes if note.startswith("layer: ")]
     assert words in note
+
+
+def test_what_goes_wrong_while_a_call_is_followed_ends_the_chain_alone():
+    net, batches = network(F.relu)
+    with patch("lightning_neurons.network.trace.place_behind", side_effect=LookupError):
+        report = measure(net, batches, criteria=["mean"])
+    mean = torch.cat([net.layer(x).detach() for x, _ in batches]).double().mean(0)
+    torch.testing.assert_close(report.scores["mean"]["layer"].double(), mean, rtol=1e-4, atol=1e-6)
+    assert {layer.name: layer.activation_point for layer in report.layers}["layer"] == "layer"
 
 
 class Attends(nn.Module):
