@@ -33,6 +33,7 @@ from lightning_neurons.network.users import Users, names_in
 
 _ORDINARY = {Tensor, nn.Parameter, nn.Buffer}
 _MOST = 200_000  # things; to look at more would take longer than the step
+_BOUND = {types.MethodType, types.BuiltinMethodType, types.MethodWrapperType}
 _COPIED_BYTES = 2**30  # of parameters, and of everything else
 _METRIC_RESULTS = {"_computed", "_forward_cache", "_cache"}
 
@@ -86,7 +87,8 @@ class Reach:
             if (kind is OrderedDict or kind is dict or kind is set) and not value:
                 self.empty.append(value)  # most of a module's
                 continue
-            moves = visits[kind] is _movable or (isinstance(value, Tensor) and _is_replaced(holder, value))
+            moves = any(self._visit_of(type(one)) is _movable for one in _runs(value))
+            moves = moves or (isinstance(value, Tensor) and _is_replaced(holder, value))
             if moves:
                 self.movable.append((value, (holder, key, path)))
             if not moves or isinstance(value, Tensor):  # somebody may hold a tensor who is not found
@@ -114,6 +116,8 @@ class Reach:
     def _resolve(self, kind: type) -> _Visit | None:
         known = next((visit for base, visit in _VISITS.items() if issubclass(kind, base)), None)
         if not self.users.own(kind):
+            if known is None and hasattr(kind, "__next__"):
+                return _movable
             return _attributes if known is None and self.users.accumulates(kind) else known
         if known is None:
             return _object
@@ -248,17 +252,6 @@ def _torch_generator(reach: Reach, thing: torch.Generator, path: Path) -> None:
     reach.keep(contents.Mark(thing.get_state, thing.set_state), path)
 
 
-def _generator(reach: Reach, thing: Any, path: Path) -> None:
-    """How far it has come cannot be set."""
-
-    def state() -> Any:
-        frame = thing.gi_frame
-        held = frame.f_locals.values() if frame else ()
-        return frame and frame.f_lasti, [value if isinstance(value, int | float) else id(value) for value in held]
-
-    reach.keep(contents.Mark(state), path)
-
-
 def _stream(reach: Reach, thing: Any, path: Path) -> None:
     if thing.closed or not thing.writable() or not thing.seekable():
         return
@@ -276,8 +269,15 @@ def _stream(reach: Reach, thing: Any, path: Path) -> None:
 
 
 def _movable(reach: Reach, thing: Any, path: Path) -> None:
-    """An iterator: how far it has come cannot be set, so that a copy has to run."""
+    """An iterator: how far it has come cannot be set, so that a copy has to run, or none where there can be no copy."""
     reach.movable.append((thing, path))
+
+
+def _runs(thing: Any) -> tuple[Any, ...]:
+    """What a call of a thing moves on, if that is an iterator: its own object cannot be exchanged in a bound method."""
+    if type(thing) in _BOUND:
+        return (thing.__self__,)
+    return thing.args if type(thing) is functools.partial else (thing,)
 
 
 def _partial(reach: Reach, thing: Any, path: Path) -> None:
@@ -376,7 +376,6 @@ _VISITS: dict[type, _Visit] = {
     np.random.Generator: _wrapper("bit_generator"),
     np.random.BitGenerator: _bits,
     torch.Generator: _torch_generator,
-    types.GeneratorType: _generator,
     io.IOBase: _stream,
     types.FunctionType: _function,
     types.MethodType: _wrapper("__self__", "__func__"),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_neurons.errors import MeasurementError
 from lightning_neurons.network.contents import Numbers
+from lightning_neurons.network.kinds import ITERATORS
 from lightning_neurons.network.paths import name_of, put_at
 from lightning_neurons.network.reach import Reach
 
@@ -68,8 +69,7 @@ class ModelState:
                     try:
                         substitutes[id(value)] = _substitute_of(value)
                     except Exception:  # noqa: BLE001 (whatever an iterator over something of the user's may raise)
-                        self._lost.append(name_of(path))
-                        substitutes[id(value)] = value
+                        substitutes[id(value)] = Refusing(f"{type(self._model).__name__}.{name_of(path)}")
                 put_at(path, substitutes[id(value)])
             for metric in self._reach.metrics:
                 for name, default in metric._defaults.items():
@@ -103,6 +103,40 @@ class ModelState:
             _say(f"{who} holds too many objects to put all of them back after the measurement has run it once more")
 
 
+class Refusing:
+    """Stands for an iterator of which there can be no copy (a generator, what runs over a DataLoader), or its method.
+
+    Args:
+        name: Where that is.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __iter__(self) -> "Refusing":
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Where it is the method that was bound."""
+        return self.__next__()
+
+    def __next__(self) -> Any:
+        """Leave the real one where it is.
+
+        Raises:
+            MeasurementError: Always.
+        """
+        raise MeasurementError(
+            f"{self._name} is an iterator that can neither be copied nor put back, so what draws from it is not run "
+            "once more"
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self.__next__()
+
+
 @contextmanager
 def _without_collector() -> Iterator[None]:
     """Many small objects are made, and none to be collected: the collector would look at all there are, for long."""
@@ -127,7 +161,14 @@ def _substitute_of(value: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Python 3.14 will not copy those of itertools
         nested = isinstance(value, enumerate | zip | map | filter) or type(value).__module__ == itertools.__name__
-        return copy.deepcopy(value) if nested else copy.copy(value)
+        return copy.deepcopy(value) if nested else _copied(value)
+
+
+def _copied(value: Any) -> Any:
+    """A copy that runs on its own: of an iterator of another kind it would hold the same things that run."""
+    if not isinstance(value, ITERATORS):
+        raise TypeError(f"{type(value).__name__} may share what it runs over with its copy")
+    return copy.copy(value)
 
 
 def _random_of_others() -> tuple[Any, bytes]:

@@ -15,7 +15,9 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import SumMetric
 
 from lightning_neurons.errors import MeasurementError
@@ -214,17 +216,61 @@ def test_values_of_inference_mode_are_normal_ones_meanwhile():
 
 def test_what_cannot_be_put_back_is_said_once(tmp_path):
     module = nn.Module()
-    module.stream, module.file = (n for n in range(5)), (tmp_path / "log").open("w")
+    module.file = (tmp_path / "log").open("w")
 
     def advance():
         with isolated(module):
-            next(module.stream), module.file.write("line")
+            module.file.write("line")
 
     with pytest.warns(UserWarning, match="cannot be put back") as said:
         advance()
     advance()  # warnings are errors
     module.file.close()
-    assert sorted(str(w.message).split()[0] for w in said) == ["Module.file", "Module.stream"]
+    assert [str(w.message).split()[0] for w in said] == ["Module.file"]
+
+
+class Endless:
+    """Begins anew where the data ends."""
+
+    def __init__(self, data):
+        self.data, self.running = data, iter(data)
+
+    def __next__(self):
+        try:
+            return next(self.running)
+        except StopIteration:
+            self.running = iter(self.data)
+            return next(self.running)
+
+
+@pytest.mark.parametrize(
+    "draws",
+    [
+        lambda data: functools.partial(next, iter(data)),
+        lambda data: iter(data).__next__,
+        lambda data: (batch for batch in data).__next__,
+        lambda data: Endless(data).__next__,
+        lambda data: Endless(zip(data, data, strict=True)).__next__,
+        lambda data: Endless(CombinedLoader([data], "max_size_cycle")).__next__,
+    ],
+    ids=["a partial", "a DataLoader", "a generator", "an endless one", "a zip", "a CombinedLoader"],
+)
+def test_an_iterator_that_cannot_be_copied_is_not_drawn_from(draws):
+    data = DataLoader(TensorDataset(torch.arange(6)), batch_size=2, shuffle=True)
+
+    def drawn(between):
+        torch.manual_seed(0)
+        module = nn.Module()
+        module.draw = draws(data)
+        first = str(module.draw())
+        between(module)
+        return first, str(module.draw()), torch.rand(1)
+
+    def draw_in_isolation(module):
+        with pytest.raises(MeasurementError, match=r"draw.* is an iterator"), isolated(module):
+            module.draw()
+
+    assert drawn(draw_in_isolation) == drawn(lambda module: None)
 
 
 def test_weights_that_are_too_many_to_copy_are_refused_where_they_move(monkeypatch):
