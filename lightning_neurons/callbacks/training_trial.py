@@ -2,14 +2,17 @@
 
 An auxiliary head, a penalty on features, a copy of weights or a mask for gradients reads neurons, and only training
 knows. So a step with its backward is run on a copy without the neurons that are to go and on one in which they are
-zero: the gradients of all that stays must be the same.
+zero: the gradients of all that stays must be the same. Norm layers over few values and activations with a kink can
+magnify rounding to a difference, so what differs is run again in double precision, where that is possible.
 """
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
+from lightning.pytorch.plugins.precision import DoublePrecision
 from torch import Tensor, nn
 
 from lightning_neurons.callbacks.agreement import in_one_process
@@ -77,26 +80,44 @@ class TrainingTrial:
 
     def difference(self, cuts: Sequence[Cut]) -> str | None:
         """What is wrong with a cut in training, or None."""
+        reason = self._difference(cuts)
+        if reason != _DIFFERENT or not self._runs_in_double:
+            return reason
+        return self._difference(cuts, double=True)
+
+    @cached_property
+    def _runs_in_double(self) -> bool:
         try:
-            expected, shapes = self._run(cuts, {}, silent=True)
+            self._run((), {}, silent=True, double=True)
+        except Exception:  # noqa: BLE001 (a step may make numbers of another type, and a device may have no such)
+            return False
+        return True
+
+    def _difference(self, cuts: Sequence[Cut], *, double: bool = False) -> str | None:
+        try:
+            expected, shapes = self._run(cuts, {}, silent=True, double=double)
         except Exception:  # noqa: BLE001 (zeros may lead anywhere; the cut itself is tried by itself)
             expected = None
         try:
-            got, others = self._run(cuts, {}, silent=False)
+            got, others = self._run(cuts, {}, silent=False, double=double)
         except Exception as error:  # noqa: BLE001
             return f"training_step fails without them ({in_short(error)}): something that only training runs reads them"
         if expected is None:
-            return None
+            return _DIFFERENT if double else None  # it did before
         alike = alike_of(shapes, others)
         if alike:
-            expected, got = (self._run(cuts, alike, silent=silent)[0] for silent in (True, False))
+            expected, got = (self._run(cuts, alike, silent=silent, double=double)[0] for silent in (True, False))
         return None if alike is not None and self._are_same(expected, got, cuts) else _DIFFERENT
 
     def _run(
-        self, cuts: Sequence[Cut], alike: Mapping[int, bool], *, silent: bool
+        self, cuts: Sequence[Cut], alike: Mapping[int, bool], *, silent: bool, double: bool = False
     ) -> tuple[list[Gradients], list[torch.Size]]:
         """The gradients at each optimizer step, and the shapes of all random numbers."""
         trainer, twin = self.trainer, _twin(self.pl_module)
+        precision, batches = trainer.precision_plugin, self._batches
+        if double:
+            precision, twin = DoublePrecision(), twin.double()
+            batches = [(map_tensors(batch, _in_double), batch_idx) for batch, batch_idx in batches]
         if silent:
             _silence(twin, cuts)
         else:
@@ -115,8 +136,8 @@ class TrainingTrial:
             warnings.simplefilter("ignore")
             twin.trainer = trainer
             vars(twin).update(stand_in(trainer, self.pl_module, twin, look))
-            with differentiable(), trainer.precision_plugin.train_step_context():
-                for batch, batch_idx in self._batches:
+            with differentiable(), precision.train_step_context():
+                for batch, batch_idx in batches:
                     self._step(twin, batch, batch_idx, look)
         return seen, draws.shapes
 
@@ -184,6 +205,10 @@ _DIFFERENT = (
     "the gradients of training_step differ from those with silenced neurons: something that only training runs, such "
     "as a mean over them or a place that is written out, depends on their number"
 )
+
+
+def _in_double(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 def _twin(pl_module: Any) -> Any:

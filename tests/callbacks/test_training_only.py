@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_neurons.callbacks.training_trial import TrainingTrial
-from tests.callbacks.modules import Manual, Net, Plain, fit
+from tests.callbacks.modules import Manual, Net, Plain, fit, loader
 from tests.callbacks.pruned import assert_equal, pruner, weights, widths
 
 WHOLE = {"net.conv1": 4, "net.conv2": 6, "net.fc1": 8, "net.fc2": 3}
@@ -265,3 +265,21 @@ def test_a_step_that_does_not_run_on_a_copy_is_said_and_the_cut_is_made():
     with pytest.warns(UserWarning, match=r"does not run on a copy of the module \(AssertionError"):
         fit(module, [pruner("weight_l2", amount=0.33, scope="layer")], max_epochs=2)
     assert widths(module) == CUT
+
+
+class Sharp(Plain):
+    """What training makes of its outputs turns rounding into other gradients."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Sequential(nn.Flatten(), nn.LazyLinear(301), nn.ReLU(), nn.Linear(301, 3)), lr=0.0)
+        self(next(iter(loader()))[0])
+
+    def training_step(self, batch, batch_idx):
+        return (1e7 * self(batch[0])).sin().mean() * 1e-7
+
+
+def test_a_difference_of_rounding_alone_keeps_no_layer_whole():
+    torch.manual_seed(0)
+    module, callback = Sharp(), pruner("weight_l2", amount=0.4, scope="layer")
+    fit(module, [callback], max_epochs=2)
+    assert module.net[1].out_features == 181
