@@ -18,6 +18,7 @@ from lightning_neurons.network.probe import rectifies
 from lightning_neurons.network.steps import ARITHMETIC, DETACHES, Step
 
 HIDDEN = "an autograd function of the model's own"
+SCRIPT = "a module in TorchScript"
 TRANSFORM = "a transform of torch.func"
 DATA = "a function that overwrites them behind autograd's back"
 
@@ -172,7 +173,7 @@ class Course:
         end = self._ends(axis)[-1]
         value = self.values[end]
         following = self._functions_behind(end)
-        for name in (HIDDEN, TRANSFORM, DATA):
+        for name in (HIDDEN, SCRIPT, TRANSFORM, DATA):
             if name in value.outside:
                 return f"its values go on to {name}, which cannot be looked into"
         if following and (value.outside or len(self.uses(end)) > 1):

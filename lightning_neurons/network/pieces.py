@@ -4,13 +4,16 @@ Not to know the way would be no harm, if nothing more happened to the values. Wh
 function does, is noted: the neuron's value is then not what its users take it for.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from torch import Tensor
+import torch
+import torch.nn.functional as F  # noqa: N812 (the name that the field uses)
+from torch import Tensor, nn
 
 from lightning_neurons.network.course import Value
-from lightning_neurons.network.steps import JOINS, REDUCES, TEARS, WORKS
+from lightning_neurons.network.families import PASSING
+from lightning_neurons.network.steps import JOINS, MIXES, REDUCES, TEARS, WORKS
 from lightning_neurons.network.trees import tensors_in
 
 
@@ -58,9 +61,27 @@ class Pieces:
             _take_note(pieces, torn, REDUCES[func])
         elif func in TEARS or func in REDUCES:
             name = torn or ("" if func in REDUCES else TEARS[func])
-            piece = _Piece(pieces[0].value, name, reduced or REDUCES.get(func, ""))
-            for tensor in results:
-                self._known[id(tensor)] = tensor, piece
+            self._add(results, _Piece(pieces[0].value, name, reduced or REDUCES.get(func, "")))
+        elif (
+            len(pieces) == 1
+            and not reduced
+            and _keeps_all(func, [tensor for tensor, _, _ in given], results, pieces[0].value)
+        ):
+            is_custom = isinstance(func, torch._ops.OpOverload | torch._ops.OpOverloadPacket) and whole
+            if is_custom and not str(func).startswith("aten."):
+                _take_note(pieces, torn, f"the operation {func} of somebody's own")
+            else:
+                self._add(results, _Piece(pieces[0].value, torn or _name(func)))
+
+    def copies(self, source: Tensor, made: Tensor) -> None:
+        """A copy is a piece of what its source is a piece of."""
+        self._known.pop(id(made), None)
+        if id(source) in self._known:
+            self._known[id(made)] = made, self._known[id(source)][1]
+
+    def _add(self, results: Sequence[Tensor], piece: _Piece) -> None:
+        for tensor in results:
+            self._known[id(tensor)] = tensor, piece
 
     def _piece(self, tensor: Tensor, value: Value | None) -> _Piece | None:
         if value is not None:
@@ -70,6 +91,19 @@ class Pieces:
     def close(self) -> None:
         """Let go of the tensors."""
         self._known.clear()
+
+
+def _keeps_all(func: Callable[..., Any], given: Iterable[Tensor], results: Iterable[Tensor], value: Value) -> bool:
+    """Whether a function of no known kind may hand on every number of a value: it has no weights, and makes as many."""
+    is_pool = func in PASSING and func is not F.pad
+    if is_pool or func in MIXES or any(isinstance(tensor, nn.Parameter) for tensor in given):
+        return False
+    numbers = [t.numel() * (1 + t.is_complex()) for t in results if t.is_floating_point() or t.is_complex()]
+    return sum(numbers) >= value.tensor.numel()
+
+
+def _name(func: Callable[..., Any]) -> str:
+    return str(getattr(func, "__name__", func)).strip("_")
 
 
 def _take_note(pieces: Sequence[_Piece], *names: str) -> None:

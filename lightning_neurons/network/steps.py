@@ -46,7 +46,8 @@ _ARITHMETIC = {
 _POINTWISE = _named(
     "abs absolute acos acosh addcdiv addcmul and asin asinh atan atan2 atanh bitwise_and bitwise_not bitwise_or "
     "bitwise_xor bool ceil celu clamp clamp_max clamp_min clip copysign cos cosh eq erf erfc erfcx exp exp2 expit "
-    "expm1 float_power floor floor_divide floordiv fmax fmin fmod frac ge greater greater_equal gt heaviside hypot "
+    "expm1 fake_quantize_per_channel_affine fake_quantize_per_tensor_affine "
+    "float_power floor floor_divide floordiv fmax fmin fmod frac ge greater greater_equal gt heaviside hypot "
     "int invert ldexp le lerp less less_equal log log10 log1p log2 log_ndtr logaddexp logical_and logical_not "
     "logical_or logical_xor logit long lt masked_fill max maximum min minimum mod nan_to_num ndtr ne not_equal or "
     "pow reciprocal relu remainder round rsqrt sgn sigmoid sign signbit sin sinc sinh sqrt square tan tanh threshold "
@@ -59,7 +60,7 @@ ARITHMETIC = frozenset(_ARITHMETIC.values())
 
 MOVES: dict[Callable[..., Any], str] = {
     **_named("flatten moveaxis movedim permute reshape reshape_as squeeze swapaxes swapdims t transpose unflatten"),
-    **_named("unsqueeze view"),
+    **_named("unsqueeze view view_as"),
     _getter("T"): "T",
     _getter("mT"): "mT",
 }
@@ -103,7 +104,7 @@ CREATES = frozenset(
 """Functions that look at a tensor's form alone and make another one."""
 
 LOOKS = (
-    frozenset(_named("detach view_as isfinite isinf isnan isneginf isposinf requires_grad_ retain_grad"))
+    frozenset(_named("detach isfinite isinf isnan isneginf isposinf requires_grad_ retain_grad"))
     | CREATES
     | DETACHES.keys()
 )
@@ -133,13 +134,22 @@ TEARS: dict[Callable[..., Any], str] = {
 
 JOINS = frozenset(_named("cat column_stack concat concatenate dstack hstack stack vstack").values())
 """Names of those that lay values side by side."""
+MIXES = frozenset(
+    _named(
+        "addbmm addmm addmv baddbmm bilinear bmm cdist chain_matmul conv1d conv2d conv3d conv_transpose1d "
+        "conv_transpose2d conv_transpose3d convolution dot einsum inner kron linear matmul mm multi_dot mv outer "
+        "scaled_dot_product_attention tensordot"
+    )
+)
+"""Functions that are sums of products: what they make of a layer's values is none of its neurons' own."""
 
 REDUCES: dict[Callable[..., Any], str] = _named(
-    "amax amin cummax cummin kthvalue logsumexp max mean median min norm quantile softmax sort std sum topk var"
+    "amax amin cummax cummin cumprod cumsum kthvalue log_softmax logcumsumexp logsumexp max mean median min norm "
+    "normalize prod quantile softmax softmin sort std sum topk var"
 )
 """Functions that make values of several neurons, or of several places, one of another."""
 
-_FORM_OF_SECOND = frozenset(f for f, name in STEPS.items() if name in {"reshape_as", "type_as"})
+_FORM_OF_SECOND = frozenset(f for f, name in STEPS.items() if name in {"reshape_as", "to", "type_as", "view_as"})
 
 
 def operands(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
@@ -153,7 +163,7 @@ def operands(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[
         1
     """
     if function in _FORM_OF_SECOND:
-        args = args[:1]
+        args, kwargs = args[:1], {} if args else kwargs
     found = [a for a in args if isinstance(a, Tensor)]
     if len(found) < len(args) or kwargs:
         return list(tensors_in((args, {name: value for name, value in kwargs.items() if name != "out"})))

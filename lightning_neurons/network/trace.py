@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_neurons.network.constants import Constants
-from lightning_neurons.network.course import DATA, HIDDEN, TRANSFORM, Course, Value
+from lightning_neurons.network.course import DATA, HIDDEN, SCRIPT, TRANSFORM, Course, Value
 from lightning_neurons.network.families import LINKS, PASSING, family_of
 from lightning_neurons.network.flow import Flow
 from lightning_neurons.network.hooked import After, Before, HookedMode
@@ -28,6 +28,7 @@ from lightning_neurons.network.steps import COPIES, CREATES, DETACHES, LOOKS, ST
 from lightning_neurons.network.trees import has_weights, in_transform, is_plain, tensors_in, unwrapped, weights_of
 from lightning_neurons.network.writes import share_memory, target_of_write
 
+_Reads = list[tuple[Course, int] | None]
 _UNUSED = "did not run as a module (unused, or its weights are used by a function)"
 
 
@@ -65,7 +66,9 @@ class Trace(HookedMode):
 
     def _before_runs(self) -> Iterable[tuple[nn.Module, Before]]:
         self._constants.add_model(self._model)
-        return [(module, self._starts(path, layer)) for path, module, layer in self._watched()]
+        scripts = [m for m in self._model.modules() if isinstance(m, torch.jit.ScriptModule) and not weights_of(m)]
+        found = [(module, self._starts(path, layer)) for path, module, layer in self._watched()]
+        return found + [(module, lambda _, inputs: self._read_unseen(inputs, SCRIPT)) for module in scripts]
 
     def _after_runs(self) -> Iterable[tuple[nn.Module, After]]:
         return [(module, self._ends(path, layer)) for path, module, layer in self._watched()]
@@ -130,7 +133,7 @@ class Trace(HookedMode):
         self, func: Callable[..., Any], call: Callable[[], Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         if in_transform():  # what goes on in there is not followed, but that it reads a value
-            self._read_in_transform((args, kwargs))
+            self._read_unseen((args, kwargs), TRANSFORM)
             return call()
         if func in LOOKS:
             return self._look(func, call, args, kwargs)
@@ -151,23 +154,22 @@ class Trace(HookedMode):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         given: list[Tensor],
-        reads: list[tuple[Course, int] | None],
+        reads: _Reads,
         out: Any,
         target: Tensor | None,
     ) -> None:
         if not self._inside:
             self._flow.passes(func, args, kwargs, out, target)
         made = target if out is None else out
-        if not any(True for _ in tensors_in(made)):
+        is_copy = func in COPIES and isinstance(made, Tensor) and self._copied(given[0], made)
+        if is_copy or not any(True for _ in tensors_in(made)):
             return  # .shape and the like read nothing
-        if func in COPIES and isinstance(made, Tensor) and self._copied(given[0], made):
-            return
         if target is None and func not in STEPS and args and out is args[0]:
             return  # what had nothing to do
         self._see(func, args, kwargs, given, reads, made)
         self._constants.see(given, made, target)
 
-    def _ends_here(self, func: Callable[..., Any], reads: list[tuple[Course, int] | None], made: Any) -> None:
+    def _ends_here(self, func: Callable[..., Any], reads: _Reads, made: Any) -> None:
         """A call that is no step has read values."""
         for found in reads:
             if found is not None:
@@ -176,11 +178,11 @@ class Trace(HookedMode):
         for tensor in tensors_in(made):
             self._now.pop(id(tensor), None)
 
-    def _read_in_transform(self, given: Any) -> None:
+    def _read_unseen(self, given: Any, name: str) -> None:
         for tensor in map(unwrapped, map(unhooked, tensors_in(given))):
             if id(tensor) in self._now:
                 course, number = self._now[id(tensor)]
-                course.values[number].outside.append(TRANSFORM)
+                course.values[number].outside.append(name)
             if id(tensor) in self._carried:
                 self._carried[id(tensor)][0].foreign = True
 
@@ -208,6 +210,7 @@ class Trace(HookedMode):
         self._alive.append(made)
         _pass_on(self._now, source, made)
         _pass_on(self._carried, source, made)
+        self._pieces.copies(source, made)
         if self._constants.has(source):
             self._constants.add(made)
         return True
@@ -218,7 +221,7 @@ class Trace(HookedMode):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         given: list[Tensor],
-        reads: list[tuple[Course, int] | None],
+        reads: _Reads,
         made: Any,
     ) -> None:
         """Take note of a call: a step, or one that only reads values."""
@@ -232,9 +235,7 @@ class Trace(HookedMode):
             self._torn(func, given, reads, made)
         self._carry(func, args, kwargs, carriers, made, value)
 
-    def _torn(
-        self, func: Callable[..., Any], given: list[Tensor], reads: list[tuple[Course, int] | None], made: Any
-    ) -> None:
+    def _torn(self, func: Callable[..., Any], given: list[Tensor], reads: _Reads, made: Any) -> None:
         """Follow pieces of one layer's values as long as the model runs; a detached one is looked at in passing."""
         if self._inside:
             return
@@ -252,7 +253,7 @@ class Trace(HookedMode):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         given: list[Tensor],
-        reads: list[tuple[Course, int] | None],
+        reads: _Reads,
         made: Tensor,
         course: Course,
     ) -> Value | None:
@@ -261,12 +262,11 @@ class Trace(HookedMode):
             return None
         if self._is_over(course) and func not in LINKS:
             return None
-        others = [t for t, found in zip(given, reads, strict=True) if found is None]
-        if LINKS.get(func) != "norm" and not all(self._constants.has(t) for t in others):
-            return None
         numbers = tuple(None if found is None else found[1] for found in reads)
         step = Step(func, args, kwargs, numbers, self._caller())
         places = [None if n is None else course.values[n].place for n in numbers]
+        if LINKS.get(func) != "norm" and not self._constants.fit(given, places):
+            return None
         place = place_behind(func, args, kwargs, list(zip(given, places, strict=True)), made, step.kind == "affine")
         if place is None:
             return None

@@ -8,7 +8,18 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from lightning_neurons import measure
+from lightning_neurons import find_neurons, measure
+
+MEAN, SCALE = torch.linspace(-0.1, 0.1, 8), torch.linspace(0.5, 2, 8).view(1, 8)
+
+
+@torch.library.custom_op("test_unfollowed::rectify", mutates_args=())
+def rectify(x: Tensor) -> Tensor:
+    return x.clamp(min=0)
+
+
+def shuffled(x: Tensor) -> Tensor:
+    return F.relu(x.view(-1, 2, 4).transpose(1, 2).contiguous().view(x.shape))
 
 
 def overwritten(x: Tensor) -> Tensor:
@@ -32,6 +43,11 @@ FOLLOWED: dict[str, Callable[[Tensor], Tensor]] = {
     "mask": lambda x: x * (x.detach() > 0).float(),
     "stopped": lambda x: x.detach().clamp(min=0),
     "logged": logged,
+    "as another": lambda x: F.relu(x.view_as(torch.zeros(16, 8))),
+    "less a mean": lambda x: F.relu(x - MEAN),
+    "like the layer": lambda x: F.relu(x * SCALE.to(x) - MEAN.view(1, -1).to(x)),
+    "addcmul": lambda x: F.relu(torch.addcmul(MEAN, SCALE, x)),
+    "quantized": lambda x: torch.fake_quantize_per_tensor_affine(F.relu(x), 0.1, 0, 0, 255),
 }
 SAID: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "chunk": (lambda x: torch.cat([part.clamp(min=0) for part in x.chunk(2, -1)], -1), "chunk and then to clamp"),
@@ -47,6 +63,24 @@ SAID: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "glu": (lambda x: F.glu(x, -1).repeat(1, 2), "glu"),
     "vmap": (torch.func.vmap(lambda row: row.clamp(min=0)), "a transform of torch.func"),
     "data": (overwritten, "autograd's back"),
+    "mean of the batch": (lambda x: F.relu(x - x.mean(0)), "mean"),
+    "pixel shuffle": (
+        lambda x: F.pixel_shuffle(x.view(-1, 8, 1, 1), 2).relu().flatten(1),
+        "pixel_shuffle and then to relu",
+    ),
+    "channel shuffle": (
+        lambda x: F.channel_shuffle(x.view(-1, 8, 1), 2).relu().flatten(1),
+        "channel_shuffle and then to relu",
+    ),
+    "shuffled by hand": (shuffled, "view and then to relu"),
+    "strided": (lambda x: x.as_strided(x.shape, x.stride()).relu(), "as_strided and then to relu"),
+    "turned": (lambda x: x.rot90(2, (0, 1)).relu(), "rot90 and then to relu"),
+    "padded": (lambda x: F.relu(F.pad(x, (0, 1)))[:, :8], "pad and then to relu"),
+    "complex": (
+        lambda x: torch.view_as_real(torch.view_as_complex(x.view(-1, 4, 2))).relu().flatten(1),
+        "view and then",
+    ),
+    "operation": (rectify, "the operation test_unfollowed.rectify.default of somebody's own"),
 }
 
 
@@ -104,6 +138,22 @@ def test_what_cannot_be_followed_is_said_in_the_report(name):
     torch.testing.assert_close(report.scores["mean"]["layer"].double(), mean, rtol=1e-4, atol=1e-6)
     (note,) = [note for note in report.notes if note.startswith("layer: ")]
     assert words in note
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_a_module_in_torchscript_is_said_in_the_report():
+    net, batches = network(torch.jit.trace(nn.ReLU(), torch.zeros(16, 8)))
+    (note,) = [note for note in measure(net, batches, criteria=["mean"]).notes if note.startswith("layer: ")]
+    assert "go on to a module in TorchScript" in note
+
+
+def test_data_that_are_as_wide_as_a_layer_are_no_constant():
+    class Gated(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(F.relu(self.layer(x) * x.mean(0).repeat(2)[:8]))
+
+    layers = find_neurons(Gated(F.relu), torch.randn(16, 5))
+    assert layers[0].activation_point == "layer"
 
 
 def test_what_goes_wrong_while_a_call_is_followed_ends_the_chain_alone():
