@@ -5,6 +5,7 @@ and a statistic is taken before anybody can overwrite the value.
 """
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -196,6 +197,12 @@ class StepDifferentiates(BaseException):
     """The forward takes gradients of its own, which need what has been left out of it."""
 
 
+def _told_if_alive(watch: "weakref.ref[WatchGradients]", number: int, gradient: Tensor) -> Tensor | None:
+    # A graph that the user's code keeps alive must not keep what was measured alive as well.
+    listener = watch()
+    return None if listener is None else listener.passed(number, gradient)
+
+
 class WatchGradients(FollowLayers):
     """While active, makes the forward differentiable with respect to the activations.
 
@@ -286,9 +293,10 @@ class WatchGradients(FollowLayers):
             return value  # the model itself switched gradients off here
         number = self._arrived
         self._held[number] = name, value.detach()
-        return gated(value, self._root, partial(self._passed, number))
+        return gated(value, self._root, partial(_told_if_alive, weakref.ref(self), number))
 
-    def _passed(self, number: int, gradient: Tensor) -> Tensor | None:
+    def passed(self, number: int, gradient: Tensor) -> Tensor | None:
+        """Take a gradient that has reached an activation; return a factor to go on with, or None."""
         if self._is_ours and number in self._factors:
             self._late[number] = gradient  # until all is known
         elif self._is_ours:

@@ -200,9 +200,36 @@ def apart(name: str, width: int, dead1: Iterable[int], dead2: Iterable[int], dou
 invariant = pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "Adafactor"])
 
 
+def rounding() -> float:
+    """How far gradients without dead neurons, left out by hand, are from those with them: a matter of PyTorch alone."""
+    alive1, alive2 = [*range(16), *range(32, 48)], list(range(16, 48))
+    whole, small = seeded(Wide, 48).train(), Wide(32).train()
+    for conv, norm, dead in ((whole.conv1, whole.bn1, slice(16, 32)), (whole.conv2, whole.bn2, slice(16))):
+        for tensor in (conv.weight, norm.weight, norm.bias):
+            tensor.data[dead] = 0
+
+    def left(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What is left of each tensor without the dead neurons."""
+        found = {}
+        for name, tensor in tensors.items():
+            kept = alive1 if name.startswith(("conv1", "bn1")) else alive2
+            found[name] = tensor if tensor.ndim == 0 or name.startswith("fc") else tensor[kept]
+        found["conv2.weight"] = found["conv2.weight"][:, alive1]
+        found["fc.weight"] = found["fc.weight"].unflatten(1, (48, 4))[:, alive2].flatten(1)
+        return found
+
+    small.load_state_dict(left(whole.state_dict()))
+    x, y = pictures(8)
+    for net in (whole, small):
+        F.cross_entropy(net(x), y).backward()
+    expected = left({name: p.grad for name, p in whole.named_parameters()})
+    return max(float((p.grad - expected[name]).abs().max()) for name, p in small.named_parameters())
+
+
 @invariant
 def test_training_without_dead_neurons_is_bitwise_that_with_them_where_sums_keep_their_order(name):
-    assert apart(name, 48, range(16, 32), range(16), double=False) == 0.0
+    # Some processors sum up in another order when there are fewer channels; then nothing is bitwise.
+    assert apart(name, 48, range(16, 32), range(16), double=False) <= (0.0 if rounding() == 0 else 1e-5)
 
 
 @invariant

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_neurons import ablate
+from lightning_neurons import MeasurementError, ablate
 from tests.models import NETS, ConvNet, cross_entropy, pictures, seeded
 from tests.network.test_no_trace import Raising, state_of
 
@@ -79,6 +79,8 @@ def test_an_exception_of_the_model_passes_through_and_leaves_no_trace(options, f
         fails = False
     except ZeroDivisionError:
         pass
+    except MeasurementError:
+        assert "budget" in options  # a race takes joined batches with which the model fails for such as cannot be joined
     assert state_of(net) == before
     assert (net.calls, net.outputs) == (0, [])
     assert fails or fail_from > 1  # a forward may begin with the model's own count of calls each time
@@ -125,7 +127,7 @@ def test_interrupted_in_the_middle_of_the_model_there_is_a_report_and_no_trace(f
 
 WITHOUT_TYPE_CHECKS = """
 import random, torch
-from lightning_neurons import ablate
+from lightning_neurons import MeasurementError, ablate
 net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
 net.register_forward_hook(lambda *_: (random.random(), None)[1])
 x, y = torch.randn(5, 3), torch.arange(5) % 2
