@@ -60,7 +60,7 @@ ARITHMETIC = frozenset(_ARITHMETIC.values())
 
 MOVES: dict[Callable[..., Any], str] = {
     **_named("flatten moveaxis movedim permute reshape reshape_as squeeze swapaxes swapdims t transpose unflatten"),
-    **_named("unsqueeze view view_as"),
+    **_named("unsqueeze view"),
     _getter("T"): "T",
     _getter("mT"): "mT",
 }
@@ -104,7 +104,7 @@ CREATES = frozenset(
 """Functions that look at a tensor's form alone and make another one."""
 
 LOOKS = (
-    frozenset(_named("detach isfinite isinf isnan isneginf isposinf requires_grad_ retain_grad"))
+    frozenset(_named("detach view_as isfinite isinf isnan isneginf isposinf requires_grad_ retain_grad"))
     | CREATES
     | DETACHES.keys()
 )
@@ -149,7 +149,7 @@ REDUCES: dict[Callable[..., Any], str] = _named(
 )
 """Functions that make values of several neurons, or of several places, one of another."""
 
-_FORM_OF_SECOND = frozenset(f for f, name in STEPS.items() if name in {"reshape_as", "to", "type_as", "view_as"})
+_FORM_OF_SECOND = frozenset(f for f, name in STEPS.items() if name in {"reshape_as", "to", "type_as"})
 
 
 def operands(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:

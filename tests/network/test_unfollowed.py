@@ -43,7 +43,6 @@ FOLLOWED: dict[str, Callable[[Tensor], Tensor]] = {
     "mask": lambda x: x * (x.detach() > 0).float(),
     "stopped": lambda x: x.detach().clamp(min=0),
     "logged": logged,
-    "as another": lambda x: F.relu(x.view_as(torch.zeros(16, 8))),
     "less a mean": lambda x: F.relu(x - MEAN),
     "like the layer": lambda x: F.relu(x * SCALE.to(x) - MEAN.view(1, -1).to(x)),
     "addcmul": lambda x: F.relu(torch.addcmul(MEAN, SCALE, x)),
