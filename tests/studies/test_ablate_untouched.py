@@ -80,7 +80,9 @@ def test_an_exception_of_the_model_passes_through_and_leaves_no_trace(options, f
     except ZeroDivisionError:
         pass
     except MeasurementError:
-        assert "budget" in options  # a race takes joined batches with which the model fails for such as cannot be joined
+        assert (
+            "budget" in options
+        )  # a race takes joined batches with which the model fails for such as cannot be joined
     assert state_of(net) == before
     assert (net.calls, net.outputs) == (0, [])
     assert fails or fail_from > 1  # a forward may begin with the model's own count of calls each time
