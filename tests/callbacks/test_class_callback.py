@@ -75,7 +75,10 @@ def test_a_forward_of_ones_own_says_where_the_logits_come_from(name):
         ({"classes": [0, 3]}, "classes=3.*3 outputs"),
         ({"classes": [17]}, "classes=17.*3 outputs"),
         ({"layers": ["net.fc2"]}, r"layers=.*net.fc2.*lead to those of the logits: net.conv1, net.conv2, net.fc1"),
-        ({"forward": lambda module, batch: {"one": module(batch[0]), "two": module(batch[0])}}, "returned dict.*logits"),
+        (
+            {"forward": lambda module, batch: {"one": module(batch[0]), "two": module(batch[0])}},
+            "returned dict.*logits",
+        ),
     ],
 )
 def test_the_trial_before_training_finds_what_cannot_work(arguments, message):

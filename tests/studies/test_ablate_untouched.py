@@ -79,10 +79,8 @@ def test_an_exception_of_the_model_passes_through_and_leaves_no_trace(options, f
         fails = False
     except ZeroDivisionError:
         pass
-    except MeasurementError:
-        assert (
-            "budget" in options
-        )  # a race takes joined batches with which the model fails for such as cannot be joined
+    except MeasurementError:  # a race takes a joined batch that fails for one that cannot be joined
+        assert "budget" in options
     assert state_of(net) == before
     assert (net.calls, net.outputs) == (0, [])
     assert fails or fail_from > 1  # a forward may begin with the model's own count of calls each time
