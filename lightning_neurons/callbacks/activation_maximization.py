@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_neurons.callbacks.arguments import lightning_errors
-from lightning_neurons.callbacks.checks import name_of
+from lightning_neurons.callbacks.checks import is_unfinished, name_of
 from lightning_neurons.callbacks.forward import forward_of
 from lightning_neurons.callbacks.observer import NeuronObserver
 from lightning_neurons.callbacks.outlet import Outlet, numbered
@@ -127,11 +127,15 @@ class ActivationMaximizationCallback(SampledStudy):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse what cannot work, before any time has been spent."""
         super().setup(trainer, pl_module, stage)
-        if self.targets is not None:
-            with lightning_errors():
-                aims_of(pl_module, self.targets, "logit")
         if not can_draw():
             self._warn(MISSING_MATPLOTLIB)
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Refuse aims that the module does not have."""
+        super().on_fit_start(trainer, pl_module)
+        if self.targets is not None and not is_unfinished(pl_module):
+            with lightning_errors():
+                aims_of(pl_module, self.targets, "logit")
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Wait until all callbacks have made their reports, which say whose cards to make."""
@@ -145,6 +149,10 @@ class ActivationMaximizationCallback(SampledStudy):
         """Say if there is nothing to look at."""
         if self.found is None and not trainer.fast_dev_run:
             self._warn("nothing has been measured")
+
+    @property
+    def _may_fail(self) -> bool:
+        return self.forward is not None
 
     def _try(self, pl_module: Any, replay: StepReplay, batches: list[Any]) -> None:
         self._maximized(pl_module, batches, MaximizationSettings(**{**vars(self.settings), "steps": 1}), ())

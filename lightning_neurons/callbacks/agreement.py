@@ -7,21 +7,27 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_neurons.callbacks.checks import said_of
-from lightning_neurons.errors import PruningError
+from lightning_neurons.errors import ArgumentError, PruningError
+
+
+class MisuseError(PruningError):
+    """An argument is at fault, and not the model or its data."""
 
 
 def in_one_process(trainer: Any, action: Any) -> Any:
     """Do something in the first process and tell all of them, also how it failed.
 
     Raises:
-        PruningError: If it failed, in every process.
+        MisuseError: If an argument was at fault, in every process.
+        PruningError: If it failed in another way, in every process.
     """
     answer: Any = None
     if trainer.is_global_zero:
         try:
             answer = action()
         except Exception as error:  # noqa: BLE001 (else the other processes would wait for ever)
-            answer = PruningError(said_of(error))
+            misuse = isinstance(error, ArgumentError | MisconfigurationException)
+            answer = MisuseError(said_of(error)) if misuse else PruningError(said_of(error))
     answer = trainer.strategy.broadcast(answer, 0)
     if isinstance(answer, PruningError):
         raise answer

@@ -10,7 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_neurons.errors import ArgumentError, MeasurementError, PruningError
 from lightning_neurons.metrics.room import require_room
 from lightning_neurons.network.families import widths_of
-from lightning_neurons.network.layer import Pattern, candidates
+from lightning_neurons.network.layer import Pattern, candidates, lazy_path
 from lightning_neurons.studies.settings import MeasurementSettings
 
 _SHARDED = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAFSDPStrategy"}
@@ -52,13 +52,16 @@ def refuse_sharded(who: str, strategy: Any) -> None:
 
 
 def check_layers(who: str, pl_module: Any, patterns: tuple[Pattern, ...] | None) -> None:
-    """Make sure that each pattern matches a layer.
+    """Make sure that each pattern matches a layer; of a module whose layers are still lazy nothing can be said.
+
+    Call it when the module has been set up: its own ``setup`` and ``configure_model`` come after those of callbacks.
 
     Raises:
         MisconfigurationException: If one does not.
     """
     try:
-        candidates(pl_module, patterns)
+        if not is_unfinished(pl_module):
+            candidates(pl_module, patterns)
     except ArgumentError as error:
         raise MisconfigurationException(f"{who}: {error}") from error
 
@@ -67,13 +70,23 @@ def require_layers(pl_module: Any, patterns: tuple[Pattern, ...] | None) -> None
     """Make sure that there is something to measure; a module without layers is no mistake of who observes it.
 
     Raises:
-        MeasurementError: If the module has no layer.
+        MeasurementError: If the module has no layer, or lazy ones.
     """
+    if is_unfinished(pl_module):
+        raise MeasurementError(
+            f"{type(pl_module).__name__} has lazy layers, whose neurons are there after the first batch only; run one "
+            "batch through the model first"
+        )
     if not candidates(pl_module, patterns):
         raise MeasurementError(
             f"{type(pl_module).__name__} has no convolutional or linear layer; make your own layer types known by "
             "lightning_neurons.register_layer"
         )
+
+
+def is_unfinished(pl_module: Any) -> bool:
+    """Whether layers of a module are lazy still: a batch decides how large they are."""
+    return lazy_path(pl_module) is not None
 
 
 def check_room(who: str, pl_module: Any, settings: MeasurementSettings, device: torch.device) -> None:
@@ -83,7 +96,8 @@ def check_room(who: str, pl_module: Any, settings: MeasurementSettings, device: 
         MisconfigurationException: If they do not.
     """
     try:
-        require_room(widths_of(candidates(pl_module, settings.layers)), settings.criteria, device)
+        if not is_unfinished(pl_module):
+            require_room(widths_of(candidates(pl_module, settings.layers)), settings.criteria, device)
     except MeasurementError as error:
         raise MisconfigurationException(f"{who}: {error}") from error
 

@@ -109,6 +109,10 @@ class ClassNeuronsCallback(SampledStudy):
             with keeping_training(self, "the study was not shown"):
                 print_classes(self.report)
 
+    @property
+    def _may_fail(self) -> bool:
+        return self.forward is not None
+
     def _try(self, pl_module: Any, replay: StepReplay, batches: list[Any]) -> ClassReport | None:
         ClassStudy(pl_module, self.forward or forward_of(pl_module), self.settings, self.rule).check(batches[0])
         return None

@@ -15,7 +15,7 @@ from lightning_neurons.callbacks.independence import independence_of
 from lightning_neurons.callbacks.outlet import Outlet, keeping_training, numbered, offer
 from lightning_neurons.callbacks.replay import StepReplay
 from lightning_neurons.callbacks.sampled_study import SampledStudy
-from lightning_neurons.criteria import Criterion, resolve
+from lightning_neurons.criteria import CRITERIA, Criterion, resolve
 from lightning_neurons.errors import ArgumentError, MeasurementError, check_choice, check_count
 from lightning_neurons.network.batches import batch_size_of
 from lightning_neurons.network.layer import Pattern
@@ -130,6 +130,11 @@ class NeuronAblationCallback(SampledStudy):
     def _try(self, pl_module: Any, replay: StepReplay, batches: list[Any]) -> Screening | None:
         too_few = len(batches) == 1 and (batch_size_of(batches[0]) < 2 or self._stays_whole)
         return None if too_few else self._study(pl_module, replay, batches)
+
+    @property
+    def _may_fail(self) -> bool:
+        shaped = self.loss_reduction != "mean" or self.replacement == "resample"
+        return self.loss_fn is not None or shaped or self.criterion.name not in CRITERIA
 
     def _must_stay_whole(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> bool:
         replay = self._replay(trainer, pl_module)

@@ -106,9 +106,6 @@ class NeuronObserver(EitherCallback):
         if stage == "predict":
             return  # nothing is measured
         checks.refuse_sharded(who, trainer.strategy)
-        if stage != "test" and not checks.overrides(pl_module, "configure_model"):  # else there may be no layers yet
-            checks.check_layers(who, pl_module, self.settings.layers)
-            checks.check_room(who, pl_module, self.settings, trainer.strategy.root_device)
         if self.step == "training":
             checks.require_training_step(who, pl_module)
         if stage == "fit" and self.source == "val" and (why := checks.why_no_validation(trainer)) is not None:
@@ -119,6 +116,11 @@ class NeuronObserver(EitherCallback):
         if stage == "fit" and self.source == "train" and self.loss_fn is None and self.step == "validation":
             checks.require_validation_step(who, pl_module)
 
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Refuse what does not fit the layers: a module may make them in its own setup, which comes after ours."""
+        checks.check_layers(type(self).__name__, pl_module, self.settings.layers)
+        checks.check_room(type(self).__name__, pl_module, self.settings, trainer.strategy.root_device)
+
     # -- the stretches of data
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
@@ -126,7 +128,8 @@ class NeuronObserver(EitherCallback):
 
         The sanity check is a trial: what cannot work is found out before training.
         """
-        if (self.source == "val" or trainer.state.fn != "fit") and self._due(trainer):
+        waits = trainer.sanity_checking and checks.is_unfinished(pl_module)  # the check gives lazy layers their neurons
+        if (self.source == "val" or trainer.state.fn != "fit") and self._due(trainer) and not waits:
             self._begin(trainer, pl_module, "validation_step", evaluation_loaders)
 
     def on_test_epoch_start(self, trainer: Any, pl_module: Any) -> None:

@@ -141,7 +141,6 @@ class NeuronPruner(MonitoredObserver):
             if start is not None and start < (trainer.max_epochs or -1) <= schedule.epoch_of(schedule.rounds):
                 self._warn(f"training ends before the last round, of epoch {schedule.epoch_of(schedule.rounds)}")
             suitability.refuse_company(type(self).__name__, trainer, NeuronPruner)
-            suitability.refuse_patterns(pl_module, self.pruning.budget)
             suitability.warn_of_stale_checkpoints(self._warn, trainer)
             self._seed = torch.initial_seed() % 2**31 if self._seed is None else self._seed
             self._validated, self._open = False, None
@@ -151,6 +150,8 @@ class NeuronPruner(MonitoredObserver):
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Refuse optimizers that cannot go on, and rounds of another model."""
+        super().on_fit_start(trainer, pl_module)
+        suitability.refuse_patterns(pl_module, self.pruning.budget)
         suitability.refuse_optimizers(type(self).__name__, trainer)
         known = self._restored or (self._fitted is not None and self._fitted() is pl_module)
         self._fitted, self._restored = weakref.ref(pl_module), False

@@ -154,6 +154,10 @@ class SaliencyCallback(SampledStudy):
         if self.found is None and not trainer.fast_dev_run:
             self._warn("nothing has been measured")
 
+    @property
+    def _may_fail(self) -> bool:
+        return self.forward is not None
+
     def _try(self, pl_module: Any, replay: StepReplay, batches: list[Any]) -> None:
         self.shown(self._maps(pl_module, _fixed_of(batches, 1), is_trial=True))
 

@@ -14,7 +14,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_neurons.callbacks import checks
-from lightning_neurons.callbacks.agreement import in_one_process
+from lightning_neurons.callbacks.agreement import MisuseError, in_one_process
 from lightning_neurons.callbacks.namespaces import EitherCallback
 from lightning_neurons.callbacks.outlet import Outlet, keeping_training, outlet_of
 from lightning_neurons.callbacks.replay import StepReplay
@@ -59,12 +59,18 @@ class SampledStudy(EitherCallback):
         """Refuse what cannot work, before any time has been spent."""
         if stage == "predict":
             return  # nothing is studied
-        who = type(self).__name__
-        checks.refuse_sharded(who, trainer.strategy)
-        if not checks.overrides(pl_module, "configure_model"):
-            checks.check_layers(who, pl_module, self.layers)
+        checks.refuse_sharded(type(self).__name__, trainer.strategy)
         if stage == "fit" and (why := checks.why_no_validation(trainer)) is not None:
             self._warn(f"the Trainer runs no validation ({why}), so nothing will be measured")
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Refuse what does not fit the layers: a module may make them in its own setup, which comes after ours."""
+        checks.check_layers(type(self).__name__, pl_module, self.layers)
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Do for ``trainer.validate`` what is done when ``fit`` starts."""
+        if trainer.state.fn == "validate":
+            self.on_fit_start(trainer, pl_module)
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin to keep samples, if a study is due."""
@@ -101,9 +107,14 @@ class SampledStudy(EitherCallback):
                 return
             found = in_one_process(trainer, lambda: self._isolated(trainer, pl_module, batches, is_trial=is_trial))
         except PruningError as error:
-            if is_trial or trainer.state.fn != "fit":  # before training, or without it, nothing is lost by stopping
+            # Before training, or without it, nothing is lost by saying at once what was asked wrongly. What fails of
+            # itself would run without us, and is to run with us.
+            if (is_trial or trainer.state.fn != "fit") and (self._may_fail or isinstance(error, MisuseError)):
                 raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
-            self._warn(f"epoch {trainer.current_epoch} was not measured: {error}", once=str(error))
+            if trainer.sanity_checking:  # a step may leave it out
+                self._warn(f"the sanity check could not be measured, so epochs may not be either: {error}")
+            else:
+                self._warn(f"epoch {trainer.current_epoch} was not measured: {error}", once=str(error))
             return
         if trainer.sanity_checking or found is None:
             return
@@ -132,6 +143,11 @@ class SampledStudy(EitherCallback):
         """Let go of the samples."""
         forget_weights(trainer)
         self._drop()
+
+    @property
+    def _may_fail(self) -> bool:
+        """Whether the callback's arguments may be at fault where nothing can be studied, rather than the model."""
+        return False
 
     def _must_stay_whole(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> bool:
         """Whether samples may not be taken out of a batch, nor joined to those of others."""

@@ -6,7 +6,7 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_neurons.callbacks.arguments import lightning_errors
-from lightning_neurons.callbacks.checks import overrides, sharding_of, why_no_validation
+from lightning_neurons.callbacks.checks import sharding_of, why_no_validation
 from lightning_neurons.errors import UnknownNameError
 from lightning_neurons.network.layer import candidates, widths_of
 from lightning_neurons.pruning.budget import PruningBudget
@@ -97,9 +97,8 @@ def refuse_patterns(pl_module: Any, budget: PruningBudget) -> None:
     Raises:
         CallbackArgumentError: Naming the nearest layers.
     """
-    if not overrides(pl_module, "configure_model"):  # else there may be no layers yet
-        with lightning_errors():
-            budget.ignores(list(candidates(pl_module)))
+    with lightning_errors():
+        budget.ignores(list(candidates(pl_module)))
 
 
 def refuse_optimizers(who: str, trainer: Any) -> None:

@@ -164,10 +164,18 @@ def require_materialized(model: nn.Module) -> None:
     Raises:
         ArgumentError: If a module is lazy and has not seen a batch.
     """
+    path = lazy_path(model)
+    if path is not None:
+        got = f"{public_name(path) or 'the model itself'}: {type(model.get_submodule(path)).__name__}"
+        raise ArgumentError.of("model", got, "materialised layers; run one batch through the model first")
+
+
+def lazy_path(model: nn.Module) -> str | None:
+    """The first module that is lazy and has not seen a batch, or None."""
     for path, module in model.named_modules():
         if any(is_lazy(t) for t in (*module._parameters.values(), *module._buffers.values()) if t is not None):
-            got = f"{public_name(path) or 'the model itself'}: {type(module).__name__}"
-            raise ArgumentError.of("model", got, "materialised layers; run one batch through the model first")
+            return str(path)
+    return None
 
 
 def _matching(pattern: Pattern, layers: dict[str, nn.Module]) -> list[str]:

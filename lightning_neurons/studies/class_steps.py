@@ -141,6 +141,10 @@ class ClassStudy:
         found = {name: layer for name, layer in engine.layers.items() if name in chosen and name in every - nearest}
         if not found:
             inner = ", ".join(name for name in engine.layers if name in every - nearest) or "there are none"
+            if self.settings["layers"] is None:
+                raise MeasurementError(
+                    "no layer leads to those of the logits, so no neuron can be told to serve a class"
+                )
             raise ArgumentError.of(
                 "layers", self.settings["layers"], f"layers that lead to those of the logits: {inner}"
             )

@@ -85,6 +85,10 @@ def screen(
     with study.open():
         study.look(first[0])
         chosen = _studied(study, layers)
+        if not chosen:
+            raise MeasurementError(
+                "every layer that runs makes the output; name it in layers= to switch off its neurons"
+            )
         device = next((p.device for p in model.parameters()), None)
         measurement = Measurement(model, settings.criteria, layers=chosen, device=device)
         collect(measurement, first, settings, loss_fn, run)

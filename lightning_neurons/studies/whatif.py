@@ -106,7 +106,7 @@ class WhatIf:
             self.modules = {n: self.modules[n] for n in self.layers}
         if not self.layers:
             raise MeasurementError(
-                "loss_fn did not run a layer of the model: it has to call the model that it is given"
+                "no layer of the model ran: what gives the loss has to call the model that it is given, not a copy"
             )
         self.outcomes.know(list(self.modules.values()))
 

@@ -1,11 +1,14 @@
 """What can go wrong in a measurement beside training: said once, and training goes on; before it, an error."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
 
 from lightning_neurons import ArgumentError, NeuronAblationCallback
 from lightning_neurons.results.ablation_report import AblationReport
@@ -35,11 +38,59 @@ def no_loss(module: Any, batch: Any, batch_idx: int) -> None:
     module.log("accuracy", (module(batch[0]).argmax(1) == batch[1]).float().mean())
 
 
-def test_before_training_and_without_training_a_failure_is_an_error():
-    with pytest.raises(MisconfigurationException, match=r"NeuronAblationCallback: .*validation_step.*loss_fn="):
-        fit(Altered(no_loss), [NeuronAblationCallback()])
-    with pytest.raises(MisconfigurationException, match=r"NeuronAblationCallback: .*validation_step.*loss_fn="):
-        trainer_of([NeuronAblationCallback()]).validate(Altered(no_loss), loader(24, seed=1), verbose=False)
+@torch.no_grad()
+def no_gradients(module: Any, batch: Any, batch_idx: int) -> Any:
+    return module.loss(batch)
+
+
+def on_a_copy(module: Any, batch: Any, batch_idx: int) -> Any:
+    return nn.functional.cross_entropy(copy.deepcopy(module.net)(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize(
+    "step, why", [(no_loss, "loss_fn="), (no_gradients, "loss_fn="), (on_a_copy, "no layer of the model ran.*copy")]
+)
+def test_a_step_without_a_loss_of_the_model_is_said_and_training_goes_on(step, why):
+    callback, module, plain = NeuronAblationCallback(), Altered(step), Altered(step)
+    plain.load_state_dict(module.state_dict())
+    trial, later, nothing = (
+        pytest.warns(UserWarning, match=m)
+        for m in (f"the sanity check could not be measured.*{why}", f"epoch 0 was not.*{why}", "nothing has been")
+    )
+    train = loader()
+    with trial, later, nothing:
+        fit(module, [callback], train, max_epochs=2)
+    fit(plain, [], train, max_epochs=2)
+    assert callback.ablation is None
+    assert all(torch.equal(p, q) for p, q in zip(module.parameters(), plain.parameters(), strict=True))
+    with pytest.warns(UserWarning, match=f"NeuronAblationCallback: .*{why}"):
+        trainer_of([NeuronAblationCallback()]).validate(Altered(step), loader(24, seed=1), verbose=False)
+
+
+def test_a_step_that_leaves_out_the_sanity_check_is_measured_in_each_epoch():
+    def step(module: Any, batch: Any, batch_idx: int) -> Any:
+        return None if module.trainer.sanity_checking else module.loss(batch)
+
+    late, at_once = NeuronAblationCallback(ends=2), NeuronAblationCallback(ends=2)
+    modules = Altered(step), Plain()
+    modules[1].load_state_dict(modules[0].state_dict())
+    train = loader()
+    with pytest.warns(UserWarning, match="the sanity check could not be measured"):
+        fit(modules[0], [late], train)
+    fit(modules[1], [at_once], train)
+    found, expected = late.ablation.delta_loss, at_once.ablation.delta_loss
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name].nan_to_num(), expected[name].nan_to_num()) for name in found)
+
+
+def test_before_training_and_without_training_an_argument_at_fault_is_an_error():
+    def broken(module: Any, batch: Any) -> Any:
+        raise KeyError("target")
+
+    with pytest.raises(MisconfigurationException, match=r"NeuronAblationCallback: .*target"):
+        fit(Plain(), [NeuronAblationCallback(loss_fn=broken)])
+    with pytest.raises(MisconfigurationException, match=r"NeuronAblationCallback: .*loss_reduction='none'"):
+        trainer_of([NeuronAblationCallback(loss_reduction="none")]).validate(Plain(), loader(24, seed=1), verbose=False)
 
 
 @pytest.mark.parametrize("batch_size, steps", [(1, 1), (1, 2), (8, 1)])

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 
 from lightning_neurons import ArgumentError, ClassNeuronsCallback, class_study
 from lightning_neurons.report.tags import TAGS, kind_of
@@ -75,10 +76,7 @@ def test_a_forward_of_ones_own_says_where_the_logits_come_from(name):
         ({"classes": [0, 3]}, "classes=3.*3 outputs"),
         ({"classes": [17]}, "classes=17.*3 outputs"),
         ({"layers": ["net.fc2"]}, r"layers=.*net.fc2.*lead to those of the logits: net.conv1, net.conv2, net.fc1"),
-        (
-            {"forward": lambda module, batch: {"one": module(batch[0]), "two": module(batch[0])}},
-            "returned dict.*logits",
-        ),
+        ({"forward": lambda module, batch: {"a": module(batch[0]), "b": module(batch[0])}}, "returned dict.*logits"),
     ],
 )
 def test_the_trial_before_training_finds_what_cannot_work(arguments, message):
@@ -113,14 +111,21 @@ def test_a_second_callback_has_files_and_series_of_its_own(tmp_path):
     assert {*found.Tags()["images"]} == figures | {name.replace("classes", "classes_2") for name in figures}
 
 
-def test_two_networks_and_no_forward_are_an_error_before_training_and_a_warning_later():
-    with pytest.raises(
-        MisconfigurationException, match=r"ClassNeuronsCallback: .*TwoNetworks has no forward, and 2 net"
-    ):
-        fit(TwoNetworks(), [ClassNeuronsCallback()])
-    later, nothing = (pytest.warns(UserWarning, match=m) for m in ("epoch 0 was not.*no forward", "nothing has been"))
-    with later, nothing:
-        trainer = fit(TwoNetworks(), [ClassNeuronsCallback()], num_sanity_val_steps=0, max_epochs=2)
+@pytest.mark.parametrize(
+    "module, why",
+    [
+        (TwoNetworks, "TwoNetworks has no forward, and 2 networks"),
+        (lambda: Plain(nn.Sequential(nn.Flatten(), nn.Linear(36, 3))), "no layer leads to those of the logits"),
+    ],
+    ids=["two networks", "one layer"],
+)
+def test_a_module_that_has_no_classes_to_study_is_trained_with_warnings(module, why):
+    trial, later, nothing = (
+        pytest.warns(UserWarning, match=m)
+        for m in (f"the sanity check could not be measured.*{why}", f"epoch 0 was not.*{why}", "nothing has been")
+    )
+    with trial, later, nothing:
+        trainer = fit(module(), [ClassNeuronsCallback()], max_epochs=2)
     assert trainer.current_epoch == 2
 
 

@@ -90,7 +90,7 @@ WRONG = {
     "a function": ({"model": lambda x: x}, ArgumentError, "torch.nn.Module"),
     "no layers": ({"model": nn.Sequential(nn.Flatten(), nn.ReLU())}, (ArgumentError, MeasurementError), "layer"),
     "one layer": (
-        {"model": nn.Sequential(nn.Flatten(), nn.Linear(192, 4))}, ArgumentError, "those of the logits: there are none"
+        {"model": nn.Sequential(nn.Flatten(), nn.Linear(192, 4))}, MeasurementError, "no layer leads to those"
     ),
     "a lazy model": (
         {"model": nn.Sequential(nn.Flatten(), nn.LazyLinear(5), nn.LazyLinear(4))}, ArgumentError, "materialised"
