@@ -1,6 +1,5 @@
 """Whether a module's samples may be run again in other company than their batch's; found out in each measurement."""
 
-from itertools import count
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -8,15 +7,19 @@ from torch import Tensor, nn
 
 from lightning_neurons.callbacks.checks import name_of
 from lightning_neurons.callbacks.replay import StepReplay
-from lightning_neurons.network.batches import batch_size_of, is_divisible, kind_of
+from lightning_neurons.network.batches import batch_size_of, kind_of
 from lightning_neurons.studies.dividing import Independence
 from lightning_neurons.studies.losses import LossReduction, summed
 
 _FOUND: "WeakKeyDictionary[nn.Module, tuple[Any, dict[Any, Independence]]]" = WeakKeyDictionary()
 
 
-def independence_of(replay: StepReplay, loss_reduction: LossReduction, batch: Any, place: tuple[int, int]) -> bool:
+def independence_of(
+    replay: StepReplay, loss_reduction: LossReduction, batch: Any, place: tuple[int, int]
+) -> tuple[bool, bool]:
     """Whether the loss of a batch is known to be that of its samples, each for itself, whatever the batch's index.
+
+    Also whether it depends on what the batches before have left.
 
     Args:
         replay: How to get the loss.
@@ -24,21 +27,22 @@ def independence_of(replay: StepReplay, loss_reduction: LossReduction, batch: An
         batch: The batch.
         place: Index of the batch, and of its dataloader.
     """
-    if not is_divisible(batch):
-        return False
     function = None if replay.loss_fn is None else (id(replay.loss_fn), name_of(replay.loss_fn))
     key = replay.step, function, loss_reduction, kind_of(batch), place[1]
     moment, found = _moment(replay.trainer), dict[Any, Independence]()
     if _FOUND.get(replay.pl_module, (None,))[0] != moment:
         _FOUND[replay.pl_module] = moment, found
     independence = _FOUND[replay.pl_module][1].setdefault(key, Independence())
-    indices = count(place[0])
+    asked: list[Any] = []
 
     def loss_of(given: Any) -> Tensor:
-        replay.place = next(indices), place[1]  # another one each time, as samples of different batches are joined
+        if not any(given is one for one in asked):
+            asked.append(given)
+        # Another one for each, as samples of different batches are joined.
+        replay.place = place[0] + [given is one for one in asked].index(True), place[1]
         return summed(replay.loss(given), loss_reduction, batch_size_of(given))
 
-    return independence.shown(loss_of, batch, replay.isolated)
+    return independence.shown(loss_of, batch, replay.isolated), independence.is_stateful
 
 
 def _moment(trainer: Any) -> tuple[Any, ...]:

@@ -95,7 +95,7 @@ class NeuronAblationCallback(SampledStudy):
                 raise ArgumentError.of("loss_fn", loss_fn, "a function (module, batch) -> loss")
             self.loss_fn = loss_fn
             super().__init__(layers, every_n_epochs, max_samples)
-        self._stays_whole = False
+        self._stays_whole = self._is_stateful = False
         self.ablation: AblationReport | None = None
         self.agreement: OracleAgreement | None = None
 
@@ -136,10 +136,15 @@ class NeuronAblationCallback(SampledStudy):
         shaped = self.loss_reduction != "mean" or self.replacement == "resample"
         return self.loss_fn is not None or shaped or self.criterion.name not in CRITERIA
 
+    def _sample_notes(self) -> list[str]:
+        said = "the loss depends on what earlier batches left: batches were run in the state at the end of validation"
+        return [*super()._sample_notes(), *([said] if self._is_stateful else [])]
+
     def _must_stay_whole(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> bool:
         replay = self._replay(trainer, pl_module)
         try:
-            self._stays_whole = not independence_of(replay, self.loss_reduction, batch, (batch_idx, 0))
+            divisible, is_stateful = independence_of(replay, self.loss_reduction, batch, (batch_idx, 0))
+            self._stays_whole, self._is_stateful = not divisible, self._is_stateful or is_stateful
         except Exception:  # noqa: BLE001 (the study will say what is wrong)
             self._stays_whole = True
         return self._stays_whole

@@ -19,6 +19,7 @@ from lightning_neurons.callbacks.replay import StepReplay, is_compiled
 from lightning_neurons.callbacks.steps import takes_iterator
 from lightning_neurons.errors import MeasurementError, NoLossError
 from lightning_neurons.network.batches import batch_size_of, map_tensors, tensors_of
+from lightning_neurons.network.state import ModelState
 from lightning_neurons.studies.losses import fgsm, summed
 from lightning_neurons.studies.measure import sampled_loss
 from lightning_neurons.studies.passes import Known, Passes
@@ -161,8 +162,11 @@ class Session:
                     f"batch of type {type(batch).__name__}: nothing in it tells how many samples it has, so the loss "
                     "cannot be shared out among them; make it a tuple, dict or dataclass of tensors"
                 )
-            whole = not independence_of(replay, group[0].settings.loss_reduction, batch, place)
-            group[0].pick(batch, place, picked, whole=whole)
+            divisible, is_stateful = independence_of(replay, group[0].settings.loss_reduction, batch, place)
+            group[0].pick(batch, place, picked, whole=not divisible)
+            if is_stateful and self.source == "val":  # before the step moves on from the state that the batch meets
+                while picked:
+                    self._differentiate(group, picked.pop(0), is_stateful=True)
 
         gradients_together(group, pick, all_rests_on_it=self.source == "train")
         self._picked.append((group, picked))
@@ -198,7 +202,7 @@ class Session:
 
         together(self._alive(), observe)
 
-    def _differentiate(self, group: list[Member], picked: Picked) -> None:
+    def _differentiate(self, group: list[Member], picked: Picked, *, is_stateful: bool = False) -> None:
         if not group:
             return
         replay, settings = group[0].replay, group[0].settings
@@ -212,7 +216,8 @@ class Session:
             with replay.isolated():
                 parts = self.passes.parts(picked.batch) if picked.divisible else [picked.batch]
                 for number, part in enumerate(parts):
-                    self._one_part(group, replay, loss_of, part, seed=1000 * picked.place[0] + number)
+                    start = ModelState(self.passes.model) if is_stateful else None
+                    self._one_part(group, replay, loss_of, part, 1000 * picked.place[0] + number, start)
 
         gradients_together(group, run, all_rests_on_it=self.source == "train")
         for member in group:
@@ -221,7 +226,13 @@ class Session:
                 member.add_note("the step exchanges weights while it runs: scores of weights are of those it leaves")
 
     def _one_part(
-        self, group: list[Member], replay: StepReplay, loss_of: Callable[[Any], Tensor], part: Any, seed: int
+        self,
+        group: list[Member],
+        replay: StepReplay,
+        loss_of: Callable[[Any], Tensor],
+        part: Any,
+        seed: int,
+        start: ModelState | None,
     ) -> None:
         settings, needs = group[0].settings, {need for m in group for need in m.measurement.needs}
         for member in group:
@@ -233,10 +244,14 @@ class Session:
                     replay.run(part)
             part, observe = fgsm(self.passes.model, loss_of, part, settings.eps), False
         if observe or "gradient" in needs:
-            self.passes.differentiate(loss_of, part, observe=observe, receivers=group)
+            self.passes.differentiate(loss_of, part, observe=observe, receivers=group, start=start)
         if "sampled_gradient" in needs:
             self.passes.differentiate(
-                lambda given: sampled_loss(self.passes.model, given, seed), part, "sampled_gradient", receivers=group
+                lambda given: sampled_loss(self.passes.model, given, seed),
+                part,
+                "sampled_gradient",
+                receivers=group,
+                start=start,
             )
         for member in group:
             member.measurement.finish_batch()

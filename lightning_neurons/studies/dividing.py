@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_neurons.network.batches import batch_size_of, is_divisible, rows_of, targets_of
 from lightning_neurons.network.isolate import eager
+from lightning_neurons.network.state import random_state, set_random_state
 from lightning_neurons.network.trees import tensors_in
 from lightning_neurons.studies.outcomes import Outcomes
 
@@ -18,6 +19,10 @@ _ALIKE = 1e-5
 _TRIES = 4
 
 _MOST = 32  # samples that a batch is asked with; a few tell as well as many, and cost less
+
+_JOINED = 32  # samples that are run together at least, where they may be
+
+Isolated = Callable[[], AbstractContextManager[None]]
 
 Result = tuple[Tensor, list[Any]]
 
@@ -28,15 +33,18 @@ class Independence:
     The loss of a batch, summed over samples, has to be that of two parts of it that are as different as possible. It is
     not where samples are compared with one another, weighted by class, averaged by tokens, or where a batch holds one
     bag of instances or a graph. As long as it has not been shown, batches have to stay as they are.
+
+    Attributes:
+        is_stateful: Whether the loss depends on what the runs before have left, as with a hidden state that is carried
+            over batches. Such batches stay as they are, and each has its loss in the state that it met.
     """
 
     def __init__(self) -> None:
+        self.is_stateful = False
         self._is_shown: bool | None = None
         self._tries = 0
 
-    def shown(
-        self, loss_of: Callable[[Any], Tensor], batch: Any, isolated: Callable[[], AbstractContextManager[None]]
-    ) -> bool:
+    def shown(self, loss_of: Callable[[Any], Tensor], batch: Any, isolated: Isolated) -> bool:
         """Whether it has been shown, by this batch or one before.
 
         Args:
@@ -46,18 +54,33 @@ class Independence:
         """
         if self._is_shown is None and self._tries < _TRIES:
             self._tries += 1
-            with isolated():
-                self._is_shown = _is_sum_of_parts(loss_of, batch)
+            if is_divisible(batch) and (size := batch_size_of(batch)) > _MOST:
+                batch = rows_of(batch, torch.arange(_MOST) * size // _MOST, size)
+            losses = _twice(loss_of, batch, isolated)
+            self.is_stateful = losses is not None and math.isfinite(losses[0]) and not _near(losses[0], losses[1:])
+            whole = None if losses is None or self.is_stateful else losses[0]
+            self._is_shown = whole is not None and _is_sum_of_parts(whole, loss_of, batch, isolated)
         return is_divisible(batch) and bool(self._is_shown)
 
 
-def _is_sum_of_parts(loss_of: Callable[[Any], Tensor], batch: Any) -> bool | None:
+def _twice(loss_of: Callable[[Any], Tensor], batch: Any, isolated: Isolated) -> list[float] | None:
+    """The losses of two runs, one after the other, with the same random numbers; None if it does not run."""
+    for gradients in (False, True):  # some losses take gradients of their own
+        try:
+            with isolated(), torch.inference_mode(False), torch.set_grad_enabled(gradients), eager():
+                random = random_state()
+                first = float(loss_of(batch).detach())
+                set_random_state(random)
+                return [first, float(loss_of(batch).detach())]
+        except Exception:  # noqa: BLE001 (who runs the batch for its numbers will say what is wrong)
+            continue
+    return None
+
+
+def _is_sum_of_parts(whole: float, loss_of: Callable[[Any], Tensor], batch: Any, isolated: Isolated) -> bool | None:
     """Whether the loss of a batch is that of two parts of it; None if this batch cannot tell."""
-    size = batch_size_of(batch)
-    if size < 2 or not is_divisible(batch):
+    if not is_divisible(batch) or (size := batch_size_of(batch)) < 2:
         return None
-    if size > _MOST:
-        batch, size = rows_of(batch, torch.arange(_MOST) * size // _MOST, size), _MOST
     targets = targets_of(batch)
     if targets is None:
         rows = torch.arange(size)
@@ -66,11 +89,16 @@ def _is_sum_of_parts(loss_of: Callable[[Any], Tensor], batch: Any) -> bool | Non
         return None  # weights of classes would not show
     else:
         some, others = targets.argsort(stable=True).cpu().tensor_split([-(-size // 3)])
-    for gradients in (False, True):  # some losses take gradients of their own
+    companies = [some, others]
+    if size < _JOINED:  # a memory of so many places, say, may have no room for more
+        companies.append(torch.arange(_JOINED) % size)
+    for gradients in (False, True):
         try:
-            with torch.inference_mode(False), torch.set_grad_enabled(gradients), eager():
-                three = [batch, rows_of(batch, some, size), rows_of(batch, others, size)]
-                whole, *pieces = (float(loss_of(one).detach()) for one in three)
+            losses = []
+            for rows in companies:
+                with isolated(), torch.inference_mode(False), torch.set_grad_enabled(gradients), eager():
+                    losses.append(float(loss_of(rows_of(batch, rows, size)).detach()))
+            pieces = losses[:2]
             break
         except Exception:  # noqa: BLE001 (whatever a step does with fewer samples, or other ones)
             continue

@@ -15,11 +15,12 @@ from lightning_neurons.network.batches import batch_size_of, is_divisible, rows_
 from lightning_neurons.network.families import family_of
 from lightning_neurons.network.fastpath import fast_modules
 from lightning_neurons.network.hooked import HookedMode
-from lightning_neurons.network.isolate import differentiable, eager, frozen
+from lightning_neurons.network.isolate import differentiable, eager, frozen, isolated
 from lightning_neurons.network.layer import Layer, candidates
 from lightning_neurons.network.moving import MovingWeights
 from lightning_neurons.network.own_gradients import backward_hooks, direct_checkpoints, kept_gradients
 from lightning_neurons.network.samples import is_ambiguous
+from lightning_neurons.network.state import ModelState
 from lightning_neurons.network.trace import Trace
 from lightning_neurons.network.watch import StepDifferentiates, WatchActivations, WatchGradients
 from lightning_neurons.studies.losses import normal_tensors
@@ -138,6 +139,7 @@ class Passes:
         *,
         observe: bool = False,
         receivers: Sequence[Receiver] | None = None,
+        start: ModelState | None = None,
     ) -> None:
         """Run a forward and the backward to the activations. Isolate the model around it.
 
@@ -147,6 +149,7 @@ class Passes:
             need: What the gradients are of.
             observe: Whether receivers are told the activations of this forward as well.
             receivers: Who listens; everybody if None.
+            start: Where every forward begins, if what it gives depends on those before; None goes on from those.
 
         Raises:
             MeasurementError: If the loss does not depend on any watched layer in a differentiable way.
@@ -158,6 +161,9 @@ class Passes:
                 self.find(loss_of, batch)
             is_plain, moves, told = self._is_plain, self.weights_move, 0
             while True:  # at most three ways, of which the first is nearly always good
+                if start is not None:
+                    start.put_back()
+                    start.substitute()
                 weights = MovingWeights(self.model)
                 watch = self._watch(listening, need, weights, observe=observe, is_plain=is_plain, told=told)
                 with ExitStack() as stack:
@@ -263,7 +269,7 @@ class Passes:
     def _trace(self, forward: Callable[[Any], Any], batch: Any, samples: int | None, gradients: bool) -> None:
         trace = Trace(self.model, self._modules)
         try:
-            with torch.set_grad_enabled(gradients), eager(), trace:
+            with isolated(self.model), torch.set_grad_enabled(gradients), eager(), trace:
                 forward(batch)
             self._learn(trace, samples)
         finally:
