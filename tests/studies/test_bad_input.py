@@ -107,10 +107,10 @@ def test_sampled_labels_need_logits():
             self.fc = nn.Linear(3, 4)
 
         def forward(self, x):
-            return {"logits": self.fc(x)}
+            return {"one": self.fc(x), "two": self.fc(-x)}
 
     def loss_fn(model, batch):
-        return F.cross_entropy(model(batch[0])["logits"], batch[1])
+        return F.cross_entropy(model(batch[0])["one"], batch[1])
 
     batch = torch.randn(6, 3), torch.arange(6) % 4
     with pytest.raises(MeasurementError, match=r"second_order_ggn draws labels .* got dict.*'second_order'"):
