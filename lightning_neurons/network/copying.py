@@ -25,7 +25,8 @@ def copy_of(model: nn.Module, *, shared: bool = False) -> nn.Module:
     """A deep copy, on which running leaves no trace in the original.
 
     Unlike ``copy.deepcopy``, it takes hooks and other functions along that hold a part of the model or a container in
-    their closure or defaults, and values that a forward or a step has left behind, a list of losses for example.
+    their closure or defaults, the user's hooks on gradients of parameters, and values that a forward or a step has left
+    behind, a list of losses for example.
 
     Args:
         model: Any module.
@@ -51,6 +52,11 @@ def copy_of(model: nn.Module, *, shared: bool = False) -> nn.Module:
         except (RuntimeError, TypeError):  # what a profiler has hung on the modules cannot be copied
             hooks = [vars(m)[name] for m in model.modules() for name in _HOOKS]
             return _copy(model, own | {id(hook): type(hook)() for hook in hooks}, functions)
+
+
+def hooked_parameters(model: nn.Module) -> list[str]:
+    """Paths of the parameters that have hooks of the user's own on their gradients."""
+    return [public_name(name) for name, parameter in model.named_parameters() if _gradient_hooks(parameter)]
 
 
 def what_fails(model: nn.Module) -> str | None:
@@ -80,7 +86,18 @@ def _copy(model: nn.Module, own: Mapping[int, Any], functions: Iterable[types.Fu
     for old, new in pairs:
         new.__defaults__ = old.__defaults__ and tuple(_held(value, memo) for value in old.__defaults__)
         new.__kwdefaults__ = old.__kwdefaults__ and {k: _held(v, memo) for k, v in old.__kwdefaults__.items()}
+    for parameter, twin in zip(model.parameters(), made.parameters(), strict=True):
+        if twin is not parameter:  # torch leaves these hooks out of copies
+            for hook in _gradient_hooks(parameter):
+                is_method = isinstance(hook, types.MethodType)  # a callback's, say, which is no part of the model
+                twin.register_hook(hook if is_method and id(hook.__self__) not in memo else _held(hook, memo))
     return made
+
+
+def _gradient_hooks(parameter: Tensor) -> list[Any]:
+    """The user's hooks on the gradient of a parameter."""
+    hooks = (parameter._backward_hooks or {}).values()
+    return [hook for hook in hooks if not is_framework(getattr(hook, "__module__", None))]
 
 
 def _empty(
@@ -115,6 +132,8 @@ def _reachable(model: nn.Module) -> Iterator[Any]:
             todo += [value for value in _inside_function(thing) if isinstance(value, _HELD)]
             yield thing
         elif isinstance(thing, Tensor):
+            hooks = _gradient_hooks(thing) if thing.is_leaf else []
+            todo += [hook for hook in hooks if isinstance(hook, types.FunctionType | functools.partial)]
             yield thing
         else:
             todo += _inside(thing)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_neurons.errors import ArgumentError, PruningError, check_flag
 from lightning_neurons.network.batches import inputs_of, map_tensors, targets_of, tensors_of
+from lightning_neurons.network.copying import hooked_parameters
 from lightning_neurons.network.isolate import isolated
 from lightning_neurons.network.neurons import call, find_neurons
 from lightning_neurons.network.outputs import logits_in
@@ -146,6 +147,11 @@ def prune(
     if structure.coupling.idle and prepared.plan:
         names = ", ".join(structure.coupling.idle)
         prepared = _noted(prepared, [f"did not run, so not cut with what they may read in training: {names}"])
+    if prepared.plan and (hooked := hooked_parameters(model)):
+        names = ", ".join(hooked)
+        prepared = _noted(
+            prepared, [f"hooks on gradients may count on the number of neurons, and are left as they are: {names}"]
+        )
     widths = {layer: len(prepared.plan.remaining(layer)) for layer in structure.widths}
     return PruningReport(prepared.plan, widths, prepared.plan.notes)
 

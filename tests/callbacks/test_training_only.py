@@ -113,6 +113,26 @@ class Masked(Plain):
         self.net.conv2.weight.grad.mul_(self.mask)
 
 
+class Frozen(Plain):
+    """One neuron of a layer is not trained, by a hook on the gradient of its weights, by number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net.fc1.weight.register_hook(self.without_one)
+
+    def without_one(self, gradient):
+        return gradient.index_fill(0, torch.tensor(4), 0.0)
+
+
+class Sparse(Plain):
+    """Weights that a mask, in the closure of a hook on their gradient, leaves out are not trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        mask = torch.ones(6, 4, 3, 3)
+        self.net.conv2.weight.register_hook(lambda gradient: gradient * mask)
+
+
 class Averaging(Plain):
     """Averages of weights are moved when a batch is over."""
 
@@ -151,6 +171,8 @@ READERS = {
     "hint by a hook": (Hinted, ["net.fc1"], FAILS),
     "anchors": (Anchored, ["net.conv2", "net.fc1"], FAILS),
     "mask of gradients": (Masked, ["net.conv1", "net.conv2"], FAILS),
+    "neuron frozen by a hook": (Frozen, ["net.fc1"], DIFFERS),
+    "mask by a hook": (Sparse, ["net.conv1", "net.conv2"], FAILS),
     "averages": (Averaging, ["net.conv2", "net.fc1"], FAILS),
     "averages of a callback": (Shadowed, ["net.conv2", "net.fc1"], FAILS),
 }
@@ -214,6 +236,15 @@ class Keeping(Plain):
         self.losses.clear()
 
 
+class Clipped(Plain):
+    """Hooks on the gradients of all parameters keep them in bounds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for parameter in self.parameters():
+            parameter.register_hook(lambda gradient: gradient.clamp(-0.01, 0.01))
+
+
 class TwoOptimizers(Manual):
     def configure_optimizers(self):
         return [torch.optim.SGD(layer.parameters(), 0.01, momentum=0.9) for layer in (self.net.fc1, self.net.fc2)]
@@ -228,7 +259,7 @@ class TwoOptimizers(Manual):
             self.untoggle_optimizer(optimizer)
 
 
-@pytest.mark.parametrize("make", [Plain, Dropping, Keeping, TwoOptimizers])
+@pytest.mark.parametrize("make", [Plain, Dropping, Keeping, Clipped, TwoOptimizers])
 def test_what_reads_no_width_is_cut_without_a_word_and_the_trial_leaves_no_trace(make, monkeypatch):
     options = {"amount": 0.33, "scope": "layer"}
     tried, plain, trials = seeded(make), seeded(make), Mock(wraps=TrainingTrial.difference)
