@@ -1,7 +1,7 @@
 """Checks the shapes of tensors in signatures while testing, and nothing else.
 
 What an argument may be besides is checked by the package itself, in words for people; a general type checker would get
-in x"""
+in its way."""
 
 import ast
 import sys

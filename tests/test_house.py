@@ -17,13 +17,12 @@ import lightning_neurons
 from lightning_neurons import CRITERIA
 
 ROOT = Path(lightning_neurons.__file__).parent
-FILES = sorted(ROOT.rglob("*.py"))
+TREES = {path: ast.parse(path.read_text()) for path in sorted(ROOT.rglob("*.py"))}
 PACKAGES = [
     name
     for name in ("lightning_neurons", *(m.name for m in pkgutil.walk_packages([str(ROOT)], "lightning_neurons.")))
     if not name.endswith("__main__")
 ]
-with_each_file = pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 
 
 def test_imports_point_down_only():
@@ -35,22 +34,23 @@ def test_imports_point_down_only():
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
 
 
-@pytest.mark.parametrize("name", PACKAGES)
-def test_every_name_in_all_exists_once_and_in_order(name):
-    module = importlib.import_module(name)
-    names = list(getattr(module, "__all__", []))
-    assert [n for n in names if not hasattr(module, n)] == []
-    assert names == sorted(set(names), key=lambda n: (not n.isupper(), not n[0].isupper(), n))
+def test_every_name_in_all_exists_once_and_in_order():
+    wrong = {}
+    for name in PACKAGES:
+        module = importlib.import_module(name)
+        names = list(getattr(module, "__all__", []))
+        missing = [n for n in names if not hasattr(module, n)]
+        if missing or names != sorted(set(names), key=lambda n: (not n.isupper(), not n[0].isupper(), n)):
+            wrong[name] = missing or names
+    assert wrong == {}
 
 
-@pytest.mark.parametrize("name", lightning_neurons.__all__)
-def test_every_public_object_says_what_it_is(name):
-    found = getattr(lightning_neurons, name)
-    if inspect.isclass(found) or inspect.isroutine(found):
-        assert inspect.getdoc(found)
-        assert found.__doc__ is not None, "its own words, not inherited ones"
-    else:
-        assert name == "CRITERIA"
+def test_every_public_object_says_what_it_is():
+    found = {name: getattr(lightning_neurons, name) for name in lightning_neurons.__all__}
+    others = {name for name, thing in found.items() if not (inspect.isclass(thing) or inspect.isroutine(thing))}
+    assert others == {"CRITERIA"}
+    # Its own words, not inherited ones.
+    assert [name for name in found.keys() - others if not (inspect.getdoc(found[name]) and found[name].__doc__)] == []
 
 
 @pytest.mark.parametrize(
@@ -58,12 +58,6 @@ def test_every_public_object_says_what_it_is(name):
 )
 def test_every_entry_point_has_an_example(name):
     assert "Example:" in (inspect.getdoc(getattr(lightning_neurons, name)) or "")
-
-
-def definitions(path: Path) -> Iterator[Any]:
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            yield node
 
 
 def _public(tree: Any) -> Iterator[Any]:
@@ -74,33 +68,43 @@ def _public(tree: Any) -> Iterator[Any]:
                 yield from _public(node)
 
 
-@with_each_file
-def test_every_file_and_everything_public_in_it_has_a_docstring(path):
-    tree = ast.parse(path.read_text())
-    assert ast.get_docstring(tree) or not tree.body
-    assert [node.name for node in _public(tree) if not ast.get_docstring(node)] == []
+def test_every_file_and_everything_public_in_it_has_a_docstring():
+    without = {
+        (path.name, getattr(node, "name", ""))
+        for path, tree in TREES.items()
+        for node in (tree, *_public(tree))
+        if node.body and not ast.get_docstring(node)
+    }
+    assert without == set()
 
 
-@with_each_file
-def test_no_file_is_longer_than_400_lines(path):
-    assert len(path.read_text().splitlines()) <= 400
+def test_no_file_is_longer_than_400_lines():
+    lengths = {path.name: len(path.read_text().splitlines()) for path in TREES}
+    assert {name: length for name, length in lengths.items() if length > 400} == {}
 
 
-@with_each_file
-def test_no_function_body_is_longer_than_50_lines(path):
-    long = {}
-    for node in definitions(path):
-        body = node.body[1:] if ast.get_docstring(node) else node.body
-        if not isinstance(node, ast.ClassDef) and body and body[-1].end_lineno - body[0].lineno >= 50:
-            long[node.name] = body[-1].end_lineno - body[0].lineno + 1
-    assert long == {}
+def test_no_function_body_is_longer_than_50_lines():
+    functions = [
+        (path.name, node)
+        for path, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    lengths = {}
+    for file, node in functions:
+        body: Any = node.body[1:] if ast.get_docstring(node) else node.body
+        if body:
+            lengths[file, node.name] = body[-1].end_lineno - body[0].lineno + 1
+    assert {name: length for name, length in lengths.items() if length > 50} == {}
 
 
-@with_each_file
-def test_no_file_is_called_utils_or_has_names_from_a_star(path):
-    assert path.stem not in {"utils", "helpers", "misc", "common"}
+def test_no_file_is_called_utils_or_has_names_from_a_star():
+    assert {path.stem for path in TREES} & {"utils", "helpers", "misc", "common"} == set()
     stars = [
-        n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom) and n.names[0].name == "*"
+        path.name
+        for path, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.names[0].name == "*"
     ]
     assert stars == []
 
