@@ -193,3 +193,10 @@ class TransformerBlock(nn.Module):
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.proj(mixed.transpose(1, 2).flatten(2))
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+
+
+class Single(nn.Linear):
+    """Does not let itself be copied."""
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise TypeError("there is only one")

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_neurons.network.layer import public_name
-from lightning_neurons.network.users import is_framework
+from lightning_neurons.network.sharing import refused_in, stand_in_for
+from lightning_neurons.network.users import Users, is_framework
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _COLLECTIONS = (list, tuple, set, frozenset, deque)
 _HELD = (*_COLLECTIONS, dict, Tensor, types.FunctionType, types.MethodType, functools.partial)
 """What a function may hold that another run of it can change; of anything else it keeps the original."""
 _MOST = 200_000  # things; to copy more would not end either
+_MOST_SHARED = 100  # each of them costs another copy
 
 
 def copy_of(model: nn.Module, *, shared: bool = False) -> nn.Module:
@@ -26,7 +27,7 @@ def copy_of(model: nn.Module, *, shared: bool = False) -> nn.Module:
 
     Unlike ``copy.deepcopy``, it takes hooks and other functions along that hold a part of the model or a container in
     their closure or defaults, the user's hooks on gradients of parameters, and values that a forward or a step has left
-    behind, a list of losses for example.
+    behind, a list of losses for example. What does not let itself be copied, a lock for example, is shared.
 
     Args:
         model: Any module.
@@ -47,11 +48,16 @@ def copy_of(model: nn.Module, *, shared: bool = False) -> nn.Module:
         things = list(_reachable(model))
         own |= {id(t): t.detach().clone() for t in things if isinstance(t, Tensor) and not t.is_leaf}
         functions = [thing for thing in things if isinstance(thing, types.FunctionType)]
-        try:
-            return _copy(model, own, functions)
-        except (RuntimeError, TypeError):  # what a profiler has hung on the modules cannot be copied
-            hooks = [vars(m)[name] for m in model.modules() for name in _HOOKS]
-            return _copy(model, own | {id(hook): type(hook)() for hook in hooks}, functions)
+        users, shares = Users(type(model)), list[Any]()  # alive, so that ids stay unique
+        while True:
+            try:
+                return _copy(model, own, functions)
+            except Exception as error:
+                refused = refused_in(error, users)
+                if refused is None or len(shares) == _MOST_SHARED:
+                    raise
+                shares.append(refused)
+                own[id(refused)] = stand_in_for(refused)
 
 
 def hooked_parameters(model: nn.Module) -> list[str]:
@@ -59,19 +65,14 @@ def hooked_parameters(model: nn.Module) -> list[str]:
     return [public_name(name) for name, parameter in model.named_parameters() if _gradient_hooks(parameter)]
 
 
-def what_fails(model: nn.Module) -> str | None:
-    """The attribute of a model that does not let itself be copied, or None."""
-    left = {id(t): t.detach() for t in _reachable(model) if isinstance(t, Tensor) and not t.is_leaf}
+def what_fails(model: nn.Module) -> str:
+    """The path of the innermost module that does not let itself be copied; "" if that is the model itself."""
     for path, module in reversed(list(model.named_modules())):
-        for name, value in vars(module).items():
-            if name == "_modules":
-                continue
-            try:
-                with torch.inference_mode(False), torch.no_grad():
-                    copy.deepcopy(value, {**left, id(module): module})
-            except Exception:  # noqa: BLE001 (whatever it is)
-                return public_name(f"{path}.{name}" if path else name)
-    return None
+        try:
+            copy_of(module)
+        except Exception:  # noqa: BLE001 (whatever it is)
+            return public_name(path)
+    return ""
 
 
 def _copy(model: nn.Module, own: Mapping[int, Any], functions: Iterable[types.FunctionType]) -> nn.Module:

@@ -69,11 +69,10 @@ def twin_of(model: nn.Module, *, shared: bool = False) -> nn.Module:
     try:
         return copy_of(model, shared=shared).eval()
     except Exception as error:
-        attribute = what_fails(model)
-        kept = "what cannot be copied, such as a lock or an open file," if attribute is None else attribute
+        path, who = what_fails(model), type(model).__name__
         raise PruningError(
-            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}), so a cut cannot be tried "
-            f"before it is made; keep {kept} out of its attributes"
+            f"{f'{path} in {who}' if path else who} cannot be copied ({in_short(error)}), so a cut cannot be tried "
+            "before it is made; let copy.deepcopy copy it"
         ) from error
 
 

@@ -98,7 +98,7 @@ def test_resuming_on_two_processes_ends_as_if_nothing_had_happened(folder):
         assert [values[1:] for values in one.values()] == [[True, True]] * 3
 
 
-MISTAKES = {"pattern": "nothing matches 'net.nothing*'", "locked": "Plain cannot be copied"}
+MISTAKES = {"pattern": "nothing matches 'net.nothing*'", "uncopyable": "only in Plain cannot be copied"}
 
 
 @pytest.mark.parametrize("case", MISTAKES)
@@ -109,7 +109,7 @@ def test_what_cannot_be_pruned_is_told_by_both_processes_and_neither_waits(folde
 
 
 def test_what_fails_while_training_goes_on_costs_a_round_in_both_processes(folder):
-    for one in found(folder, "locked, found late"):
+    for one in found(folder, "uncopyable, found late"):
         assert one["same"] == [True] * (EPOCHS * BATCHES)
         assert one["rounds"] == []
 

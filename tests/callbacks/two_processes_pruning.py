@@ -6,7 +6,6 @@ Each process writes what it found in each case to its own file; one process alon
 import json
 import os
 import sys
-import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from torch.utils.data.distributed import DistributedSampler
 from lightning_neurons import NeuronPruningCallback
 from tests.callbacks.modules import Net, Plain, dataset, trainer_of
 from tests.callbacks.two_processes import Shared
+from tests.models import Single
 
 EPOCHS = 4
 
@@ -51,12 +51,12 @@ class PartlyUsed(Net):
         self.idle = nn.Linear(5, 5)
 
 
-class Locked(Net):
+class Uncopyable(Net):
     """Cannot be copied, so that no cut can be tried."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.lock = threading.Lock()
+        self.only = Single(1, 1).requires_grad_(False)
 
 
 class Watch(L.Callback):
@@ -198,8 +198,8 @@ def main(folder: Path) -> None:
     jobs: dict[str, Callable[[], Any]] = {name: lambda name=name: run(CASES[name], 2) for name in CASES}
     jobs["resume"] = lambda: resume(folder / "checkpoints", 2)
     jobs["pattern"] = lambda: failure(Case(pruning={"ignore": ["net.nothing*"]}), 2)
-    jobs["locked"] = lambda: failure(Case(net=Locked), 2)
-    jobs["locked, found late"] = lambda: run(Case(net=Locked, trainer={"num_sanity_val_steps": 0}), 2)
+    jobs["uncopyable"] = lambda: failure(Case(net=Uncopyable), 2)
+    jobs["uncopyable, found late"] = lambda: run(Case(net=Uncopyable, trainer={"num_sanity_val_steps": 0}), 2)
     # The last: processes that wait for one another may never come back.
     jobs["nothing"] = lambda: run(Case("fisher", net=Smooth, pruning=MEAN, split="one saw nothing"), 2)
     for name, job in jobs.items():

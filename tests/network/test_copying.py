@@ -1,17 +1,22 @@
 """A copy of a model is whole: what its hooks hold, and what a step has left; what cannot be copied is named."""
 
 import functools
+import multiprocessing
+import queue
+import sqlite3
 import threading
 import weakref
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from lightning_neurons import PruningError, describe_structure, prune
+from lightning_neurons import MeasurementError, PruningError, describe_structure, prune
 from lightning_neurons.network.copying import copy_of, what_fails
-from tests.models import seeded
+from tests.models import Single, seeded
 
 
 class Hooked(nn.Module):
@@ -135,17 +140,85 @@ def test_values_with_graphs_in_containers_do_not_stop_a_copy():
     assert len(net.outputs) == 1
 
 
-@pytest.mark.parametrize(
-    ("attribute", "where"), [("net.busy", "net"), ("net.0.busy", "net.0"), ("busy", "")], ids=lambda v: v or "top"
-)
-def test_what_cannot_be_copied_is_named(attribute, where):
+@pytest.mark.parametrize("path", ["", "net", "net.0"], ids=lambda path: path or "top")
+def test_a_module_that_cannot_be_copied_is_named(path):
     net = seeded(Keeping)
-    net(torch.ones(3, 4))
-    assert what_fails(net) is None
-    net.get_submodule(where).busy = {"locks": [threading.Lock()]}
-    assert what_fails(net) == attribute
-    with pytest.raises(PruningError, match=rf"keep {attribute} out of its attributes"):
+    net.get_submodule(path).only = Single(1, 1)
+    only = f"{path}.only".lstrip(".")
+    assert what_fails(net) == only
+    with pytest.raises(PruningError, match=rf"^{only} in Keeping cannot be copied \(TypeError: there is only one\)"):
         prune(net, torch.ones(1, 4), 0.5)
+    with pytest.raises(PruningError, match=r"^Single cannot be copied \(TypeError: there is only one\)"):
+        prune(Single(4, 4), torch.ones(1, 4), 0.5)
+
+
+class Memory:
+    """The user's own, with a lock in a slot and values beside it."""
+
+    __slots__ = ("lock", "values")
+
+    def __init__(self) -> None:
+        self.lock, self.values = threading.Lock(), [1]
+
+
+UNCOPYABLE = {
+    "lock": threading.Lock,
+    "condition": threading.Condition,
+    "queue": queue.Queue,
+    "simple queue": queue.SimpleQueue,
+    "thread": lambda: threading.Thread(target=print),
+    "pool": lambda: ThreadPoolExecutor(1),
+    "connection": lambda: sqlite3.connect(":memory:"),
+    "lock of processes": multiprocessing.Lock,
+    "module": lambda: functools,
+    "view of a dict": lambda: {1: 2}.keys(),
+}
+
+
+@pytest.mark.parametrize("kind", UNCOPYABLE)
+def test_what_cannot_be_copied_is_shared_wherever_it_is(kind):
+    net, x, made = seeded(Keeping), torch.ones(3, 4), [UNCOPYABLE[kind]() for _ in range(3)]
+    net.busy, net.net[0].busy, held = made[0], {"deep": [made[1]]}, [made[2]]
+    net.net.register_forward_hook(lambda module, inputs, output: held.append(output.detach()))
+    net(x)
+    twin = copy_of(net)
+    assert twin.busy is made[0]
+    assert twin.net[0].busy["deep"] is not net.net[0].busy["deep"]
+    assert twin.net[0].busy["deep"][0] is made[1]
+    twin(x)
+    assert len(held) == 2
+    assert twin.net[0].weight is not net.net[0].weight
+    prune(net, x, 0.5)
+    assert net.net[0].out_features == 4
+
+
+def test_what_is_beside_a_lock_is_copied():
+    net = seeded(Keeping)
+    net.memory = Memory()
+    twin = copy_of(net)
+    twin.memory.values.append(2)
+    assert net.memory.values == [1]
+    assert twin.memory.lock is net.memory.lock
+
+
+def test_a_copy_draws_from_no_iterator_and_writes_to_no_file(tmp_path):
+    net, numbers = seeded(Keeping), (i for i in range(9))
+    net.numbers, net.batches = numbers, iter(DataLoader(range(4)))
+    with open(tmp_path / "text", "w") as text, open(tmp_path / "bytes", "wb") as binary:
+        net.text, net.binary = text, binary
+        twin = copy_of(net)
+        for drawn in (twin.numbers, twin.batches):
+            with pytest.raises(
+                MeasurementError, match=r"^a \w+ is an iterator that can neither be copied nor put back"
+            ):
+                next(drawn)
+        twin.text.write("copy")
+        twin.binary.write(b"copy")
+        net.text.write("model")
+    assert [next(numbers), int(next(net.batches))] == [0, 0]
+    assert ((tmp_path / "text").read_text(), (tmp_path / "bytes").read_bytes()) == ("model", b"")
+    with open(tmp_path / "text") as net.text:
+        assert copy_of(net).text is net.text
 
 
 WIDTHS = {}

@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import threading
 import weakref
 from functools import cache
 
@@ -15,7 +14,7 @@ from lightning_neurons import PruningError, prune
 from lightning_neurons.network.groups import find_coupling
 from lightning_neurons.pruning.example import Example
 from lightning_neurons.pruning.structure import discover
-from tests.models import pictures, seeded
+from tests.models import Single, pictures, seeded
 from tests.pruning.nets import Joined, LeNet, net_and_inputs
 
 
@@ -177,9 +176,9 @@ def test_what_a_forward_has_left_behind_does_not_keep_a_model_from_being_cut():
 
 def test_a_model_that_cannot_be_copied_is_named_and_left_alone():
     net, x = seeded(LeNet), pictures(2)[0]
-    net.kept = threading.Lock()
+    net.only = Single(1, 1)
     before = hooks_of(net)
-    with pytest.raises(PruningError, match="LeNet cannot be copied"):
+    with pytest.raises(PruningError, match="only in LeNet cannot be copied"):
         prune(net, x, {"conv1": [0]})
     assert hooks_of(net) == before
     assert net.conv1.out_channels == 4
