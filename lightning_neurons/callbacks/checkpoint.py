@@ -12,6 +12,7 @@ import pytorch_lightning
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_neurons.errors import ArgumentError, PruningError
 from lightning_neurons.network.widths import conform, conforming, narrowed
@@ -143,7 +144,8 @@ def _differences(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
     own = model.state_dict()
     named = {"Missing key(s)": own.keys() - state.keys(), "Unexpected key(s)": state.keys() - own.keys()}
     found = [f"{what}: {', '.join(sorted(names))}" for what, names in named.items() if names]
-    pairs = [(name, own[name], state[name]) for name in own if name in state and isinstance(own[name], Tensor)]
+    sized = [name for name, tensor in own.items() if isinstance(tensor, Tensor) and not is_lazy(tensor)]
+    pairs = [(name, own[name], state[name]) for name in sized if name in state]
     return found + [
         f"size mismatch for {name}: {tuple(theirs.shape)} in the file, {tuple(ours.shape)} in the model"
         for name, ours, theirs in pairs

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_neurons.network.layer import candidates, public_name
+from lightning_neurons.network.layer import candidates, lazy_path, public_name
 from lightning_neurons.network.users import is_framework, names_in
 
 _WRITES = {"load_state_dict", "copy_", "lerp_", "mul_", "add_", "data", "update_parameters", "_foreach_lerp_", "set_"}
@@ -44,8 +44,11 @@ class Following:
         self.marks: dict[str, Tensor] = {}
 
     def begin(self, pl_module: nn.Module) -> None:
-        """Remember where everything is, before it is trained; a resumed run knows it from its checkpoint."""
-        if self.marks:
+        """Remember where everything is, before it is trained; a resumed run knows it from its checkpoint.
+
+        Of a module with lazy layers that is known only when a batch, as of the sanity check, has finished them.
+        """
+        if self.marks or lazy_path(pl_module) is not None:
             return
         with torch.no_grad():
             alike = {path for paths in _alike(pl_module) for path in paths}

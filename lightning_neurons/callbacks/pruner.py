@@ -18,6 +18,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from lightning_neurons.callbacks import suitability
 from lightning_neurons.callbacks.calibrating import calibration_of
 from lightning_neurons.callbacks.checkpoint import follow_checkpoints, stop_following
+from lightning_neurons.callbacks.checks import is_unfinished
 from lightning_neurons.callbacks.cutting import averages_of, cut_in_fit, metric_now, reset_early_stopping
 from lightning_neurons.callbacks.deciding import Decision, Survey, Verdict
 from lightning_neurons.callbacks.following import Following
@@ -194,7 +195,7 @@ class NeuronPruner(MonitoredObserver):
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Learn how the module is run, and keep samples, before the step can change them."""
-        is_kept = dataloader_idx == 0 and self._is_near(trainer)
+        is_kept = dataloader_idx == 0 and self._is_near(trainer) and not is_unfinished(pl_module)
         if is_kept:
             if self._runner is None:
                 self._runner = Runner(trainer, pl_module, self.pruning.example_inputs, batch)
@@ -304,6 +305,7 @@ class NeuronPruner(MonitoredObserver):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin the curves with the whole model."""
+        self._following.begin(pl_module)
         make_up(trainer, self._validated_at, partial(self._keep_training_batches, trainer, pl_module))
         self._validated = False  # what training logs in an epoch is not there, if it was resumed at its end
         if (dense := self.rounds.dense) is not None and not self.rounds.done:

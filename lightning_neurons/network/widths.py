@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
@@ -151,9 +152,12 @@ def conform(model: nn.Module, state: Mapping[str, Any], prefix: str = "") -> lis
 def conforming(model: nn.Module, state: Mapping[str, Any]) -> Iterator[None]:
     """Give a model the widths of a state dict, which is loaded inside; after an error it has its own again."""
     before = [(module, leaf, getattr(module, leaf).data) for _, module, leaf, _ in _misfits(model, state, "")]
+    lazy = [module for module in model.modules() if isinstance(module, LazyModuleMixin)]
     conform(model, state)
     try:
         yield
+        for one in lazy:  # torch gives them the tensors of the file, and leaves their attributes as they are
+            refit(one)
     except BaseException:
         for module, leaf, data in before:
             _set(module, leaf, data)

@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 
 from lightning_neurons.errors import ArgumentError, UnknownNameError, check_choice, is_number
 from lightning_neurons.network.batches import batch_size_of, tensors_of
+from lightning_neurons.network.layer import require_materialized
 from lightning_neurons.pruning.budget import PruningBudget
 from lightning_neurons.pruning.compensation.repair import Compensation
 from lightning_neurons.pruning.plan import PruningPlan
@@ -18,9 +19,10 @@ CONSTANT = PruningBudget("constant", threshold=1.0)
 
 
 def check_model(model: Any) -> None:
-    """Refuse what is no module."""
+    """Refuse what is no module, or one whose widths are not known yet."""
     if not isinstance(model, nn.Module):
         raise ArgumentError.of("model", type(model).__name__, "a torch.nn.Module (an instance, not its class)")
+    require_materialized(model)
 
 
 def kept_batches(batches: Any) -> list[Any] | None:

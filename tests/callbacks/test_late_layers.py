@@ -75,3 +75,11 @@ def test_lazy_layers_that_no_sanity_check_has_finished_cost_the_first_epoch_on_t
     with pytest.warns(UserWarning, match="epoch 0 was not measured: Lazy has lazy layers"):
         fit(Lazy(), [observer], num_sanity_val_steps=0, max_epochs=2)
     assert measured(observer) == ["net.1", "net.3"]
+
+
+@pytest.mark.parametrize("checks", [0, 2])
+def test_lazy_layers_are_cut_when_a_batch_has_finished_them(checks):
+    module, cutting = Lazy(), pruner("weight_l2", amount=0.4, start_epoch=1)
+    fit(module, [cutting], num_sanity_val_steps=checks, max_epochs=3)
+    assert len(cutting.plan.neurons["net.1"]) == 2
+    assert (module.net[1].out_features, module.net[3].in_features) == (3, 3)

@@ -17,6 +17,7 @@ from lightning_neurons import (
     NeuronSensitivityCallback,
     PrunedCheckpointMixin,
     load_pruned,
+    prune,
     pruned_widths,
 )
 from lightning_neurons.errors import ArgumentError, PruningError
@@ -334,3 +335,17 @@ def test_a_file_that_is_not_there_or_not_of_torch_says_so(tmp_path, module_class
     (tmp_path / "text.ckpt").write_text("weights")
     with pytest.raises(ArgumentError, match=r"path=.*text.ckpt \(UnpicklingError.*expected a"):
         load_pruned(module_class, tmp_path / "text.ckpt")
+
+
+def lazy() -> nn.Module:
+    return nn.Sequential(nn.LazyConv2d(6, 3), nn.LazyBatchNorm2d(), nn.ReLU(), nn.Flatten(), nn.LazyLinear(2))
+
+
+def test_a_lazy_model_takes_the_widths_of_the_file(tmp_path):
+    net = lazy()
+    net(IMAGES)
+    prune(net, IMAGES, {"0": [1, 4]})
+    torch.save(net.state_dict(), tmp_path / "net.pt")
+    loaded = load_pruned(lazy, tmp_path / "net.pt")
+    assert (loaded[0].in_channels, loaded[0].out_channels, loaded[4].in_features) == (1, 4, 64)
+    assert torch.equal(loaded.eval()(IMAGES), net.eval()(IMAGES))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_neurons import ArgumentError, PruningError, UnknownNameError, load_pruned, prune
+from lightning_neurons import ArgumentError, PruningError, UnknownNameError, describe_structure, load_pruned, prune
 from lightning_neurons.network.widths import conform
 from tests.models import ConvNet, pictures, seeded
 
@@ -42,6 +42,21 @@ def test_a_target_that_cannot_be_met_cuts_nothing_and_says_how_close_it_comes():
     budget = {"criterion": "weight_l2", "target_macs": 0.001}
     said = r"target_macs=0.001 is not reached: 0\.\d+ remain.*as narrow as min_neurons"
     unchanged(seeded(ConvNet), pictures(2)[0], budget, error=PruningError, said=said)
+
+
+def lazy(*, norm: bool) -> nn.Module:
+    middle = nn.LazyBatchNorm1d() if norm else nn.LazyLinear(6)
+    return nn.Sequential(nn.Linear(4, 6), middle, nn.ReLU(), nn.Linear(6, 2))
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_a_lazy_model_is_refused_by_name_until_it_has_seen_a_batch(norm):
+    net, x = lazy(norm=norm), torch.randn(3, 4)
+    for ask in (prune, describe_structure):
+        with pytest.raises(ArgumentError, match=r"model='1: Lazy.*run one batch through the model first"):
+            ask(net, x)
+    net(x)
+    assert prune(net, x, 0.5).widths["0"] == net[0].out_features == 3
 
 
 @pytest.mark.parametrize("given", [None, "pictures", torch.zeros(0, 3, 8, 8)], ids=["none", "text", "empty"])
