@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch_pruning
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch_pruning import _helpers
 
 from lightning_neurons.network.connections import LostError, lay_out
@@ -48,15 +49,17 @@ def build(model: nn.Module, run: Callable[[nn.Module], Any], outputs: Callable[[
         outputs: Finds the tensors in what it returns.
 
     Returns:
-        The graph. Modules that ran are in its ``ran``, operations of layers in ``inside``; in ``products`` and
-        ``reductions`` are the pairs of nodes between which neurons stop being themselves.
+        The graph. Modules that ran are in its ``ran``, those of them that a transform of ``torch.func`` has run in
+        ``transformed``, operations of layers in ``inside``, and the ids of parameters that functions have read in
+        ``used``; in ``products`` and ``reductions`` are the pairs of nodes between which neurons stop being themselves.
     """
     graph = torch_pruning.DependencyGraph()
     graph.model, graph.verbose, graph.ignored_params = model, False, []
     graph._module2name = {module: name for name, module in model.named_modules()}
     graph._param_to_name, graph.unwrapped_parameters = graph._detect_unwrapped_parameters(None)
     graph.ran, graph.inside, graph.products, graph.reductions = set(), set(), set(), set()
-    with _plain(model), _noted(graph):
+    graph.transformed, graph.used = set(), set()
+    with _plain(model), _noted(graph), _Uses(model, graph.used):
         graph.module2node = graph._trace(model, (), lambda copy, _: run(copy), output_transform=outputs)
     graph._build_dependency(graph.module2node)
     lay_out(graph)
@@ -117,10 +120,28 @@ def _out_of_view(module: nn.Module, inputs: Any, output: Any) -> Any:
     return output.clone() if isinstance(output, Tensor) and output._is_view() else output
 
 
+class _Uses(TorchFunctionMode):
+    """Notes which parameters a function reads, also where autograd does not see it."""
+
+    def __init__(self, model: nn.Module, used: set[int]) -> None:
+        super().__init__()
+        self._own, self._used = {id(parameter) for parameter in model.parameters()}, used
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if any(True for _ in tensors_in(out)):  # else a size was asked for, say
+            self._used |= self._own.intersection(map(id, tensors_in((args, kwargs))))
+        return out
+
+
 @contextmanager
 def _noted(graph: Any) -> Iterator[None]:
     def end(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         graph.ran.add(module)
+        if in_transform():
+            graph.transformed.add(module)
         if isinstance(module, _READING):
             before = {t.grad_fn for t in tensors_in((args, kwargs))}
             stack = [t.grad_fn for t in tensors_in(output)]

@@ -81,17 +81,17 @@ def _read(model: nn.Module, graph: Any) -> Coupling:
         for other, units in group.layers.items():
             covered[other] |= {i for unit in units for i in unit}
     names = {module: name for name, module in seen.items()}
-    functions = (f for node in nodes.values() for f, _ in getattr(node.grad_fn, "next_functions", ()))
-    used = {id(getattr(function, "variable", None)) for function in functions}
     return Coupling(
         groups=tuple(groups),
         reads={name: _sources(nodes[module], names) for name, module in seen.items()},
         norm_behind={name: paths[norm] for name, module in seen.items() if (norm := _norm_behind(nodes[module]))},
-        unseen={name: _why_unseen(module, graph, used) for name, module in layers.items() if name not in seen},
+        unseen={name: _why_unseen(module, graph) for name, module in layers.items() if name not in seen},
         idle=tuple(
             public_name(path)
             for path, module in model.named_modules()
-            if module not in graph.ran and module._parameters and not any(id(p) in used for p in module.parameters())
+            if module not in graph.ran
+            and module._parameters
+            and not any(id(p) in graph.used for p in module.parameters())
         ),
         ends=frozenset(name for name, module in seen.items() if _is_end(nodes[module], graph)),
         lost=lost,
@@ -212,10 +212,15 @@ def _is_end(node: Any, graph: Any) -> bool:
     return arrived or (summed and not read)
 
 
-def _why_unseen(module: nn.Module, graph: Any, used: set[int]) -> str:
+def _is_used(module: nn.Module, graph: Any) -> bool:
+    return any(id(parameter) in graph.used for parameter in module.parameters())
+
+
+def _why_unseen(module: nn.Module, graph: Any) -> str:
     if module not in graph.ran:
-        given = any(id(parameter) in used for parameter in module.parameters())
-        return "its weights are used by a function" if given else "it did not run"
+        return "its weights are used by a function" if _is_used(module, graph) else "it did not run"
+    if module in graph.transformed:
+        return "it runs inside of a transform of torch.func, such as vmap or grad, where it cannot be followed"
     if graph.get_pruner_of_module(module).get_out_channels(module) is not None:
         return "what it makes is cut off from the output, as by no_grad, detach, another library or a checkpoint"
     return f"nobody has said how the width of {type(module).__name__} is changed"
