@@ -23,6 +23,7 @@ from lightning_neurons.network.coupling import Group
 from lightning_neurons.network.layer import candidates, modules_by_name, public_name
 from lightning_neurons.network.widths import axes
 from lightning_neurons.pruning.example import Example
+from lightning_neurons.pruning.surgery import Cut, cut
 
 Removed = Mapping[tuple[str, int], int]
 """By tensor and axis, how many places go."""
@@ -39,7 +40,7 @@ class Costs:
         shapes: By parameter.
         positions: By weight, at how many positions it is applied per sample.
         rest: MACs per sample of operations without a weight of their own.
-        uncounted: Layers that ran without any operation whose MACs are known.
+        uncounted: Layers that ran without any operation whose MACs have a formula.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -85,6 +86,47 @@ def costs_of(model: nn.Module, example: Example) -> Costs:
     return Costs(shapes, positions, rest, counting.uncounted())
 
 
+@dataclass(frozen=True)
+class Counter:
+    """Counts what a model costs. Its weights may decide which of its layers run on what, as those of a router do.
+
+    Attributes:
+        twin: A copy with the weights of the model, in evaluation mode.
+        example: What it is run on.
+    """
+
+    twin: nn.Module
+    example: Example
+
+    def costs(self, cuts: Sequence[Cut] = ()) -> Costs:
+        """The costs, when something has been cut; the copy is as it was afterwards."""
+        operation = cut(self.twin, cuts)
+        try:
+            return costs_of(self.twin, self.example)
+        finally:
+            operation.roll_back()
+
+
+def routed(costs: Costs, others: Costs) -> tuple[str, ...]:
+    """The layers that run on something else with other weights, in the order of the model.
+
+    Args:
+        costs: Of a model.
+        others: Of the same model with other weights.
+
+    Example:
+        >>> weights = {"gate.weight": (2, 4), "experts.0.weight": (3, 4)}
+        >>> first = Costs(weights, {"gate.weight": 1.0, "experts.0.weight": 0.5})
+        >>> routed(first, Costs(weights, {"gate.weight": 1.0}))
+        ('experts.0',)
+    """
+    return tuple(
+        name.rpartition(".")[0]
+        for name in costs.shapes
+        if costs.positions.get(name, 0.0) != others.positions.get(name, 0.0)
+    )
+
+
 @contextmanager
 def _written_out() -> Iterator[None]:
     fast = torch.backends.mha.get_fastpath_enabled()
@@ -107,7 +149,7 @@ class _Counting(TorchDispatchMode):
         known = {name: m for name, m in modules_by_name(model).items() if isinstance(m, inside)}
         self._layers = {**candidates(model), **known}
         self._running: list[str] = []
-        self._ran: dict[str, int] = {}
+        self._ran: dict[str, int] = {}  # by layer, how many of its operations have a formula
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -139,7 +181,7 @@ class _Counting(TorchDispatchMode):
             macs = int(formula(*args, **(kwargs or {}), out_val=out)) // 2
             name = self._weight_of([t for t in args[:3] if isinstance(t, Tensor)])
             self.macs[name] = self.macs.get(name, 0) + macs
-            self._ran.update({layer: self._ran.get(layer, 0) + macs for layer in self._running})
+            self._ran.update({layer: self._ran.get(layer, 0) + 1 for layer in self._running})
         return out
 
     def _starts(self, name: str) -> Callable[..., None]:

@@ -77,6 +77,9 @@ def select(
         notes.append(f"nothing is cut: {_why_nothing(groups, scores, budget)}")
     if structure.costs.uncounted:
         notes.append(f"MACs are not counted in {', '.join(structure.costs.uncounted)}: no formula is known for them")
+    if structure.routed:
+        names = ", ".join(structure.routed)
+        notes.append(f"MACs are those on the example, as values decide which samples run through {names}")
     return Selection({root: sorted(units) for root, units in chosen.items() if units}, places, tuple(notes))
 
 

@@ -16,10 +16,10 @@ from lightning_neurons.network.widths import axes, why_fixed
 from lightning_neurons.pruning.blocks import blocks_of
 from lightning_neurons.pruning.compensation.lockstep import calls_of
 from lightning_neurons.pruning.compensation.repair import Wiring
-from lightning_neurons.pruning.costs import Costs, Effects, costs_of, effects, removed_by
+from lightning_neurons.pruning.costs import Costs, Counter, Effects, costs_of, effects, removed_by, routed
 from lightning_neurons.pruning.example import Example, scramble, twin_of
 from lightning_neurons.pruning.preflight import Preflight
-from lightning_neurons.pruning.surgery import cut, cuts_of
+from lightning_neurons.pruning.surgery import cuts_of
 
 Units = Mapping[str, list[int]]
 """By a group's root, units of it."""
@@ -37,6 +37,8 @@ class Structure:
         blocks: By layer, the block that it is in.
         costs: The sizes of all tensors.
         preflight: Tries a cut on a copy of the model.
+        counter: Counts what the model costs, whole or cut.
+        routed: Layers that do not run on every sample: the model's weights decide on which.
     """
 
     groups: Mapping[str, Group]
@@ -46,6 +48,8 @@ class Structure:
     blocks: Mapping[str, str]
     costs: Costs
     preflight: Preflight
+    counter: Counter
+    routed: tuple[str, ...] = ()
 
     @property
     def offered(self) -> dict[str, Group]:
@@ -78,9 +82,7 @@ class Structure:
     def counted_without(self, units: Units) -> tuple[int, int]:
         """The same, with the MACs counted on a copy that is cut."""
         parameters, macs = self.costs_without(units)
-        if any(units.values()) and self._whole.macs() == self.costs.macs():  # else its weights decide what runs
-            macs = self._counted(units).macs()
-        return parameters, macs
+        return parameters, self._counted(units).macs() if any(units.values()) else macs
 
     @cached_property
     def wiring(self) -> Wiring:
@@ -104,20 +106,12 @@ class Structure:
         """By root, the MACs of operations without a weight, such as products with neighbours, that go with a unit."""
         tried = {root: some_units(group, 0) for root, group in self.offered.items()}
         whole = self.costs.rest
-        if not whole or self._whole.rest != whole or self._counted(tried).rest == whole:
+        if not whole or self.routed or self._counted(tried).rest == whole:
             return {}
         return {root: (whole - self._counted({root: gone}).rest) / len(gone) for root, gone in tried.items() if gone}
 
-    @cached_property
-    def _whole(self) -> Costs:
-        return self._counted({})
-
     def _counted(self, units: Units) -> Costs:
-        operation = cut(self.preflight.twin, cuts_of(self.groups.values(), units))
-        try:
-            return costs_of(self.preflight.twin, self.preflight.example)
-        finally:
-            operation.roll_back()
+        return self.counter.costs(cuts_of(self.groups.values(), units))
 
     @cached_property
     def _effects(self) -> dict[str, Effects]:
@@ -145,21 +139,24 @@ def _structure_of(twin: nn.Module, example: Example) -> Structure:
     coupling = find_coupling(twin, example.run)
     for parameter in twin.parameters():
         parameter.requires_grad_(False)
-    costs = costs_of(twin, example)
+    counter = Counter(twin, example)
+    costs = counter.costs()
     ends = [name for name in candidates(twin) if name in coupling.ends]
     try:
         scrambled = twin_of(twin)
         scramble(scrambled)
         preflight = Preflight(scrambled, example, ends)
     except PruningError:  # not every model is finite with random weights
-        preflight = Preflight(twin, example, ends)
+        preflight = Preflight(twin_of(twin), example, ends)
+    others = costs_of(preflight.twin, preflight.example)
     groups = {group.root: group for group in coupling.groups}
     refused = _refused(preflight.twin, coupling)
     for seed in range(2):  # one choice alone might happen to have the symmetry that a wrong group needs
         tried = {root: some_units(group, seed) for root, group in groups.items() if root not in refused}
         failing = preflight.failing([groups[root] for root in tried], tried)
         refused |= {root: _norm_over(groups[root], twin) or reason for root, reason in failing.items()}
-    return Structure(groups, refused, coupling, widths_of(twin), blocks_of(twin), costs, preflight)
+    widths, blocks = widths_of(twin), blocks_of(twin)
+    return Structure(groups, refused, coupling, widths, blocks, costs, preflight, counter, routed(costs, others))
 
 
 def some_units(group: Group, seed: int) -> list[int]:
