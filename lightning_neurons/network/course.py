@@ -16,11 +16,8 @@ from lightning_neurons.network.layer import Link
 from lightning_neurons.network.places import Place
 from lightning_neurons.network.probe import rectifies
 from lightning_neurons.network.steps import ARITHMETIC, DETACHES, Step
-
-HIDDEN = "an autograd function of the model's own"
-SCRIPT = "a module in TorchScript"
-TRANSFORM = "a transform of torch.func"
-DATA = "a function that overwrites them behind autograd's back"
+from lightning_neurons.network.unseen import DATA, HIDDEN, PYTHON, SCRIPT, TRANSFORM
+from lightning_neurons.network.writes import share_memory
 
 
 @dataclass(eq=False)
@@ -39,6 +36,7 @@ class Value:
         torn: In words, what works on parts of it, or on what is laid side by side, where it could not be followed.
         is_aside: Whether it is made of detached values alone: of no account, unless the model goes on with it.
         is_entered: Whether a layer reads it.
+        is_taken_out: Whether its numbers have been handed to code outside of torch.
     """
 
     tensor: Tensor
@@ -52,6 +50,7 @@ class Value:
     torn: list[str] = field(default_factory=list)
     is_aside: bool = False
     is_entered: bool = False
+    is_taken_out: bool = False
 
 
 class Course:
@@ -76,6 +75,21 @@ class Course:
             self.values[number].uses.append(len(self.values))
         self.values.append(made)
         return made
+
+    def take_out(self, number: int) -> None:
+        """Take note that the numbers of a value, detached or not, have left torch."""
+        value = self.values[number]
+        value.is_taken_out = True
+        for read in value.step.values if value.step is not None and value.is_aside else ():
+            self.take_out(read)
+
+    def keep_before_write(self, target: Tensor, *, is_aside: bool) -> None:
+        """Copy the values that somebody is about to write into, perhaps through a detached one."""
+        for value in self.values:
+            if share_memory(value.tensor, target):
+                value.tensor = value.tensor.clone()
+                if is_aside and not value.is_aside:
+                    value.outside.append(DATA)
 
     def points(self) -> Iterator[int]:
         """The values where the chain may end, from the layer's output on."""
@@ -176,6 +190,8 @@ class Course:
         for name in (HIDDEN, SCRIPT, TRANSFORM, DATA):
             if name in value.outside:
                 return f"its values go on to {name}, which cannot be looked into"
+        if value.is_taken_out and not value.is_entered:
+            return f"its values go on to {PYTHON}, which cannot be looked into"
         if following and (value.outside or len(self.uses(end)) > 1):
             return f"its values go to {_listed([*following, *value.outside])}, which do not reunite"
         if following:
@@ -197,6 +213,12 @@ class Course:
             assert step is not None, "only the output has none"
             found += self._functions_behind(number) if step.is_move else [step.title]
         return found
+
+
+def common_axis(calls: Sequence[Course]) -> int | None:
+    """None if the neurons lie on the same axis at the ends of all calls; else the axis of the layer's output."""
+    axes = {course.end().place.axis for course in calls}
+    return calls[0].values[0].place.axis if len(axes) > 1 else None
 
 
 def _lies_first(value: Value) -> bool:

@@ -108,6 +108,11 @@ class Flow:
         found = never or {name for name, _ in unread}
         return frozenset(found if len(found) < len(self._calls) else ())
 
+    def is_lost(self, layer: str) -> bool:
+        """Whether what some call of a layer has made was seen to go nowhere."""
+        calls = {(layer, number) for number in range(self._calls.get(layer, 0))}
+        return not calls <= self._read | self._arrived
+
     def twins(self, layer: str) -> tuple[str, ...]:
         """The other layers whose values are added to those of this one, neuron by neuron, in the order of their run."""
         root = self._find(layer) if layer in self._root else None

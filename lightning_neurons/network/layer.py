@@ -113,6 +113,18 @@ def public_name(path: str) -> str:
     return ".".join(part for part in path.split(".") if part != "_orig_mod")
 
 
+def calling_module(model: nn.Module, running: Sequence[str]) -> str | None:
+    """The module that calls a function, if it has no modules of its own and is no layer; else a bigger one does.
+
+    Args:
+        model: The model.
+        running: The paths of the modules that are running, the innermost last.
+    """
+    module = model.get_submodule(running[-1]) if running and running[-1] else None
+    is_alone = module is not None and family_of(module) is None and not any(True for _ in module.children())
+    return public_name(running[-1]) if is_alone else None
+
+
 def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
     """Modules by their path, without what ``torch.compile`` puts into it."""
     return {public_name(path): module for path, module in model.named_modules()}

@@ -59,8 +59,8 @@ class Pieces:
             _take_note(pieces, torn, WORKS[func])
         elif func in REDUCES and torn in JOINS:
             _take_note(pieces, torn, REDUCES[func])
-        elif func in TEARS or func in REDUCES:
-            name = torn or ("" if func in REDUCES else TEARS[func])
+        elif func in TEARS or func in REDUCES or _blurs(func, given):
+            name = torn or ("" if func in REDUCES else TEARS.get(func, _name(func)))
             self._add(results, _Piece(pieces[0].value, name, reduced or REDUCES.get(func, "")))
         elif (
             len(pieces) == 1
@@ -91,6 +91,13 @@ class Pieces:
     def close(self) -> None:
         """Let go of the tensors."""
         self._known.clear()
+
+
+def _blurs(func: Callable[..., Any], given: Sequence[tuple[Tensor, Value | None, bool]]) -> bool:
+    """Whether a function is a convolution that works on each neuron alone, with numbers that nobody trains."""
+    weights = [tensor for tensor, _, constant in given[1:2] if constant and not isinstance(tensor, nn.Parameter)]
+    is_alone = any(w.ndim > 2 and w.shape[1] == 1 and len(w) == given[0][0].shape[1 - w.ndim] for w in weights)
+    return is_alone and _name(func).startswith("conv")
 
 
 def _keeps_all(func: Callable[..., Any], given: Iterable[Tensor], results: Iterable[Tensor], value: Value) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_neurons.network.families import LINKS, Kind, function_name
 from lightning_neurons.network.trees import tensors_in
 
-_OWNERS = (torch, Tensor, F, torch.special, torch._C._nn)
+_OWNERS = (torch, Tensor, F, torch.special, torch._C._nn, torch.ops.aten)
 _FORMS = ("{}", "{}_", "__{}__", "__r{}__", "__i{}__")
 
 
@@ -27,7 +27,9 @@ _TO_PYTHON = (Tensor.__bool__, Tensor.__float__, Tensor.__int__)
 def _named(names: str) -> dict[Callable[..., Any], str]:
     """The functions of these names, on tensors and in modules, in place and as operators."""
     places = ((name, getattr(o, form.format(name), None)) for name, form, o in product(names.split(), _FORMS, _OWNERS))
-    return {f: name for name, f in reversed(list(places)) if callable(f) and f not in _TO_PYTHON}
+    found = {f: name for name, f in reversed(list(places)) if callable(f) and f not in _TO_PYTHON}
+    packets = [f for f in found if isinstance(f, torch._ops.OpOverloadPacket)]
+    return found | {getattr(packet, form): found[packet] for packet in packets for form in packet.overloads()}
 
 
 def _getter(name: str) -> Callable[..., Any]:
@@ -44,14 +46,15 @@ _ARITHMETIC = {
     if f not in _RECIPROCAL
 }
 _POINTWISE = _named(
-    "abs absolute acos acosh addcdiv addcmul and asin asinh atan atan2 atanh bitwise_and bitwise_not bitwise_or "
-    "bitwise_xor bool ceil celu clamp clamp_max clamp_min clip copysign cos cosh eq erf erfc erfcx exp exp2 expit "
-    "expm1 fake_quantize_per_channel_affine fake_quantize_per_tensor_affine "
-    "float_power floor floor_divide floordiv fmax fmin fmod frac ge greater greater_equal gt heaviside hypot "
-    "int invert ldexp le lerp less less_equal log log10 log1p log2 log_ndtr logaddexp logical_and logical_not "
-    "logical_or logical_xor logit long lt masked_fill max maximum min minimum mod nan_to_num ndtr ne not_equal or "
-    "pow reciprocal relu remainder round rsqrt sgn sigmoid sign signbit sin sinc sinh sqrt square tan tanh threshold "
-    "trunc where xlog1py xlogy xor"
+    "abs absolute acos acosh addcdiv addcmul and angle arccos arccosh arcsin arcsinh arctan arctan2 arctanh asin "
+    "asinh atan atan2 atanh bitwise_and bitwise_not bitwise_or bitwise_xor bool ceil celu clamp clamp_max clamp_min "
+    "clip copysign cos cosh deg2rad digamma entr eq erf erfc erfcx erfinv exp exp2 expit expm1 "
+    "fake_quantize_per_channel_affine fake_quantize_per_tensor_affine fix float_power floor floor_divide floordiv "
+    "fmax fmin fmod frac gammainc gammaincc gammaln ge greater greater_equal gt hardshrink heaviside hypot i0 i0e i1 "
+    "i1e igamma igammac int invert ldexp le lerp less less_equal lgamma log log10 log1p log2 log_ndtr logaddexp "
+    "logaddexp2 logical_and logical_not logical_or logical_xor logit long lt masked_fill max maximum min minimum mod "
+    "nan_to_num ndtr ndtri ne nextafter not_equal or pow psi rad2deg reciprocal relu remainder round rsqrt sgn "
+    "sigmoid sign signbit sin sinc sinh sqrt square tan tanh threshold trunc where xlog1py xlogy xor"
 )
 
 
@@ -60,7 +63,7 @@ ARITHMETIC = frozenset(_ARITHMETIC.values())
 
 MOVES: dict[Callable[..., Any], str] = {
     **_named("flatten moveaxis movedim permute reshape reshape_as squeeze swapaxes swapdims t transpose unflatten"),
-    **_named("unsqueeze view"),
+    **_named("unsqueeze view view_as"),
     _getter("T"): "T",
     _getter("mT"): "mT",
 }
@@ -104,7 +107,7 @@ CREATES = frozenset(
 """Functions that look at a tensor's form alone and make another one."""
 
 LOOKS = (
-    frozenset(_named("detach view_as isfinite isinf isnan isneginf isposinf requires_grad_ retain_grad"))
+    frozenset(_named("detach isfinite isinf isnan isneginf isposinf requires_grad_ retain_grad"))
     | CREATES
     | DETACHES.keys()
 )
@@ -114,7 +117,7 @@ WORKS: dict[Callable[..., Any], str] = {
     **_POINTWISE,
     **_RECIPROCAL,
     **{function: function.__name__.strip("_") for function, kind in LINKS.items() if kind == "activation"},
-    **_named("glu index_put masked_scatter"),
+    **_named("bucketize glu index_put masked_scatter searchsorted"),
 }
 """Functions that do more to values than to scale and shift them."""
 
@@ -149,7 +152,7 @@ REDUCES: dict[Callable[..., Any], str] = _named(
 )
 """Functions that make values of several neurons, or of several places, one of another."""
 
-_FORM_OF_SECOND = frozenset(f for f, name in STEPS.items() if name in {"reshape_as", "to", "type_as"})
+_FORM_OF_SECOND = frozenset(f for f, name in STEPS.items() if name in {"reshape_as", "to", "type_as", "view_as"})
 
 
 def operands(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
@@ -168,6 +171,15 @@ def operands(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[
     if len(found) < len(args) or kwargs:
         return list(tensors_in((args, {name: value for name, value in kwargs.items() if name != "out"})))
     return found
+
+
+MAY_COPY = COPIES.keys() | FORMS["view_as"]
+"""Functions that may hand on values as they are, in their places."""
+
+
+def is_copied(function: Callable[..., Any], given: Sequence[Tensor], made: Tensor) -> bool:
+    """Whether a call hands values on as they are, in their places: a copy, or a view as itself."""
+    return function in COPIES or (function in MAY_COPY and made.shape == given[0].shape)
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,6 +8,7 @@ although the tensor stays the same object. What becomes of one output is kept in
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -15,21 +16,21 @@ import torch
 from torch import Tensor, nn
 
 from lightning_neurons.network.constants import Constants
-from lightning_neurons.network.course import DATA, HIDDEN, SCRIPT, TRANSFORM, Course, Value
+from lightning_neurons.network.course import Course, Value, common_axis
 from lightning_neurons.network.families import LINKS, PASSING, family_of
 from lightning_neurons.network.flow import Flow
 from lightning_neurons.network.hooked import After, Before, HookedMode
-from lightning_neurons.network.layer import Layer, public_name
+from lightning_neurons.network.layer import Layer, calling_module
 from lightning_neurons.network.own_gradients import functions_running, unhooked
 from lightning_neurons.network.pieces import Pieces
 from lightning_neurons.network.places import place_behind
 from lightning_neurons.network.spread import spread_behind
-from lightning_neurons.network.steps import COPIES, CREATES, DETACHES, LOOKS, STEPS, Step, operands
+from lightning_neurons.network.steps import CREATES, DETACHES, LOOKS, STEPS, Step, is_copied, operands
 from lightning_neurons.network.trees import has_weights, in_transform, is_plain, tensors_in, unwrapped, weights_of
-from lightning_neurons.network.writes import share_memory, target_of_write
+from lightning_neurons.network.unseen import ANYWHERE, HIDDEN, LEAVES, SCRIPT, TRANSFORM, UNUSED, script_functions
+from lightning_neurons.network.writes import target_of_write
 
 _Reads = list[tuple[Course, int] | None]
-_UNUSED = "did not run as a module (unused, or its weights are used by a function)"
 
 
 class Trace(HookedMode):
@@ -63,6 +64,7 @@ class Trace(HookedMode):
         self._modules: list[str] = []  # the modules that are running, innermost last
         self._inside: list[str] = []  # the layers that are running
         self._flow, self._pieces = Flow(), Pieces()
+        self._scripts = ExitStack()
 
     def _before_runs(self) -> Iterable[tuple[nn.Module, Before]]:
         self._constants.add_model(self._model)
@@ -72,6 +74,19 @@ class Trace(HookedMode):
 
     def _after_runs(self) -> Iterable[tuple[nn.Module, After]]:
         return [(module, self._ends(path, layer)) for path, module, layer in self._watched()]
+
+    def _hook(self) -> None:
+        super()._hook()
+        self._scripts.enter_context(script_functions(self._script_ran))
+
+    def _unhook(self) -> None:
+        self._scripts.close()
+        super()._unhook()
+
+    def _script_ran(self, args: Any, kwargs: Any, out: Any) -> None:
+        if self._aside is None and not self._inside:
+            self._read_unseen((args, kwargs), SCRIPT)
+            self._flow.passes(torch.jit.ScriptFunction, args, kwargs, out, None)
 
     def _watched(self) -> Iterator[tuple[str, nn.Module, str | None]]:
         """Every module with its path, and its name if it is a layer."""
@@ -141,6 +156,8 @@ class Trace(HookedMode):
         reads = [self._now.get(id(t)) for t in given]
         target = target_of_write(func, args, kwargs)
         self._copy_before(target, func)
+        if func in LEAVES and reads[0] is not None:
+            reads[0][0].take_out(reads[0][1])
         out = call()
         try:
             self._note_call(func, args, kwargs, given, reads, out, target)
@@ -161,7 +178,7 @@ class Trace(HookedMode):
         if not self._inside:
             self._flow.passes(func, args, kwargs, out, target)
         made = target if out is None else out
-        is_copy = func in COPIES and isinstance(made, Tensor) and self._copied(given[0], made)
+        is_copy = isinstance(made, Tensor) and is_copied(func, given, made) and self._copied(given[0], made)
         if is_copy or not any(True for _ in tensors_in(made)):
             return  # .shape and the like read nothing
         if target is None and func not in STEPS and args and out is args[0]:
@@ -263,7 +280,7 @@ class Trace(HookedMode):
         if self._is_over(course) and func not in LINKS:
             return None
         numbers = tuple(None if found is None else found[1] for found in reads)
-        step = Step(func, args, kwargs, numbers, self._caller())
+        step = Step(func, args, kwargs, numbers, calling_module(self._model, self._modules))
         places = [None if n is None else course.values[n].place for n in numbers]
         if LINKS.get(func) != "norm" and not self._constants.fit(given, places):
             return None
@@ -303,14 +320,6 @@ class Trace(HookedMode):
             for carried, _ in carriers.values():
                 carried.foreign |= not self._inside
 
-    def _caller(self) -> str | None:
-        """The module that called, if it has no modules of its own and is no layer; else a bigger one's forward did."""
-        if not self._modules or not self._modules[-1]:
-            return None
-        module = self._model.get_submodule(self._modules[-1])
-        alone = family_of(module) is None and not any(True for _ in module.children())
-        return public_name(self._modules[-1]) if alone else None
-
     def _goes_on(self, seen: Tensor, output: Tensor) -> None:
         self._flow.goes_on_as(seen, output)
         if id(seen) in self._now:
@@ -331,13 +340,9 @@ class Trace(HookedMode):
         own = self._now.get(id(target))
         if func in LINKS and own is not None and own[0].goes_on_alone(own[1]):
             return  # the value that is overwritten lives on in the next link
-        behind_its_back = own is not None and own[0].values[own[1]].is_aside
+        is_aside = own is not None and own[0].values[own[1]].is_aside
         for course in (course for calls in self._calls.values() for course in calls):
-            for value in course.values:
-                if share_memory(value.tensor, target):
-                    value.tensor = value.tensor.clone()
-                    if behind_its_back and not value.is_aside:
-                        value.outside.append(DATA)
+            course.keep_before_write(target, is_aside=is_aside)
 
     def found(self) -> dict[str, Layer]:
         """What has been learnt, by layer; layers that did not run have no calls and a note that says so."""
@@ -350,7 +355,8 @@ class Trace(HookedMode):
     def _layer(self, name: str, module: nn.Module) -> Layer:
         family = family_of(module)
         assert family is not None, "candidates have families"
-        calls, axis = self._calls.get(name, []), self._common_axis(name)
+        calls = self._calls.get(name, [])
+        axis = common_axis(calls)
         ends = [course.end(axis) for course in calls]
         whole = bool(ends) and all(end.readers and not end.foreign for end in ends)
         readers = tuple({r: s for end in ends for r, s in end.readers.items()}.items())
@@ -364,14 +370,8 @@ class Trace(HookedMode):
             axis=family.axis if not ends or ends[0].place.axis is None else ends[0].place.axis,
             chains=tuple(course.chain(axis) for course in calls),
             readers=readers if whole else None,
-            note=next(iter(notes), "") if ends else _UNUSED,
+            note=next(iter(notes), ANYWHERE if self._flow.is_lost(name) else "") if ends else UNUSED,
         )
-
-    def _common_axis(self, name: str) -> int | None:
-        """None if the neurons lie on the same axis at the ends of all calls; else the axis of the layer's output."""
-        calls = self._calls.get(name, [])
-        axes = {course.end().place.axis for course in calls}
-        return calls[0].values[0].place.axis if len(axes) > 1 else None
 
     def in_order(self) -> list[str]:
         """The layers that ran, in the order in which they ran first."""
@@ -380,7 +380,7 @@ class Trace(HookedMode):
     def activations(self) -> Iterator[tuple[str, Tensor]]:
         """The final value of every call of every layer."""
         for name, calls in self._calls.items():
-            axis = self._common_axis(name)
+            axis = common_axis(calls)
             for course in calls:
                 yield name, course.end(axis).tensor
 

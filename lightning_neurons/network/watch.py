@@ -19,7 +19,7 @@ from lightning_neurons.network.hooked import After, HookedMode
 from lightning_neurons.network.layer import Layer, Link
 from lightning_neurons.network.moving import MovingWeights
 from lightning_neurons.network.own_gradients import BACKWARDS, Hook, needs_parameters, retaining, unhooked
-from lightning_neurons.network.steps import COPIES, FORMS, LOOKS, STEPS, operands
+from lightning_neurons.network.steps import FORMS, LOOKS, MAY_COPY, STEPS, is_copied, operands
 from lightning_neurons.network.trees import Weights, has_weights, is_plain, unheard, weights_of
 from lightning_neurons.network.writes import share_memory, target_of_write
 
@@ -57,7 +57,7 @@ class FollowLayers(HookedMode):
         self._layers, self._modules = layers, modules
         self._waiting: dict[int, tuple[_Way, int]] = {}  # id of a tensor -> which value it is on which way
         links = [link for name in modules for chain in layers[name].chains for link in chain]
-        self._functions = frozenset(COPIES).union(*(FORMS[name] for link in links for name, _ in link.steps))
+        self._functions = frozenset(MAY_COPY).union(*(FORMS[name] for link in links for name, _ in link.steps))
         self._calls: dict[str, int] = {}
         self.unknown: set[str] = set()
         """Layers that did not run as they were seen to: their activation points have to be found again."""
@@ -111,7 +111,8 @@ class FollowLayers(HookedMode):
         self, func: Callable[..., Any], call: Callable[[], Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """A call may read what is on its way: it is the next step, or a copy, or not what the layer was seen to do."""
-        known = [self._waiting.get(id(unhooked(tensor))) for tensor in operands(func, args, kwargs)]
+        given = operands(func, args, kwargs)
+        known = [self._waiting.get(id(unhooked(tensor))) for tensor in given]
         read = [found for found in known if found is not None]
         if not read:
             return call()
@@ -119,7 +120,7 @@ class FollowLayers(HookedMode):
         out = call()
         if way.next == (STEPS[func], tuple(number for _, number in read)) and all(w is way for w, _ in read):
             return self._went(way, args[0] if out is None else out, has_result=out is not None)
-        if func in COPIES:
+        if is_copied(func, given, out):
             self._wait(out, *read[0])
             return out
         if func in LOOKS:

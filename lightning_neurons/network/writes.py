@@ -12,7 +12,7 @@ from lightning_neurons.network.trees import address_of
 
 @lru_cache(maxsize=4096)
 def _writes_by_name(function: Callable[..., Any]) -> bool:
-    name = getattr(function, "__name__", "")
+    name = getattr(function, "__name__", "").partition(".")[0]  # "relu_.default", of an operation of ATen
     if name.startswith("__"):
         return name == "__setitem__" or name in _IN_PLACE_OPERATORS
     return name.endswith("_")

@@ -1,8 +1,10 @@
 """Chains that are followed through transposes and detached values, and those that cannot be, which is said."""
 
+import warnings
 from collections.abc import Callable
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -16,6 +18,11 @@ MEAN, SCALE = torch.linspace(-0.1, 0.1, 8), torch.linspace(0.5, 2, 8).view(1, 8)
 @torch.library.custom_op("test_unfollowed::rectify", mutates_args=())
 def rectify(x: Tensor) -> Tensor:
     return x.clamp(min=0)
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)
+    script_relu = torch.jit.script(F.relu)
 
 
 def shuffled(x: Tensor) -> Tensor:
@@ -43,6 +50,9 @@ FOLLOWED: dict[str, Callable[[Tensor], Tensor]] = {
     "mask": lambda x: x * (x.detach() > 0).float(),
     "stopped": lambda x: x.detach().clamp(min=0),
     "logged": logged,
+    "as another": lambda x: F.relu(x.view_as(torch.zeros(16, 8))),
+    "in another form": lambda x: F.relu(x.view_as(torch.zeros(16, 1, 8))).view_as(x),
+    "of ATen": lambda x: torch.ops.aten.relu_.default(torch.ops.aten.mul(x, 2.0)),
     "less a mean": lambda x: F.relu(x - MEAN),
     "like the layer": lambda x: F.relu(x * SCALE.to(x) - MEAN.view(1, -1).to(x)),
     "addcmul": lambda x: F.relu(torch.addcmul(MEAN, SCALE, x)),
@@ -78,6 +88,17 @@ SAID: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "complex": (
         lambda x: torch.view_as_real(torch.view_as_complex(x.view(-1, 4, 2))).relu().flatten(1),
         "view and then",
+    ),
+    "levels": (lambda x: torch.bucketize(x, torch.linspace(-1, 1, 5)).float(), "bucketize"),
+    "mask of numpy": (lambda x: x * torch.from_numpy(np.sign(x.detach().numpy())), "numpy or plain Python"),
+    "in numpy": (lambda x: torch.from_numpy(np.maximum(x.numpy(force=True), 0)), "numpy or plain Python"),
+    "in Python": (lambda x: x.detach().clone().apply_(lambda value: max(value, 0.0)), "numpy or plain Python"),
+    "script": (script_relu, "TorchScript"),
+    "gate in a script": (lambda x: x * script_relu(x), "TorchScript"),
+    "nowhere": (lambda x: torch.ones(len(x), 8), "cannot be looked into, or to nothing"),
+    "blurred": (
+        lambda x: F.conv1d(x[..., None], torch.ones(8, 1, 3), padding=1, groups=8).relu()[..., 0],
+        "conv1d and then to relu",
     ),
     "operation": (rectify, "the operation test_unfollowed.rectify.default of somebody's own"),
 }
@@ -143,7 +164,7 @@ def test_what_cannot_be_followed_is_said_in_the_report(name):
 def test_a_module_in_torchscript_is_said_in_the_report():
     net, batches = network(torch.jit.trace(nn.ReLU(), torch.zeros(16, 8)))
     (note,) = [note for note in measure(net, batches, criteria=["mean"]).notes if note.startswith("layer: ")]
-    assert "go on to a module in TorchScript" in note
+    assert "go on to TorchScript" in note
 
 
 def test_data_that_are_as_wide_as_a_layer_are_no_constant():
