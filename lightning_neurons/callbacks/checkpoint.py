@@ -3,7 +3,7 @@
 import functools
 import pickle
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_neurons.errors import ArgumentError, PruningError
-from lightning_neurons.network.widths import conform, conforming, narrowed
+from lightning_neurons.network.widths import conform, conforming, narrowed, widened
 
 
 def fit_widths(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -121,9 +121,9 @@ def load_pruned(model: Any, path: str | Path, **kwargs: Any) -> Any:
     if isinstance(made, _LIGHTNING) and isinstance(content, dict) and "state_dict" in content:
         made.on_load_checkpoint(content)
         state = content["state_dict"]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise ArgumentError.of("path", str(path), f"a file with the state dict of a {what}")
-    with conforming(made, state):
+    with _of_a_cut(made, state):
         wrong = _differences(made, state)
         if wrong:
             raise PruningError(f"{path} is of another architecture than {what}: {'; '.join(wrong)}")
@@ -139,6 +139,30 @@ _NOT_OF_THE_FILE = (FileNotFoundError, PermissionError, IsADirectoryError, Memor
 _LIGHTNING = (lightning.pytorch.LightningModule, pytorch_lightning.LightningModule)
 
 
+@contextmanager
+def _of_a_cut(model: nn.Module, state: Mapping[str, Any]) -> Iterator[None]:
+    """Give a model the widths of a state dict as ``conforming`` does; say where a cut would have done more.
+
+    Raises:
+        PruningError: If the file is of a wider network, which no cut can have made of the model.
+    """
+    names, kind = widened(model, state), type(model).__name__
+    if names:
+        raise PruningError(
+            f"the file is of another architecture, or was written before {kind} was cut: larger than in the model are "
+            f"{', '.join(names)}; load_pruned takes the model as it was before any cut"
+        )
+    made, read = narrowed(model, state, "makes"), narrowed(model, state, "reads")
+    with conforming(model, state):
+        yield
+    if bool(made) != bool(read):
+        less, same = ("made", "read") if made else ("read", "made")
+        rank_zero_warn(
+            f"in the file fewer neurons are {less} than in {kind} (by {', '.join(made or read)}), but as many are "
+            f"{same}; is it a file of another architecture, such as one for another number of classes?"
+        )
+
+
 def _differences(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
     """What keeps a state dict from being loaded, in the words of torch."""
     own = model.state_dict()
@@ -146,6 +170,7 @@ def _differences(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
     found = [f"{what}: {', '.join(sorted(names))}" for what, names in named.items() if names]
     sized = [name for name, tensor in own.items() if isinstance(tensor, Tensor) and not is_lazy(tensor)]
     pairs = [(name, own[name], state[name]) for name in sized if name in state]
+    found += [f"not dense: {name}" for name, ours, theirs in pairs if theirs.is_meta or ours.layout != theirs.layout]
     return found + [
         f"size mismatch for {name}: {tuple(theirs.shape)} in the file, {tuple(ours.shape)} in the model"
         for name, ours, theirs in pairs
@@ -179,9 +204,9 @@ def _from_checkpoint(module_class: Any, path: str | Path, kwargs: dict[str, Any]
     expected = f"a checkpoint of a {name}; for a plain state dict, the class of the network itself"
     try:
         # On the class itself: it builds the module, and a class made for this would not be the one that it asks for.
-        with _taking_widths(module_class):
+        with _taking_widths(module_class, _of_a_cut):
             module = module_class.load_from_checkpoint(path, **kwargs)
-    except _NOT_OF_THE_FILE:
+    except (*_NOT_OF_THE_FILE, PruningError):
         raise
     except Exception as error:
         content = _read(path, expected, kwargs.get("weights_only"))
@@ -197,12 +222,12 @@ def _from_checkpoint(module_class: Any, path: str | Path, kwargs: dict[str, Any]
 
 
 @contextmanager
-def _taking_widths(kind: Any) -> Iterator[None]:
-    """Let modules of a class take the widths of what is loaded into them."""
+def _taking_widths(kind: Any, taking: Callable[..., AbstractContextManager[None]] = conforming) -> Iterator[None]:
+    """Let modules of a class take the widths of what is loaded into them, by ``conforming`` or the like."""
     own, load = vars(kind).get("load_state_dict"), kind.load_state_dict
 
     def load_state_dict(module: nn.Module, state_dict: Mapping[str, Any], *args: Any, **options: Any) -> Any:
-        with conforming(module, state_dict):
+        with taking(module, state_dict):
             return load(module, state_dict, *args, **options)
 
     kind.load_state_dict = load_state_dict
@@ -231,7 +256,7 @@ def _naming_the_way(kind: Any) -> Callable[..., Any]:
         try:
             return super(kind, module).load_state_dict(state_dict, *args, **options)
         except RuntimeError as error:
-            if not narrowed(module, state_dict):
+            if not (narrowed(module, state_dict, "makes") or narrowed(module, state_dict, "reads")):
                 raise
             raise PruningError(
                 f"{error}\nThe file is of a pruned network. load_pruned({type(module).__name__}, path) of "

@@ -56,7 +56,8 @@ def axes(module: nn.Module, role: Role) -> dict[str, int]:
     elif isinstance(module, _ConvTransposeNd):
         found = {"weight": 0} if role == "reads" else {"weight": 1, "bias": 0}
     elif isinstance(module, _ConvNd | nn.Linear):
-        found = {"weight": 1} if role == "reads" else {"weight": 0, "bias": 0}
+        reads = {} if is_depthwise(module) else {"weight": 1}  # one filter for each channel reads that channel alone
+        found = reads if role == "reads" else {"weight": 0, "bias": 0}
     tensors = {**module._parameters, **module._buffers}
     return {name: axis for name, axis in found.items() if tensors.get(name) is not None}
 
@@ -166,12 +167,29 @@ def conforming(model: nn.Module, state: Mapping[str, Any]) -> Iterator[None]:
         raise
 
 
-def narrowed(model: nn.Module, state: Mapping[str, Any]) -> list[str]:
-    """The names of the tensors that are smaller in a state dict, in nothing but their widths."""
+def narrowed(model: nn.Module, state: Mapping[str, Any], role: Literal["makes", "reads"]) -> list[str]:
+    """The layers that make, or read, fewer neurons in a state dict, and differ from it in nothing but their widths.
+
+    Example:
+        >>> net, small = nn.Linear(4, 8), nn.Linear(4, 6)
+        >>> narrowed(net, small.state_dict(), "makes"), narrowed(net, small.state_dict(), "reads")
+        (['Linear'], [])
+    """
+    found: dict[str, None] = {}
+    for name, module, leaf, shape in _misfits(model, state, ""):
+        passes = isinstance(module, _NormBase | nn.LayerNorm | nn.PReLU) or is_depthwise(module)
+        axis = None if passes else axes(module, role).get(leaf)
+        if axis is not None and shape[axis] < getattr(module, leaf).shape[axis]:
+            found[name.rpartition(".")[0] or type(module).__name__] = None
+    return list(found)
+
+
+def widened(model: nn.Module, state: Mapping[str, Any]) -> list[str]:
+    """The names of the tensors that are larger on some axis in a state dict, and differ in nothing but their widths."""
     return [
         name
         for name, module, leaf, shape in _misfits(model, state, "")
-        if shape.numel() < getattr(module, leaf).numel()
+        if any(there > here for there, here in zip(shape, getattr(module, leaf).shape, strict=True))
     ]
 
 
@@ -193,6 +211,8 @@ def _set(module: nn.Module, leaf: str, new: Tensor) -> None:
 
 def _new_shapes(module: nn.Module, state: Mapping[str, Any], before: str) -> dict[str, torch.Size]:
     """The tensors of a module that differ from a file in nothing but their widths; none if they contradict."""
+    if why_fixed(module) is not None:
+        return {}
     makes, reads = axes(module, "makes"), axes(module, "reads")
     found, widths = {}, set()
     for leaf, tensor in {**module._parameters, **module._buffers}.items():
@@ -204,7 +224,7 @@ def _new_shapes(module: nn.Module, state: Mapping[str, Any], before: str) -> dic
         free = {axis % tensor.ndim for axis in (makes.get(leaf), reads.get(leaf)) if axis is not None}
         free = free or (set(range(tensor.ndim)) if _holds_parameters(module) else set())
         other = {axis for axis, (a, b) in enumerate(zip(tensor.shape, given.shape, strict=True)) if a != b}
-        if not other <= free:
+        if not other <= free or not all(given.shape[axis] for axis in other):  # of nothing, something stays
             return {}
         if other:
             found[leaf] = given.shape
