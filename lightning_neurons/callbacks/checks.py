@@ -122,6 +122,11 @@ def is_due(epoch: int, every: int, measured: Sequence[int | None]) -> bool:
     return (epoch + 1) // every > done or epoch in last
 
 
+def stretch_of(trainer: Any) -> str:
+    """What a Trainer runs over, in words."""
+    return "the sanity check" if trainer.sanity_checking else f"epoch {trainer.current_epoch}"
+
+
 def name_of(function: Any) -> str | None:
     """What tells one function from another, also after an edit of the file: its name and what it was made with."""
     if function is None:

@@ -1,5 +1,6 @@
 """One callback's part in a session: its measurement, how it is measured, and why it was given up, if it was."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,13 +9,15 @@ from torch import Tensor, nn
 
 from lightning_neurons.callbacks.replay import StepReplay
 from lightning_neurons.criteria.contract import Need
-from lightning_neurons.errors import MeasurementError
+from lightning_neurons.errors import MeasurementError, NoLossError
 from lightning_neurons.network.batches import batch_size_of, is_graph, targets_of
 from lightning_neurons.network.layer import Layer
 from lightning_neurons.studies.measurement import Measurement
 from lightning_neurons.studies.sample import Picked, StratifiedSample
 from lightning_neurons.studies.settings import MeasurementSettings
 from lightning_neurons.studies.unmeasured import unmeasured
+
+_TRIES = 8
 
 
 @dataclass(eq=False)
@@ -28,6 +31,7 @@ class Member:
         sample: Which samples are differentiated; None if no criterion needs gradients.
         failure: Why the measurement was dropped, or None.
         lost: Why nothing that needs gradients is measured, or None.
+        missing: Why the first batch without a loss has none, or None.
         dataloaders: How many dataloaders the data comes from, one after the other.
         notes: What a reader of the report should know.
     """
@@ -38,9 +42,13 @@ class Member:
     sample: StratifiedSample | None = None
     failure: Exception | None = None
     lost: Exception | None = None
+    missing: NoLossError | None = None
     dataloaders: int = 1
     notes: list[str] = field(default_factory=list)
     _has_graphs: bool = False
+    _has_loss: bool = False
+    _left_out: int = 0
+    _missed: dict[int, float] = field(default_factory=dict)  # by dataloader, how many batches running have had no loss
 
     @property
     def modules(self) -> Mapping[str, nn.Module]:
@@ -78,16 +86,59 @@ class Member:
 
     def forget(self) -> None:
         """Let go of what went wrong: its traceback holds frames that hold this member."""
-        self.failure = self.lost = None
+        self.failure = self.lost = self.missing = None
 
     def pick(self, batch: Any, place: tuple[int, int], picked: list[Picked], *, whole: bool) -> None:
         """Add to ``picked`` what of a batch, and of those before, is to be differentiated now."""
         assert self.sample is not None, "members without a sample are in no group"
         picked += self.sample.add(batch, targets_of(batch), place, whole=whole)
 
+    def expects_loss(self, dataloader: int) -> bool:
+        """Whether it is worth while to ask the batches of a dataloader for their loss: not where none has had one."""
+        return self._missed.get(dataloader, 0) < _TRIES
+
+    def pass_over(self, batch: Any) -> None:
+        """Take note of a batch that is not asked."""
+        assert self.sample is not None, "members without a sample are in no group"
+        self.sample.seen += batch_size_of(batch)
+        self._left_out += batch_size_of(batch)
+
+    def found_loss(self, dataloader: int) -> None:
+        """Take note of a batch that has a loss."""
+        self._has_loss = True
+        self._missed[dataloader] = -math.inf
+
+    def miss_loss(self, batch: Any, dataloader: int, why: NoLossError) -> None:
+        """Take note of a batch that has no loss; others are picked in its place."""
+        assert self.sample is not None, "members without a sample are in no group"
+        self.missing = self.missing or why
+        self._missed[dataloader] = self._missed.get(dataloader, 0) + 1
+        self._left_out += batch_size_of(batch)
+        self.sample.give_back(batch_size_of(batch))
+
+    @property
+    def why_without_loss(self) -> NoLossError | None:
+        """Why no batch had a loss, if none had."""
+        return None if self._has_loss else self.missing
+
+    def has_sensitivity(self, decide: Callable[..., bool]) -> bool:
+        """Whether anything that needs gradients was measured, in some process; else ``lost`` says why not.
+
+        Args:
+            decide: What all processes find; call this in each of them.
+        """
+        all_well, any_loss = decide(self.lost is None, all=True), decide(self._has_loss, all=False)
+        all_have = decide(self.missing is None, all=True)
+        if all_well and (any_loss or all_have):
+            return True
+        self.lost = self.lost or self.missing
+        return False
+
     def described(self) -> list[str]:
         """What the numbers are over, in words."""
         notes = list(self.notes)
+        if self.missing is not None and self.lost is None:
+            notes.append(f"sensitivity leaves out {self._left_out} samples whose batches have no loss: {self.missing}")
         if self.dataloaders > 1:
             notes.append(f"measured on all {self.dataloaders} dataloaders together")
         if self._has_graphs:

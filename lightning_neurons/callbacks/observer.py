@@ -288,7 +288,7 @@ class NeuronObserver(EitherCallback):
         """Whether any criterion could be measured; says what could not. Call it in all processes."""
         member = self._member
         assert member is not None, "nothing has failed"
-        if member.sample is None or trainer.strategy.reduce_boolean_decision(member.lost is None, all=True):
+        if member.sample is None or member.has_sensitivity(trainer.strategy.reduce_boolean_decision):
             return True
         self._raise_failure(trainer)
         reason = "another process failed" if member.lost is None else checks.said_of(member.lost)
@@ -297,7 +297,7 @@ class NeuronObserver(EitherCallback):
             self._warn(f"epoch {trainer.current_epoch} was not measured: {reason}", once=reason)
             return False
         member.notes.append(f"sensitivity was not measured: {reason}")
-        self._warn(f"sensitivity was not measured in epoch {trainer.current_epoch}: {reason}", once=reason)
+        self._warn(f"sensitivity was not measured in {checks.stretch_of(trainer)}: {reason}", once=reason)
         return True
 
     def _made(self, trainer: Any) -> tuple[NeuronReport, HistoryEntry]:

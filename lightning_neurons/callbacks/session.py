@@ -5,7 +5,7 @@ training with it: it is dropped, and its callback says why.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import cached_property, partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -140,6 +140,8 @@ class Session:
         for group in self._groups():
             for one in group[0].rest():
                 self._differentiate(group, one)
+        for member in self._alive() if self.source == "train" else ():
+            member.failure = member.why_without_loss
 
     def _remember(self, batch: Any, *, is_stream: bool) -> None:
         """Keep a batch for another run of the step."""
@@ -162,6 +164,10 @@ class Session:
                     f"batch of type {type(batch).__name__}: nothing in it tells how many samples it has, so the loss "
                     "cannot be shared out among them; make it a tuple, dict or dataclass of tensors"
                 )
+            if not group[0].expects_loss(place[1]):
+                for member in group:
+                    member.pass_over(batch)
+                return
             divisible, is_stateful = independence_of(replay, group[0].settings.loss_reduction, batch, place)
             group[0].pick(batch, place, picked, whole=not divisible)
             if is_stateful and self.source == "val":  # before the step moves on from the state that the batch meets
@@ -217,13 +223,30 @@ class Session:
                 parts = self.passes.parts(picked.batch) if picked.divisible else [picked.batch]
                 for number, part in enumerate(parts):
                     start = ModelState(self.passes.model) if is_stateful else None
-                    self._one_part(group, replay, loss_of, part, 1000 * picked.place[0] + number, start)
+                    with self._if_it_has_a_loss(group, part, picked.place[1]):
+                        self._one_part(group, replay, loss_of, part, 1000 * picked.place[0] + number, start)
 
         gradients_together(group, run, all_rests_on_it=self.source == "train")
         for member in group:
             member.add_note(replay.doubt)
             if self.passes.weights_move and not all(c.statistics for c in member.measurement.criteria):
                 member.add_note("the step exchanges weights while it runs: scores of weights are of those it leaves")
+
+    @contextmanager
+    def _if_it_has_a_loss(self, group: list[Member], part: Any, dataloader: int) -> Iterator[None]:
+        """A step may have a loss on some batches only; the others are left out, and no more than that."""
+        try:
+            yield
+        except NoLossError as error:
+            if self.source == "train" and error.__cause__ is not None:
+                raise  # the step has failed, before all of the activity was seen
+            for member in group:
+                member.miss_loss(part, dataloader, error)
+        else:
+            for member in group:
+                member.found_loss(dataloader)
+        for member in group:
+            member.measurement.finish_batch()
 
     def _one_part(
         self,
@@ -253,5 +276,3 @@ class Session:
                 receivers=group,
                 start=start,
             )
-        for member in group:
-            member.measurement.finish_batch()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_neurons.criteria.contract import Need
-from lightning_neurons.errors import MeasurementError
+from lightning_neurons.errors import MeasurementError, NoLossError
 from lightning_neurons.network.batches import batch_size_of, is_divisible, rows_of, tensors_of
 from lightning_neurons.network.families import family_of
 from lightning_neurons.network.fastpath import fast_modules
@@ -152,7 +152,7 @@ class Passes:
             start: Where every forward begins, if what it gives depends on those before; None goes on from those.
 
         Raises:
-            MeasurementError: If the loss does not depend on any watched layer in a differentiable way.
+            NoLossError: If the loss does not depend on any watched layer in a differentiable way.
         """
         with differentiable(), direct_checkpoints():
             batch = normal_tensors(batch)
@@ -223,7 +223,7 @@ class Passes:
 
     def _backward(self, watch: WatchGradients, loss: Tensor) -> None:
         if not loss.requires_grad or not watch.backward(loss):
-            raise MeasurementError(
+            raise NoLossError(
                 "the loss does not depend on any watched layer in a differentiable way: it is computed under "
                 "no_grad, detached, or from other layers; pass loss_fn=, or other layers="
             )

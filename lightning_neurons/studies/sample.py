@@ -94,6 +94,11 @@ class StratifiedSample:
         batch = join([picked.batch for picked, _ in waiting], [n for _, n in waiting])
         return [Picked(batch, waiting[0][0].place)]
 
+    def give_back(self, samples: int) -> None:
+        """Take note that samples which were picked cannot be used."""
+        self.picked -= samples
+        self._missing += 1
+
     def describe(self) -> str:
         """What was used, in words."""
         if self.picked == self.seen:
