@@ -121,7 +121,7 @@ def lay_out(graph: Any) -> None:
         inputs = _inputs_of(graph, node)
         edges = [] if inputs is None else [_edge(graph, node, number, inputs, axes) for number in range(len(inputs))]
         axes[node] = _own_axis(node) if _is_layer(node) else _most([e.axis for e in edges if e.axis is not None])
-        edges = edges if _is_layer(node) else [_beside(edge, axes[node]) for edge in edges]
+        edges = edges if _is_layer(node) else [_beside(edge, node, axes[node]) for edge in edges]
         if name_of(node.grad_fn) in _PRODUCTS and not _is_layer(node):
             graph.products.update((edge.source, node) for edge in edges)
         graph.reductions.update((edge.source, node) for edge in edges if edge.reduces)
@@ -134,10 +134,13 @@ def _most(axes: Sequence[int]) -> int | None:
     return max(dict.fromkeys(axes), key=axes.count, default=None)
 
 
-def _beside(edge: _Edge, axis: int | None) -> _Edge:
+def _beside(edge: _Edge, node: Any, axis: int | None) -> _Edge:
     if edge.axis is None or edge.axis == axis:
         return edge
-    return replace(edge, lost="they are combined with neurons on another axis", aside=True)
+    name = name_of(node.grad_fn)
+    pairs = f"a function multiplies each with each ({name.lower()})"  # as for features of style
+    lost = pairs if name in _PRODUCTS else "they are combined with neurons on another axis"
+    return replace(edge, lost=lost, aside=True)
 
 
 def _in_order(nodes: Iterable[Any]) -> list[Any]:
@@ -209,9 +212,9 @@ def _edge(graph: Any, node: Any, number: int, inputs: Sequence[_Input], axes: Ma
         return _Edge(source, axis, part)
     if name_of(node.grad_fn) == "Cat" and joined(node.grad_fn, len(before)) == axis:
         return _joined(node, source, place, axis, part)
-    lost = _why_lost(graph, node, place, before, axis)
-    if lost is not None:
-        return _Edge(source, None, part, lost=lost, reduces=reduces(node.grad_fn, len(before), axis))
+    ending = _ending(graph, node, place, before, axis)
+    if ending is not None:
+        return replace(ending, source=source, part=part)
     if name_of(node.grad_fn) == "Glu" and joined(node.grad_fn, len(before)) == axis:
         return _Edge(source, axis, part, into=(*range(before[axis] // 2),) * 2)
     if name_of(node.grad_fn) == "Unbind":
@@ -229,16 +232,16 @@ def _moved_edge(node: Any, source: Any, before: Sequence[int], axis: int, part: 
     return _Edge(source, found[0], part, found[1], lost=added)
 
 
-def _why_lost(graph: Any, node: Any, place: int, before: Sequence[int], axis: int) -> str | None:
-    """Why neurons are not themselves any more behind an operation."""
+def _ending(graph: Any, node: Any, place: int, before: Sequence[int], axis: int) -> _Edge | None:
+    """An edge behind which neurons are not themselves any more, if it is one."""
     function = node.grad_fn
     name = name_of(function)
+    if function not in graph.inside and contracts(function, place, before, axis):  # what it makes comes from elsewhere
+        return _Edge(None, lost=f"a function reads them, not a layer ({name.lower()})", aside=True)
     if name in ("Unbind", "Select") and joined(function, len(before)) == axis:
-        return "single ones of them are picked out"
+        return _Edge(None, lost="single ones of them are picked out")
     if reduces(function, len(before), axis) and before[axis] > 1:
-        return f"{name.lower()} makes one value of all of them"
-    if function not in graph.inside and contracts(function, place, before, axis):
-        return f"a function reads them, not a layer ({name.lower()})"
+        return _Edge(None, lost=f"{name.lower()} makes one value of all of them", reduces=True)
     return None
 
 

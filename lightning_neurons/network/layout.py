@@ -109,7 +109,9 @@ def contracts(node: Any, number: int, before: Sequence[int], axis: int) -> bool:
     if name in ("Mm", "Addmm", "Mv", "Addmv"):
         left = number == len(node.next_functions) - 2
         return axis == len(before) - 1 if left else axis == max(len(before) - 2, 0)
-    return False
+    if name in ("Bmm", "Baddbmm"):
+        return axis == (2 if number == len(node.next_functions) - 2 else 1)
+    return name.startswith("ScaledDotProduct") and number < 2 and axis == len(before) - 1  # queries and keys
 
 
 def _on_one_axis(laid: Tensor, count: int, before: int) -> tuple[int, Table | None] | None:

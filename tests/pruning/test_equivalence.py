@@ -91,7 +91,7 @@ KNOWN: dict[str, list[Known]] = {
     "joined": [Known(4, "a both"), Known(5, "b both@4")],
     "MLP": [Known(8, "1"), Known(7, "3")],
     "tokens": [Known(9, "fc1"), Known(6, "fc2", "embed place")],
-    "transformer": [Known(9, "fc1")],
+    "transformer": [Known(6, "v"), Known(9, "fc1")],
 }
 GROUPS = [pytest.param(name, known, id=f"{name}, {known.root}") for name in NETS for known in KNOWN[name]]
 

@@ -218,6 +218,17 @@ REFUSED = {
         "0",
         r"its neurons cannot be followed: mean makes one value of all of them",
     ),
+    "queries": (lambda: Tokens(attend=True), "q", r"its neurons cannot be followed: a function reads them, .*\(bmm\)"),
+    "features of style": (
+        lambda: convolutions(conv(), Call(lambda x: (x.flatten(2) @ x.flatten(2).mT)[:, None]), width=1),
+        "0",
+        r"its neurons cannot be followed: a function multiplies each with each \(bmm\)",
+    ),
+    "likeness of places": (
+        lambda: convolutions(conv(), Call(lambda x: (x.flatten(2).mT @ x.flatten(2))[:, None]), width=1),
+        "0",
+        r"its neurons cannot be followed: a function reads them, not a layer \(bmm\)",
+    ),
     "softmax of channels": (lambda: convolutions(conv(), nn.Softmax(1)), "0", r"the output differs"),
     "shuffled channels": (lambda: convolutions(conv(), nn.ChannelShuffle(2)), "0", r"the output differs"),
     "pixels of channels": (
