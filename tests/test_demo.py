@@ -133,7 +133,8 @@ def test_the_demo_of_pruning_compares_with_chance_and_saves_its_plan(tmp_path):
 
 
 @pytest.mark.parametrize("share", ["0", "1", "1.5", "half"])
-def test_the_demo_refuses_a_share_that_is_none(tmp_path, share):
-    done = command(tmp_path, "demo", "--prune", share)
-    assert done.returncode == 2
-    assert "prune" in done.stderr
+def test_the_demo_refuses_a_share_that_is_none(capsys, share):
+    with pytest.raises(SystemExit) as ended:
+        main(["demo", "--prune", share])
+    assert ended.value.code == 2
+    assert "prune" in capsys.readouterr().err

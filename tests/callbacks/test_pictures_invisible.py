@@ -19,13 +19,18 @@ from tests.callbacks.test_studies_invisible import MODULES, Arms, Disarms, Dropp
 
 OWN = ("neurons/", "ablation/", "classes/", "pruning/")
 PICTURES: dict[str, Callable[[], list[Any]]] = {
-    "saliency": lambda: [SaliencyCallback()],
-    "smoothgrad": lambda: [SaliencyCallback(method="smoothgrad", max_samples=4)],
-    "grad_cam": lambda: [SaliencyCallback(method="grad_cam")],
+    "saliency": lambda: [SaliencyCallback(max_samples=3)],
+    "smoothgrad": lambda: [SaliencyCallback(method="smoothgrad", max_samples=3)],
+    "grad_cam": lambda: [SaliencyCallback(method="grad_cam", max_samples=3)],
     "maximization": lambda: [maximizer()],
-    "maximization, neurons": lambda: [maximizer([("net.conv2", 1), "net.fc1"], parametrization="pixel")],
-    "figures and page": lambda: [NeuronSensitivityCallback(html=True, max_figures=3)],
-    "all": lambda: [maximizer(), NeuronSensitivityCallback(html=True, max_figures=3), SaliencyCallback()],
+    "maximization, neurons": lambda: [maximizer([("net.conv2", 1), "net.fc1"], parametrization="pixel", cards=1)],
+    "figures and page": lambda: [NeuronSensitivityCallback(html=True, max_figures=1)],
+    # Few of each, as drawing takes most of the time.
+    "all": lambda: [
+        maximizer(cards=1),
+        NeuronSensitivityCallback(html=True, max_figures=1),
+        SaliencyCallback(max_samples=3),
+    ],
 }
 
 

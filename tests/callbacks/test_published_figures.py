@@ -89,8 +89,8 @@ def layouts(folder: str) -> list[Any]:
 
 
 def test_the_layout_is_written_once_and_its_expressions_match_what_is_written(tmp_path):
-    callbacks = [NeuronSensitivityCallback(), ActivationStatisticsCallback(), NeuronAblationCallback(ends=None),
-                 pruner("fisher", monitor="val_loss")]  # fmt: skip
+    observers = [make(max_figures=0) for make in (NeuronSensitivityCallback, ActivationStatisticsCallback)]
+    callbacks = [*observers, NeuronAblationCallback(ends=None), pruner("fisher", monitor="val_loss")]
     trainer = fit(Plain(), callbacks, logger=TensorBoardLogger(tmp_path), max_epochs=3)
     trainer.validate(Plain(), loader(24, seed=1), verbose=False)
     (layout,) = layouts(trainer.log_dir)
@@ -109,12 +109,12 @@ def test_the_layout_is_written_once_and_its_expressions_match_what_is_written(tm
 
 def test_each_logger_has_a_layout(tmp_path):
     loggers = [TensorBoardLogger(tmp_path, name=name) for name in ("a", "b")]
-    fit(Plain(), [NeuronSensitivityCallback()], logger=loggers, max_epochs=2)
+    fit(Plain(), [NeuronSensitivityCallback(max_figures=0)], logger=loggers, max_epochs=2)
     assert [len(layouts(logger.log_dir)) for logger in loggers] == [1, 1]
 
 
 def test_the_history_in_the_folder_is_that_of_the_callback(tmp_path):
-    callbacks = [ActivationStatisticsCallback(), NeuronSensitivityCallback()]
+    callbacks = [make(max_figures=0) for make in (ActivationStatisticsCallback, NeuronSensitivityCallback)]
     trainer = fit(Plain(), callbacks, logger=TensorBoardLogger(tmp_path), max_epochs=3)
     for name, callback in (("history_2", callbacks[0]), ("history", callbacks[1])):
         path = Path(trainer.log_dir) / f"{name}.json"
@@ -127,7 +127,7 @@ def test_the_history_in_the_folder_is_that_of_the_callback(tmp_path):
 
 
 def test_validation_alone_writes_no_history(tmp_path):
-    trainer = trainer_of([NeuronSensitivityCallback()], logger=TensorBoardLogger(tmp_path))
+    trainer = trainer_of([NeuronSensitivityCallback(max_figures=0)], logger=TensorBoardLogger(tmp_path))
     trainer.validate(Plain(), loader(24, seed=1), verbose=False)
     assert files(trainer.log_dir) == {"neurons.json"}
 
@@ -135,7 +135,7 @@ def test_validation_alone_writes_no_history(tmp_path):
 @pytest.mark.parametrize("stage", ["fit", "validate", "test"])
 @pytest.mark.parametrize("make", [NeuronSensitivityCallback, ActivationStatisticsCallback])
 def test_the_page_is_written_at_the_end(tmp_path, capsys, make, stage):
-    trainer = trainer_of([make(html=True)], logger=TensorBoardLogger(tmp_path), max_epochs=2)
+    trainer = trainer_of([make(html=True, max_figures=0)], logger=TensorBoardLogger(tmp_path), max_epochs=2)
     if stage == "fit":
         trainer.fit(Plain(), loader(), loader(24, seed=1))
     else:
@@ -148,7 +148,7 @@ def test_the_page_is_written_at_the_end(tmp_path, capsys, make, stage):
 
 
 def test_without_being_asked_no_page_is_written(tmp_path, capsys):
-    trainer = fit(Plain(), [NeuronSensitivityCallback()], logger=TensorBoardLogger(tmp_path))
+    trainer = fit(Plain(), [NeuronSensitivityCallback(max_figures=0)], logger=TensorBoardLogger(tmp_path))
     assert "report.html" not in files(trainer.log_dir)
     assert "report.html" not in capsys.readouterr().out
 
@@ -202,8 +202,9 @@ def test_a_report_that_cannot_replace_the_old_one_does_not_stop_training(tmp_pat
         path.unlink()
         (path / "in the way").mkdir(parents=True)
 
+    observer, logger = NeuronSensitivityCallback(max_figures=1), TensorBoardLogger(tmp_path)
     with pytest.warns(UserWarning, match="NeuronSensitivityCallback: the report was not written to the log directory"):
-        trainer = fit(Spoiling(block), [NeuronSensitivityCallback()], logger=TensorBoardLogger(tmp_path), max_epochs=3)
+        trainer = fit(Spoiling(block), [observer], logger=logger, max_epochs=3)
     assert trainer.current_epoch == 3
     assert shown_in(trainer.log_dir)["figures/importance"] == [3, 7, 11], "loggers have it"
 
@@ -216,7 +217,8 @@ def lost(module: Any) -> None:
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
 def test_weights_that_are_no_numbers_do_not_stop_training(tmp_path):
-    trainer = fit(Spoiling(lost), [NeuronSensitivityCallback()], logger=TensorBoardLogger(tmp_path), max_epochs=3)
+    observer = NeuronSensitivityCallback(max_figures=5)  # one of each kind
+    trainer = fit(Spoiling(lost), [observer], logger=TensorBoardLogger(tmp_path), max_epochs=3)
     assert trainer.current_epoch == 3
 
 
