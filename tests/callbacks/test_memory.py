@@ -25,9 +25,9 @@ CALLBACKS: dict[str, Callable[[], Any]] = {
     "statistics": lambda: ActivationStatisticsCallback(max_figures=0),
     "sensitivity": lambda: NeuronSensitivityCallback(max_figures=0, per_class=True),
     "source=train": lambda: NeuronSensitivityCallback(source="train", loss_fn=lambda m, b: m.loss(b), max_figures=0),
-    "ablation": lambda: NeuronAblationCallback(),
+    "ablation": lambda: NeuronAblationCallback(ends=4),
     "classes": lambda: ClassNeuronsCallback(),
-    "saliency": lambda: SaliencyCallback(),
+    "saliency": lambda: SaliencyCallback(max_samples=2),
     "maximization": lambda: ActivationMaximizationCallback([("net.fc2", 0)], steps=2),
     "pruning": lambda: NeuronPruningCallback("fisher", amount=0.1),
 }
