@@ -200,6 +200,8 @@ class NeuronPruner(MonitoredObserver):
             if self._runner is None:
                 self._runner = Runner(trainer, pl_module, self.pruning.example_inputs, batch)
             self._kept.add(batch)
+            if self._trial is not None:
+                self._trial.add_validation(batch)
         super().on_validation_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
         if is_kept:
             keep_weights(trainer, pl_module, self, batch_idx)

@@ -15,7 +15,7 @@ class OptimizerStandIn:
     Args:
         optimizer: The optimizer.
         places: By the identity of a parameter, that of the copy.
-        listen: Called where the optimizer would step.
+        listen: Called where the optimizer would step, unless it is None.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, places: dict[int, nn.Parameter], listen: Any) -> None:
@@ -34,7 +34,8 @@ class OptimizerStandIn:
     def step(self, closure: Any = None, **_: Any) -> Any:
         """Where gradients are complete."""
         value = None if closure is None else closure()
-        self._listen()
+        if self._listen is not None:
+            self._listen()
         return value
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -70,7 +71,7 @@ def stand_in(trainer: Any, pl_module: Any, twin: Any, listen: Any) -> dict[str, 
         trainer: The Trainer.
         pl_module: Its module.
         twin: The copy.
-        listen: Called where an optimizer would step.
+        listen: Called where an optimizer would step, unless it is None.
     """
     named = dict(twin.named_parameters(remove_duplicate=False))
     places = {id(p): named[n] for n, p in pl_module.named_parameters(remove_duplicate=False)}
@@ -85,8 +86,8 @@ def stand_in(trainer: Any, pl_module: Any, twin: Any, listen: Any) -> dict[str, 
         loss.backward(*args, **kwargs)
 
     return {
-        **dict.fromkeys(("log", "log_dict", "print", "toggle_optimizer", "untoggle_optimizer"), _nothing),
-        "clip_gradients": _nothing,
+        **dict.fromkeys(("log", "log_dict", "print", "toggle_optimizer", "untoggle_optimizer"), nothing),
+        "clip_gradients": nothing,
         "manual_backward": backward,
         "all_gather": gather,
         "optimizers": lambda *_, **__: optimizers[0] if len(optimizers) == 1 else optimizers,
@@ -98,5 +99,5 @@ def _one_or_all(found: list[Any]) -> Any:
     return None if not found else found[0] if len(found) == 1 else found
 
 
-def _nothing(*_: Any, **__: Any) -> None:
-    pass
+def nothing(*_: Any, **__: Any) -> None:
+    """Takes the place of what is not to happen."""

@@ -1,13 +1,17 @@
-"""One training step, tried on copies before a cut: training may run what validation does not.
+"""Training steps, tried on copies before a cut: training may run what validation does not.
 
 An auxiliary head, a penalty on features, a copy of weights or a mask for gradients reads neurons, and only training
-knows. So a step with its backward is run on a copy without the neurons that are to go and on one in which they are
-zero: the gradients of all that stays must be the same. Norm layers over few values and activations with a kink can
-magnify rounding to a difference, so what differs is run again in double precision, where that is possible.
+knows, perhaps only from some epoch on, or with every fifth batch. So steps with their backward, and the hooks around
+them, are run at several moments to come on a copy without the neurons that are to go and on one in which they are
+zero: what runs there must run here, and the gradients of all that stays must be the same. Norm layers over few values
+and activations with a kink can magnify rounding to a difference, so what differs is run again in double precision,
+where that is possible.
 """
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -16,16 +20,18 @@ from lightning.pytorch.plugins.precision import DoublePrecision
 from torch import Tensor, nn
 
 from lightning_neurons.callbacks.agreement import in_one_process
-from lightning_neurons.callbacks.checks import overrides
+from lightning_neurons.callbacks.course import Course, HookError
+from lightning_neurons.callbacks.moments import Moment, moments_to_come, moving
 from lightning_neurons.callbacks.replay import StepReplay
-from lightning_neurons.callbacks.stand_ins import OptimizerStandIn, stand_in
-from lightning_neurons.callbacks.steps import step_arguments, takes_iterator
+from lightning_neurons.callbacks.stand_ins import nothing, stand_in
+from lightning_neurons.callbacks.steps import takes_iterator
 from lightning_neurons.errors import in_short
 from lightning_neurons.network.batches import map_tensors
 from lightning_neurons.network.isolate import differentiable
 from lightning_neurons.network.layer import public_name
 from lightning_neurons.network.same_draws import SameDraws, alike_of
-from lightning_neurons.network.users import Users
+from lightning_neurons.network.surroundings import silent, writing_nothing
+from lightning_neurons.network.users import Users, is_framework
 from lightning_neurons.pruning.example import twin_of
 from lightning_neurons.pruning.surgery import Cut, cut, stays_of
 
@@ -36,13 +42,31 @@ _LEAST = 1e-2
 """Of the largest of all gradients: what is much smaller than this is mostly rounding."""
 
 BATCHES = 2
-"""Steps that are tried one after the other: every second one may do something else."""
+"""What is kept of an epoch, and the least number of steps that are tried: every second one may do something else."""
+
+_STEP = {"training_step", "backward"}
+"""Without these there is nothing to try."""
 
 Gradients = dict[str, Tensor | None]
 
 
+@dataclass(frozen=True)
+class _Outcome:
+    """What is seen of a run.
+
+    Attributes:
+        gradients: At each step of an optimizer.
+        draws: The shapes of all random numbers.
+        calls: By moment, which functions were called.
+    """
+
+    gradients: list[Gradients]
+    draws: list[torch.Size]
+    calls: list[tuple[Any, ...]]
+
+
 class TrainingTrial:
-    """Runs a training step on copies of a module.
+    """Runs steps of the training that follows on copies of a module.
 
     Args:
         trainer: The Trainer.
@@ -52,8 +76,11 @@ class TrainingTrial:
     def __init__(self, trainer: Any, pl_module: Any) -> None:
         self.trainer, self.pl_module = trainer, pl_module
         users = Users(type(pl_module))
-        self._callbacks = [callback for callback in trainer.callbacks if users.own(type(callback))]
+        self._callbacks = [c for c in trainer.callbacks if users.own(type(c)) and _is_plain(type(c))]
         self._batches: list[tuple[Any, int]] = []
+        self._validation: Any = None
+        self._moments: list[Moment] = []
+        self._untried: set[tuple[Any, str]] = set()
         self._tolerance = _TOLERANCE if {"32", "64"} & {*str(trainer.precision).split("-")} else _COARSE
         self._modes = {name: module.training for name, module in pl_module.named_modules()}
 
@@ -62,20 +89,35 @@ class TrainingTrial:
         if len(self._batches) < BATCHES and not takes_iterator(self.pl_module, "training_step"):
             self._batches.append((map_tensors(batch, lambda t: t.detach().clone()), batch_idx))
 
+    def add_validation(self, batch: Any) -> None:
+        """Keep the first validation batch."""
+        if self._validation is None:
+            self._validation = map_tensors(batch, lambda t: t.detach().clone())
+
     def can_try(self) -> bool:
         """Whether there is a batch to try a step on."""
         return bool(self._batches)
 
     def failure(self) -> str | None:
-        """Why the step does not even run on a whole copy, or None."""
+        """Why the step does not even run on a whole copy, or None.
+
+        What else fails there is not tried.
+        """
+        self._moments = moments_to_come(self.trainer)
         while True:
             try:
-                self._run((), {}, silent=True)
+                calls = self._run((), {}, silent=True).calls
+            except HookError as error:
+                if error.hook not in _STEP:
+                    self._untried.add(error.key)
+                elif self._callbacks:
+                    self._callbacks = []  # they may not do with another module than their own
+                else:
+                    return str(error)
             except Exception as error:  # noqa: BLE001 (whatever it is: then nothing can be said)
-                if not self._callbacks:
-                    return in_short(error)
-                self._callbacks = []  # they may not do with another module than their own
+                return in_short(error)
             else:
+                self._moments = _worth_trying(self._moments, calls)
                 return None
 
     def difference(self, cuts: Sequence[Cut]) -> str | None:
@@ -95,33 +137,29 @@ class TrainingTrial:
 
     def _difference(self, cuts: Sequence[Cut], *, double: bool = False) -> str | None:
         try:
-            expected, shapes = self._run(cuts, {}, silent=True, double=double)
+            expected = self._run(cuts, {}, silent=True, double=double)
         except Exception:  # noqa: BLE001 (zeros may lead anywhere; the cut itself is tried by itself)
             expected = None
         try:
-            got, others = self._run(cuts, {}, silent=False, double=double)
+            got = self._run(cuts, {}, silent=False, double=double)
         except Exception as error:  # noqa: BLE001
-            return f"training_step fails without them ({in_short(error)}): something that only training runs reads them"
+            what, why = (error.hook, error) if isinstance(error, HookError) else ("training_step", in_short(error))
+            return f"{what} fails without them ({why}): something that only training runs reads them"
         if expected is None:
             return _DIFFERENT if double else None  # it did before
-        alike = alike_of(shapes, others)
+        alike = alike_of(expected.draws, got.draws)
         if alike:
-            expected, got = (self._run(cuts, alike, silent=silent, double=double)[0] for silent in (True, False))
-        return None if alike is not None and self._are_same(expected, got, cuts) else _DIFFERENT
+            expected, got = (self._run(cuts, alike, silent=silent, double=double) for silent in (True, False))
+        same = alike is not None and self._are_same(expected.gradients, got.gradients, cuts)
+        return None if same else _DIFFERENT
 
-    def _run(
-        self, cuts: Sequence[Cut], alike: Mapping[int, bool], *, silent: bool, double: bool = False
-    ) -> tuple[list[Gradients], list[torch.Size]]:
-        """The gradients at each optimizer step, and the shapes of all random numbers."""
+    def _run(self, cuts: Sequence[Cut], alike: Mapping[int, bool], *, silent: bool, double: bool = False) -> _Outcome:
+        """What training does on a copy, from the end of this epoch on; there, the neurons of ``cuts`` go."""
         trainer, twin = self.trainer, _twin(self.pl_module)
-        precision, batches = trainer.precision_plugin, self._batches
+        precision, batches, validation = trainer.precision_plugin, self._batches, self._validation
         if double:
             precision, twin = DoublePrecision(), twin.double()
-            batches = [(map_tensors(batch, _in_double), batch_idx) for batch, batch_idx in batches]
-        if silent:
-            _silence(twin, cuts)
-        else:
-            cut(twin, cuts)
+            batches, validation = map_tensors((batches, validation), _in_double)
         for name, module in twin.named_modules():
             drops = isinstance(module, nn.modules.dropout._DropoutNd)
             module.training = self._modes.get(name, module.training) and not drops
@@ -131,49 +169,46 @@ class TrainingTrial:
             given = ((public_name(name), p.grad) for name, p in twin.named_parameters())
             seen.append({name: None if gradient is None else gradient.clone() for name, gradient in given})
 
-        replay = StepReplay(trainer, self.pl_module, "training_step", None)
-        with replay.isolated(), warnings.catch_warnings(), SameDraws(alike) as draws:
-            warnings.simplefilter("ignore")
+        replay, calls = StepReplay(trainer, self.pl_module, "training_step", None), list[tuple[Any, ...]]()
+        with replay.isolated(), _unheard(trainer), SameDraws(alike) as draws, moving(trainer) as move:
             twin.trainer = trainer
-            vars(twin).update(stand_in(trainer, self.pl_module, twin, look))
+            listen = None if twin.automatic_optimization else look
+            vars(twin).update(stand_in(trainer, self.pl_module, twin, listen))
+            course = Course(trainer, twin, self._callbacks, self._untried, look)
             with differentiable(), precision.train_step_context():
-                for batch, batch_idx in batches:
-                    self._step(twin, batch, batch_idx, look)
-        return seen, draws.shapes
-
-    def _step(self, twin: Any, batch: Any, batch_idx: int, look: Callable[[], None]) -> None:
-        """What Lightning calls for a batch, in its order, but for the steps of optimizers."""
-        twin.zero_grad()
-        batch = map_tensors(batch, Tensor.clone)
-        optimizers: Any = twin.optimizers()
-        first: OptimizerStandIn | None = optimizers[0] if isinstance(optimizers, list) and optimizers else optimizers
-        given = step_arguments(self.trainer, twin, "training_step", batch_idx, 0)
-        if self._call(twin, "on_train_batch_start", batch, batch_idx) == -1:
-            return
-        out = twin.training_step(batch, *given)
-        if twin.automatic_optimization:
-            loss = out.get("loss") if isinstance(out, Mapping) else out
-            if first and isinstance(loss, Tensor) and loss.requires_grad:
-                self._call(twin, "on_before_zero_grad", first)
-                self._call(twin, "on_before_backward", loss)
-                twin.backward(loss)
-                self._call(twin, "on_after_backward")
-                self._call(twin, "on_before_optimizer_step", first)
-        look()
-        out = {"loss": out.detach()} if isinstance(out, Tensor) else out
-        self._call(twin, "on_train_batch_end", out, batch, batch_idx)
-
-    def _call(self, twin: Any, hook: str, *args: Any) -> Any:
-        """A hook of the user's callbacks, which may hold averages or masks, and of the module."""
-        for callback in self._callbacks:
-            getattr(callback, hook)(self.trainer, twin, *args)
-        return getattr(twin, hook)(*args) if overrides(twin, hook) else None
+                course.end_validation()
+                course.end_epoch()
+                (_silence if silent else cut)(twin, cuts)
+                for moment in self._moments:
+                    before = len(draws.calls)
+                    move(moment)
+                    if moment.kind == "step":
+                        course.step(batches[moment.batch_idx % len(batches)][0], moment)
+                    else:
+                        course.validate(validation)
+                        course.end_epoch()
+                    calls.append(tuple(draws.calls[before:]))
+        return _Outcome(seen, draws.shapes, calls)
 
     def _are_same(self, expected: list[Gradients], got: list[Gradients], cuts: Sequence[Cut]) -> bool:
         if len(expected) != len(got):
             return False
         stays = stays_of(self.pl_module, cuts)
         return all(_same(a, b, stays, self._tolerance) for a, b in zip(expected, got, strict=True))
+
+
+@contextmanager
+def _unheard(trainer: Any) -> Iterator[None]:
+    """Nothing is said or written, as far as that can be prevented."""
+    with silent(), writing_nothing(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.save_checkpoint = nothing
+        yield
+
+
+def _is_plain(kind: type) -> bool:
+    """Whether a callback is not made of one of Lightning's own, which write, remove and stop."""
+    return all(base.__name__ == "Callback" or not is_framework(base.__module__) for base in kind.__mro__)
 
 
 def failing(
@@ -207,6 +242,13 @@ _DIFFERENT = (
 )
 
 
+def _worth_trying(moments: Sequence[Moment], calls: Sequence[tuple[Any, ...]]) -> list[Moment]:
+    """Steps up to the last in which something is called that was not called before, and ends in which there is."""
+    new = {number for number, called in enumerate(calls) if called and called not in calls[:number]}
+    last = max(BATCHES - 1, *(number for number in new if moments[number].kind == "step"), 0)
+    return [m for number, m in enumerate(moments) if (number <= last if m.kind == "step" else number in new)]
+
+
 def _in_double(tensor: Tensor) -> Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor
 
@@ -230,17 +272,17 @@ def _silence(twin: nn.Module, cuts: Sequence[Cut]) -> None:
 
 def _same(expected: Gradients, got: Gradients, stays: Mapping[str, Mapping[int, Tensor]], tolerance: float) -> bool:
     pairs: list[tuple[Tensor, Tensor]] = []
-    for name, silent in expected.items():
+    for name, wide in expected.items():
         narrow = got.get(name)
-        if (silent is None) != (narrow is None):
+        if (wide is None) != (narrow is None):
             return False
-        if silent is None or narrow is None:
+        if wide is None or narrow is None:
             continue
         for axis, index in stays.get(name, {}).items():
-            silent = silent.index_select(axis, index.to(silent.device))
-        if silent.shape != narrow.shape:
+            wide = wide.index_select(axis, index.to(wide.device))
+        if wide.shape != narrow.shape:
             return False
-        pairs.append((silent.float(), narrow.float()))
+        pairs.append((wide.float(), narrow.float()))
     sizes = [float(a.abs().max()) if a.numel() else 0.0 for a, _ in pairs]
     bounds = [tolerance * max(size, _LEAST * max(sizes, default=0.0)) for size in sizes]
     return all(

@@ -89,9 +89,12 @@ def _copy(model: nn.Module, own: Mapping[int, Any], functions: Iterable[types.Fu
         new.__kwdefaults__ = old.__kwdefaults__ and {k: _held(v, memo) for k, v in old.__kwdefaults__.items()}
     for parameter, twin in zip(model.parameters(), made.parameters(), strict=True):
         if twin is not parameter:  # torch leaves these hooks out of copies
+            is_trained = twin.requires_grad
             for hook in _gradient_hooks(parameter):
                 is_method = isinstance(hook, types.MethodType)  # a callback's, say, which is no part of the model
-                twin.register_hook(hook if is_method and id(hook.__self__) not in memo else _held(hook, memo))
+                kept = hook if is_method and id(hook.__self__) not in memo else _held(hook, memo)
+                twin.requires_grad_(True).register_hook(kept)  # it may have been frozen since
+            twin.requires_grad_(is_trained)
     return made
 
 

@@ -28,16 +28,18 @@ class SameDraws(TorchFunctionMode):
 
     Attributes:
         shapes: Of all draws of the run.
+        calls: The names of all functions that were called, with the places that were asked for.
     """
 
     def __init__(self, alike: Mapping[int, bool]) -> None:
         super().__init__()
-        self.alike, self.shapes = alike, list[torch.Size]()
+        self.alike, self.shapes, self.calls = alike, list[torch.Size](), list[tuple[str, ...]]()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        self.calls.append((name, *_place(name, args)))
         if func is Tensor.backward:  # a checkpoint runs a part of the forward again
             with self:
                 return _backward(*args, **kwargs)
@@ -54,6 +56,11 @@ class SameDraws(TorchFunctionMode):
             with torch.no_grad():
                 drawn.copy_(_narrow(func, args, kwargs, drawn, by_entry=self.alike[number]))
         return drawn
+
+
+def _place(name: str, args: tuple[Any, ...]) -> list[str]:
+    place = args[1] if name == "__getitem__" and len(args) > 1 else ()
+    return [str(one) for one in (place if isinstance(place, tuple) else (place,)) if not isinstance(one, Tensor)]
 
 
 def _backward(

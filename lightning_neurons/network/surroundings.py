@@ -1,5 +1,7 @@
 """What somebody's code does beside the model: what it says, the environment, an object that gives it data."""
 
+import builtins
+import io
 import logging
 import os
 import sys
@@ -7,6 +9,8 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+import torch
 
 from lightning_neurons.network.contents import Content, Entries, Items, Members
 
@@ -34,6 +38,29 @@ def silent() -> Iterator[None]:
         logging.Logger.handle = handle  # type: ignore[method-assign]
         for stream in others:  # somebody may hold on to them
             stream.unheard = None
+
+
+@contextmanager
+def writing_nothing() -> Iterator[None]:
+    """What this thread writes to files that it opens or saves meanwhile is dropped. What other threads write is not."""
+    real, save, me = builtins.open, torch.save, threading.get_ident()
+
+    def open_other(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != me or not {*mode} & {*"wax+"}:
+            return real(file, mode, *args, **kwargs)
+        return io.BytesIO() if "b" in mode else io.StringIO()
+
+    def save_other(*args: Any, **kwargs: Any) -> None:
+        if threading.get_ident() != me:
+            save(*args, **kwargs)
+
+    builtins.open = io.open = open_other
+    torch.save = save_other
+    try:
+        yield
+    finally:
+        builtins.open = io.open = real
+        torch.save = save
 
 
 class _Others:

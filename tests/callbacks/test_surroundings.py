@@ -4,13 +4,15 @@ import logging
 import os
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import lightning as L  # noqa: N812
+import torch
 from torch import Tensor
 
 from lightning_neurons import NeuronSensitivityCallback
-from lightning_neurons.network.surroundings import silent
+from lightning_neurons.network.surroundings import silent, writing_nothing
 from tests.callbacks.modules import Plain, fit, loader, trainer_of
 
 LOG = logging.getLogger("a step")
@@ -87,3 +89,25 @@ def test_other_threads_and_whoever_keeps_the_stream_are_heard(capsys, caplog):
     print("later", file=kept)
     assert capsys.readouterr().out == "another thread\nlater\n"
     assert [record.getMessage() for record in caplog.records] == ["its log"]
+
+
+def test_what_this_thread_writes_to_files_is_dropped_and_what_it_reads_and_others_write_is_not(tmp_path):
+    def write(name: str) -> None:
+        with open(tmp_path / name, "w") as file:
+            file.write(name)
+        (tmp_path / f"{name} of bytes").write_bytes(b"1")
+        torch.save({}, tmp_path / f"{name} saved")
+
+    (tmp_path / "kept").write_text("kept")
+    real = open, Path.open, torch.save
+    with writing_nothing():
+        write("here")
+        with open(tmp_path / "kept", "a") as file:
+            file.write("here")
+        assert (tmp_path / "kept").read_text() == "kept"
+        other = threading.Thread(target=write, args=("other",))
+        other.start()
+        other.join()
+    assert {path.name for path in tmp_path.iterdir()} == {"kept", "other", "other of bytes", "other saved"}
+    assert (tmp_path / "kept").read_text() == "kept"
+    assert real == (open, Path.open, torch.save)

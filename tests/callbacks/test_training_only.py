@@ -161,7 +161,11 @@ class Shadowed(Plain):
         return [Shadow()]
 
 
-FAILS, DIFFERS = r"training_step fails without them \(RuntimeError", "gradients of training_step differ"
+FAILS = r"training_step fails without them \(RuntimeError"
+BACKWARD, AFTER_BACKWARD, BATCH_END = (
+    rf": {hook} fails without them \(RuntimeError" for hook in ("backward", "on_after_backward", "on_train_batch_end")
+)
+DIFFERS = "gradients of training_step differ"
 READERS = {
     "auxiliary head": (Auxiliary, ["net.conv1"], FAILS),
     "every second step": (Alternating, ["net.conv2"], FAILS),
@@ -170,11 +174,11 @@ READERS = {
     "mean over features": (Averaged, ["net.fc1"], DIFFERS),
     "hint by a hook": (Hinted, ["net.fc1"], FAILS),
     "anchors": (Anchored, ["net.conv2", "net.fc1"], FAILS),
-    "mask of gradients": (Masked, ["net.conv1", "net.conv2"], FAILS),
+    "mask of gradients": (Masked, ["net.conv1", "net.conv2"], AFTER_BACKWARD),
     "neuron frozen by a hook": (Frozen, ["net.fc1"], DIFFERS),
-    "mask by a hook": (Sparse, ["net.conv1", "net.conv2"], FAILS),
-    "averages": (Averaging, ["net.conv2", "net.fc1"], FAILS),
-    "averages of a callback": (Shadowed, ["net.conv2", "net.fc1"], FAILS),
+    "mask by a hook": (Sparse, ["net.conv1", "net.conv2"], BACKWARD),
+    "averages": (Averaging, ["net.conv2", "net.fc1"], BATCH_END),
+    "averages of a callback": (Shadowed, ["net.conv2", "net.fc1"], BATCH_END),
 }
 
 

@@ -8,6 +8,7 @@ import threading
 import weakref
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -250,3 +251,12 @@ def test_a_cut_with_which_the_model_itself_fails_is_taken_back():
     after = [optimizer.state[p]["momentum_buffer"] for p in net.parameters()]
     assert all(torch.equal(new, old) for new, old in zip(after, moments, strict=True))
     assert (net.a.out_features, net.b.in_features) == (8, 8)
+
+
+def test_a_hook_on_a_gradient_is_copied_although_its_parameter_has_been_frozen_since():
+    net, doubled = nn.Linear(2, 1, bias=False), Mock(side_effect=lambda gradient: 2 * gradient)
+    net.weight.register_hook(lambda gradient: doubled(gradient))
+    twin = copy_of(net.requires_grad_(False))
+    assert not twin.weight.requires_grad
+    twin.requires_grad_(True)(torch.ones(1, 2)).sum().backward()
+    assert torch.equal(twin.weight.grad, torch.full((1, 2), 2.0))
