@@ -190,7 +190,17 @@ class Decision:
         )
 
     def _discover(self, runner: Runner) -> Structure:
-        """The module's structure, in the first way of running it in which it can be followed."""
+        """The module's structure, in the first way of running it in which most of it can be followed."""
+        best, chosen = self._followed(runner), runner
+        for other in runner.other_ways(self.pl_module) if best.coupling.unseen else ():
+            found = self._seeing_more(best, other)
+            if found is not None:
+                best, chosen = found, other
+        runner.become(chosen)
+        return best
+
+    def _followed(self, runner: Runner) -> Structure:
+        """That in the first way in which it can be followed at all."""
         try:
             return discover(self.pl_module, runner.example)
         except PruningError as error:
@@ -200,6 +210,17 @@ class Decision:
                 except PruningError:
                     continue
             raise error
+
+    def _seeing_more(self, known: Structure, runner: Runner) -> Structure | None:
+        """That in another way, if more layers run in it and all that can be cut in the first can be cut: else None."""
+        if not runner.runs_any(self.pl_module, known.coupling.unseen):
+            return None
+        try:
+            found = discover(self.pl_module, runner.example)
+        except PruningError:
+            return None
+        more = found.coupling.unseen.keys() < known.coupling.unseen.keys()
+        return _also_refusing(found, known) if more and _cuttable(known) <= _cuttable(found) else None
 
     def _without_left_whole(self) -> Structure:
         structure = self._structure
@@ -232,6 +253,19 @@ class Decision:
         units = tuple(units_of(structure, one.plan) for one in found)
         lifted = (replace(one, plan=replace(one.plan.lifted(before), notes=(*one.plan.notes, *notes))) for one in found)
         return Verdict(vote, tuple(lifted), (*found[0].plan.notes, *notes), units)
+
+
+def _cuttable(structure: Structure) -> set[str]:
+    return {layer for group in structure.offered.values() for layer in group.layers}
+
+
+def _also_refusing(structure: Structure, other: Structure) -> Structure:
+    """A structure in which that is left whole, too, which has to stay in another way of running the module."""
+    why = {layer: reason for root, reason in other.refused.items() for layer in other.groups[root].layers}
+    layers = {root: next((n for n in group.layers if n in why), None) for root, group in structure.groups.items()}
+    refused = {root: why[layer] for root, layer in layers.items() if layer is not None}
+    coupling = replace(structure.coupling, ends=structure.coupling.ends | other.coupling.ends)
+    return replace(structure, refused={**structure.refused, **refused}, coupling=coupling)
 
 
 def _is_in(path: str, network: str) -> bool:

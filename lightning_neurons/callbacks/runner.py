@@ -1,7 +1,8 @@
 """How a LightningModule is run outside of its Trainer's loop: on an example, and on kept validation batches."""
 
+import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from lightning_neurons.network.batches import (
     rows_of,
 )
 from lightning_neurons.network.isolate import eager, isolated
+from lightning_neurons.network.layer import modules_by_name
 from lightning_neurons.network.neurons import call
 from lightning_neurons.pruning.compensation.calibration import Run
 from lightning_neurons.pruning.example import Example
@@ -44,7 +46,7 @@ class Runner:
     """
 
     def __init__(self, trainer: Any, pl_module: Any, example_inputs: Any, batch: Any) -> None:
-        self.trainer = trainer
+        self.trainer, self._is_told = trainer, example_inputs is not None
         few = _first_of(batch, _FEW)
         self._run: Run = self._step
         self._others: list[tuple[Example, Run]] = [(Example(few, self._step), self._step)]
@@ -79,6 +81,36 @@ class Runner:
                 self.example, self._run = example, run
                 return True
         return False
+
+    def other_ways(self, pl_module: Any) -> Iterator["Runner"]:
+        """Copies that run the module in the other ways, one after the other; none if the user has told how."""
+        other = copy.copy(self)
+        other._others = [] if self._is_told else [*self._others]
+        while other.take_another(pl_module):
+            yield other
+            other = copy.copy(other)
+            other._others = [*other._others]
+
+    def become(self, other: "Runner") -> None:
+        """Run the module as another one does."""
+        vars(self).update(vars(other))
+
+    def runs_any(self, pl_module: Any, names: Collection[str]) -> bool:
+        """Whether some of the module's layers run."""
+        ran: list[nn.Module] = []
+        with isolated(pl_module), torch.no_grad():
+            hooks = [
+                module.register_forward_hook(lambda module, *_: ran.append(module))
+                for name, module in modules_by_name(pl_module).items()
+                if name in names
+            ]
+            try:
+                pl_module.eval()
+                self.example.run(pl_module)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+        return bool(ran)
 
     def _step(self, module: Any, batch: Any) -> Any:
         """What the validation step returns and logs; on a module of which nobody minds what is set in it."""

@@ -137,17 +137,10 @@ def discover(model: nn.Module, example: Example) -> Structure:
 
 def _structure_of(twin: nn.Module, example: Example) -> Structure:
     coupling = find_coupling(twin, example.run)
-    for parameter in twin.parameters():
-        parameter.requires_grad_(False)
+    preflight = _preflight(twin, example, [name for name in candidates(twin) if name in coupling.ends])
+    twin.requires_grad_(False)
     counter = Counter(twin, example)
     costs = counter.costs()
-    ends = [name for name in candidates(twin) if name in coupling.ends]
-    try:
-        scrambled = twin_of(twin)
-        scramble(scrambled)
-        preflight = Preflight(scrambled, example, ends)
-    except PruningError:  # not every model is finite with random weights
-        preflight = Preflight(twin_of(twin), example, ends)
     others = costs_of(preflight.twin, preflight.example)
     groups = {group.root: group for group in coupling.groups}
     refused = _refused(preflight.twin, coupling)
@@ -157,6 +150,15 @@ def _structure_of(twin: nn.Module, example: Example) -> Structure:
         refused |= {root: _norm_over(groups[root], twin) or reason for root, reason in failing.items()}
     widths, blocks = widths_of(twin), blocks_of(twin)
     return Structure(groups, refused, coupling, widths, blocks, costs, preflight, counter, routed(costs, others))
+
+
+def _preflight(twin: nn.Module, example: Example, ends: list[str]) -> Preflight:
+    scrambled = twin_of(twin)
+    scramble(scrambled)
+    try:
+        return Preflight(scrambled, example, ends)
+    except PruningError:  # not every model is finite with random weights
+        return Preflight(twin_of(twin), example, ends)
 
 
 def some_units(group: Group, seed: int) -> list[int]:
