@@ -191,11 +191,11 @@ class ActivationMaximizationCallback(SampledStudy):
     def _publish(self, trainer: Any, outlet: Outlet, found: _Found) -> None:
         if not can_draw():
             return
-        loggers, step, folder = outlet
+        loggers, step, folder, apart = outlet
         count = len(found.maximized.targets) - len(found.cards)
         suffix = numbered(trainer, self, ActivationMaximizationCallback)
-        show_maximized(loggers, folder, found.maximized, count, step, f"maximization{suffix}")
-        show_cards(loggers, folder, found.cards, step, f"cards{suffix}")
+        show_maximized(loggers, folder, found.maximized, count, step, f"maximization{suffix}", apart)
+        show_cards(loggers, folder, found.cards, step, f"cards{suffix}", apart)
 
 
 def _measured_now(trainer: Any) -> tuple[NeuronReport | None, Mapping[str, list[int]]]:

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -13,9 +14,20 @@ from lightning_neurons.network.families import widths_of
 from lightning_neurons.network.layer import Pattern, candidates, lazy_path
 from lightning_neurons.studies.settings import MeasurementSettings
 
+INSTEAD = 'NeuronSensitivityCallback(source="train") measures on training batches.'
+
+_OBSERVED: "WeakKeyDictionary[Any, ref[Any]]" = WeakKeyDictionary()
+"""By callback, the module that it has observed in its last fit."""
+
 _SHARDED = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAFSDPStrategy"}
 
 _EVER = 10**9  # epochs; some packages set a larger period of validation where there is no validation data
+
+
+def is_another(callback: Any, pl_module: Any) -> bool:
+    """Whether a callback has observed the fit of another module before; takes note of this one."""
+    before, _OBSERVED[callback] = _OBSERVED.get(callback), ref(pl_module)
+    return before is not None and before() is not pl_module
 
 
 def why_no_validation(trainer: Any) -> str | None:

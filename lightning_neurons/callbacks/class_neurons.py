@@ -136,4 +136,4 @@ class ClassNeuronsCallback(SampledStudy):
                 found.save(inside(outlet.folder, f"{name}.json"))
         for logger in outlet.loggers:
             with keeping_training(self, "the study was not written everywhere"):
-                write_classes([logger], found, outlet.step, name + apart(trainer))
+                write_classes([logger], found, outlet.step, name + outlet.apart)

@@ -1,8 +1,9 @@
 """Where the files of a run go: a folder that no other run writes to."""
 
 from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -11,9 +12,13 @@ from lightning_neurons.results.whole_file import Place, inside, is_there
 
 _RESULTS = ("neurons.json", "history.json", "ablation.json", "classes.json", "pruning.json", "pictures")
 _OWN = "lightning_neurons"
+_MOST = 10_000  # runs in one log directory
 
-_CHOSEN: "WeakKeyDictionary[Any, dict[tuple[str, str], Place]]" = WeakKeyDictionary()
+_CHOSEN: "WeakKeyDictionary[Any, dict[tuple[str, str], _Chosen]]" = WeakKeyDictionary()
 """By Trainer: by what it does and where its runs lie, the folder."""
+
+_FITS: "WeakKeyDictionary[Any, WeakKeyDictionary[Any, dict[str, _Chosen]]]" = WeakKeyDictionary()
+"""By Trainer and module: by where runs lie, the folder of the fit."""
 
 _FITTED: "WeakSet[Any]" = WeakSet()
 """The loggers that have seen a fit."""
@@ -22,22 +27,34 @@ _BESIDE: "WeakKeyDictionary[Any, dict[tuple[Any, ...], bool]]" = WeakKeyDictiona
 """By Trainer: by what it does and with which loggers, whether these are those of another Trainer's fit."""
 
 
-def folder_of(trainer: Any) -> Place | None:
+class _Chosen(NamedTuple):
+    """A folder, and which fit it belongs to, of those that share a log directory: ``"_fit_2"``; empty for the first."""
+
+    place: Place
+    fit: str = ""
+
+
+def folder_of(trainer: Any) -> tuple[Place | None, str]:
     """The folder of the Trainer's run, or None if it keeps no files. Call it in all processes.
 
     It is the log directory of a ``TensorBoardLogger`` or ``CSVLogger``. The directory of other loggers is shared by
     runs; there it is ``name/version``, as for checkpoints. Without a logger nothing is written, unless an observer has
     ``html=True``; then it is a new ``lightning_neurons/version_0`` in the Trainer's folder. What ``validate`` and
-    ``test`` find after a fit lies in a folder of that name in it.
+    ``test`` find after a fit lies in a folder of that name in it. Where another fit has left its files (folds of a
+    cross-validation that share a logger, a Trainer that fits several modules), those of the next lie in ``fit_2`` and
+    so on; who resumes from a checkpoint goes on with the last.
+
+    Returns:
+        The folder, and what tells the series of a later fit apart: ``"_fit_2"``, or nothing.
     """
-    chosen: Place | None = None
+    chosen: _Chosen | None = None
     if trainer.is_global_zero and not trainer.fast_dev_run:
         try:
             chosen = _chosen(trainer)
         except Exception as error:  # noqa: BLE001 (the other processes wait; training goes on)
             rank_zero_warn(f"lightning_neurons finds no folder for its files: {type(error).__name__}: {error}")
-    found: Place | None = trainer.strategy.broadcast(chosen, 0)
-    return found
+    found: _Chosen | None = trainer.strategy.broadcast(chosen, 0)
+    return (None, "") if found is None else (found.place, found.fit)
 
 
 def has_fitted(trainer: Any) -> bool:
@@ -65,30 +82,57 @@ def is_beside_a_fit(trainer: Any) -> bool:
 
 
 def apart(trainer: Any) -> str:
-    """What keeps the series of such an evaluation apart from those of the fit: ``"_test"``, or nothing."""
-    return f"_{trainer.state.fn.value}" if is_beside_a_fit(trainer) else ""
+    """What keeps the series of an evaluation apart from those of the fit: ``"_test"``, or nothing.
+
+    Of a test after a fit, and of all that another Trainer finds, whose steps are not those of the fit. Call it in all
+    processes.
+    """
+    is_beside = is_beside_a_fit(trainer)
+    return f"_{trainer.state.fn.value}" if is_beside or (trainer.testing and has_fitted(trainer)) else ""
 
 
-def _chosen(trainer: Any) -> Place | None:
+def _chosen(trainer: Any) -> _Chosen | None:
     known = _CHOSEN.setdefault(trainer, {})
     root, parts = _place_of_runs(trainer)
     if root is None:
         return None
     if parts is None:
         if ("run", str(root)) not in known:
-            known["run", str(root)] = _new_version(inside(root, _OWN))
-        run = known["run", str(root)]
+            known["run", str(root)] = _Chosen(_new_version(inside(root, _OWN)))
+        run = known["run", str(root)].place
     else:
         run = inside(root, *parts)
     stage = trainer.state.fn.value
     if stage == "fit":
-        known["fit", str(run)] = run
-    elif ("fit", str(run)) in known:
-        known[stage, str(run)] = inside(run, stage)
+        fits = _FITS.setdefault(trainer, WeakKeyDictionary()).setdefault(trainer.lightning_module, {})
+        if str(run) not in fits:
+            is_own = any(chosen.place == run for (what, _), chosen in known.items() if what not in ("run", "fit"))
+            fits[str(run)] = _Chosen(run) if is_own else _of_fit(run, resumes=bool(trainer.ckpt_path))
+        known["fit", str(run)] = fits[str(run)]
+    elif (fit := known.get(("fit", str(run)))) is not None:
+        known[stage, str(run)] = _Chosen(inside(fit.place, stage), fit.fit)
     elif (stage, str(run)) not in known:
-        is_taken = any(is_there(inside(run, name)) for name in _RESULTS)
-        known[stage, str(run)] = inside(run, stage) if is_taken else run
+        known[stage, str(run)] = _Chosen(_free(run, stage))
     return known[stage, str(run)]
+
+
+def _of_fit(run: Place, *, resumes: bool) -> _Chosen:
+    """A folder for another fit, or that of the last one if it is resumed."""
+    names = ["", *(f"fit_{number}" for number in range(2, _MOST))]
+    taken = list(takewhile(lambda name: _is_taken(inside(run, name) if name else run), names))
+    name = taken[-1] if taken and resumes else names[len(taken)]
+    return _Chosen(inside(run, name), f"_{name}") if name else _Chosen(run)
+
+
+def _free(run: Place, stage: str) -> Place:
+    """A folder for what another Trainer evaluates."""
+    names = [stage, *(f"{stage}_{number}" for number in range(2, _MOST))]
+    places = [run, *(inside(run, name) for name in names)]
+    return next(place for place in places if not _is_taken(place))
+
+
+def _is_taken(folder: Place) -> bool:
+    return any(is_there(inside(folder, name)) for name in _RESULTS)
 
 
 def _place_of_runs(trainer: Any) -> tuple[str | None, list[str] | None]:

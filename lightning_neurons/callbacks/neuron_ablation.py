@@ -188,7 +188,7 @@ class NeuronAblationCallback(SampledStudy):
 
     def _publish(self, trainer: Any, outlet: Outlet, found: Screening) -> None:
         name = f"ablation{numbered(trainer, self, NeuronAblationCallback)}"
-        group = name + apart(trainer)
+        group = name + outlet.apart
         for logger in outlet.loggers:
             with keeping_training(self, "the ablation was not written everywhere"):
                 write_ablation([logger], found.ablation, found.agreement, outlet.step, group)

@@ -13,10 +13,11 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_neurons.callbacks import checks
+from lightning_neurons.callbacks.folders import apart
 from lightning_neurons.callbacks.member import Member
 from lightning_neurons.callbacks.namespaces import EitherCallback
 from lightning_neurons.callbacks.outlet import keeping_training, monitored, numbered_observer, offer
-from lightning_neurons.callbacks.publish import publish, series_suffix, show
+from lightning_neurons.callbacks.publish import publish, show
 from lightning_neurons.callbacks.replay import StepReplay
 from lightning_neurons.callbacks.session import Session
 from lightning_neurons.callbacks.steps import evaluation_loaders, training_loaders
@@ -106,13 +107,12 @@ class NeuronObserver(EitherCallback):
         if stage == "predict":
             return  # nothing is measured
         checks.refuse_sharded(who, trainer.strategy)
+        if stage == "fit" and checks.is_another(self, pl_module):
+            self.history = NeuronHistory()
         if self.step == "training":
             checks.require_training_step(who, pl_module)
         if stage == "fit" and self.source == "val" and (why := checks.why_no_validation(trainer)) is not None:
-            self._warn(
-                f"the Trainer runs no validation ({why}), so nothing will be measured. "
-                'NeuronSensitivityCallback(source="train") measures on training batches.'
-            )
+            self._warn(f"the Trainer runs no validation ({why}), so nothing will be measured. {checks.INSTEAD}")
         if stage == "fit" and self.source == "train" and self.loss_fn is None and self.step == "validation":
             checks.require_validation_step(who, pl_module)
 
@@ -338,7 +338,7 @@ class NeuronObserver(EitherCallback):
             self._unpublished = report, entry
             self._trail.leave(None)
             with keeping_training(self, "the report was not offered to other callbacks"):
-                suffix = series_suffix(trainer, self)
+                suffix = numbered_observer(trainer, self) + apart(trainer)
                 values = {with_suffix(name, suffix): value for name, value in scalars(report, entry).items()}
                 offer(trainer, pl_module, values, f"neurons{suffix}", everything=self.log_metrics)
                 self._offered = True

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from lightning_neurons.callbacks.folders import folder_of
+from lightning_neurons.callbacks.folders import apart, folder_of
 from lightning_neurons.results.whole_file import Place
 
 
@@ -15,11 +15,14 @@ class Outlet(NamedTuple):
         loggers: Lightning loggers.
         step: The x of all that is logged: that of what validation logs.
         folder: For files, or None.
+        apart: What tells series apart from those of another fit in the same log directory: ``"_fit_2"``, ``"_test"``,
+            or nothing.
     """
 
     loggers: Sequence[Any]
     step: int
     folder: Place | None
+    apart: str
 
 
 def outlet_of(trainer: Any, *, epoch_is_over: bool = False) -> Outlet | None:
@@ -29,10 +32,10 @@ def outlet_of(trainer: Any, *, epoch_is_over: bool = False) -> Outlet | None:
         trainer: The Trainer.
         epoch_is_over: Whether it is about a training epoch that has ended, and not about what comes next.
     """
-    folder = folder_of(trainer)
+    (folder, fit), stage = folder_of(trainer), apart(trainer)
     if not trainer.is_global_zero or trainer.fast_dev_run or not (trainer.loggers or folder):
         return None
-    return Outlet(trainer.loggers, step_of(trainer, epoch_is_over=epoch_is_over), folder)
+    return Outlet(trainer.loggers, step_of(trainer, epoch_is_over=epoch_is_over), folder, fit + stage)
 
 
 def step_of(trainer: Any, *, epoch_is_over: bool = False) -> int:

@@ -5,7 +5,6 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from lightning_neurons.callbacks.folders import apart, has_fitted
 from lightning_neurons.callbacks.outlet import Outlet, keeping_training, numbered_observer, outlet_of
 from lightning_neurons.report.console import print_report
 from lightning_neurons.report.drawing import can_draw
@@ -34,7 +33,7 @@ def publish(trainer: Any, observer: Any, report: NeuronReport, entry: HistoryEnt
     if outlet is None:
         return None
     number = numbered_observer(trainer, observer)
-    suffix = series_suffix(trainer, observer)
+    suffix = number + outlet.apart
     for logger in outlet.loggers:
         with keeping_training(observer, "the report was not written everywhere"):
             write_loggers([logger], report, entry, outlet.step, suffix)
@@ -51,15 +50,6 @@ def publish(trainer: Any, observer: Any, report: NeuronReport, entry: HistoryEnt
             for tag, figure in report_figures(report, history, observer.max_figures):
                 show_figure(outlet.loggers, with_suffix(tag, suffix), figure, outlet.step)
     return outlet.folder
-
-
-def series_suffix(trainer: Any, observer: Any) -> str:
-    """What the groups of an observer's series end with: its number; what a test finds after a fit stays apart.
-
-    So does what another Trainer finds, whose steps are not those of the fit. Call it in all processes.
-    """
-    number = numbered_observer(trainer, observer)
-    return number + ("_test" if trainer.testing and has_fitted(trainer) else apart(trainer))
 
 
 def show(trainer: Any, observer: Any) -> None:
@@ -92,7 +82,8 @@ def publish_rounds(trainer: Any, pruner: Any, values: dict[str, float]) -> None:
 def _write_rounds(outlet: Outlet, pruner: Any, values: dict[str, float]) -> None:
     for logger in outlet.loggers:
         with keeping_training(pruner, "not all series of pruning were written"):
-            write_scalars([logger], values, outlet.step)
+            named = {with_suffix(name, outlet.apart): value for name, value in values.items()}
+            write_scalars([logger], named, outlet.step)
     history = pruning_history(pruner.rounds, pruner.pruning.monitor)
     if history is None:
         return
@@ -100,7 +91,8 @@ def _write_rounds(outlet: Outlet, pruner: Any, values: dict[str, float]) -> None
         if outlet.folder is not None:
             history.save(inside(outlet.folder, "pruning.json"))
         if history.points and can_draw() and can_show(outlet.loggers):
-            show_figure(outlet.loggers, "pruning/progress", pruning_progress(history).figure, outlet.step)
+            name = with_suffix("pruning/progress", outlet.apart)
+            show_figure(outlet.loggers, name, pruning_progress(history).figure, outlet.step)
 
 
 def _versions() -> dict[str, str]:

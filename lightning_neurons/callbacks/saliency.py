@@ -184,7 +184,7 @@ class SaliencyCallback(SampledStudy):
             return
         name = f"{_TAG}{numbered(trainer, self, SaliencyCallback)}"
         figure = self.figure()
-        show_figure(outlet.loggers, name, figure, outlet.step)
+        show_figure(outlet.loggers, name + outlet.apart, figure, outlet.step)
         if outlet.folder is not None:
             when = f"after epoch {trainer.current_epoch}" if trainer.state.fn == "fit" else ""
             caption = f"{self.settings['method']} of the {self.settings['of']}, {when}".strip(", ")

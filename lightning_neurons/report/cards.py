@@ -90,27 +90,48 @@ def _numbers(report: NeuronReport, one: Chosen) -> dict[str, float]:
 
 
 def show_maximized(
-    loggers: Sequence[Any], folder: Place | None, found: MaximizedActivation, count: int, step: int, name: str
+    loggers: Sequence[Any],
+    folder: Place | None,
+    found: MaximizedActivation,
+    count: int,
+    step: int,
+    name: str,
+    apart: str = "",
 ) -> None:
-    """Show the pictures of the first ``count`` rows in loggers, and keep them in the folder of a run."""
+    """Show the pictures of the first ``count`` rows in loggers, and keep them in the folder of a run.
+
+    Args:
+        loggers: Lightning loggers.
+        folder: Of the run, or None.
+        found: The pictures.
+        count: How many rows.
+        step: The x.
+        name: Of the picture.
+        apart: What is added to the name in loggers, which other runs may share.
+    """
     reached = zip(found.targets, found.activations.tolist(), found.data_maximum.tolist(), strict=True)
     titles = [f"{target}\n{value:.3g} (data: {most:.3g})" for target, value, most in reached][:count]
     figure = maximized_images(found.shown[:count], titles)
-    show_figure(loggers, name, figure, step)
+    show_figure(loggers, name + apart, figure, step)
     if folder is not None:
         caption = "What was made to excite each target, the activation that it reaches, and the largest on the data"
         keep_picture(folder, name, figure, "Activation maximisation", caption)
 
 
 def show_cards(
-    loggers: Sequence[Any], folder: Place | None, cards: Sequence[NeuronCard], step: int, group: str
+    loggers: Sequence[Any],
+    folder: Place | None,
+    cards: Sequence[NeuronCard],
+    step: int,
+    group: str,
+    apart: str = "",
 ) -> None:
-    """Show cards in loggers, and keep them in the folder of a run."""
+    """Show cards in loggers, and keep them in the folder of a run; see ``show_maximized``."""
     drawn, places = [], dict[str, int]()
     for card in cards:
         places[card.why] = place = places.get(card.why, 0) + 1
         figure = neuron_card(card)
-        show_figure(loggers, f"{group}/{card.why.replace(' ', '_')}/{place}", figure, step)
+        show_figure(loggers, f"{group}{apart}/{card.why.replace(' ', '_')}/{place}", figure, step)
         said = {"name": card.name, "why": card.why, "numbers": plain(dict(card.numbers))}
         drawn.append((figure, said))
     if folder is not None:

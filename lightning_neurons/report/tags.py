@@ -3,8 +3,9 @@
 ``{layer}``, ``{criterion}`` and ``{class}`` stand for names, ``{n}`` for a number from 1.
 
 A second callback of the same kind writes to ``neurons_2/...``, ``scores_2/...``, ``ablation_2/...``, ``saliency_2`` and
-so on: the group has its number. A test after a fit writes to ``neurons_test/...`` and so on. So does another Trainer
-that tests or validates (``neurons_validate/...``) into the logger of a fit: its steps are its own.
+so on: the group has its number. Another fit into the same log directory writes to ``neurons_fit_2/...``. A test after a
+fit writes to ``neurons_test/...`` and so on. So does another Trainer that tests or validates (``neurons_validate/...``)
+into the logger of a fit: its steps are its own.
 
 The table below is the documentation; a test compares it with what is really written.
 """
@@ -13,7 +14,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-_SUFFIX = re.compile(r"(_[1-9]\d*)?(_test|_validate)?$")
+_SUFFIX = re.compile(r"(_[1-9]\d*)?(_fit_[1-9]\d*)?(_test|_validate)?$")
 
 
 @dataclass(frozen=True)

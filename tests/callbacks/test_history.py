@@ -112,10 +112,12 @@ def test_an_epoch_without_validation_is_made_up_for_at_the_next():
 
 
 def test_a_second_run_with_every_n_epochs_measures_again():
-    callback = NeuronSensitivityCallback(every_n_epochs=2)
-    fit(Plain(), [callback], max_epochs=4)
-    fit(Plain(), [callback], max_epochs=2)
+    callback, module = NeuronSensitivityCallback(every_n_epochs=2), Plain()
+    fit(module, [callback], max_epochs=4)
+    fit(module, [callback], max_epochs=2)
     assert epochs(callback) == [1, 3, 1]
+    fit(Plain(), [callback], max_epochs=2)
+    assert epochs(callback) == [1], "another model has another history"
 
 
 def test_validate_after_fit_does_not_add_to_the_history():
