@@ -10,6 +10,7 @@ from lightning_neurons.callbacks.pruning_settings import PruningSettings
 from lightning_neurons.callbacks.runner import Runner
 from lightning_neurons.callbacks.training_trial import TrainingTrial, failing
 from lightning_neurons.errors import PruningError
+from lightning_neurons.network.copying import finally_hooked_parameters
 from lightning_neurons.pruning.budget import PruningBudget
 from lightning_neurons.pruning.compensation.calibration import Calibration
 from lightning_neurons.pruning.compensation.repair import Wiring
@@ -22,7 +23,7 @@ from lightning_neurons.pruning.preparation import Candidate, prepare
 from lightning_neurons.pruning.reach import Dense
 from lightning_neurons.pruning.rounds import Pending, Rounds
 from lightning_neurons.pruning.structure import Structure, discover
-from lightning_neurons.pruning.surgery import Cut, cuts_of
+from lightning_neurons.pruning.surgery import Cut, cuts_of, stays_of
 from lightning_neurons.results.neuron_report import NeuronReport
 
 
@@ -228,6 +229,13 @@ class Decision:
         known = {root: reason for root, reason in self.left_whole.items() if root in structure.groups}
         for path, reason in self._alike.unclear.items():
             known |= {root: reason for root, g in structure.groups.items() if any(_is_in(n, path) for n in g.layers)}
+        if hooked := {*finally_hooked_parameters(self.pl_module)}:
+            for group in structure.offered.values():
+                if held := hooked & stays_of(self.pl_module, cuts_of([group], {group.root: [0]})).keys():
+                    known[group.root] = (
+                        f"{min(held)} has a hook that runs when its gradient is complete, and what it holds, such as "
+                        "an optimizer of its own, cannot be cut"
+                    )
         return replace(structure, refused={**known, **structure.refused})
 
     def _judge(self, budgets: Sequence[PruningBudget], report: NeuronReport | None, seed: int, is_due: bool) -> Verdict:

@@ -62,7 +62,15 @@ def copy_of(model: nn.Module, *, shared: bool = False) -> nn.Module:
 
 def hooked_parameters(model: nn.Module) -> list[str]:
     """Paths of the parameters that have hooks of the user's own on their gradients."""
-    return [public_name(name) for name, parameter in model.named_parameters() if _gradient_hooks(parameter)]
+    final = finally_hooked_parameters(model)
+    names = ((public_name(name), parameter) for name, parameter in model.named_parameters())
+    return [name for name, parameter in names if _gradient_hooks(parameter) or name in final]
+
+
+def finally_hooked_parameters(model: nn.Module) -> list[str]:
+    """Those with hooks that run when a gradient is complete, in which an optimizer may step; copies have none."""
+    hooks = {name: getattr(p, "_post_accumulate_grad_hooks", None) or {} for name, p in model.named_parameters()}
+    return [public_name(name) for name, found in hooks.items() if _of_users(found.values())]
 
 
 def what_fails(model: nn.Module) -> str:
@@ -100,7 +108,10 @@ def _copy(model: nn.Module, own: Mapping[int, Any], functions: Iterable[types.Fu
 
 def _gradient_hooks(parameter: Tensor) -> list[Any]:
     """The user's hooks on the gradient of a parameter."""
-    hooks = (parameter._backward_hooks or {}).values()
+    return _of_users((parameter._backward_hooks or {}).values())
+
+
+def _of_users(hooks: Iterable[Any]) -> list[Any]:
     return [hook for hook in hooks if not is_framework(getattr(hook, "__module__", None))]
 
 

@@ -318,3 +318,27 @@ def test_a_difference_of_rounding_alone_keeps_no_layer_whole():
     module, callback = Sharp(), pruner("weight_l2", amount=0.4, scope="layer")
     fit(module, [callback], max_epochs=2)
     assert module.net[1].out_features == 181
+
+
+class StepsInBackward(Manual):
+    """Each parameter of a layer has an optimizer of its own, which steps as soon as its gradient is there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for parameter in self.net.conv2.parameters():
+            optimizer = torch.optim.Adam([parameter])
+            parameter.register_post_accumulate_grad_hook(lambda p, optimizer=optimizer: optimizer.step())
+
+
+def test_a_layer_whose_parameters_are_stepped_in_backward_stays_whole_with_those_that_it_reads():
+    module = seeded(StepsInBackward)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(module, [pruner("weight_l2", amount=0.33, scope="layer")], max_epochs=3)
+    said = [str(w.message).partition("cannot cut ")[2] for w in caught]
+    hook = "has a hook that runs when its gradient is complete, and what it holds, such as an optimizer of its own, can"
+    assert [one for one in said if one] == [
+        f"net.conv1: net.conv2.weight {hook}not be cut",
+        f"net.conv2: net.conv2.bias {hook}not be cut",
+    ]
+    assert widths(module) == {**WHOLE, "net.fc1": 5}
