@@ -14,12 +14,12 @@ from lightning_neurons.callbacks.checks import overrides, said_of
 from lightning_neurons.callbacks.replay import StepReplay
 from lightning_neurons.errors import PruningError
 from lightning_neurons.network.batches import (
-    batch_size_of,
     inputs_of,
     is_divisible,
     is_list_of_samples,
     map_tensors,
     rows_of,
+    samples_in,
 )
 from lightning_neurons.network.isolate import eager, isolated
 from lightning_neurons.network.layer import modules_by_name
@@ -153,7 +153,7 @@ def _on_first(module: nn.Module, batch: Any) -> Any:
 
 def _first_of(batch: Any, samples: int) -> Any:
     """The first samples of a batch; all of a batch that is one piece, such as a graph."""
-    size = batch_size_of(batch)
+    size = samples_in(batch)
     return rows_of(batch, torch.arange(samples), size) if samples < size and is_divisible(batch) else batch
 
 
@@ -190,7 +190,7 @@ class KeptBatches:
         if left > 0:
             part = _first_of(batch, left)
             self._batches.append(map_tensors(part, lambda t: t.detach().to("cpu", copy=True)))
-            self.samples += batch_size_of(part)
+            self.samples += samples_in(part)
 
     def on(self, device: torch.device) -> Iterator[Any]:
         """The batches, one by one, on a device."""
@@ -222,8 +222,8 @@ def metric_on(trainer: Any, pl_module: Any, kept: KeptBatches, monitor: str) -> 
                     metric = value
                     metric._to_sync = False  # here; a process without samples could not join in
                 elif value is not None:
-                    total += float(value) * batch_size_of(batch)
-                    count += batch_size_of(batch)
+                    total += float(value) * samples_in(batch)
+                    count += samples_in(batch)
             if metric is not None:
                 total, count = float(metric.compute()) * kept.samples, kept.samples
     except Exception as error:  # noqa: BLE001 (else the other processes would wait for ever)

@@ -120,6 +120,19 @@ def batch_size_of(batch: Any) -> int:
     return size
 
 
+def samples_in(batch: Any) -> int:
+    """How many samples there are; 1 if nothing tells, as the batch is then one piece.
+
+    Example:
+        >>> samples_in({"seed": torch.tensor(3)}), samples_in(torch.zeros(4, 2))
+        (1, 4)
+    """
+    try:
+        return batch_size_of(batch)
+    except MeasurementError:
+        return 1
+
+
 def _size_of(batch: Any, *, is_inside: bool = False) -> int | None:
     if isinstance(batch, Tensor):
         return batch.size(0) if batch.ndim else None

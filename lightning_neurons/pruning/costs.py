@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from lightning_neurons.network.batches import batch_size_of, tensors_of
+from lightning_neurons.network.batches import samples_in
 from lightning_neurons.network.coupling import Group
 from lightning_neurons.network.layer import candidates, modules_by_name, public_name
 from lightning_neurons.network.widths import axes
@@ -73,7 +73,7 @@ def costs_of(model: nn.Module, example: Example) -> Costs:
         model: In evaluation mode; it may be a copy.
         example: What to run it on.
     """
-    samples = batch_size_of(example.inputs) if tensors_of(example.inputs) else 1
+    samples = samples_in(example.inputs)
     counting = _Counting(model)
     # The fused forms of attention have no formula on every device; written out, all of it is counted.
     with counting.watched(), _written_out(), torch.inference_mode(False), torch.no_grad(), counting:

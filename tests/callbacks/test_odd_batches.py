@@ -1,5 +1,6 @@
 """Batches that are lists of records, objects, or changed by the step that reads them."""
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -10,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from lightning_neurons import NeuronSensitivityCallback, measure
-from tests.callbacks.modules import Plain, dataset, trainer_of
+from tests.callbacks.modules import Plain, dataset, fit, trainer_of
+from tests.callbacks.pruned import Probe, pruner, widths
 
 ROWS = 22
 
@@ -117,3 +119,48 @@ def test_a_lambda_that_moved_to_another_line_is_the_same_callback_in_a_checkpoin
 def test_layers_that_are_neither_names_nor_module_types_are_refused_at_once(layers):
     with pytest.raises(ValueError, match=r"layers=.* is not allowed: expected patterns of layer names"):
         NeuronSensitivityCallback(layers=layers)
+
+
+class Wordless:
+    """Holds numbers that nobody but the module finds."""
+
+    def __init__(self, seed: int) -> None:
+        self.numbers = f"{seed}"
+
+
+WORDLESS = {"scalar": lambda seed: {"seed": torch.tensor(seed), "rows": 8}, "number": int, "object": Wordless}
+
+
+class Seeded(Plain):
+    """Its batches say what is to be made; nothing in them tells how many samples that gives."""
+
+    def read(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        seed = batch["seed"] if isinstance(batch, dict) else getattr(batch, "numbers", batch)
+        return next(iter(DataLoader(dataset(8, seed=int(seed)), 8)))
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return self.loss(self.read(batch))
+
+    def validation_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        loss = self.loss(self.read(batch))
+        self.log("val_loss", loss, batch_size=8)
+        return loss
+
+
+@pytest.mark.parametrize("compensation", ["none", "least_squares"])
+@pytest.mark.parametrize("kind", WORDLESS)
+def test_batches_that_tell_no_number_of_samples_do_not_keep_a_module_from_being_cut(kind, compensation):
+    torch.manual_seed(0)
+    module, seeds = Seeded(), DataLoader(range(4), 1, collate_fn=lambda one: WORDLESS[kind](one[0]))
+    options: dict[str, Any] = {"monitor": "val_loss", "mode": "min", "max_drop": 9.0, "compensation": compensation}
+    callback = pruner("weight_l2", amount=0.33, scope="layer", **options)
+
+    def look(trainer: Any, module: Any) -> float:
+        with torch.no_grad():
+            losses = [copy.deepcopy(module).eval().loss(module.read(batch)) for batch in seeds]
+        return float(torch.stack(losses).mean())
+
+    after = Probe("on_train_epoch_start", look)
+    fit(module, [callback, after], train=seeds, val=seeds, max_epochs=2)
+    assert widths(module) == {"net.conv1": 3, "net.conv2": 4, "net.fc1": 5, "net.fc2": 3}
+    assert callback.rounds.done[0].cut == pytest.approx(after.seen[1], rel=1e-6)

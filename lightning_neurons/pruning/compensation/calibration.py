@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_neurons.errors import PruningError
-from lightning_neurons.network.batches import batch_size_of, form_of, is_divisible, join, tensors_of
+from lightning_neurons.network.batches import form_of, is_divisible, join, samples_in, tensors_of
 from lightning_neurons.network.isolate import eager
 from lightning_neurons.pruning.compensation.moments import Reduce, alone
 
@@ -47,7 +47,7 @@ class Calibration:
         with torch.no_grad(), eager():
             model.eval()
             for batch in self.batches:
-                size = batch_size_of(batch)
+                size = samples_in(batch)
                 loss = self.loss(model, batch)
                 if not isinstance(loss, Tensor):
                     raise PruningError(f"loss_fn returned {type(loss).__name__}: expected a tensor")
@@ -79,7 +79,7 @@ def in_few(batches: Sequence[Any], most: int, run: Callable[[Any], Any]) -> list
 
 
 def _joined(some: Sequence[Any]) -> Any:
-    return join(some, [batch_size_of(batch) for batch in some])
+    return join(some, [samples_in(batch) for batch in some])
 
 
 def _stand_alone(some: Sequence[Any], run: Callable[[Any], Any]) -> bool:
@@ -90,7 +90,7 @@ def _stand_alone(some: Sequence[Any], run: Callable[[Any], Any]) -> bool:
         return False
     if len({len(tensors) for tensors in found}) > 1:
         return False
-    sizes = [batch_size_of(batch) for batch in some]
+    sizes = [samples_in(batch) for batch in some]
     floats = [(tensor, pieces) for tensor, *pieces in zip(*found, strict=True) if tensor.is_floating_point()]
     return bool(floats) and all(_is_alike(tensor, pieces, sizes) for tensor, pieces in floats)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from lightning_neurons.network.batches import batch_size_of
+from lightning_neurons.network.batches import samples_in
 from lightning_neurons.network.isolate import eager
 from lightning_neurons.network.layer import modules_by_name
 from lightning_neurons.pruning.compensation.calibration import Calibration
@@ -34,7 +34,7 @@ def reestimate(rehearsal: Rehearsal, calibration: Calibration) -> dict[str, Tens
         norm.momentum, norm.training = None, True  # the mean over batches
     with torch.no_grad(), eager():
         for batch in calibration.batches:
-            if batch_size_of(batch) > 1:  # one sample alone may have no variance
+            if samples_in(batch) > 1:  # one sample alone may have no variance
                 calibration.run(rehearsal.twin, batch)
     rehearsal.twin.eval()
     found = {}
