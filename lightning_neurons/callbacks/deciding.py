@@ -210,7 +210,8 @@ class Decision:
                     return discover(self.pl_module, runner.example)
                 except PruningError:
                     continue
-            raise error
+            told = "; one of forward and validation_step has to be differentiable, and neither is"
+            raise PruningError(f"{error}{told}") from error
 
     def _seeing_more(self, known: Structure, runner: Runner) -> Structure | None:
         """That in another way, if more layers run in it and all that can be cut in the first can be cut: else None."""

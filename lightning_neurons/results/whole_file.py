@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from uuid import uuid4
 
 from fsspec.core import url_to_fs
 
@@ -47,34 +48,27 @@ def write_whole(path: str | Path, content: str | bytes) -> None:
 
     A link stays a link, a file keeps its mode, and what is no plain file (a pipe, a device) is written to as it is.
     """
-    place = place_of(path)
+    place, data = place_of(path), content.encode() if isinstance(content, str) else content
     if isinstance(place, str):
         files, name = url_to_fs(place)
         files.makedirs(name.rpartition("/")[0], exist_ok=True)
-        files.pipe_file(name, content.encode() if isinstance(content, str) else content)
+        files.pipe_file(name, data)
         return
     target = place.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.exists() and not target.is_file():
-        _write(target, content)
+        target.write_bytes(data)
         return
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}")
+    unfinished = target.with_name(f".{uuid4().hex}")  # of each thread its own, and not longer than names may be
     try:
         if target.exists():
             unfinished.touch(mode=0o600)  # what others may not read, they may not read in between
-        _write(unfinished, content)
+        unfinished.write_bytes(data)
         if target.exists():
             shutil.copymode(target, unfinished)
         unfinished.replace(target)
     finally:
         unfinished.unlink(missing_ok=True)
-
-
-def _write(path: Path, content: str | bytes) -> None:
-    if isinstance(content, str):
-        path.write_text(content, encoding="utf-8")
-    else:
-        path.write_bytes(content)
 
 
 def read_text(path: str | Path) -> str:

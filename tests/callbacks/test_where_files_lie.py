@@ -2,6 +2,7 @@
 
 import copy
 import json
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,25 @@ def test_a_file_that_is_written_keeps_what_it_is(tmp_path):
     assert (link.is_symlink(), real.read_text(), real.stat().st_mode & 0o777) == (True, "new", 0o640)
     write_whole("/dev/null", "nothing")
     assert not Path("/dev/null").is_file()
+    longest = tmp_path / ("n" * 255)
+    write_whole(longest, b"new")
+    assert {*tmp_path.iterdir()} == {real, link, longest}
+
+
+def test_who_writes_a_file_at_the_same_time_does_not_disturb(tmp_path):
+    path, letters = tmp_path / "file.json", "abcd"
+
+    def write_often(letter: str) -> None:
+        for _ in range(100):
+            write_whole(path, letter * 5000)
+
+    with ThreadPoolExecutor(len(letters)) as threads:
+        writing = [threads.submit(write_often, letter) for letter in letters]
+        wait(writing, return_when=FIRST_COMPLETED)
+        texts = {path.read_text() for _ in range(50)}
+    assert [done.exception() for done in writing] == [None] * 4
+    assert texts <= {letter * 5000 for letter in letters}
+    assert [*tmp_path.iterdir()] == [path]
 
 
 def test_who_gave_a_callback_that_was_copied_hears_where_the_report_is(tmp_path, capsys):
