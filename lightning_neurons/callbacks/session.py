@@ -170,6 +170,12 @@ class Session:
                 return
             divisible, is_stateful = independence_of(replay, group[0].settings.loss_reduction, batch, place)
             group[0].pick(batch, place, picked, whole=not divisible)
+            if is_stateful and self.source == "train":
+                for member in group:
+                    member.add_note(
+                        f"the loss of {replay.step} depends on the batches that it has been run on before; each batch "
+                        "here has it in the state that training has left"
+                    )
             if is_stateful and self.source == "val":  # before the step moves on from the state that the batch meets
                 while picked:
                     self._differentiate(group, picked.pop(0), is_stateful=True)

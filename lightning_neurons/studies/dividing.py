@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from lightning_neurons.studies.outcomes import Outcomes
 _ALIKE = 1e-5
 
 _TRIES = 4
+
+_REPEATS = 2
 
 _MOST = 32  # samples that a batch is asked with; a few tell as well as many, and cost less
 
@@ -56,22 +58,32 @@ class Independence:
             self._tries += 1
             if is_divisible(batch) and (size := batch_size_of(batch)) > _MOST:
                 batch = rows_of(batch, torch.arange(_MOST) * size // _MOST, size)
-            losses = _twice(loss_of, batch, isolated)
-            self.is_stateful = losses is not None and math.isfinite(losses[0]) and not _near(losses[0], losses[1:])
+            losses = _one_after_the_other(loss_of, batch, isolated)
+            self.is_stateful = losses is not None and math.isfinite(losses[0]) and not _all_near(losses)
             whole = None if losses is None or self.is_stateful else losses[0]
             self._is_shown = whole is not None and _is_sum_of_parts(whole, loss_of, batch, isolated)
         return is_divisible(batch) and bool(self._is_shown)
 
 
-def _twice(loss_of: Callable[[Any], Tensor], batch: Any, isolated: Isolated) -> list[float] | None:
-    """The losses of two runs, one after the other, with the same random numbers; None if it does not run."""
+def _one_after_the_other(loss_of: Callable[[Any], Tensor], batch: Any, isolated: Isolated) -> list[float] | None:
+    """The losses of some runs of a batch, with the same random numbers; None if it does not run.
+
+    In between, another batch of its form is run: what a step keeps of the batch before may show only then, or only
+    after some batches.
+    """
+    size = batch_size_of(batch) if is_divisible(batch) else 0
+    other = rows_of(batch, torch.arange(size) // 2, size) if size else batch
     for gradients in (False, True):  # some losses take gradients of their own
         try:
             with isolated(), torch.inference_mode(False), torch.set_grad_enabled(gradients), eager():
                 random = random_state()
-                first = float(loss_of(batch).detach())
-                set_random_state(random)
-                return [first, float(loss_of(batch).detach())]
+                losses = [float(loss_of(batch).detach())]
+                for _ in range(_REPEATS):
+                    with suppress(Exception):  # not every batch can be run
+                        loss_of(other)
+                    set_random_state(random)
+                    losses.append(float(loss_of(batch).detach()))
+                return losses
         except Exception:  # noqa: BLE001 (who runs the batch for its numbers will say what is wrong)
             continue
     return None
@@ -128,6 +140,10 @@ def divides(outcomes: Outcomes, batch: Any, parts: Sequence[Any], results: Seque
     mean = float(outcomes.of([results[0]], batch, sum(sizes)).means[0])
     alike = not math.isfinite(mean) or _near(mean, [m * n / sum(sizes) for m, n in zip(means, sizes, strict=True)])
     return alike and _joined_alike(results[0][1], [heard for _, heard in results[1:]])
+
+
+def _all_near(losses: Sequence[float]) -> bool:
+    return all(_near(losses[0], [loss]) for loss in losses[1:])
 
 
 def _near(whole: float, pieces: Sequence[float]) -> bool:

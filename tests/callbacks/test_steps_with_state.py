@@ -42,6 +42,41 @@ class Carried(Centred):
         return F.cross_entropy(hidden, batch[1])
 
 
+class Previous(Centred):
+    """A distance to the batch before, if there was one of the same size: nothing that running one batch twice shows."""
+
+    def on_validation_epoch_start(self) -> None:
+        self.previous = None
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
+        logits, before = self(batch[0]), self.previous
+        self.previous = logits.detach()
+        moved = 0.0 if before is None or before.shape != logits.shape else 5 * (logits - before).square().mean()
+        return F.cross_entropy(logits, batch[1]) + moved
+
+
+class SmoothedMean(Previous):
+    """The same with a mean over the batch, which does not tell in which order its samples came."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
+        logits, before = self(batch[0]), self.previous
+        self.previous = logits.detach().mean(0)
+        return F.cross_entropy(logits, batch[1]) + (0.0 if before is None else (logits - before).square().mean())
+
+
+class WarmedUp(Centred):
+    """Scaled by a mean of the losses before, from the third batch on."""
+
+    def on_validation_epoch_start(self) -> None:
+        self.losses: list[float] = []
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = F.cross_entropy(self(batch[0]), batch[1])
+        scale = 1.0 if len(self.losses) < 2 else sum(self.losses) / len(self.losses)
+        self.losses.append(float(loss))
+        return loss / scale
+
+
 class Queued(Plain):
     """A ring of sixteen places, which only whole batches of eight fill without a gap."""
 
@@ -70,7 +105,7 @@ def gradients_of_logits(module: Any) -> Tensor:
     return mean / mean.sum()
 
 
-@pytest.mark.parametrize("kind", [Centred, Carried, Queued])
+@pytest.mark.parametrize("kind", [Centred, Carried, Previous, SmoothedMean, WarmedUp, Queued])
 def test_each_batch_is_differentiated_in_the_state_that_it_met(kind):
     torch.manual_seed(0)
     callback = NeuronSensitivityCallback(criteria=["gradient"], max_figures=0)
@@ -79,6 +114,15 @@ def test_each_batch_is_differentiated_in_the_state_that_it_met(kind):
     assert callback.report is not None
     scores = callback.report.scores["gradient"]["net.fc2"]
     torch.testing.assert_close(scores, gradients_of_logits(module), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", [Previous, WarmedUp, Queued])
+def test_it_is_said_that_training_data_meets_another_state(kind):
+    callback = NeuronSensitivityCallback(criteria=["gradient"], max_figures=0, source="train")
+    fit(kind(), [callback], max_epochs=1)
+    assert callback.report is not None
+    said = any("the loss of validation_step depends on the batches" in note for note in callback.report.notes)
+    assert said == (kind is not Queued)
 
 
 @pytest.mark.parametrize("kind", [Carried, Queued])
