@@ -164,10 +164,20 @@ class Measurement:
                 "main_criterion": main_criterion(self.criteria),
                 "in_loss_units": [c.name for c in self.criteria if c.in_loss_units],
             },
-            notes=(*notes, *self._unresolved(), *self._unfollowed()),
+            notes=(*notes, *self._unreached(), *self._unresolved(), *self._unfollowed()),
             epoch=epoch,
             step=step,
         )
+
+    def _unreached(self) -> list[str]:
+        """Which layers ran and got no gradient, though others did."""
+        wanted = [index for index, need in enumerate(NEEDS) if need in self.needs - {"activation"}]
+        got = (self.metric.samples + self.metric.nonfinite)[:, wanted].sum((0, 1))
+        reached = {name: bool(got[self.metric.places[name]].any()) for name in self.metric.traits}
+        names = [name for name, is_reached in reached.items() if not is_reached]
+        if not names or len(names) == len(reached):
+            return []
+        return [f"no gradient of the loss reaches {_listed(names)}: scores that rest on gradients are unknown there"]
 
     def _unresolved(self) -> list[str]:
         """Where near_zero asks for magnitudes that the histogram does not tell apart."""
@@ -193,11 +203,7 @@ class Measurement:
             layer = self.layers.get(name)
             if layer is not None and layer.calls and layer.note:
                 same.setdefault(layer.note, []).append(name)
-        found = [
-            f"{', '.join(names[:_NAMED])}{f' and {len(names) - _NAMED} more layers' if names[_NAMED:] else ''}: "
-            f"measured before what follows, as {note}"
-            for note, names in same.items()
-        ]
+        found = [f"{_listed(names)}: measured before what follows, as {note}" for note, names in same.items()]
         return found[:_NAMED] + [f"and {len(found) - _NAMED} notes more, at their layers"] * (len(found) > _NAMED)
 
     def _counts(self, name: str) -> LayerCounts:
@@ -223,6 +229,11 @@ class Measurement:
         """The samples of a class: the most that any neuron saw (others may have been infinite there)."""
         seen = self.metric.samples[klass, : len(NEEDS)]
         return int(seen.max()) if seen.numel() else 0
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMED} more layers" if names[_NAMED:] else ""
+    return f"{', '.join(names[:_NAMED])}{more}"
 
 
 def check_scores(criterion: str, layer: str, scores: Any, neurons: int) -> None:
