@@ -63,7 +63,9 @@ def given_batches(batches: Any) -> list[Any]:
     check_batches(batches)
     found = [batch for batch in batches if batch_size_of(batch)]
     if not found:
-        raise MeasurementError(f"batches={type(batches).__name__}: it gave no batch with a sample (has a generator been used up?)")
+        raise MeasurementError(
+            f"batches={type(batches).__name__}: it gave no batch with a sample (has a generator been used up?)"
+        )
     return found
 
 

@@ -104,7 +104,9 @@ def measure(
         model.eval()
         seen = collect(measurement, batches, settings, loss_fn)
     if not seen:
-        raise MeasurementError(f"batches={type(batches).__name__}: it gave no batch with a sample (has a generator been used up?)")
+        raise MeasurementError(
+            f"batches={type(batches).__name__}: it gave no batch with a sample (has a generator been used up?)"
+        )
     return measurement.report(settings=settings.plain(), notes=[f"measured on {seen} samples"])
 
 
