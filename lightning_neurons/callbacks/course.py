@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_neurons.callbacks.checks import overrides
-from lightning_neurons.callbacks.moments import Moment
+from lightning_neurons.callbacks.moments import Moment, Move
 from lightning_neurons.callbacks.stand_ins import OptimizerStandIn
 from lightning_neurons.callbacks.steps import step_arguments
 from lightning_neurons.errors import in_short
@@ -31,7 +31,8 @@ class Course:
     """Calls the hooks of a module and of callbacks around its steps.
 
     Args:
-        trainer: The Trainer, which stands where it is to be found.
+        trainer: The Trainer.
+        move: Lets it stand at a moment.
         twin: A copy of its module, with what stands in for optimizers.
         callbacks: Those that take part.
         untried: What is not called, as in ``HookError.key``.
@@ -41,13 +42,14 @@ class Course:
     def __init__(
         self,
         trainer: Any,
+        move: Move,
         twin: Any,
         callbacks: Sequence[Any],
         untried: set[tuple[Any, str]],
         look: Callable[[], None],
     ) -> None:
         self._trainer, self._twin, self._callbacks, self._untried = trainer, twin, callbacks, untried
-        self._look, self._epoch = look, -1
+        self._look, self._move, self._epoch = look, move, -1
         self._modes = {name: module.training for name, module in twin.named_modules()}
 
     def step(self, batch: Any, moment: Moment) -> None:
@@ -57,6 +59,7 @@ class Course:
             HookError: If the step or a hook fails.
         """
         twin, batch_idx = self._twin, moment.batch_idx
+        self._move(moment, is_over=False)
         if self._epoch != moment.epoch:
             self._call("on_train_epoch_start")
         self._epoch = moment.epoch
@@ -84,6 +87,7 @@ class Course:
             closure()
         if not twin.automatic_optimization:
             self._look()
+        self._move(moment, is_over=True)
         out = results[-1] if results else None
         self._call("on_train_batch_end", {"loss": out.detach()} if isinstance(out, Tensor) else out, batch, batch_idx)
 
@@ -102,12 +106,13 @@ class Course:
             self._trainer.gradient_clip_algorithm,
         )
 
-    def validate(self, batch: Any) -> None:
-        """One batch of a validation, or none if that is None, and all around it.
+    def end(self, batch: Any, moment: Moment) -> None:
+        """The end of an epoch, with one batch of its validation, or none if that is None.
 
         Raises:
             HookError: If the step or a hook fails.
         """
+        self._move(moment, is_over=True)
         self._trainer.validating = True
         self._own("on_validation_model_zero_grad")
         self._twin.eval()
@@ -121,10 +126,10 @@ class Course:
                 arguments = step_arguments(self._trainer, self._twin, "validation_step", 0, 0)
                 out = self._guarded(None, "validation_step", batch, *arguments)
                 self._call("on_validation_batch_end", out, batch, 0)
-            self.end_validation()
+        self.finish()
 
-    def end_validation(self) -> None:
-        """What follows the last batch of a validation.
+    def finish(self) -> None:
+        """What follows the last batch of a validation, up to a checkpoint of the epoch.
 
         Raises:
             HookError: If a hook fails.
@@ -136,13 +141,6 @@ class Course:
         for name, module in self._twin.named_modules():
             module.training = self._modes.get(name, module.training)
         self._trainer.training = True
-
-    def end_epoch(self) -> None:
-        """What follows the validation of an epoch, up to a checkpoint.
-
-        Raises:
-            HookError: If a hook fails.
-        """
         if self._twin.automatic_optimization:
             schedulers = self._twin.lr_schedulers()
             for scheduler in schedulers if isinstance(schedulers, list) else [schedulers] if schedulers else []:

@@ -1,6 +1,6 @@
 """Which networks of a module follow others: nobody trains them, and they move all the same."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
@@ -12,7 +12,11 @@ from lightning_neurons.network.layer import candidates, lazy_path, public_name
 from lightning_neurons.network.users import is_framework, names_in
 
 _WRITES = {"load_state_dict", "copy_", "lerp_", "mul_", "add_", "data", "update_parameters", "_foreach_lerp_", "set_"}
-_APART = {"__init__", "setup", "configure_model", "configure_optimizers"}
+_APART = {
+    "__init__", "setup", "configure_model", "configure_optimizers", "on_fit_start", "on_sanity_check_start",
+    "on_train_start", "on_load_checkpoint",
+}  # fmt: skip
+"""What runs once, before anything is trained: a copy that is made there follows nothing."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,14 @@ class Following:
             alike = {path for paths in _alike(pl_module) for path in paths}
             self.marks = {path: _mark(pl_module.get_submodule(path)) for path in alike}
 
-    def look(self, trainer: Any, pl_module: nn.Module) -> Found:
-        """See what has moved since; before the first step, nothing can have."""
+    def look(self, trainer: Any, pl_module: nn.Module, moving: Collection[str] = ()) -> Found:
+        """See what has moved since; before the first step, nothing can have.
+
+        Args:
+            trainer: The Trainer.
+            pl_module: Its module.
+            moving: Parameters of which it is known that they are going to be moved, and not by an optimizer.
+        """
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         held = {id(p) for group in groups for p in group["params"] if p.requires_grad}
         stepped = {id(p) for optimizer in trainer.optimizers for p, state in optimizer.state.items() if state}
@@ -73,7 +83,7 @@ class Following:
                     continue
                 untrained.add(public_name(path))
                 leader = min(leaders, key=lambda one: _distance(leaders[one], module))
-                if not torch.equal(_mark(module), self.marks[path]):
+                if not torch.equal(_mark(module), self.marks[path]) or any(_is_within(n, [path]) for n in moving):
                     self.known[public_name(path)] = public_name(leader)
                     seen.append(public_name(path))
                 elif torch.equal(self.marks[path], self.marks[leader]) and _may_write(pl_module, path):

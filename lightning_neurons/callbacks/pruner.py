@@ -80,10 +80,9 @@ class NeuronPruner(MonitoredObserver):
 
         While a validation goes on, the rounds are those before it: when the run is resumed, it is made again.
         """
-        rounds = self.rounds if self._open is None else self._open
         return {
             **super().state_dict(),
-            "rounds": rounds.state_dict(),
+            "rounds": (self._open or self.rounds).state_dict(),
             "seed": self._seed,
             "validated": self._validated_at,
             "left_whole": self._left_whole,
@@ -255,12 +254,13 @@ class NeuronPruner(MonitoredObserver):
         if is_due and suitability.is_over(trainer):
             self._warn(f"round {number} of {schedule.rounds} is not made: no epoch follows {trainer.current_epoch}")
             return
-        decision = self._decision(trainer, pl_module)
+        trial, known = self._working_trial(trainer), {*self._left_whole}
+        decision = self._decision(trainer, pl_module, frozenset() if trial is None else trial.moved)
         calibration = calibration_of(trainer, pl_module, self._runner, self._kept, self.loss_fn)
         budgets = [self._due_budget(number), self.pruning.budget]
         decision.gather(budgets[0], calibration)
-        seed, known = (self._seed or 0) + self.rounds.number, {*self._left_whole}
-        verdict = decision.judge(budgets, self.report, seed, is_due=is_due, trial=self._working_trial(trainer))
+        seed = (self._seed or 0) + self.rounds.number
+        verdict = decision.judge(budgets, self.report, seed, is_due=is_due, trial=trial)
         new = [f"{root}: {why}" for root, why in self._left_whole.items() if root not in known]
         self._note(replace(decision.survey, unprunable=(*decision.survey.unprunable, *new)), verdict)
         self.rounds.votes = [*self.rounds.votes, verdict.vote][1 - patience :] if patience > 1 else []
@@ -270,8 +270,8 @@ class NeuronPruner(MonitoredObserver):
         if not pending.plan and not any("met already" in note for note in verdict.notes):
             self._warn(f"nothing is cut in round {number}: {'; '.join(pending.plan.notes)}")
 
-    def _decision(self, trainer: Any, pl_module: Any) -> Decision:
-        alike = self._following.look(trainer, pl_module)
+    def _decision(self, trainer: Any, pl_module: Any, moving: frozenset[str] = frozenset()) -> Decision:
+        alike = self._following.look(trainer, pl_module, trainer.strategy.broadcast(moving, 0))
         return Decision(trainer, pl_module, self._runner, self.pruning, self.rounds, self._left_whole, alike)
 
     def _working_trial(self, trainer: Any) -> TrainingTrial | None:

@@ -58,11 +58,13 @@ class _Outcome:
         gradients: At each step of an optimizer.
         draws: The shapes of all random numbers.
         calls: By moment, which functions were called.
+        moved: Parameters that have other values, although no optimizer has stepped.
     """
 
     gradients: list[Gradients]
     draws: list[torch.Size]
     calls: list[tuple[Any, ...]]
+    moved: frozenset[str]
 
 
 class TrainingTrial:
@@ -71,10 +73,13 @@ class TrainingTrial:
     Args:
         trainer: The Trainer.
         pl_module: Its module, in the mode in which it is trained.
+
+    Attributes:
+        moved: Parameters that training will move without an optimizer, as far as that has been seen.
     """
 
     def __init__(self, trainer: Any, pl_module: Any) -> None:
-        self.trainer, self.pl_module = trainer, pl_module
+        self.trainer, self.pl_module, self.moved = trainer, pl_module, frozenset[str]()
         users = Users(type(pl_module))
         self._callbacks = [c for c in trainer.callbacks if users.own(type(c)) and _is_plain(type(c))]
         self._batches: list[tuple[Any, int]] = []
@@ -106,7 +111,7 @@ class TrainingTrial:
         self._moments = moments_to_come(self.trainer)
         while True:
             try:
-                calls = self._run((), {}, silent=True).calls
+                found = self._run((), {}, silent=True)
             except HookError as error:
                 if error.hook not in _STEP:
                     self._untried.add(error.key)
@@ -117,7 +122,7 @@ class TrainingTrial:
             except Exception as error:  # noqa: BLE001 (whatever it is: then nothing can be said)
                 return in_short(error)
             else:
-                self._moments = _worth_trying(self._moments, calls)
+                self.moved, self._moments = found.moved, _worth_trying(self._moments, found.calls)
                 return None
 
     def difference(self, cuts: Sequence[Cut]) -> str | None:
@@ -174,21 +179,18 @@ class TrainingTrial:
             twin.trainer = trainer
             listen = None if twin.automatic_optimization else look
             vars(twin).update(stand_in(trainer, self.pl_module, twin, listen))
-            course = Course(trainer, twin, self._callbacks, self._untried, look)
+            course = Course(trainer, move, twin, self._callbacks, self._untried, look)
             with differentiable(), precision.train_step_context():
-                course.end_validation()
-                course.end_epoch()
+                course.finish()
                 (_silence if silent else cut)(twin, cuts)
                 for moment in self._moments:
                     before = len(draws.calls)
-                    move(moment)
                     if moment.kind == "step":
                         course.step(batches[moment.batch_idx % len(batches)][0], moment)
                     else:
-                        course.validate(validation)
-                        course.end_epoch()
+                        course.end(validation, moment)
                     calls.append(tuple(draws.calls[before:]))
-        return _Outcome(seen, draws.shapes, calls)
+        return _Outcome(seen, draws.shapes, calls, frozenset() if cuts else _moved(self.pl_module, twin))
 
     def _are_same(self, expected: list[Gradients], got: list[Gradients], cuts: Sequence[Cut]) -> bool:
         if len(expected) != len(got):
@@ -247,6 +249,11 @@ def _worth_trying(moments: Sequence[Moment], calls: Sequence[tuple[Any, ...]]) -
     new = {number for number, called in enumerate(calls) if called and called not in calls[:number]}
     last = max(BATCHES - 1, *(number for number in new if moments[number].kind == "step"), 0)
     return [m for number, m in enumerate(moments) if (number <= last if m.kind == "step" else number in new)]
+
+
+def _moved(before: nn.Module, after: nn.Module) -> frozenset[str]:
+    pairs = zip(before.named_parameters(), after.parameters(), strict=True)
+    return frozenset(public_name(name) for (name, old), new in pairs if not torch.equal(old, new.to(old.dtype)))
 
 
 def _in_double(tensor: Tensor) -> Tensor:

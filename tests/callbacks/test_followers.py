@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lightning_neurons.pruning.followers import shifts_with_followers
-from tests.callbacks.modules import Net, Plain, fit
+from tests.callbacks.modules import Net, Plain, fit, loader
 from tests.callbacks.pruned import Probe, pruner, remaining, weights, widths
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*it is not in the model's graph")
@@ -109,19 +109,58 @@ class Frozen(Followed):
     follow = None
 
 
-def test_a_frozen_copy_stays_whole_and_the_network_is_cut():
+class Once(Frozen):
+    """A copy of the network as it was when training began."""
+
+    def on_train_start(self) -> None:
+        self.twin.load_state_dict(self.net.state_dict())
+
+
+@pytest.mark.parametrize("make", [Frozen, Once])
+def test_a_frozen_copy_stays_whole_and_the_network_is_cut(make):
     torch.manual_seed(0)
-    module = Frozen()
+    module = make()
     fit(module, [pruner("weight_l2", amount=0.33, scope="layer")], max_epochs=2)
     assert widths(module.net) == {"conv1": 3, "conv2": 4, "fc1": 5, "fc2": 3}
     assert widths(module.twin) == widths(Net())
 
 
-class Seldom(Followed):
-    """A target network that has not been synchronised when the first cut is decided."""
+class Target(Followed):
+    """A target network that is synchronised after every so many steps."""
+
+    every = 10
 
     def follow(self) -> None:
-        if self.global_step == 10:
+        pass
+
+    def on_train_batch_end(self, outputs, batch, batch_idx) -> None:
+        if self.global_step % self.every == 0:
+            self.twin.load_state_dict(self.net.state_dict())
+
+
+class Far(Target):
+    every = 500
+
+
+@pytest.mark.parametrize(("make", "train"), [(Target, None), (Far, loader(250, batch_size=1))])
+def test_a_target_network_is_cut_with_its_network_before_it_has_been_synchronised(make, train):
+    torch.manual_seed(0)
+    module, callback = make(), pruner("weight_l2", amount=0.33, scope="layer")
+    before = Probe("on_train_epoch_start", lambda trainer, pl_module: weights(pl_module))
+    trainer = fit(module, [before, callback], train=train, max_epochs=4)
+    assert trainer.current_epoch == 4
+    assert all(torch.equal(before.seen[1][name], before.seen[0][name]) for name in before.seen[0] if "twin" in name)
+    assert widths(module.net) == widths(module.twin) == {"conv1": 3, "conv2": 4, "fc1": 5, "fc2": 3}
+    assert {name.replace("twin", "net") for name in callback.plan.neurons if name.startswith("twin")} == {
+        name for name in callback.plan.neurons if name.startswith("net")
+    }
+
+
+class Seldom(Followed):
+    """A target network that is synchronised once, too far away to be seen when the first cut is decided."""
+
+    def follow(self) -> None:
+        if self.global_step == 15:
             self.twin.load_state_dict(self.net.state_dict())
 
 
@@ -133,7 +172,7 @@ def test_a_copy_that_may_follow_leaves_the_network_whole_until_it_has_moved():
         fit(module, [callback], max_epochs=5)
     reason = "cannot cut net.conv1: twin is a copy of net that has not moved yet, so it is not known whether it follows"
     assert any(reason in str(w.message) for w in caught)
-    assert [bool(one.plan) for one in callback.rounds.done] == [False, False, True, True]
+    assert [bool(one.plan) for one in callback.rounds.done] == [False, True, True, True]
     assert widths(module.net) == widths(module.twin) == {"conv1": 3, "conv2": 4, "fc1": 5, "fc2": 3}
 
 

@@ -51,6 +51,7 @@ LATER = {
     "every fifth batch": lambda module, batch_idx: batch_idx % 5 == 4,
     "the last batch": lambda module, batch_idx: module.trainer.is_last_batch,
     "from a batch on": lambda module, batch_idx: batch_idx > 11,
+    "every hundredth step": lambda module, batch_idx: module.global_step % 100 == 0,
     "every tenth step": lambda module, batch_idx: module.global_step % 10 == 9,
     "from a step on": lambda module, batch_idx: module.global_step > 150,
     "its own count": lambda module, batch_idx: module.count % 7 == 0,
@@ -265,18 +266,26 @@ RUNS = {
 def test_moments_to_come_are_those_that_come(run):
     make, options = RUNS[run]
     expected, found = Probe("on_validation_end", lambda trainer, module: moments_to_come(trainer)), {}
+    after = {}
 
     class Recorder(L.Callback):
         def on_train_batch_start(self, trainer, module, batch, batch_idx):
             key = trainer.current_epoch, batch_idx
             found[key] = trainer.global_step, trainer.is_last_batch
 
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            after[trainer.current_epoch, batch_idx] = trainer.global_step
+
     fit(seeded(make), [expected, Recorder()], max_epochs=EPOCHS, **options)
-    batches = max(batch_idx for _, batch_idx in found) + 1
+    batches, round_steps = max(batch_idx for _, batch_idx in found) + 1, set()
+    for number in (100, 1000):  # the first batch before which so many steps have been made
+        reached = [key for key, (step, _) in found.items() if step == number]
+        round_steps |= {reached[0]} if reached else set()
     first = expected.seen[0]
     steps = [(one.epoch, one.batch_idx) for one in first if one.kind == "step"]
-    next_epoch = [(1, batch_idx) for batch_idx in range(batches) if batch_idx < 10 or batch_idx == batches - 1]
-    assert steps == [*next_epoch, *((epoch, 0) for epoch in range(2, 12)), (EPOCHS - 1, 0)]
+    following = {*sorted(key for key in found if key[0])[:10], (1, batches - 1)}
+    assert steps == sorted(following | {(epoch, 0) for epoch in (*range(2, 12), EPOCHS - 1)} | round_steps)
     assert [one.epoch for one in first if one.kind == "end"] == [1, EPOCHS - 1]
     for one in (one for epoch in range(EPOCHS - 1) for one in expected.seen[epoch] if one.kind == "step"):
-        assert (one.step, one.is_last) == found[one.epoch, one.batch_idx]
+        key = one.epoch, one.batch_idx
+        assert (*one.steps, one.is_last) == (found[key][0], after[key], found[key][1])
