@@ -52,8 +52,20 @@ class Example:
             ) from error
 
     def to(self, dtype: torch.dtype) -> "Example":
-        """The same with floating-point inputs of another type."""
-        return replace(self, inputs=map_tensors(self.inputs, lambda t: t.to(dtype) if t.is_floating_point() else t))
+        """The same in another precision."""
+        return replace(self, inputs=map_tensors(self.inputs, lambda t: in_precision(t, dtype)))
+
+
+def in_precision(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor with numbers of another type, complex ones with parts of that type; others are as they are.
+
+    Example:
+        >>> in_precision(torch.zeros(2, dtype=torch.complex64), torch.float64).dtype
+        torch.complex128
+    """
+    if tensor.is_complex():
+        return tensor.to(dtype.to_complex())
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def twin_of(model: nn.Module, *, shared: bool = False) -> nn.Module:
@@ -86,6 +98,9 @@ def scramble(twin: nn.Module) -> None:
         for parameter in twin.parameters():
             if parameter.is_floating_point():
                 parameter.copy_(_random(parameter.shape, generator))
+            elif parameter.is_complex():
+                parts = [_random(parameter.shape, generator) for _ in range(2)]
+                parameter.copy_(torch.complex(*parts))
         for module in twin.modules():
             if isinstance(module, nn.modules.batchnorm._NormBase) and module.running_mean is not None:
                 assert module.running_var is not None, "they come together"

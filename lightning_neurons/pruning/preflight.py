@@ -5,6 +5,7 @@ Silenced means that what reads them has weights of zero for them. The copy has r
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from lightning_neurons.network.batches import tensors_of
 from lightning_neurons.network.coupling import Group
 from lightning_neurons.network.layer import modules_by_name
 from lightning_neurons.network.widths import axes
-from lightning_neurons.pruning.example import Example
+from lightning_neurons.pruning.example import Example, in_precision
 from lightning_neurons.pruning.surgery import Cut, cut, cuts_of
 
 _TOLERANCES = ((torch.float64, 1e-8), (torch.float32, 1e-4))
@@ -59,7 +60,7 @@ class Preflight:
         """Compute in float64 where the model can, else in float32: a dtype may be written in it."""
         for dtype, tolerance in _TOLERANCES:
             try:
-                self.twin.to(dtype)
+                self.twin._apply(partial(in_precision, dtype=dtype))  # ``to`` would drop what is imaginary
                 example = self.example.to(dtype)
                 outputs = self._outputs(example)
             except (RuntimeError, TypeError, ValueError) as error:
@@ -128,7 +129,7 @@ def _compare(expected: Sequence[Tensor], got: Sequence[Tensor], tolerance: float
     if [t.shape for t in expected] != [t.shape for t in got]:
         return "the model's output changes its shape"
     for a, b in zip(expected, got, strict=True):
-        if not a.is_floating_point():
+        if not (a.is_floating_point() or a.is_complex()):
             continue
         scale = float(a.abs().max()) if a.numel() else 0.0
         error = float((a - b).abs().max()) if a.numel() else 0.0
