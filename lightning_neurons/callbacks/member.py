@@ -130,6 +130,8 @@ class Member:
         all_well, any_loss = decide(self.lost is None, all=True), decide(self._has_loss, all=False)
         all_have = decide(self.missing is None, all=True)
         if all_well and (any_loss or all_have):
+            if self.missing is None and not all_have:
+                self.add_note("sensitivity leaves out batches of another process that have no loss")
             return True
         self.lost = self.lost or self.missing
         return False

@@ -23,6 +23,9 @@ BACKWARDS = frozenset({torch.autograd.grad, torch.autograd.backward, Tensor.back
 """What a mode sees of a backward."""
 
 
+_REQUIRES = frozenset({Tensor.requires_grad_, Tensor.requires_grad.__set__})  # type: ignore[attr-defined]
+
+
 def needs_parameters(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a call of one of ``BACKWARDS`` runs otherwise while no parameter requires a gradient."""
     inputs = args[1] if func is torch.autograd.grad else kwargs.get("inputs")
@@ -36,12 +39,20 @@ def retaining(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
 
 
 class RetainedGraphs(TorchFunctionMode):
-    """While active, no backward frees its graph, which another one may share."""
+    """While active, no backward frees its graph, which another one may share.
+
+    Who makes a tensor require a gradient finds that in it, although the tensor may be no leaf here.
+    """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return retaining(func, args, kwargs or {}) if func in BACKWARDS else func(*args, **(kwargs or {}))
+        if func in BACKWARDS:
+            return retaining(func, args, kwargs or {})
+        if func in _REQUIRES and args[0].requires_grad and not args[0].is_leaf:
+            args[0].retain_grad()  # whatever was asked for: a tensor that is no leaf cannot change
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager

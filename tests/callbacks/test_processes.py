@@ -84,3 +84,10 @@ def test_a_failure_on_one_process_is_known_to_both_and_neither_waits(folders):
     for rank in (0, 1):
         assert [epoch for epoch, _ in rest(folders[2], rank)["history"]] == [0, 1]
     assert any("sensitivity was not measured in epoch 0" in message for message in rest(folders[2], 0)["told"])
+
+
+def test_batches_of_one_process_without_a_loss_are_left_out_and_both_say_so(folders):
+    for rank, words in ((0, "batches of another process that have no loss"), (1, "12 samples whose batches have")):
+        report = NeuronReport.load(folders[2] / f"missing.{rank}.json")
+        assert {int(n) for counts in report.counts.values() for n in counts.gradient_samples} == {12}
+        assert any(f"sensitivity leaves out {words}" in note for note in report.notes)

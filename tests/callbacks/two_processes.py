@@ -51,13 +51,18 @@ class Fixed(Plain):
         return torch.optim.SGD(self.parameters(), 0.0)
 
 
-class BreaksOnOne(Fixed):
-    """The last process has no differentiable loss in the first epoch."""
+def breaks_on_one(module: Any, batch: Any) -> Any:
+    """A loss that fails on the last process in the first epoch."""
+    if module.global_rank == module.trainer.world_size - 1 and module.current_epoch == 0:
+        raise ValueError("no loss here")
+    return module.loss(batch)
+
+
+class MissesOnOne(Fixed):
+    """The last process has no loss, if there are several."""
 
     def validation_step(self, batch: Any, batch_idx: int) -> Any:
-        last = self.trainer.global_rank == self.trainer.world_size - 1
-        loss = self.loss(batch)
-        return loss.detach() if last and self.current_epoch == 0 else loss
+        return None if self.global_rank == 1 else self.loss(batch)
 
 
 def run(
@@ -91,7 +96,8 @@ def main(folder: Path, processes: int) -> None:
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         kwargs = {"max_epochs": 2, "logger": MemoryLogger()}
-        found["broken"] = run(processes, NeuronSensitivityCallback(), full, "fit", BreaksOnOne, **kwargs)
+        found["broken"] = run(processes, NeuronSensitivityCallback(loss_fn=breaks_on_one), full, "fit", **kwargs)
+    found["missing"] = run(processes, NeuronSensitivityCallback(), full, "fit", MissesOnOne, **kwargs)
     rank = torch.distributed.get_rank() if processes > 1 else 0
     for name, callback in found.items():
         callback.report.save(folder / f"{name}.{rank}.json")

@@ -60,8 +60,7 @@ def test_parts_give_the_same_scores_as_the_whole(monkeypatch):
         2,
         30,
         2,
-        30,
-        30,
+        *[30] * 5,
         10,
         20,
         32,
@@ -115,3 +114,22 @@ def test_fgsm_shifts_the_first_floating_point_tensor_only_and_leaves_the_batch_a
     torch.testing.assert_close((shifted["image"] - x).abs(), torch.full_like(x, 0.25))
     assert not shifted["image"].requires_grad
     assert all(p.grad is None and p.requires_grad for p in net.parameters())
+
+
+@pytest.mark.parametrize("ask", [lambda x: x.requires_grad_(), lambda x: setattr(x, "requires_grad", True)])
+@pytest.mark.parametrize("copied", [torch.clone, torch.detach, lambda x: x * 1.0])
+def test_fgsm_works_on_a_loss_that_attacks_its_inputs_itself(ask, copied):
+    net, (x, y) = seeded(ConvNet), pictures()
+
+    def loss_of(batch):
+        inputs = copied(batch[0])
+        ask(inputs)
+        F.cross_entropy(net(inputs), batch[1], reduction="sum").backward()
+        attacked = (inputs + 0.1 * inputs.grad.sign()).detach()
+        return sum(F.cross_entropy(net(one), batch[1], reduction="sum") for one in (batch[0], attacked))
+
+    shifted = fgsm(net, loss_of, (x, y), 0.25)[0]
+    leaf = x.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(F.cross_entropy(net(leaf), y, reduction="sum"), leaf)
+    torch.testing.assert_close(shifted, x + 0.25 * slope.sign())
+    assert all(p.grad is None for p in net.parameters())

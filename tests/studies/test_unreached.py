@@ -12,7 +12,7 @@ from tests.callbacks.modules import Plain, fit, loader
 
 
 class Partly(nn.Module):
-    """Beside its main way: a teacher, an index and a detached branch without gradients, and what the loss leaves out."""
+    """Beside its main way: a teacher, an index and a branch without gradients, and what the loss leaves out."""
 
     UNREACHED = ("teacher", "index", "detached", "aside")
 
