@@ -23,6 +23,7 @@ class Moment:
         kind: Which of the two.
         epoch: Its epoch.
         batch_idx: The batch in that epoch; of an end, the last.
+        batches: How many batches there will have been before it.
         steps: How many steps optimizers will have made before that batch, and after it.
         is_last: Whether no batch follows in that epoch.
     """
@@ -30,6 +31,7 @@ class Moment:
     kind: Literal["step", "end"]
     epoch: int
     batch_idx: int
+    batches: int
     steps: tuple[int, int]
     is_last: bool
 
@@ -58,8 +60,8 @@ def moments_to_come(trainer: Any) -> list[Moment]:
 
     def moment(kind: Literal["step", "end"], epoch: int, batch_idx: int) -> Moment:
         ahead = (epoch - now) * batches + batch_idx - here
-        before, after = (made + batches * made // trained for batches in (ahead, ahead + 1))
-        return Moment(kind, epoch, batch_idx, (before, after), batch_idx == batches - 1)
+        before, after = (made + count * made // trained for count in (ahead, ahead + 1))
+        return Moment(kind, epoch, batch_idx, trained + ahead, (before, after), batch_idx == batches - 1)
 
     places = {(now + 1 + number // batches, number % batches) for number in (*range(STEPS), batches - 1)}
     places |= {(epoch, 0) for epoch in (*range(now + 2, now + 2 + EPOCHS), final)}
@@ -80,6 +82,7 @@ def moving(trainer: Any) -> Iterator[Move]:
     places = [
         (fit.epoch_progress.current, "completed"),
         (epoch.batch_progress.current, "ready"),
+        (epoch.batch_progress.total, "ready"),
         (epoch.batch_progress, "is_last_batch"),
         (epoch.automatic_optimization.optim_progress.optimizer.step.total, "completed"),
         (epoch.manual_optimization.optim_step_progress.total, "completed"),
@@ -88,7 +91,8 @@ def moving(trainer: Any) -> Iterator[Move]:
 
     def move(to: Moment, *, is_over: bool) -> None:
         trainer.training = True
-        values = to.epoch, to.batch_idx + 1, to.is_last, to.steps[is_over], to.steps[is_over]
+        steps = to.steps[is_over]
+        values = to.epoch, to.batch_idx + 1, to.batches + 1, to.is_last, steps, steps
         for (thing, name), value in zip(places, values, strict=True):
             setattr(thing, name, value)
 

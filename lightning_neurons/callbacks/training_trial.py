@@ -245,10 +245,14 @@ _DIFFERENT = (
 
 
 def _worth_trying(moments: Sequence[Moment], calls: Sequence[tuple[Any, ...]]) -> list[Moment]:
-    """Steps up to the last in which something is called that was not called before, and ends in which there is."""
+    """Steps up to the last in which something is called that was not called before, and ends in which there is.
+
+    The very last step is kept in any case: what has grown from zero by then was called before as well.
+    """
     new = {number for number, called in enumerate(calls) if called and called not in calls[:number]}
     last = max(BATCHES - 1, *(number for number in new if moments[number].kind == "step"), 0)
-    return [m for number, m in enumerate(moments) if (number <= last if m.kind == "step" else number in new)]
+    kept = new | {*range(last + 1), max(number for number, one in enumerate(moments) if one.kind == "step")}
+    return [one for number, one in enumerate(moments) if number in kept and (one.kind == "step" or number in new)]
 
 
 def _moved(before: nn.Module, after: nn.Module) -> frozenset[str]:

@@ -1,6 +1,7 @@
 """What a copy of a model shares with it: things that do not let themselves be copied, such as locks and connections."""
 
 import copy
+import csv
 import functools
 import io
 import traceback
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from lightning_neurons.network.state import Refusing
 from lightning_neurons.network.users import Users
 
-_HOLDERS = (nn.Module, dict, list, tuple, set, frozenset, deque, types.MethodType, functools.partial)
+_HOLDERS = (nn.Module, dict, list, tuple, set, frozenset, deque, types.MethodType, functools.partial, csv.DictWriter)
+_CSV_WRITER = type(csv.writer(io.StringIO()))
 _HOPELESS = (MemoryError, RecursionError, torch.OutOfMemoryError)
 
 
@@ -53,6 +55,8 @@ def stand_in_for(thing: Any) -> Any:
     """
     if isinstance(thing, io.IOBase):
         return _sink(thing) if not thing.closed and thing.writable() else thing
+    if isinstance(thing, _CSV_WRITER):
+        return csv.writer(io.StringIO())
     if hasattr(type(thing), "__next__"):
         return Refusing(f"a {type(thing).__name__}")
     return thing.detach().clone() if isinstance(thing, Tensor) and not thing.is_leaf else thing

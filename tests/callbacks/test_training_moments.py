@@ -55,6 +55,7 @@ LATER = {
     "every tenth step": lambda module, batch_idx: module.global_step % 10 == 9,
     "from a step on": lambda module, batch_idx: module.global_step > 150,
     "its own count": lambda module, batch_idx: module.count % 7 == 0,
+    "from a batch of all on": lambda module, batch_idx: module.trainer.fit_loop.total_batch_idx >= 150,
     "while it trains": lambda module, batch_idx: module.trainer.training,
 }
 
@@ -98,6 +99,20 @@ def test_another_neuron_that_is_looked_at_seldom_keeps_its_layer_whole():
     module = seeded(Picks)
     assert said_by(module, 3, train=loader(104, shuffle=True)).keys() == {"net.fc1"}
     assert {name: widths(module)[name] for name in WHOLE} == {**CUT, "net.fc1": 8}
+
+
+class Growing(Deep):
+    """The weight of the second part of the loss is 0 at first."""
+
+    def extra(self, batch):
+        weight = max(0, self.current_epoch - 11)
+        return weight * self.features(batch[0])[2].view(-1, 8).var(0).sum()
+
+
+def test_what_counts_for_nothing_at_first_keeps_its_layer_whole():
+    said = said_by(seeded(Growing), EPOCHS)
+    assert said.keys() == {"net.fc1"}
+    assert said["net.fc1"].startswith("the gradients of training_step differ")
 
 
 HOOKS = (
@@ -271,7 +286,7 @@ def test_moments_to_come_are_those_that_come(run):
     class Recorder(L.Callback):
         def on_train_batch_start(self, trainer, module, batch, batch_idx):
             key = trainer.current_epoch, batch_idx
-            found[key] = trainer.global_step, trainer.is_last_batch
+            found[key] = trainer.fit_loop.total_batch_idx, trainer.global_step, trainer.is_last_batch
 
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
             after[trainer.current_epoch, batch_idx] = trainer.global_step
@@ -279,7 +294,7 @@ def test_moments_to_come_are_those_that_come(run):
     fit(seeded(make), [expected, Recorder()], max_epochs=EPOCHS, **options)
     batches, round_steps = max(batch_idx for _, batch_idx in found) + 1, set()
     for number in (100, 1000):  # the first batch before which so many steps have been made
-        reached = [key for key, (step, _) in found.items() if step == number]
+        reached = [key for key, (_, step, _) in found.items() if step == number]
         round_steps |= {reached[0]} if reached else set()
     first = expected.seen[0]
     steps = [(one.epoch, one.batch_idx) for one in first if one.kind == "step"]
@@ -288,4 +303,5 @@ def test_moments_to_come_are_those_that_come(run):
     assert [one.epoch for one in first if one.kind == "end"] == [1, EPOCHS - 1]
     for one in (one for epoch in range(EPOCHS - 1) for one in expected.seen[epoch] if one.kind == "step"):
         key = one.epoch, one.batch_idx
-        assert (*one.steps, one.is_last) == (found[key][0], after[key], found[key][1])
+        batches, before, is_last = found[key]
+        assert (one.batches, one.steps, one.is_last) == (batches, (before, after[key]), is_last)

@@ -1,5 +1,6 @@
 """A copy of a model is whole: what its hooks hold, and what a step has left; what cannot be copied is named."""
 
+import csv
 import functools
 import multiprocessing
 import queue
@@ -206,7 +207,7 @@ def test_a_copy_draws_from_no_iterator_and_writes_to_no_file(tmp_path):
     net, numbers = seeded(Keeping), (i for i in range(9))
     net.numbers, net.batches = numbers, iter(DataLoader(range(4)))
     with open(tmp_path / "text", "w") as text, open(tmp_path / "bytes", "wb") as binary:
-        net.text, net.binary = text, binary
+        net.text, net.binary, net.rows, net.table = text, binary, csv.writer(text), csv.DictWriter(text, ["x"])
         twin = copy_of(net)
         for drawn in (twin.numbers, twin.batches):
             with pytest.raises(
@@ -215,6 +216,8 @@ def test_a_copy_draws_from_no_iterator_and_writes_to_no_file(tmp_path):
                 next(drawn)
         twin.text.write("copy")
         twin.binary.write(b"copy")
+        twin.rows.writerow(["copy"])
+        twin.table.writeheader()
         net.text.write("model")
     assert [next(numbers), int(next(net.batches))] == [0, 0]
     assert ((tmp_path / "text").read_text(), (tmp_path / "bytes").read_bytes()) == ("model", b"")
