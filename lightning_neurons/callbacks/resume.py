@@ -48,6 +48,9 @@ def make_up(trainer: Any, validated: int | None, prepare: Callable[[], None]) ->
     if epoch._should_check_val_fx(fit._data_fetcher):
         prepare()
         _validate(trainer)
+        waiting = {config.monitor for config in trainer.lr_scheduler_configs if config.reduce_on_plateau}
+        if is_closed and waiting <= trainer.callback_metrics.keys():  # what was logged before is not known any more
+            epoch.update_lr_schedulers("epoch", update_plateau_schedulers=True)
         epoch.val_loop.reset_restart_stage()  # it need not be finished any more,
         epoch.val_loop._has_run = False  # and is left out by the epoch itself, which else would never end its restart
     if is_closed:

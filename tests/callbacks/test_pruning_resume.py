@@ -278,6 +278,37 @@ def test_resuming_in_other_rhythms_ends_as_if_nothing_had_happened(tmp_path, tra
     assert wrong == {path.name: [] for path in files}
 
 
+class Waiting(Numbered):
+    """Its learning rate waits for a metric."""
+
+    def __init__(self, monitor):
+        super().__init__()
+        self.monitor = monitor
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()[0][0]
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=0.9)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": self.monitor}}
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.parametrize("monitor", ["val_loss", "train_loss"])
+def test_a_learning_rate_that_waits_for_a_validation_gets_it_after_a_resume(tmp_path, monitor):
+    rates = []
+    for path in (None, *(f"step={BATCHES * epoch}.ckpt" for epoch in (1, 2, 3))):
+        checkpoint = tmp_path / path if path else None
+        saving = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=BATCHES)
+        torch.manual_seed(0)
+        module, callback = Waiting(monitor), pruner("weight_l2")
+        trainer = trainer_of([callback, saving], max_epochs=EPOCHS, enable_checkpointing=True)
+        trainer.fit(module, loader(16), loader(24, seed=1), ckpt_path=checkpoint)
+        rates.append((trainer.optimizers[0].param_groups[0]["lr"], trainer.lr_scheduler_configs[0].scheduler.best))
+        assert callback.plan
+    assert rates[0][0] == pytest.approx(1e-2 * 0.1 ** (EPOCHS - 1))
+    if monitor == "val_loss":  # that of training is not known when the run goes on
+        assert rates[1:] == rates[:1] * 3
+
+
 class ReadInTraining(Numbered):
     """A layer that only training runs reads one entry for each of eight neurons."""
 
