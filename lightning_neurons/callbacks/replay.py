@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 
-from lightning_neurons.callbacks.steps import LossFinder, step_arguments
+from lightning_neurons.callbacks.steps import LossFinder, datasets_of, step_arguments
 from lightning_neurons.errors import MeasurementError, NoLossError
 from lightning_neurons.network.batches import map_tensors, tensors_of
 from lightning_neurons.network.isolate import isolated
@@ -65,7 +65,8 @@ class StepReplay:
         module, trainer = self.pl_module, self.trainer
         with ExitStack() as stack:
             stack.enter_context(kept_environment())
-            stack.enter_context(kept_attributes(getattr(trainer, "datamodule", None)))
+            for data in (getattr(trainer, "datamodule", None), *datasets_of(trainer)):
+                stack.enter_context(kept_attributes(data))
             schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
             stack.enter_context(isolated(module, vars(trainer), *trainer.optimizers, *schedulers))
             shadows = {"log": self._log, "log_dict": self._log_dict, "print": _silent, **_uncompiled(module)}

@@ -39,6 +39,13 @@ def training_loaders(trainer: Any) -> tuple[Any, int | float]:
     return trainer.train_dataloader, trainer.num_training_batches
 
 
+def datasets_of(trainer: Any) -> list[Any]:
+    """The datasets that a step can reach through its Trainer now."""
+    readers = [loop._combined_loader for loop in (trainer.fit_loop, evaluation_loop(trainer))]
+    loaders = [loader for reader in readers if reader is not None for loader in reader.flattened]
+    return [loader.dataset for loader in loaders if hasattr(loader, "dataset")]
+
+
 def takes_iterator(pl_module: Any, step: str) -> bool:
     """Whether a step asks for the dataloader's iterator instead of batches."""
     function = getattr(pl_module, step, None)

@@ -11,7 +11,7 @@ import lightning as L  # noqa: N812
 import torch
 from torch import Tensor
 
-from lightning_neurons import NeuronSensitivityCallback
+from lightning_neurons import NeuronAblationCallback, NeuronSensitivityCallback
 from lightning_neurons.network.surroundings import silent, writing_nothing
 from tests.callbacks.modules import Plain, fit, loader, trainer_of
 
@@ -76,6 +76,23 @@ def test_the_environment_and_what_the_data_module_collects_are_those_of_the_run_
             monkeypatch.delenv(name)
     assert found[0] == found[1]
     assert len(found[0][0]) == 5
+
+
+def test_what_a_dataset_collects_is_that_of_the_run_alone():
+    class Visits(Plain):
+        def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
+            data = self.trainer.val_dataloaders.dataset
+            data.hits += 1
+            data.seen.append(batch_idx)
+            return super().validation_step(batch, batch_idx)
+
+    found = []
+    for callbacks in ([], [NeuronSensitivityCallback(max_figures=0), NeuronAblationCallback(ends=1)]):
+        val = loader(24, seed=1)
+        val.dataset.hits, val.dataset.seen = 0, []
+        fit(Visits(), callbacks, val=val)
+        found.append((val.dataset.hits, val.dataset.seen))
+    assert found[0] == found[1] == (5, [0, 1, 0, 1, 2])
 
 
 def test_other_threads_and_whoever_keeps_the_stream_are_heard(capsys, caplog):
