@@ -59,8 +59,14 @@ def build(model: nn.Module, run: Callable[[nn.Module], Any], outputs: Callable[[
     graph._param_to_name, graph.unwrapped_parameters = graph._detect_unwrapped_parameters(None)
     graph.ran, graph.inside, graph.products, graph.reductions = set(), set(), set(), set()
     graph.transformed, graph.used = set(), set()
+    made: list[Any] = []  # up to torch 2.6, the nodes of custom functions say nothing once their graph is gone
+
+    def forward(copy: nn.Module, _: Any) -> Any:
+        made.append(run(copy))
+        return made[0]
+
     with _plain(model), _noted(graph), _Uses(model, graph.used):
-        graph.module2node = graph._trace(model, (), lambda copy, _: run(copy), output_transform=outputs)
+        graph.module2node = graph._trace(model, (), forward, output_transform=outputs)
     graph._build_dependency(graph.module2node)
     lay_out(graph)
     return graph
