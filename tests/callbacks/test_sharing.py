@@ -51,9 +51,9 @@ def test_statistics_alone_add_no_forward():
 def test_sensitivity_runs_each_picked_sample_once_more():
     found = calls(NeuronSensitivityCallback())
     assert replayed(found) == 40
-    # And, once for each module, the first batch, twice, two parts of it, and its samples again and again: whether
+    # And, once for each module, the first batch, thrice with another in between, two parts of it, and its samples again and again: whether
     # samples may be run in other company.
-    assert sum(samples for samples, gradients in found.steps if not gradients) == 40 + 3 * 8 + 32
+    assert sum(samples for samples, gradients in found.steps if not gradients) == 40 + 6 * 8 + 32
 
 
 def test_a_small_sample_is_run_in_one_piece():
@@ -78,7 +78,7 @@ def test_callbacks_with_the_same_sample_share_one_replay(others):
 def test_callbacks_of_different_losses_each_get_their_own():
     callbacks = [NeuronSensitivityCallback(loss_fn=logit(0)), NeuronSensitivityCallback(loss_fn=logit(1))]
     found = calls(*callbacks)
-    assert sum(found.forwards) == 40 + 2 * (40 + 3 * 8 + 32)
+    assert sum(found.forwards) == 40 + 2 * (40 + 6 * 8 + 32)
     first, second = (c.report.scores["gradient"]["net.fc2"].tolist() for c in callbacks)
     assert first == pytest.approx([1, 0, 0])
     assert second == pytest.approx([0, 1, 0])
