@@ -51,8 +51,8 @@ def test_statistics_alone_add_no_forward():
 def test_sensitivity_runs_each_picked_sample_once_more():
     found = calls(NeuronSensitivityCallback())
     assert replayed(found) == 40
-    # And, once for each module, the first batch, thrice with another in between, two parts of it, and its samples again and again: whether
-    # samples may be run in other company.
+    # And, once for each module, the first batch, thrice with another one in between, two parts of it, and its samples
+    # again and again: whether samples may be run in other company.
     assert sum(samples for samples, gradients in found.steps if not gradients) == 40 + 6 * 8 + 32
 
 
