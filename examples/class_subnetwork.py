@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from lightning_neurons import MissingPackageError, class_study, plan_keeping, prune
-from lightning_neurons.report.class_figures import save_class_figures
+from lightning_neurons.report.figures.classes import save_class_figures
 
 OPENML = {"mnist": ("mnist_784", (28, 28, 1)), "cifar10": ("CIFAR_10", (3, 32, 32))}
 

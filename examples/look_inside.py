@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from lightning_neurons import activation_map, find_neurons, maximize_activation, measure, prune, saliency
 from lightning_neurons.demo import DigitsModule, digits
-from lightning_neurons.report.drawing import save_figure
-from lightning_neurons.report.figures import activation_histogram, deadness_grid
-from lightning_neurons.report.picture_figures import activation_overlay, maximized_images, saliency_rows
+from lightning_neurons.report.figures.drawing import save_figure
+from lightning_neurons.report.figures.images import activation_overlay, maximized_images, saliency_rows
+from lightning_neurons.report.figures.measurements import activation_histogram, deadness_grid
 
 _ANIMALS = {"king penguin": 145, "monarch": 323, "zebra": 340}
 

@@ -1,5 +1,11 @@
 """See which neurons of a network are dead and which matter, while PyTorch Lightning trains it."""
 
+from lightning_neurons.ablation.ablate import ablate
+from lightning_neurons.ablation.joint_ablation import ablate_together, ablation_curves
+from lightning_neurons.ablation.perturbation import perturb
+from lightning_neurons.attribution.grad_cam import activation_map
+from lightning_neurons.attribution.saliency import integrated_gradients, saliency
+from lightning_neurons.attribution.sanity_checks import randomization_check
 from lightning_neurons.callbacks import (
     ActivationMaximizationCallback,
     ActivationStatisticsCallback,
@@ -12,7 +18,9 @@ from lightning_neurons.callbacks import (
     load_pruned,
     pruned_widths,
 )
+from lightning_neurons.class_study.class_study import class_study
 from lightning_neurons.criteria import CRITERIA, Criterion, LayerView, Statistic, Summary, agreement
+from lightning_neurons.dependency.width_handlers import conform
 from lightning_neurons.errors import (
     ArgumentError,
     MeasurementError,
@@ -20,25 +28,17 @@ from lightning_neurons.errors import (
     PruningError,
     UnknownNameError,
 )
-from lightning_neurons.network.families import register_layer
-from lightning_neurons.network.layer import Layer
-from lightning_neurons.network.neurons import find_neurons
-from lightning_neurons.network.widths import conform
-from lightning_neurons.pictures.maps import activation_map
-from lightning_neurons.pictures.maximization import maximize_activation
-from lightning_neurons.pictures.randomization import randomization_check
-from lightning_neurons.pictures.saliency import integrated_gradients, saliency
+from lightning_neurons.feature_visualization.maximize import maximize_activation
+from lightning_neurons.hooks.find_neurons import find_neurons
+from lightning_neurons.layers.layer import Layer
+from lightning_neurons.layers.registry import register_layer
+from lightning_neurons.measurement.measure import logit, measure, predicted_logit
 from lightning_neurons.pruning.budget import PruningBudget
-from lightning_neurons.pruning.describe import describe_structure
 from lightning_neurons.pruning.plan import PruningPlan
 from lightning_neurons.pruning.prune import PruningReport, prune
-from lightning_neurons.pruning.subnetwork import plan_keeping
+from lightning_neurons.pruning.selection.subnetwork import plan_keeping
+from lightning_neurons.pruning.structure.describe import describe_structure
 from lightning_neurons.results.neuron_report import NeuronReport
-from lightning_neurons.studies.ablation import ablate
-from lightning_neurons.studies.classes import class_study
-from lightning_neurons.studies.measure import logit, measure, predicted_logit
-from lightning_neurons.studies.perturbation import perturb
-from lightning_neurons.studies.sets import ablate_together, ablation_curves
 
 __version__ = "0.1.0"
 

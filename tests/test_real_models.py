@@ -9,8 +9,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from lightning_neurons import find_neurons, measure
-from lightning_neurons.network.layer import candidates
-from lightning_neurons.studies.passes import Passes
+from lightning_neurons.layers.layer import candidates
+from lightning_neurons.measurement.passes import Passes
 from tests.conftest import REAL_DATA
 
 COLLECTED = (REAL_DATA / "mobilenet_v3_small.safetensors").is_file()

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lightning_neurons.criteria.ranking import order
-from lightning_neurons.network.trees import tensors_in
+from lightning_neurons.isolation.tensors import tensors_in
 
 
 def test_a_tensor_of_another_shape_than_the_signature_has_is_refused():

@@ -21,9 +21,9 @@ from cutting import accuracy
 
 from lightning_neurons import NeuronReport, PruningBudget, PruningPlan, describe_structure, measure, prune
 from lightning_neurons.pruning.decision import score
-from lightning_neurons.pruning.example import Example
 from lightning_neurons.pruning.planning import choose, decide
-from lightning_neurons.pruning.structure import Structure, discover
+from lightning_neurons.pruning.structure.example import Example
+from lightning_neurons.pruning.structure.structure import Structure, discover
 
 
 def deadness(model: nn.Module, pictures: Tensor, budget: PruningBudget) -> NeuronReport:

@@ -26,9 +26,9 @@ from nets import resnet20_and_pictures, tiny_net
 
 from lightning_neurons import measure
 from lightning_neurons.criteria import ACTIVATION_CRITERIA, GRADIENT_CRITERIA, resolve
-from lightning_neurons.network.families import family_of
-from lightning_neurons.studies.measurement import Measurement
-from lightning_neurons.studies.passes import Passes
+from lightning_neurons.layers.registry import family_of
+from lightning_neurons.measurement.measurement import Measurement
+from lightning_neurons.measurement.passes import Passes
 
 BATCH = 128
 

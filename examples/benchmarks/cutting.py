@@ -23,10 +23,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from nets import ResNet20
 
 from lightning_neurons import PruningBudget, PruningPlan, prune
-from lightning_neurons.pruning.example import Example
 from lightning_neurons.pruning.planning import complete, units_of
-from lightning_neurons.pruning.structure import discover
-from lightning_neurons.pruning.surgery import cut, cuts_of
+from lightning_neurons.pruning.structure.example import Example
+from lightning_neurons.pruning.structure.structure import discover
+from lightning_neurons.pruning.surgery.surgery import cut, cuts_of
 
 PUBLISHED = {0.5: 88.40, 0.6: 85.17, 0.7: 71.26, 0.8: 66.76}
 """Kim et al. (NeurIPS 2020): LeNet-300-100 on Fashion-MNIST after plain removal, by the share removed."""

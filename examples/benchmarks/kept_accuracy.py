@@ -20,14 +20,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 from cutting import accuracy
 
 from lightning_neurons import PruningBudget, prune
-from lightning_neurons.pruning.compensation.calibrate import least_squares
+from lightning_neurons.measurement.measure import measure
 from lightning_neurons.pruning.compensation.calibration import Calibration
+from lightning_neurons.pruning.compensation.layerwise import least_squares
 from lightning_neurons.pruning.decision import candidates_of, score
-from lightning_neurons.pruning.example import Example
 from lightning_neurons.pruning.planning import allocations
-from lightning_neurons.pruning.structure import discover
+from lightning_neurons.pruning.structure.example import Example
+from lightning_neurons.pruning.structure.structure import discover
 from lightning_neurons.results.neuron_report import NeuronReport
-from lightning_neurons.studies.measure import measure
 
 MERGING = {0.5: 88.69, 0.6: 86.92, 0.7: 82.75, 0.8: 80.02}
 """Neuron Merging (Kim et al., NeurIPS 2020), which sees no data, on the same network and choice."""

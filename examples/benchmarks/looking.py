@@ -24,8 +24,8 @@ from captum.attr import NoiseTunnel, Saliency
 from nets import resnet20_and_pictures
 
 from lightning_neurons import find_neurons, maximize_activation, measure, saliency
-from lightning_neurons.report.drawing import save_figure
-from lightning_neurons.report.report_figures import report_figures
+from lightning_neurons.report.figures.choice import report_figures
+from lightning_neurons.report.figures.drawing import save_figure
 from lightning_neurons.results.history import NeuronHistory
 
 NEURONS, STEPS, SAMPLES = 8, 128, 16

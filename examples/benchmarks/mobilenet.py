@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from cutting import accuracy
 
 from lightning_neurons import PruningBudget, prune
-from lightning_neurons.pruning.example import Example
-from lightning_neurons.pruning.structure import discover
+from lightning_neurons.pruning.structure.example import Example
+from lightning_neurons.pruning.structure.structure import discover
 
 
 def without_loss(model: nn.Module, whole: nn.Module, seen: list[Any], x: Tensor) -> None:

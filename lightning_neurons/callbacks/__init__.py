@@ -1,6 +1,5 @@
 """Lightning callbacks: when to measure and when to cut, not what."""
 
-from lightning_neurons.callbacks import namespaces  # noqa: F401 (first: it looks which one is there before us)
 from lightning_neurons.callbacks.activation_maximization import ActivationMaximizationCallback
 from lightning_neurons.callbacks.activation_statistics import ActivationStatisticsCallback
 from lightning_neurons.callbacks.checkpoint import PrunedCheckpointMixin, load_pruned, pruned_widths
@@ -9,6 +8,7 @@ from lightning_neurons.callbacks.neuron_ablation import NeuronAblationCallback
 from lightning_neurons.callbacks.neuron_pruning import NeuronPruningCallback
 from lightning_neurons.callbacks.neuron_sensitivity import NeuronSensitivityCallback
 from lightning_neurons.callbacks.saliency import SaliencyCallback
+from lightning_neurons.callbacks.trainer import namespaces
 
 __all__ = [
     "ActivationMaximizationCallback",
@@ -20,5 +20,6 @@ __all__ = [
     "PrunedCheckpointMixin",
     "SaliencyCallback",
     "load_pruned",
+    "namespaces",
     "pruned_widths",
 ]

@@ -7,24 +7,24 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_neurons.callbacks.arguments import lightning_errors
-from lightning_neurons.callbacks.checks import is_unfinished, name_of
-from lightning_neurons.callbacks.forward import forward_of
-from lightning_neurons.callbacks.observer import NeuronObserver
-from lightning_neurons.callbacks.outlet import Outlet, numbered
-from lightning_neurons.callbacks.replay import StepReplay
-from lightning_neurons.callbacks.sampled_study import SampledStudy
+from lightning_neurons.attribution.objective import aim_of, logits_of, target_parts
+from lightning_neurons.attribution.readout import Forward
+from lightning_neurons.callbacks.observing.observer import NeuronObserver
+from lightning_neurons.callbacks.observing.sampled_study import SampledStudy
+from lightning_neurons.callbacks.trainer.checks import is_unfinished, name_of
+from lightning_neurons.callbacks.trainer.forward import forward_of
+from lightning_neurons.callbacks.trainer.lightning_errors import lightning_errors
+from lightning_neurons.callbacks.trainer.outlet import Outlet, numbered
+from lightning_neurons.callbacks.trainer.step_replay import StepReplay
+from lightning_neurons.data.batches import inputs_of
 from lightning_neurons.errors import ArgumentError, MeasurementError, check_choice, check_count, check_seed
-from lightning_neurons.network.batches import inputs_of
-from lightning_neurons.pictures.aims import aim_of, logits_of, target_parts
-from lightning_neurons.pictures.maximization import Target, aims_of, maximized
-from lightning_neurons.pictures.maximization_settings import MaximizationSettings, check_normalization, range_of
-from lightning_neurons.pictures.maximized import MaximizedActivation
-from lightning_neurons.pictures.parametrization import Kind
-from lightning_neurons.pictures.readout import Forward
-from lightning_neurons.pictures.validity import Validity
-from lightning_neurons.report.cards import Chosen, chosen_neurons, neuron_cards, show_cards, show_maximized
-from lightning_neurons.report.drawing import MISSING_MATPLOTLIB, can_draw
+from lightning_neurons.feature_visualization.maximize import Target, aims_of, maximized
+from lightning_neurons.feature_visualization.parametrization import Kind
+from lightning_neurons.feature_visualization.result import MaximizedActivation
+from lightning_neurons.feature_visualization.settings import MaximizationSettings, check_normalization, range_of
+from lightning_neurons.feature_visualization.value_range import Validity
+from lightning_neurons.report.figures.drawing import MISSING_MATPLOTLIB, can_draw
+from lightning_neurons.report.logging.cards import Chosen, chosen_neurons, neuron_cards, show_cards, show_maximized
 from lightning_neurons.results.neuron_card import NeuronCard
 from lightning_neurons.results.neuron_report import NeuronReport
 

@@ -5,13 +5,13 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_neurons.callbacks.arguments import lightning_errors
-from lightning_neurons.callbacks.observer import NeuronObserver
+from lightning_neurons.callbacks.observing.observer import NeuronObserver
+from lightning_neurons.callbacks.trainer.lightning_errors import lightning_errors
 from lightning_neurons.criteria import ACTIVATION_CRITERIA, Criterion
 from lightning_neurons.criteria.ranking import Normalization
 from lightning_neurons.errors import ArgumentError, check_count, check_flag
-from lightning_neurons.network.layer import Pattern
-from lightning_neurons.studies.settings import MeasurementSettings
+from lightning_neurons.layers.layer import Pattern
+from lightning_neurons.measurement.settings import MeasurementSettings
 
 
 class ActivationStatisticsCallback(NeuronObserver):

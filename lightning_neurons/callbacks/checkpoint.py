@@ -14,8 +14,8 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lightning_neurons.dependency.width_handlers import conform, conforming, narrowed, widened
 from lightning_neurons.errors import ArgumentError, PruningError
-from lightning_neurons.network.widths import conform, conforming, narrowed, widened
 
 
 def fit_widths(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

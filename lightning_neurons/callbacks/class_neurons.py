@@ -5,31 +5,31 @@ from typing import Any, Literal
 
 from torch import nn
 
-from lightning_neurons.callbacks.arguments import lightning_errors
-from lightning_neurons.callbacks.checks import name_of
-from lightning_neurons.callbacks.folders import apart
-from lightning_neurons.callbacks.forward import forward_of
-from lightning_neurons.callbacks.outlet import Outlet, keeping_training, numbered, offer
-from lightning_neurons.callbacks.replay import StepReplay
-from lightning_neurons.callbacks.sampled_study import SampledStudy
+from lightning_neurons.callbacks.observing.sampled_study import SampledStudy
+from lightning_neurons.callbacks.trainer.checks import name_of
+from lightning_neurons.callbacks.trainer.folders import apart
+from lightning_neurons.callbacks.trainer.forward import forward_of
+from lightning_neurons.callbacks.trainer.lightning_errors import lightning_errors
+from lightning_neurons.callbacks.trainer.outlet import Outlet, keeping_training, numbered, offer
+from lightning_neurons.callbacks.trainer.step_replay import StepReplay
+from lightning_neurons.class_study.accuracy import Forward
+from lightning_neurons.class_study.choice import ClassRule
+from lightning_neurons.class_study.class_study import Method, checked_settings
+from lightning_neurons.class_study.steps import ClassStudy
 from lightning_neurons.errors import ArgumentError
-from lightning_neurons.network.layer import Pattern
-from lightning_neurons.report.classes import class_scalars, print_classes, write_classes
-from lightning_neurons.report.drawing import MISSING_MATPLOTLIB, can_draw
-from lightning_neurons.report.tags import with_suffix
+from lightning_neurons.layers.layer import Pattern
+from lightning_neurons.report.figures.drawing import MISSING_MATPLOTLIB, can_draw
+from lightning_neurons.report.logging.classes import class_scalars, print_classes, write_classes
+from lightning_neurons.report.logging.tags import with_suffix
 from lightning_neurons.results.class_report import ClassReport
 from lightning_neurons.results.whole_file import inside
-from lightning_neurons.studies.class_accuracy import Forward
-from lightning_neurons.studies.class_choice import ClassRule
-from lightning_neurons.studies.class_steps import ClassStudy
-from lightning_neurons.studies.classes import Method, checked_settings
 
 
 class ClassNeuronsCallback(SampledStudy):
     """Makes a class study of a bounded sample of the validation data: see ``class_study``.
 
     Logged are, for every class, the accuracy on its own samples of its sub-network, of the network without it, and of
-    random sub-networks of the same size, and the figures of ``report/class_figures.py`` where there is matplotlib.
+    random sub-networks of the same size, and the figures of ``report/figures/classes.py`` where there is matplotlib.
     ``classes.json`` goes into the log directory. Works in ``fit`` and ``validate``.
 
     Args:

@@ -8,29 +8,29 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_neurons.callbacks.arguments import Step, lightning_errors
-from lightning_neurons.callbacks.checks import name_of, require_training_step
-from lightning_neurons.callbacks.folders import apart
-from lightning_neurons.callbacks.independence import independence_of
-from lightning_neurons.callbacks.outlet import Outlet, keeping_training, numbered, offer
-from lightning_neurons.callbacks.replay import StepReplay
-from lightning_neurons.callbacks.sampled_study import SampledStudy
+from lightning_neurons.ablation.agreement import OracleAgreement
+from lightning_neurons.ablation.screening import Screening, screen
+from lightning_neurons.callbacks.observing.independence import independence_of
+from lightning_neurons.callbacks.observing.sampled_study import SampledStudy
+from lightning_neurons.callbacks.trainer.checks import name_of, require_training_step
+from lightning_neurons.callbacks.trainer.folders import apart
+from lightning_neurons.callbacks.trainer.lightning_errors import Step, lightning_errors
+from lightning_neurons.callbacks.trainer.outlet import Outlet, keeping_training, numbered, offer
+from lightning_neurons.callbacks.trainer.step_replay import StepReplay
 from lightning_neurons.criteria import CRITERIA, Criterion, resolve
+from lightning_neurons.data.batches import batch_size_of
 from lightning_neurons.errors import ArgumentError, MeasurementError, check_choice, check_count
-from lightning_neurons.network.batches import batch_size_of
-from lightning_neurons.network.layer import Pattern
-from lightning_neurons.network.silence import Replacement
-from lightning_neurons.report.ablation import ablation_scalars, print_ablation, write_ablation
-from lightning_neurons.report.drawing import can_draw
-from lightning_neurons.report.figures import agreement_scatter
-from lightning_neurons.report.images import can_show, show_figure
-from lightning_neurons.report.tags import with_suffix
+from lightning_neurons.hooks.intervention import Replacement
+from lightning_neurons.layers.layer import Pattern
+from lightning_neurons.measurement.losses import LOSS_REDUCTIONS, LossReduction
+from lightning_neurons.measurement.measure import LossFunction
+from lightning_neurons.report.figures.drawing import can_draw
+from lightning_neurons.report.figures.measurements import agreement_scatter
+from lightning_neurons.report.logging.ablation import ablation_scalars, print_ablation, write_ablation
+from lightning_neurons.report.logging.images import can_show, show_figure
+from lightning_neurons.report.logging.tags import with_suffix
 from lightning_neurons.results.ablation_report import AblationReport
 from lightning_neurons.results.whole_file import inside
-from lightning_neurons.studies.losses import LOSS_REDUCTIONS, LossReduction
-from lightning_neurons.studies.measure import LossFunction
-from lightning_neurons.studies.oracle import OracleAgreement
-from lightning_neurons.studies.screening import Screening, screen
 
 
 class NeuronAblationCallback(SampledStudy):

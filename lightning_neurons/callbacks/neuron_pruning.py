@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from lightning_neurons.callbacks.arguments import lightning_errors
-from lightning_neurons.callbacks.keeper import NeuronKeeper
-from lightning_neurons.callbacks.pruning_settings import (
+from lightning_neurons.callbacks.pruning.guard import NeuronKeeper
+from lightning_neurons.callbacks.pruning.recovery_settings import Mode, OnViolation, distillation_of, guard_of
+from lightning_neurons.callbacks.pruning.settings import (
     Check,
     OnUnprunable,
     PruningSettings,
@@ -16,16 +16,16 @@ from lightning_neurons.callbacks.pruning_settings import (
     reestimation_of,
     refuse_overlap,
 )
-from lightning_neurons.callbacks.recovery_settings import Mode, OnViolation, distillation_of, guard_of
+from lightning_neurons.callbacks.trainer.lightning_errors import lightning_errors
 from lightning_neurons.criteria import CRITERIA, Criterion
 from lightning_neurons.criteria.ranking import Normalization
 from lightning_neurons.errors import ArgumentError, check_choice, check_count, check_flag
+from lightning_neurons.measurement.losses import LossReduction
+from lightning_neurons.measurement.measure import LossFunction
+from lightning_neurons.measurement.settings import MeasurementSettings
 from lightning_neurons.pruning.budget import Aggregate, Agreement, Scope
-from lightning_neurons.pruning.compensation.repair import Compensation
+from lightning_neurons.pruning.compensation.weight_shifts import Compensation
 from lightning_neurons.pruning.schedule import PruningSchedule, Shape
-from lightning_neurons.studies.losses import LossReduction
-from lightning_neurons.studies.measure import LossFunction
-from lightning_neurons.studies.settings import MeasurementSettings
 
 
 class NeuronPruningCallback(NeuronKeeper):

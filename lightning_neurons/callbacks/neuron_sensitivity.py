@@ -5,15 +5,15 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from lightning_neurons.callbacks.arguments import Step, lightning_errors
-from lightning_neurons.callbacks.observer import NeuronObserver
+from lightning_neurons.callbacks.observing.observer import NeuronObserver
+from lightning_neurons.callbacks.trainer.lightning_errors import Step, lightning_errors
 from lightning_neurons.criteria import ACTIVATION_CRITERIA, GRADIENT_CRITERIA, Criterion
 from lightning_neurons.criteria.ranking import Normalization
 from lightning_neurons.errors import ArgumentError, check_choice, check_count, check_flag
-from lightning_neurons.network.layer import Pattern
-from lightning_neurons.studies.losses import LossReduction
-from lightning_neurons.studies.measure import LossFunction
-from lightning_neurons.studies.settings import Inputs, MeasurementSettings
+from lightning_neurons.layers.layer import Pattern
+from lightning_neurons.measurement.losses import LossReduction
+from lightning_neurons.measurement.measure import LossFunction
+from lightning_neurons.measurement.settings import Inputs, MeasurementSettings
 
 Source = Literal["val", "train"]
 

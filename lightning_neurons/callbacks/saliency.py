@@ -8,14 +8,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lightning_neurons.callbacks.arguments import lightning_errors
-from lightning_neurons.callbacks.checks import name_of
-from lightning_neurons.callbacks.forward import forward_of
-from lightning_neurons.callbacks.outlet import Outlet, numbered
-from lightning_neurons.callbacks.replay import StepReplay
-from lightning_neurons.callbacks.sampled_study import SampledStudy
-from lightning_neurons.errors import ArgumentError, MeasurementError, check_choice, check_count, check_flag
-from lightning_neurons.network.batches import (
+from lightning_neurons.attribution.objective import OF, Of, target_parts
+from lightning_neurons.attribution.readout import Forward
+from lightning_neurons.attribution.saliency import METHODS, Method, check_smoothing, saliency
+from lightning_neurons.callbacks.observing.sampled_study import SampledStudy
+from lightning_neurons.callbacks.trainer.checks import name_of
+from lightning_neurons.callbacks.trainer.forward import forward_of
+from lightning_neurons.callbacks.trainer.lightning_errors import lightning_errors
+from lightning_neurons.callbacks.trainer.outlet import Outlet, numbered
+from lightning_neurons.callbacks.trainer.step_replay import StepReplay
+from lightning_neurons.data.batches import (
     batch_size_of,
     form_of,
     inputs_of,
@@ -25,13 +27,11 @@ from lightning_neurons.network.batches import (
     targets_of,
     tensors_of,
 )
-from lightning_neurons.pictures.aims import OF, Of, target_parts
-from lightning_neurons.pictures.maximization_settings import check_normalization, range_of
-from lightning_neurons.pictures.readout import Forward
-from lightning_neurons.pictures.saliency import METHODS, Method, check_smoothing, saliency
-from lightning_neurons.report.drawing import MISSING_MATPLOTLIB, can_draw
-from lightning_neurons.report.images import keep_picture, show_figure
-from lightning_neurons.report.picture_figures import saliency_rows
+from lightning_neurons.errors import ArgumentError, MeasurementError, check_choice, check_count, check_flag
+from lightning_neurons.feature_visualization.settings import check_normalization, range_of
+from lightning_neurons.report.figures.drawing import MISSING_MATPLOTLIB, can_draw
+from lightning_neurons.report.figures.images import saliency_rows
+from lightning_neurons.report.logging.images import keep_picture, show_figure
 
 _TAG = "saliency"
 

@@ -5,20 +5,20 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
-from lightning_neurons.network.isolate import isolated
+from lightning_neurons.isolation.isolation import isolated
 from lightning_neurons.pruning.budget import PruningBudget
 from lightning_neurons.pruning.compensation.calibration import Calibration
 from lightning_neurons.pruning.compensation.moments import Moments
-from lightning_neurons.pruning.compensation.repair import Wiring
-from lightning_neurons.pruning.evidence import Constant, constants, first_read, second_moments
-from lightning_neurons.pruning.lossless import lossless_scores, still_layers
+from lightning_neurons.pruning.compensation.weight_shifts import Wiring
 from lightning_neurons.pruning.planning import Choice, allocations, decide, units_of
 from lightning_neurons.pruning.preparation import Candidate
-from lightning_neurons.pruning.reach import Dense
-from lightning_neurons.pruning.reconstruction import reconstruction_scores
-from lightning_neurons.pruning.scoring import GroupScores, group_scores, neuron_scores, random_scores
-from lightning_neurons.pruning.structure import Structure
-from lightning_neurons.pruning.surgery import cuts_of
+from lightning_neurons.pruning.selection.budget_fill import Dense
+from lightning_neurons.pruning.selection.evidence import Constant, constants, first_read, second_moments
+from lightning_neurons.pruning.selection.group_scores import GroupScores, group_scores, neuron_scores, random_scores
+from lightning_neurons.pruning.selection.lossless import lossless_scores, still_layers
+from lightning_neurons.pruning.selection.reconstruction import reconstruction_scores
+from lightning_neurons.pruning.structure.structure import Structure
+from lightning_neurons.pruning.surgery.surgery import cuts_of
 from lightning_neurons.results.neuron_report import NeuronReport
 
 

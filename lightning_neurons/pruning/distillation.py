@@ -7,9 +7,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from lightning_neurons.data.batches import tensors_of
 from lightning_neurons.errors import PruningError
-from lightning_neurons.network.batches import tensors_of
-from lightning_neurons.network.outputs import logits_in
+from lightning_neurons.hooks.outputs import logits_in
 
 
 def distillation_loss(

@@ -6,14 +6,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from lightning_neurons.dependency.groups import Group
 from lightning_neurons.errors import PruningError, UnknownNameError
-from lightning_neurons.network.coupling import Group
 from lightning_neurons.pruning.budget import PruningBudget
 from lightning_neurons.pruning.plan import PlanCost, PruningPlan
-from lightning_neurons.pruning.reach import Dense
-from lightning_neurons.pruning.scoring import GroupScores
-from lightning_neurons.pruning.selection import Selection, select
-from lightning_neurons.pruning.structure import Structure
+from lightning_neurons.pruning.selection.budget_fill import Dense
+from lightning_neurons.pruning.selection.group_scores import GroupScores
+from lightning_neurons.pruning.selection.select import Selection, select
+from lightning_neurons.pruning.structure.structure import Structure
 
 Units = dict[str, list[int]]
 

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_neurons.errors import PruningError, in_short
-from lightning_neurons.network.isolate import eager, isolated
+from lightning_neurons.isolation.isolation import eager, isolated
+from lightning_neurons.pruning.compensation.batch_norm import reestimate, together
 from lightning_neurons.pruning.compensation.calibration import Calibration
 from lightning_neurons.pruning.compensation.compensate import compensate
-from lightning_neurons.pruning.compensation.norms import reestimate, together
-from lightning_neurons.pruning.compensation.rehearsal import Rehearsal
-from lightning_neurons.pruning.compensation.repair import Compensation, Repair, Wiring
+from lightning_neurons.pruning.compensation.trial_model import Rehearsal
+from lightning_neurons.pruning.compensation.weight_shifts import Compensation, Repair, Wiring
 from lightning_neurons.pruning.plan import PruningPlan
-from lightning_neurons.pruning.surgery import Cut
+from lightning_neurons.pruning.surgery.surgery import Cut
 
 
 @dataclass(frozen=True)

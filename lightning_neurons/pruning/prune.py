@@ -7,28 +7,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_neurons.data.batches import inputs_of, map_tensors, targets_of, tensors_of
 from lightning_neurons.errors import ArgumentError, PruningError, check_flag
-from lightning_neurons.network.batches import inputs_of, map_tensors, targets_of, tensors_of
-from lightning_neurons.network.copying import hooked_parameters
-from lightning_neurons.network.isolate import isolated
-from lightning_neurons.network.neurons import call, find_neurons
-from lightning_neurons.network.outputs import logits_in
+from lightning_neurons.hooks.find_neurons import call, find_neurons
+from lightning_neurons.hooks.outputs import logits_in
+from lightning_neurons.isolation.copying import hooked_parameters
+from lightning_neurons.isolation.isolation import isolated
+from lightning_neurons.measurement.measure import LossFunction, measure
+from lightning_neurons.measurement.measurement import Measurement
 from lightning_neurons.pruning.budget import PruningBudget
 from lightning_neurons.pruning.compensation.calibration import Calibration
-from lightning_neurons.pruning.compensation.repair import Compensation
+from lightning_neurons.pruning.compensation.weight_shifts import Compensation
 from lightning_neurons.pruning.decision import candidates_of, gather, lossless_candidates, score
-from lightning_neurons.pruning.example import Example
-from lightning_neurons.pruning.lossless import without_loss
-from lightning_neurons.pruning.optimizers import checked_optimizers
 from lightning_neurons.pruning.plan import PlanCost, PruningPlan
 from lightning_neurons.pruning.planning import allocations, complete, units_of
 from lightning_neurons.pruning.preparation import Candidate, Prepared, prepare
 from lightning_neurons.pruning.request import check_inputs, check_model, chosen_compensation, kept_batches, wanted
-from lightning_neurons.pruning.structure import Structure, discover
-from lightning_neurons.pruning.surgery import cut, cuts_of
+from lightning_neurons.pruning.selection.lossless import without_loss
+from lightning_neurons.pruning.structure.example import Example
+from lightning_neurons.pruning.structure.structure import Structure, discover
+from lightning_neurons.pruning.surgery.optimizers import checked_optimizers
+from lightning_neurons.pruning.surgery.surgery import cut, cuts_of
 from lightning_neurons.results.neuron_report import NeuronReport
-from lightning_neurons.studies.measure import LossFunction, measure
-from lightning_neurons.studies.measurement import Measurement
 
 _NEEDS_LOSS = {"gradient", "sampled_gradient"}
 

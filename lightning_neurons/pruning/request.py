@@ -7,11 +7,11 @@ from typing import Any, get_args
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from lightning_neurons.data.batches import batch_size_of, tensors_of
 from lightning_neurons.errors import ArgumentError, UnknownNameError, check_choice, is_number
-from lightning_neurons.network.batches import batch_size_of, tensors_of
-from lightning_neurons.network.layer import require_materialized
+from lightning_neurons.layers.layer import require_materialized
 from lightning_neurons.pruning.budget import PruningBudget
-from lightning_neurons.pruning.compensation.repair import Compensation
+from lightning_neurons.pruning.compensation.weight_shifts import Compensation
 from lightning_neurons.pruning.plan import PruningPlan
 
 CONSTANT = PruningBudget("constant", threshold=1.0)

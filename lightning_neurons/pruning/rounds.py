@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from lightning_neurons.pruning.plan import PruningPlan
-from lightning_neurons.pruning.reach import Dense
-from lightning_neurons.pruning.surgery import Cut
+from lightning_neurons.pruning.selection.budget_fill import Dense
+from lightning_neurons.pruning.surgery.surgery import Cut
 from lightning_neurons.results.typed import typed
 
 

@@ -13,8 +13,8 @@ from lightning_neurons.criteria.contract import known_deadness
 from lightning_neurons.criteria.deadness import check_threshold, exact_at_the_end, never_fired_bound
 from lightning_neurons.criteria.ranking import Normalization, normalize, select
 from lightning_neurons.errors import ArgumentError, UnknownNameError, check_choice, check_flag
+from lightning_neurons.layers.layer import Layer
 from lightning_neurons.metrics.histogram import share_at_most
-from lightning_neurons.network.layer import Layer
 from lightning_neurons.results import rankings, report_json
 from lightning_neurons.results.rankings import RankedNeuron
 

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lightning_neurons.criteria.ranking import order
-from lightning_neurons.network.layer import Layer
+from lightning_neurons.layers.layer import Layer
 
 
 class _Place(NamedTuple):

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_neurons.layers.layer import Layer, Link
 from lightning_neurons.metrics.histogram import BINS
-from lightning_neurons.network.layer import Layer, Link
 from lightning_neurons.results.plain import floats, plain
 from lightning_neurons.results.typed import typed
 from lightning_neurons.results.whole_file import reading_document, write_whole

@@ -13,7 +13,7 @@ from scipy.stats import spearmanr
 from torch.utils.data import DataLoader
 
 from lightning_neurons import NeuronAblationCallback, ablate, measure
-from lightning_neurons.report.tags import TAGS, kind_of
+from lightning_neurons.report.logging.tags import TAGS, kind_of
 from lightning_neurons.results.ablation_report import AblationReport
 from tests.callbacks.modules import (
     Altered,

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from lightning_neurons import ArgumentError, ClassNeuronsCallback, class_study
-from lightning_neurons.report.tags import TAGS, kind_of
+from lightning_neurons.report.logging.tags import TAGS, kind_of
 from tests.callbacks.modules import MemoryLogger, Net, OldNamespace, Plain, fit, loader, trainer_of
 from tests.callbacks.studied import NoForward, OldNoForward, TwoNetworks, assert_same, samples, sorted_by_class
 

@@ -146,8 +146,8 @@ def test_measure_and_ablation_take_whole_batches_as_well(case, monkeypatch):
     loss, data = CASES[case]
     module = Small(loss)
     whole = measure(module, data, loss_fn=loss, criteria=["fisher"]).scores["fisher"]["first"]
-    monkeypatch.setattr("lightning_neurons.studies.passes._CACHED_BYTES", 1)
-    monkeypatch.setattr("lightning_neurons.studies.passes._SMALLEST_PART", 1)
+    monkeypatch.setattr("lightning_neurons.measurement.passes._CACHED_BYTES", 1)
+    monkeypatch.setattr("lightning_neurons.measurement.passes._SMALLEST_PART", 1)
     found = measure(module, data, loss_fn=loss, criteria=["fisher"]).scores["fisher"]["first"]
     torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-6 * float(whole.max()))
     callback = NeuronAblationCallback(ends=None)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lightning_neurons import ActivationStatisticsCallback, Criterion, NeuronSensitivityCallback, Statistic
-from lightning_neurons.callbacks.session import _SESSIONS
+from lightning_neurons.callbacks.observing.session import _SESSIONS
 from lightning_neurons.results.history import NeuronHistory
 from tests.callbacks.modules import MemoryLogger, Plain, fit, loader
 

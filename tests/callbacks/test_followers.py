@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_neurons.pruning.followers import shifts_with_followers
+from lightning_neurons.pruning.structure.followers import shifts_with_followers
 from tests.callbacks.modules import Net, Plain, fit, loader
 from tests.callbacks.pruned import Probe, pruner, remaining, weights, widths
 

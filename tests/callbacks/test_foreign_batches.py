@@ -14,8 +14,8 @@ from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import DataLoader
 
 from lightning_neurons import NeuronPruningCallback, NeuronSensitivityCallback, measure
-from lightning_neurons.callbacks.runner import KeptBatches
-from lightning_neurons.network.batches import batch_size_of, is_divisible, map_tensors, tensors_of
+from lightning_neurons.callbacks.trainer.runner import KeptBatches
+from lightning_neurons.data.batches import batch_size_of, is_divisible, map_tensors, tensors_of
 from tests.callbacks.modules import Plain, fit
 
 X, Y = torch.arange(12.0).view(4, 3), torch.tensor([0, 1, 2, 0])

@@ -8,7 +8,7 @@ import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_neurons import ArgumentError, NeuronPruningCallback
-from lightning_neurons.callbacks.recovery_settings import Guard
+from lightning_neurons.callbacks.pruning.recovery_settings import Guard
 from tests.callbacks.guarded import guard
 
 GUARD = {"monitor": "val_acc", "max_drop": 0.1}

@@ -10,7 +10,8 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch.optim import SGD, AdamW, lr_scheduler
 
-from lightning_neurons.callbacks import keeper, pruner, snapshot
+from lightning_neurons.callbacks.pruning import guard as keeper
+from lightning_neurons.callbacks.pruning import pruner, snapshot
 from tests.callbacks.guarded import (
     Scaling,
     Scored,

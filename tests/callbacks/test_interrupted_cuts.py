@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from torch import Tensor
 
 from lightning_neurons import NeuronPruningCallback
-from lightning_neurons.callbacks import pruner as pruner_module
+from lightning_neurons.callbacks.pruning import pruner as pruner_module
 from lightning_neurons.pruning.rounds import Rounds
 from tests.callbacks.guarded import Scored, by_epoch, hidden, made
 from tests.callbacks.modules import Plain, loader, trainer_of

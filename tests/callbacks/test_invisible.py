@@ -13,7 +13,7 @@ import torch
 from torchmetrics import Metric
 
 from lightning_neurons import NeuronSensitivityCallback, callbacks
-from lightning_neurons.callbacks.observer import NeuronObserver
+from lightning_neurons.callbacks.observing.observer import NeuronObserver
 from tests.callbacks import modules
 from tests.callbacks.modules import MemoryLogger, Plain, WithMetrics, fit, loader, trainer_of
 

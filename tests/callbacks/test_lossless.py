@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_neurons import NeuronPruningCallback
-from lightning_neurons.pruning import lossless
+from lightning_neurons.pruning.selection import lossless
 from tests.callbacks.modules import Net, Plain, loader, trainer_of
 from tests.callbacks.pruned import Probe, assert_sound, widths
 

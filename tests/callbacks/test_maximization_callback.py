@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
 from lightning_neurons import ActivationStatisticsCallback, NeuronSensitivityCallback, maximize_activation
-from lightning_neurons.report.tags import kind_of
+from lightning_neurons.report.logging.tags import kind_of
 from tests.callbacks.modules import Plain, fit, loader, trainer_of
 from tests.callbacks.pictured import (
     Dying,

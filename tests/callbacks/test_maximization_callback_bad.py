@@ -15,7 +15,7 @@ from lightning_neurons import (
     NeuronSensitivityCallback,
     maximize_activation,
 )
-from lightning_neurons.report import cards as module_of_cards
+from lightning_neurons.report.logging import cards as module_of_cards
 from tests.callbacks.modules import LAYERS, Net, Plain, dataset, fit, loader, trainer_of
 from tests.callbacks.pictured import (
     Dying,

@@ -9,7 +9,7 @@ from unittest.mock import Mock
 import lightning_utilities.core.rank_zero as messages
 import pytest
 
-from lightning_neurons.callbacks import namespaces
+from lightning_neurons.callbacks.trainer import namespaces
 
 LOOK = """
 import {first}

@@ -9,7 +9,7 @@ from lightning.pytorch.profilers import PyTorchProfiler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_neurons.pruning import surgery
+from lightning_neurons.pruning.surgery import surgery
 from tests.callbacks.modules import MemoryLogger, Plain, fit, loader, trainer_of
 from tests.callbacks.pruned import (
     Probe,

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from lightning_neurons import PruningPlan
-from lightning_neurons.report.tags import TAGS, kind_of
+from lightning_neurons.report.logging.tags import TAGS, kind_of
 from tests.callbacks.modules import MemoryLogger, Plain, SeveralLoaders, WithMetrics, dataset, fit, loader
 from tests.callbacks.pruned import Probe, pruner, widths
 

@@ -8,8 +8,8 @@ from torch import nn
 from lightning_neurons import NeuronSensitivityCallback, measure
 from lightning_neurons.criteria import CRITERIA
 from lightning_neurons.errors import MeasurementError
+from lightning_neurons.measurement.measurement import Measurement
 from lightning_neurons.metrics import room
-from lightning_neurons.studies.measurement import Measurement
 from tests.callbacks.modules import Plain, fit
 
 

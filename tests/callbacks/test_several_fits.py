@@ -17,7 +17,7 @@ from lightning_neurons import (
     NeuronSensitivityCallback,
     SaliencyCallback,
 )
-from lightning_neurons.report.tags import kind_of
+from lightning_neurons.report.logging.tags import kind_of
 from lightning_neurons.results.history import NeuronHistory
 from tests.callbacks.modules import Plain, fit, loader, trainer_of
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_neurons import NeuronAblationCallback, NeuronSensitivityCallback
-from lightning_neurons.network.surroundings import silent, writing_nothing
+from lightning_neurons.isolation.surroundings import silent, writing_nothing
 from tests.callbacks.modules import Plain, fit, loader, trainer_of
 
 LOG = logging.getLogger("a step")

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_neurons.callbacks.moments import moments_to_come
+from lightning_neurons.callbacks.pruning.moments import moments_to_come
 from tests.callbacks.modules import Manual, Plain, dataset, fit, loader
 from tests.callbacks.pruned import Probe, pruner, widths
 from tests.callbacks.test_training_only import CUT, WHOLE, Deep, TwoOptimizers, seeded

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_neurons.callbacks.training_trial import TrainingTrial
+from lightning_neurons.callbacks.pruning.training_trial import TrainingTrial
 from tests.callbacks.modules import Manual, Net, Plain, fit, loader
 from tests.callbacks.pruned import assert_equal, pruner, weights, widths
 

@@ -16,7 +16,7 @@ from lightning_neurons import (
     NeuronSensitivityCallback,
     SaliencyCallback,
 )
-from lightning_neurons.callbacks import validated as validated_weights
+from lightning_neurons.callbacks.trainer import validated_weights
 from tests.callbacks.modules import Plain, dataset, fit, loader
 from tests.callbacks.pruned import Probe, assert_equal, pruner, weights
 from tests.callbacks.studied import accuracy_without, loss_without, samples

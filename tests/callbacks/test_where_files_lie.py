@@ -17,7 +17,7 @@ from lightning_neurons import (
     NeuronSensitivityCallback,
     SaliencyCallback,
 )
-from lightning_neurons.callbacks import publish
+from lightning_neurons.callbacks.observing import publish
 from lightning_neurons.cli import main
 from lightning_neurons.results.whole_file import write_whole
 from tests.callbacks.modules import MemoryLogger, Plain, fit, loader, trainer_of

@@ -19,8 +19,8 @@ from lightning_neurons import (
     NeuronAblationCallback,
     NeuronSensitivityCallback,
 )
-from lightning_neurons.report.layout import LAYOUT
-from lightning_neurons.report.tags import kind_of
+from lightning_neurons.report.logging.layout import LAYOUT
+from lightning_neurons.report.logging.tags import kind_of
 from tests.callbacks.modules import MemoryLogger, OldNamespace, Plain, SeveralLoaders, fit, loader, trainer_of
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_neurons import PruningError, prune
 from lightning_neurons.errors import ArgumentError
-from lightning_neurons.pruning.compensation import least_squares
+from lightning_neurons.pruning.compensation import ridge as least_squares
 from lightning_neurons.pruning.compensation.calibration import in_few
 from lightning_neurons.pruning.compensation.moments import Moments
 from tests.models import seeded

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from lightning_neurons import prune
 from lightning_neurons.pruning.compensation.means import InputMeans, fold_means
-from lightning_neurons.pruning.compensation.repair import readers_of
-from lightning_neurons.pruning.surgery import Cut, cut
+from lightning_neurons.pruning.compensation.weight_shifts import readers_of
+from lightning_neurons.pruning.surgery.surgery import Cut, cut
 from tests.models import ConvNet, pictures, seeded
 
 GONE = (1, 4)

@@ -13,11 +13,11 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_neurons import prune
-from lightning_neurons.network.groups import Group, Part
-from lightning_neurons.pruning.costs import Costs, costs_of, effects, removed_by
-from lightning_neurons.pruning.example import Example
-from lightning_neurons.pruning.structure import Structure, discover
-from lightning_neurons.pruning.surgery import Cut, cut, cuts_of
+from lightning_neurons.dependency.torch_pruning_adapter import Group, Part
+from lightning_neurons.pruning.structure.costs import Costs, costs_of, effects, removed_by
+from lightning_neurons.pruning.structure.example import Example
+from lightning_neurons.pruning.structure.structure import Structure, discover
+from lightning_neurons.pruning.surgery.surgery import Cut, cut, cuts_of
 from tests.models import NETS, CharTransformer, pictures
 
 

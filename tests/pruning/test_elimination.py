@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_neurons.pruning.elimination import Reading, eliminate
+from lightning_neurons.pruning.selection.elimination import Reading, eliminate
 
 
 def reading(places: tuple[tuple[int, ...], ...], seed: int = 0, *, outputs: int = 3, more: int = 2) -> Reading:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_neurons import PruningPlan, prune
-from lightning_neurons.pruning.example import Example
 from lightning_neurons.pruning.planning import complete
-from lightning_neurons.pruning.structure import discover
+from lightning_neurons.pruning.structure.example import Example
+from lightning_neurons.pruning.structure.structure import discover
 from tests.models import pictures, seeded
 from tests.pruning.nets import NETS, Joined, net_and_inputs
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from lightning_neurons.pruning.compensation.calibration import Calibration
 from lightning_neurons.pruning.compensation.compensate import compensate
-from lightning_neurons.pruning.compensation.least_squares import FEW, RIDGE, refine
 from lightning_neurons.pruning.compensation.moments import Moments
-from lightning_neurons.pruning.compensation.repair import Wiring
-from lightning_neurons.pruning.surgery import Cut
+from lightning_neurons.pruning.compensation.ridge import FEW, RIDGE, refine
+from lightning_neurons.pruning.compensation.weight_shifts import Wiring
+from lightning_neurons.pruning.surgery.surgery import Cut
 from tests.criteria.streams import laws
 from tests.models import seeded
 

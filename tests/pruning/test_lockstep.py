@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from lightning_neurons import PruningError, prune
 from lightning_neurons.pruning.compensation.calibration import Calibration
 from lightning_neurons.pruning.compensation.compensate import compensate
-from lightning_neurons.pruning.compensation.lockstep import Lockstep, calls_of
-from lightning_neurons.pruning.example import Example
-from lightning_neurons.pruning.structure import discover
-from lightning_neurons.pruning.surgery import Cut, cuts_of
+from lightning_neurons.pruning.compensation.synchronized_forwards import Lockstep, calls_of
+from lightning_neurons.pruning.structure.example import Example
+from lightning_neurons.pruning.structure.structure import discover
+from lightning_neurons.pruning.surgery.surgery import Cut, cuts_of
 from tests.models import ConvNet, cross_entropy, pictures, seeded
 
 STOPS = ["conv1", "conv2", "fc1", "fc2"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_neurons import ArgumentError, PruningBudget, PruningError, PruningPlan, prune
-from lightning_neurons.pruning import lossless
+from lightning_neurons.pruning.selection import lossless
 from tests.models import pictures, seeded
 from tests.pruning.nets import NETS, MobileNet, SqueezeExcite, net_and_inputs
 

@@ -9,10 +9,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_neurons import ArgumentError, prune
+from lightning_neurons.pruning.compensation.batch_norm import reestimate
 from lightning_neurons.pruning.compensation.calibration import Calibration
-from lightning_neurons.pruning.compensation.norms import reestimate
-from lightning_neurons.pruning.compensation.rehearsal import Rehearsal
-from lightning_neurons.pruning.surgery import Cut
+from lightning_neurons.pruning.compensation.trial_model import Rehearsal
+from lightning_neurons.pruning.surgery.surgery import Cut
 from tests.models import ConvNet, cross_entropy, pictures, seeded
 from tests.pruning.nets import Decoder, ResNet
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from lightning_neurons import ArgumentError
-from lightning_neurons.pruning.optimizers import checked_optimizers
-from lightning_neurons.pruning.surgery import Cut, cut
+from lightning_neurons.pruning.surgery.optimizers import checked_optimizers
+from lightning_neurons.pruning.surgery.surgery import Cut, cut
 from tests.models import ConvNet, pictures, seeded
 
 

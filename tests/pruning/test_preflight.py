@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_neurons import PruningError
-from lightning_neurons.network.groups import Group
-from lightning_neurons.pruning.example import Example, scramble, twin_of
-from lightning_neurons.pruning.preflight import Preflight, silenced
-from lightning_neurons.pruning.structure import Structure, discover
-from lightning_neurons.pruning.surgery import Cut, cuts_of
+from lightning_neurons.dependency.torch_pruning_adapter import Group
+from lightning_neurons.pruning.structure.example import Example, scramble, twin_of
+from lightning_neurons.pruning.structure.preflight import Preflight, silenced
+from lightning_neurons.pruning.structure.structure import Structure, discover
+from lightning_neurons.pruning.surgery.surgery import Cut, cuts_of
 from tests.models import pictures, seeded
 from tests.pruning.nets import NETS, LeNet, net_and_inputs
 

@@ -9,9 +9,9 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from lightning_neurons import prune
-from lightning_neurons.pruning.compensation import least_squares
+from lightning_neurons.pruning.compensation import ridge as least_squares
 from lightning_neurons.pruning.compensation.moments import OutputMean, applied
-from lightning_neurons.pruning.compensation.views import channels, has_patches, patches
+from lightning_neurons.pruning.compensation.unfold import channels, has_patches, patches
 from tests.models import pictures, seeded
 from tests.pruning.nets import NETS, net_and_inputs
 

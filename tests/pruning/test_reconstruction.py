@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from lightning_neurons import ArgumentError, PruningBudget, prune
-from lightning_neurons.network.widths import axes
+from lightning_neurons.dependency.width_handlers import axes
 from lightning_neurons.pruning.compensation.calibration import Calibration
 from lightning_neurons.pruning.decision import gather, score
-from lightning_neurons.pruning.example import Example
 from lightning_neurons.pruning.planning import allocations
-from lightning_neurons.pruning.structure import discover
+from lightning_neurons.pruning.structure.example import Example
+from lightning_neurons.pruning.structure.structure import discover
 from tests.models import ConvNet, cross_entropy, pictures, seeded
 from tests.pruning.nets import NETS
 

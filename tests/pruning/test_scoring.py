@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_neurons import Criterion, NeuronReport, PruningBudget, Statistic, measure, prune
-from lightning_neurons.network.groups import Group
-from lightning_neurons.pruning.example import Example
-from lightning_neurons.pruning.scoring import group_scores, neuron_scores, random_scores
-from lightning_neurons.pruning.structure import discover
+from lightning_neurons.dependency.torch_pruning_adapter import Group
+from lightning_neurons.pruning.selection.group_scores import group_scores, neuron_scores, random_scores
+from lightning_neurons.pruning.structure.example import Example
+from lightning_neurons.pruning.structure.structure import discover
 from tests.criteria.streams import laws
 from tests.models import ConvNet, ResidualNet, cross_entropy, pictures, seeded
 

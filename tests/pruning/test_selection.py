@@ -8,11 +8,11 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from lightning_neurons import PruningBudget, UnknownNameError, prune
-from lightning_neurons.pruning.example import Example
-from lightning_neurons.pruning.scoring import GroupScores, group_scores
-from lightning_neurons.pruning.selection import Selection, select
-from lightning_neurons.pruning.structure import Structure, discover
-from lightning_neurons.pruning.surgery import cut, cuts_of
+from lightning_neurons.pruning.selection.group_scores import GroupScores, group_scores
+from lightning_neurons.pruning.selection.select import Selection, select
+from lightning_neurons.pruning.structure.example import Example
+from lightning_neurons.pruning.structure.structure import Structure, discover
+from lightning_neurons.pruning.surgery.surgery import cut, cuts_of
 from tests.models import ConvNet, ResidualNet, pictures, seeded
 
 SIZES = {"conv1": 6, "conv2": 5, "fc1": 7}

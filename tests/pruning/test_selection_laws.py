@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_neurons import PruningBudget
-from lightning_neurons.pruning.scoring import GroupScores, group_scores
-from lightning_neurons.pruning.selection import Dense, select
-from lightning_neurons.pruning.structure import discover
+from lightning_neurons.pruning.selection.group_scores import GroupScores, group_scores
+from lightning_neurons.pruning.selection.select import Dense, select
+from lightning_neurons.pruning.structure.structure import discover
 from tests.criteria.streams import laws
 from tests.pruning.test_selection import SIZES, choose, cut_net, example, lost, scores_of, shuffled, structure_of
 

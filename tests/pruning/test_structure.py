@@ -17,8 +17,8 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils import prune as masks
 
 from lightning_neurons import PruningError, describe_structure, prune
-from lightning_neurons.pruning.example import Example
-from lightning_neurons.pruning.structure import discover
+from lightning_neurons.pruning.structure.example import Example
+from lightning_neurons.pruning.structure.structure import discover
 from tests.models import pictures, seeded
 from tests.pruning.nets import LeNet, Tokens, codes, net_and_inputs
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_neurons.network.widths import Role
-from lightning_neurons.pruning.surgery import Cut, cut
+from lightning_neurons.dependency.width_handlers import Role
+from lightning_neurons.pruning.surgery.surgery import Cut, cut
 from tests.models import ConvNet, pictures, seeded
 
 GONE = (1, 4)

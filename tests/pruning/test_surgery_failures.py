@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from lightning_neurons.pruning import surgery
-from lightning_neurons.pruning.surgery import Cut, cut
+from lightning_neurons.pruning.surgery import surgery
+from lightning_neurons.pruning.surgery.surgery import Cut, cut
 from tests.models import pictures
 
 GONE, OTHERS = (1, 4), (0, 3)

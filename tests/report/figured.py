@@ -7,7 +7,7 @@ import torch
 
 from lightning_neurons import NeuronReport
 from lightning_neurons.metrics.histogram import BINS, bin_index
-from lightning_neurons.report import figures
+from lightning_neurons.report.figures import measurements as figures
 from lightning_neurons.results.ablation_report import AblationReport
 from lightning_neurons.results.neuron_report import LayerCounts
 

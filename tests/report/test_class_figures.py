@@ -1,5 +1,6 @@
 """Every figure of a class study shows the numbers of the report, without a display and without global state."""
 
+import importlib
 import importlib.util
 import math
 import os
@@ -17,9 +18,10 @@ from torch import nn
 
 import lightning_neurons
 from lightning_neurons import MissingPackageError, class_study
-from lightning_neurons.report.class_figures import _BARS, CLASS_FIGURES, save_class_figures
-from lightning_neurons.report.drawing import can_draw, new_figure
-from lightning_neurons.report.tags import TAGS
+from lightning_neurons.report import figures as report_figures
+from lightning_neurons.report.figures.classes import _BARS, CLASS_FIGURES, save_class_figures
+from lightning_neurons.report.figures.drawing import can_draw, new_figure
+from lightning_neurons.report.logging.tags import TAGS
 from lightning_neurons.results.class_report import ClassAccuracy, ClassReport
 
 KINDS = ("whole", "subnetwork", "ablation", "random subnetwork", "random ablation", "other subnetworks")
@@ -223,7 +225,7 @@ def test_figures_of_a_real_study_are_saved_as_png(studied, tmp_path):
 def test_neither_pyplot_nor_a_display_is_needed(tmp_path):
     code = (
         "import sys, torch; from torch import nn; from lightning_neurons import class_study;"
-        "from lightning_neurons.report.class_figures import save_class_figures;"
+        "from lightning_neurons.report.figures.classes import save_class_figures;"
         "net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3));"
         "save_class_figures(class_study(net, [(torch.randn(9, 6), torch.arange(9) % 3)]), sys.argv[1]);"
         "plt = sys.modules.get('matplotlib.pyplot');"  # others of our packages import it
@@ -250,3 +252,12 @@ def test_without_matplotlib_the_message_says_how_to_get_it(monkeypatch, tmp_path
             call()
         assert isinstance(caught.value, ImportError)
     assert not (tmp_path / "none").exists()
+
+
+def test_the_former_place_of_these_figures_says_where_they_are_now():
+    sys.modules.pop("lightning_neurons.report.class_figures", None)
+    with pytest.warns(DeprecationWarning, match="is lightning_neurons.report.figures now"):
+        former = importlib.import_module("lightning_neurons.report.class_figures")
+    assert {name: getattr(former, name) for name in former.__all__} == {
+        name: getattr(report_figures, name) for name in former.__all__
+    }

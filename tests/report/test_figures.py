@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from lightning_neurons import NeuronReport, UnknownNameError, agreement, measure
-from lightning_neurons.report import figures
-from lightning_neurons.report.drawing import new_figure, shortened
+from lightning_neurons.report.figures import measurements as figures
+from lightning_neurons.report.figures.drawing import new_figure, shortened
 from lightning_neurons.results.ablation_report import AblationReport
 from tests.report.figured import CASES, HOSTILE, ablation_of, every_figure, made
 from tests.results.reports import LAYERS, batches, report_of

@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_neurons import NeuronSensitivityCallback
-from lightning_neurons.report.loggers import BUCKETS, spread
+from lightning_neurons.report.logging.loggers import BUCKETS, spread
 from tests.callbacks.modules import MemoryLogger, Plain, fit
 
 SMALL = [10.0**-power for power in range(13, 17) for _ in range(3)]

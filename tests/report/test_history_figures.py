@@ -8,8 +8,8 @@ import torch
 
 from lightning_neurons import UnknownNameError
 from lightning_neurons.metrics.histogram import BINS, bin_index, folded
-from lightning_neurons.report import history_figures
-from lightning_neurons.report.drawing import new_figure
+from lightning_neurons.report.figures import history as history_figures
+from lightning_neurons.report.figures.drawing import new_figure
 from lightning_neurons.results.history import MAGNITUDE_PARTS, HistoryEntry, NeuronHistory
 from lightning_neurons.results.pruning_history import PruningHistory, PruningPoint
 

@@ -11,8 +11,8 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_neurons import ActivationStatisticsCallback, NeuronReport, NeuronSensitivityCallback
+from lightning_neurons.report.logging.tags import TAGS, kind_of
 from lightning_neurons.report.numbers import THRESHOLDS
-from lightning_neurons.report.tags import TAGS, kind_of
 from tests.callbacks.modules import LAYERS, MemoryLogger, Plain, fit, loader, trainer_of
 
 OWN = ("train_loss", "val_loss", "epoch", "hp_metric")

@@ -8,10 +8,10 @@ import torch
 from sklearn.datasets import load_digits
 
 from lightning_neurons.errors import ArgumentError
-from lightning_neurons.report import picture_figures
-from lightning_neurons.report.card_figure import neuron_card
-from lightning_neurons.report.drawing import new_figure
-from lightning_neurons.report.figure_data import tiled
+from lightning_neurons.report.figures import images as picture_figures
+from lightning_neurons.report.figures.card import neuron_card
+from lightning_neurons.report.figures.data import tiled
+from lightning_neurons.report.figures.drawing import new_figure
 from lightning_neurons.results.neuron_card import NeuronCard
 
 HOSTILE = ["_$x_$", "<script>", "y" * 200]

@@ -10,8 +10,8 @@ from rich.console import Console
 
 from lightning_neurons import ActivationStatisticsCallback, NeuronReport, NeuronSensitivityCallback, measure
 from lightning_neurons.metrics import histogram
-from lightning_neurons.report.console import print_report
-from lightning_neurons.report.loggers import log_magnitudes
+from lightning_neurons.report.console.tables import print_report
+from lightning_neurons.report.logging.loggers import log_magnitudes
 from lightning_neurons.report.numbers import layer_rows
 from tests.callbacks.modules import LAYERS, Plain, fit, loader
 

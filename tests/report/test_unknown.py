@@ -10,13 +10,13 @@ from rich.console import Console
 from torch import nn
 
 from lightning_neurons import NeuronReport, PruningBudget, measure
-from lightning_neurons.network.coupling import Group
-from lightning_neurons.pruning.scoring import group_scores, neuron_scores
-from lightning_neurons.report.console import table
+from lightning_neurons.dependency.groups import Group
+from lightning_neurons.pruning.selection.group_scores import group_scores, neuron_scores
+from lightning_neurons.report.console.tables import table
 from lightning_neurons.report.html.overview import layers
-from lightning_neurons.report.loggers import scalars
+from lightning_neurons.report.logging.loggers import scalars
+from lightning_neurons.report.logging.text_page import markdown
 from lightning_neurons.report.numbers import effective_share, layer_rows
-from lightning_neurons.report.page import markdown
 from lightning_neurons.results.history import NeuronHistory
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_neurons.data.batches import form_of, is_divisible, join, samples_in, tensors_of
 from lightning_neurons.errors import PruningError
-from lightning_neurons.network.batches import form_of, is_divisible, join, samples_in, tensors_of
-from lightning_neurons.network.isolate import eager
+from lightning_neurons.isolation.isolation import eager
 from lightning_neurons.pruning.compensation.moments import Reduce, alone
 
 _ALIKE = 1e-4

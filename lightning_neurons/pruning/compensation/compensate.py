@@ -5,12 +5,12 @@ from functools import partial
 
 from torch import nn
 
-from lightning_neurons.network.isolate import eager, isolated
-from lightning_neurons.pruning.compensation.calibrate import least_squares
+from lightning_neurons.isolation.isolation import eager, isolated
 from lightning_neurons.pruning.compensation.calibration import Calibration
+from lightning_neurons.pruning.compensation.layerwise import least_squares
 from lightning_neurons.pruning.compensation.means import InputMeans, fold_means
-from lightning_neurons.pruning.compensation.repair import Compensation, Repair, Wiring, readers_of
-from lightning_neurons.pruning.surgery import Cut
+from lightning_neurons.pruning.compensation.weight_shifts import Compensation, Repair, Wiring, readers_of
+from lightning_neurons.pruning.surgery.surgery import Cut
 
 
 def compensate(

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_neurons.network.widths import axes
-from lightning_neurons.pruning.compensation.least_squares import choose_ridge, refine
+from lightning_neurons.dependency.width_handlers import axes
 from lightning_neurons.pruning.compensation.moments import Moments, OutputMean, Reduce, applied, wide
-from lightning_neurons.pruning.compensation.views import channels, has_patches, patches
+from lightning_neurons.pruning.compensation.ridge import choose_ridge, refine
+from lightning_neurons.pruning.compensation.unfold import channels, has_patches, patches
 
 AT_ONCE = 2**23
 """Values of patches that are looked at together: 64 MB in float64."""

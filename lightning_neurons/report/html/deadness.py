@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from lightning_neurons.report.figures import SELDOM
+from lightning_neurons.report.figures.measurements import SELDOM
 from lightning_neurons.report.html.parts import Cell, Column, Part, Section, Side, Table
 from lightning_neurons.report.html.run_figures import layer_comparisons, threshold_figure
 from lightning_neurons.report.html.run_folder import RunFolder

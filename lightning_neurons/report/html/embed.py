@@ -5,9 +5,9 @@ import io
 from pathlib import Path
 from typing import Any
 
-from lightning_neurons.report.drawing import new_figure
+from lightning_neurons.report.figures.drawing import new_figure
 from lightning_neurons.report.html.parts import Picture
-from lightning_neurons.report.images import as_pixels
+from lightning_neurons.report.logging.images import as_pixels
 
 _PIXELS_PER_INCH = 96
 """Of the page: a figure's point is then a point of the page."""

@@ -1,7 +1,8 @@
 """The figures of one layer, each with what it shows in words."""
 
 from lightning_neurons.metrics.histogram import representatives
-from lightning_neurons.report import figures, history_figures
+from lightning_neurons.report.figures import history as history_figures
+from lightning_neurons.report.figures import measurements as figures
 from lightning_neurons.report.html.embed import embedded_figure, new_axes
 from lightning_neurons.report.html.parts import Picture
 from lightning_neurons.report.html.wording import dead_by_threshold, many, percent, real

@@ -3,7 +3,7 @@
 import math
 from pathlib import Path
 
-from lightning_neurons.report.console import remarks
+from lightning_neurons.report.console.tables import remarks
 from lightning_neurons.report.html.parts import Cell, Column, Section, Side, Table, Tile, Tiles, Words
 from lightning_neurons.report.html.run_folder import RunFolder
 from lightning_neurons.report.html.wording import many, percent, real, whole

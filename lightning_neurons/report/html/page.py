@@ -7,13 +7,13 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from lightning_neurons.errors import ArgumentError
-from lightning_neurons.report.drawing import can_draw
+from lightning_neurons.report.figures.drawing import can_draw
 from lightning_neurons.report.html import overview, studies
 from lightning_neurons.report.html.deadness import deadness
 from lightning_neurons.report.html.layer_pages import layer_pages
 from lightning_neurons.report.html.parts import Facts, Part, Section, Words
 from lightning_neurons.report.html.run_folder import RunFolder
-from lightning_neurons.report.images import FOLDER
+from lightning_neurons.report.logging.images import FOLDER
 from lightning_neurons.results.whole_file import Place, inside, on_this_machine, place_of, write_whole
 
 _NAME = "report.html"

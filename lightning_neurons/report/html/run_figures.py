@@ -5,7 +5,8 @@ import math
 import torch
 
 from lightning_neurons.criteria import agreement
-from lightning_neurons.report import figures, history_figures
+from lightning_neurons.report.figures import history as history_figures
+from lightning_neurons.report.figures import measurements as figures
 from lightning_neurons.report.html.embed import embedded_figure, new_axes
 from lightning_neurons.report.html.parts import Picture
 from lightning_neurons.report.html.wording import dead_by_threshold, percent, real

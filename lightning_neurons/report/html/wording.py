@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from lightning_neurons.report.figure_data import silent_shares
+from lightning_neurons.report.figures.data import silent_shares
 from lightning_neurons.report.numbers import THRESHOLDS
 from lightning_neurons.results.neuron_report import NeuronReport
 

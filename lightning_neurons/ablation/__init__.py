@@ -1,0 +1,1 @@
+"""Ablation studies: the loss without neurons, measured."""

@@ -1,0 +1,80 @@
+"""Gate gradients of single samples: what first and second order say of switching a neuron off."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lightning_neurons.ablation.engine import WhatIf
+from lightning_neurons.criteria.contract import Need
+from lightning_neurons.criteria.view import LayerView
+from lightning_neurons.data.batches import batch_size_of
+from lightning_neurons.errors import MeasurementError
+from lightning_neurons.layers.layer import Layer
+from lightning_neurons.layers.sample_axis import samples_first
+from lightning_neurons.measurement.losses import summed
+from lightning_neurons.measurement.passes import Passes
+
+
+class GateGradients:
+    """Differentiates batches with respect to gates on neurons; a receiver of ``Passes``.
+
+    Args:
+        study: The engine, whose model, loss and layers are used.
+        neurons: Which neurons, by layer.
+
+    Attributes:
+        works: Whether the loss can be differentiated.
+    """
+
+    def __init__(self, study: WhatIf, neurons: Mapping[str, Sequence[int]]) -> None:
+        self.modules: dict[str, nn.Module] = {name: study.modules[name] for name in neurons}
+        self.works = True
+        self._study, self._neurons = study, neurons
+        self._layers: Mapping[str, Layer] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._size = 0
+        self._passes = Passes(study.model, [self])
+
+    def learn(self, layers: Mapping[str, Layer]) -> None:
+        """Receiver of ``Passes``."""
+        self._layers = layers
+
+    def receive(
+        self, layer: str, activation: Tensor, gradient: Tensor | None, need: Need, inner: Tensor | None = None
+    ) -> None:
+        """Receiver of ``Passes``."""
+        known = self._layers[layer]
+        form = known.axis, self._size, known.rows_per_sample
+        view = LayerView(
+            samples_first(activation, *form),
+            None if gradient is None else samples_first(gradient, *form),
+            None if inner is None else samples_first(inner, *form),
+        )
+        self._sums[layer] = self._sums.get(layer, 0) + view.gate_gradient
+
+    def of(self, batch: Any) -> Float[Tensor, "batch neuron 2"]:
+        """For each sample and neuron, ``-u`` and ``u^2``; zeros where the loss cannot be differentiated."""
+        size = self._size = batch_size_of(batch)
+        width = sum(map(len, self._neurons.values()))
+        if not self.works:
+            return torch.zeros(size, width, 2)
+        study = self._study
+
+        def loss_of(given: Any) -> Tensor:
+            return summed(study.loss_fn(study.model, given), study.loss_reduction, batch_size_of(given))  # type: ignore[arg-type]
+
+        self._sums = {}
+        try:
+            self._passes.differentiate(loss_of, batch)
+        except (MeasurementError, RuntimeError):
+            self.works = False
+            return torch.zeros(size, width, 2)
+        columns = [
+            self._sums[name][:, list(indices)] if name in self._sums else torch.zeros(size, len(indices))
+            for name, indices in self._neurons.items()
+        ]
+        gates = torch.cat([column.double().cpu() for column in columns], 1)
+        return torch.stack([-gates, gates.square()], -1)

@@ -1,0 +1,1 @@
+"""Attributions: what an output or a neuron rests on."""

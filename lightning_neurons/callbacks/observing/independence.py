@@ -1,0 +1,51 @@
+"""Whether a module's samples may be run again in other company than their batch's; found out in each measurement."""
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+from lightning_neurons.callbacks.trainer.checks import name_of
+from lightning_neurons.callbacks.trainer.step_replay import StepReplay
+from lightning_neurons.data.batches import batch_size_of, kind_of
+from lightning_neurons.measurement.batch_splitting import Independence
+from lightning_neurons.measurement.losses import LossReduction, summed
+
+_FOUND: "WeakKeyDictionary[nn.Module, tuple[Any, dict[Any, Independence]]]" = WeakKeyDictionary()
+
+
+def independence_of(
+    replay: StepReplay, loss_reduction: LossReduction, batch: Any, place: tuple[int, int]
+) -> tuple[bool, bool]:
+    """Whether the loss of a batch is known to be that of its samples, each for itself, whatever the batch's index.
+
+    Also whether it depends on what the batches before have left.
+
+    Args:
+        replay: How to get the loss.
+        loss_reduction: What that is of the samples' own.
+        batch: The batch.
+        place: Index of the batch, and of its dataloader.
+    """
+    function = None if replay.loss_fn is None else (id(replay.loss_fn), name_of(replay.loss_fn))
+    key = replay.step, function, loss_reduction, kind_of(batch), place[1]
+    moment, found = _moment(replay.trainer), dict[Any, Independence]()
+    if _FOUND.get(replay.pl_module, (None,))[0] != moment:
+        _FOUND[replay.pl_module] = moment, found
+    independence = _FOUND[replay.pl_module][1].setdefault(key, Independence())
+    asked: list[Any] = []
+
+    def loss_of(given: Any) -> Tensor:
+        if not any(given is one for one in asked):
+            asked.append(given)
+        # Another one for each, as samples of different batches are joined.
+        replay.place = place[0] + [given is one for one in asked].index(True), place[1]
+        return summed(replay.loss(given), loss_reduction, batch_size_of(given))
+
+    return independence.shown(loss_of, batch, replay.isolated), independence.is_stateful
+
+
+def _moment(trainer: Any) -> tuple[Any, ...]:
+    """What changes from one measurement to the next; a term of the loss may have been switched on in between."""
+    step = trainer.current_epoch if trainer.training else (trainer.current_epoch, trainer.global_step)
+    return id(trainer), trainer.state.fn, trainer.sanity_checking, step

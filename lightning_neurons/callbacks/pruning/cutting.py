@@ -1,0 +1,104 @@
+"""Making a cut inside a running Trainer: out of DDP's wrapper and back, with averages of the weights."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_neurons.callbacks.trainer.runner import KeptBatches, metric_on
+from lightning_neurons.pruning.surgery.surgery import Cut, Operation, cut
+
+
+def metric_now(trainer: Any, pl_module: Any, kept: KeptBatches, monitor: str | None) -> float | None:
+    """The metric of the network that validation looks at: with averaged weights, that of the average.
+
+    Args:
+        trainer: The Trainer.
+        pl_module: Its module.
+        kept: Validation samples.
+        monitor: The metric, if there is one.
+
+    Returns:
+        The metric on the kept samples of all processes, or None if it cannot be known.
+
+    Raises:
+        PruningError: If it could not be measured in some process; in every process.
+    """
+    # What all processes do together must not depend on what one of them has seen.
+    if monitor is None or not trainer.strategy.broadcast(kept.samples > 0, 0):
+        return None
+    averaging = [c for c in trainer.callbacks if hasattr(c, "_swap_models") and c._average_model is not None]
+    for callback in averaging:
+        callback._swap_models(pl_module)
+    try:
+        return metric_on(trainer, pl_module, kept, monitor)
+    finally:
+        for callback in reversed(averaging):
+            callback._swap_models(pl_module)
+
+
+def cut_in_fit(
+    trainer: Any,
+    pl_module: Any,
+    cuts: Sequence[Cut],
+    shifts: Mapping[str, Tensor],
+    also: Callable[[Operation], None],
+) -> None:
+    """Cut the model, its optimizers' state and its averages; after an error everything is as it was.
+
+    Args:
+        trainer: The Trainer, at the beginning of a training epoch.
+        pl_module: Its module.
+        cuts: What goes.
+        shifts: What compensates for it.
+        also: Writes down that it has been made, when all else has been done; it is taken back with it.
+    """
+    if not cuts:
+        also(Operation())
+        return
+    strategy = trainer.strategy
+    wrapped = isinstance(strategy.model, DistributedDataParallel)
+    if wrapped:
+        # The wrapper's reducer knows the old shapes: ranks would diverge without an error.
+        strategy.model = strategy.lightning_module
+    try:
+        cut(pl_module, cuts, optimizers=trainer.optimizers, copies=averages_of(trainer), shifts=shifts, also=also)
+    finally:
+        if wrapped:
+            strategy.configure_ddp()
+
+
+def averages_of(trainer: Any) -> list[nn.Module]:
+    """The copies that weight-averaging callbacks (EMA, SWA) keep of the model."""
+    averaged = torch.optim.swa_utils.AveragedModel
+    return [one.module if isinstance(one, averaged) else one for one in average_models(trainer)]
+
+
+def average_models(trainer: Any) -> list[nn.Module]:
+    """The same with what is wrapped around them to average."""
+    found = [getattr(callback, "_average_model", None) for callback in trainer.callbacks]
+    return [average for average in found if isinstance(average, nn.Module)]
+
+
+def average_again(trainer: Any, pl_module: nn.Module, who: Any) -> None:
+    """Let what is averaged end in the module, after another state has come back into both.
+
+    Args:
+        trainer: At the end of training.
+        pl_module: Its module.
+        who: The callback that has put the state back; averaging callbacks before it had ended already.
+    """
+    for callback in trainer.callbacks[: trainer.callbacks.index(who)]:
+        if isinstance(getattr(callback, "_average_model", None), torch.optim.swa_utils.AveragedModel):
+            callback.on_train_end(trainer, pl_module)
+
+
+def reset_early_stopping(trainer: Any) -> None:
+    """Let early stopping forget what the larger model could do."""
+    for callback in trainer.callbacks:
+        if any(base.__name__ == "EarlyStopping" for base in type(callback).__mro__):
+            callback.wait_count = 0
+            callback.best_score = torch.tensor(math.inf if callback.monitor_op is torch.lt else -math.inf)

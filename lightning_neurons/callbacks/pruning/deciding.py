@@ -1,0 +1,281 @@
+"""What to cut, decided by one process for all, from what all of them have seen."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lightning_neurons.callbacks.pruning.followers import Found
+from lightning_neurons.callbacks.pruning.settings import PruningSettings
+from lightning_neurons.callbacks.pruning.training_trial import TrainingTrial, failing
+from lightning_neurons.callbacks.trainer.processes import costing_a_round, in_one_process
+from lightning_neurons.callbacks.trainer.runner import Runner
+from lightning_neurons.errors import PruningError
+from lightning_neurons.isolation.copying import finally_hooked_parameters
+from lightning_neurons.pruning.budget import PruningBudget
+from lightning_neurons.pruning.compensation.calibration import Calibration
+from lightning_neurons.pruning.compensation.weight_shifts import Wiring
+from lightning_neurons.pruning.decision import Evidence, candidates_of, gather, lossless_candidates, score
+from lightning_neurons.pruning.plan import PruningPlan
+from lightning_neurons.pruning.planning import allocations, choose, units_of
+from lightning_neurons.pruning.preparation import Candidate, prepare
+from lightning_neurons.pruning.rounds import Pending, Rounds
+from lightning_neurons.pruning.selection.budget_fill import Dense
+from lightning_neurons.pruning.selection.lossless import without_loss
+from lightning_neurons.pruning.structure.followers import joined, shifts_with_followers
+from lightning_neurons.pruning.structure.structure import Structure, discover
+from lightning_neurons.pruning.surgery.surgery import Cut, cuts_of, stays_of
+from lightning_neurons.results.neuron_report import NeuronReport
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What the deciding process tells the others of the model.
+
+    Attributes:
+        dense: The model before any cut.
+        unprunable: What cannot be cut, with the reason; without the layers that make the output.
+        wiring: How its layers follow one another.
+        ways_left: Of running it, those that have not been tried.
+    """
+
+    dense: Dense
+    unprunable: tuple[str, ...]
+    wiring: Wiring
+    ways_left: int
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the deciding process tells the others of a measurement.
+
+    Attributes:
+        vote: What this measurement alone would remove, in original indices.
+        candidates: What could go, with plans in original indices; none if it is not time yet.
+        notes: What limits the choice.
+        units: By candidate and by root, what goes of each group, in the indices of the model as it is.
+    """
+
+    vote: dict[str, list[int]]
+    candidates: tuple[Candidate, ...]
+    notes: tuple[str, ...]
+    units: tuple[dict[str, list[int]], ...] = ()
+
+    @property
+    def unmet(self) -> list[str]:
+        """How close the budget comes, if it cannot be met, and what limits it."""
+        found = [note for note in self.notes if "not reached" in note]
+        limits = [note for note in self.notes if note.startswith("as narrow as")]
+        return ["; ".join([*found, *limits])] if found else []
+
+
+class Decision:
+    """One decision of all processes together.
+
+    Args:
+        trainer: The Trainer.
+        pl_module: Its module.
+        runner: How to run it; the deciding process has one.
+        settings: What the callback was told.
+        rounds: What has happened so far.
+        left_whole: By root, groups that training cannot do with fewer neurons of, and why; more may be found.
+        alike: Networks in the module that follow others, which are cut together, or that may.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        pl_module: Any,
+        runner: Runner | None,
+        settings: PruningSettings,
+        rounds: Rounds,
+        left_whole: dict[str, str],
+        alike: Found,
+    ) -> None:
+        self.trainer, self.pl_module, self.runner = trainer, pl_module, runner
+        self.settings, self.rounds, self.left_whole = settings, rounds, left_whole
+        self._alike = alike
+        self._structure: Structure | None = None  # of the deciding process
+        self.survey: Survey = in_one_process(trainer, self._look)
+        while runner is not None and runner.ways_left > self.survey.ways_left and runner.take_another(pl_module):
+            pass  # all processes run the module in the same way
+        self._evidence = Evidence()
+
+    def gather(self, budget: PruningBudget, calibration: Calibration) -> None:
+        """Look at what readers read, if the budget goes by that."""
+        with costing_a_round(self.trainer):
+            lossless = self.settings.lossless
+            self._evidence = gather(self.pl_module, budget, calibration, self.survey.wiring, lossless=lossless)
+
+    def judge(
+        self,
+        budgets: Sequence[PruningBudget],
+        report: NeuronReport | None,
+        seed: int,
+        *,
+        is_due: bool,
+        trial: TrainingTrial | None = None,
+    ) -> Verdict:
+        """Choose what could go now. What training cannot do without is left whole, and the choice made again.
+
+        Args:
+            budgets: What is due now, and what is due in the end; by that, measurements vote.
+            report: The latest measurement, if there is one.
+            seed: Of random scores.
+            is_due: Whether a round is due; else only the vote counts.
+            trial: Tries training steps in this process.
+
+        Raises:
+            PruningError: If the deciding process failed, in every process.
+        """
+        while True:
+            verdict: Verdict = in_one_process(self.trainer, lambda: self._judge(budgets, report, seed, is_due))
+            failed = {} if trial is None else self._failing(verdict, trial)
+            if not failed:
+                return verdict
+            self.left_whole.update(failed)
+
+    def _failing(self, verdict: Verdict, trial: TrainingTrial) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for units in verdict.units:
+
+            def part(roots: Sequence[str], units: Mapping[str, list[int]] = units) -> list[Cut]:
+                assert self._structure is not None, "the deciding process has looked"
+                return cuts_of([self._structure.groups[root] for root in roots], units)
+
+            with costing_a_round(self.trainer):
+                found |= failing(self.trainer, trial, [*units], part)
+        return found
+
+    def prepare(self, verdict: Verdict, calibration: Calibration, number: int) -> Pending:
+        """Make what is decided ready to be carried out: compensate for it, compare, and take the best.
+
+        Raises:
+            PruningError: If a lossless cut would change the outputs.
+        """
+        settings, wiring = self.settings, self.survey.wiring
+        with costing_a_round(self.trainer):
+            if settings.lossless:
+                constants = self._evidence.constants
+                prepared = without_loss(self.pl_module, verdict.candidates, constants, calibration, wiring)
+            else:
+                prepared = prepare(
+                    self.pl_module,
+                    verdict.candidates,
+                    calibration,
+                    wiring,
+                    how=settings.compensation,
+                    reestimate_norms=settings.reestimate_norms,
+                )
+        shifts = shifts_with_followers(prepared.shifts, self._alike.followers, {*wiring.calls})
+        compensated = {name.rpartition(".")[0] for name in shifts.keys() - prepared.shifts.keys()}
+        silent = {f"{path} is not compensated: it did not run" for path in compensated}
+        plan = replace(prepared.plan, notes=tuple(note for note in prepared.plan.notes if note not in silent))
+        return Pending(number, plan, prepared.cuts, shifts, self.trainer.current_epoch)
+
+    def _look(self) -> Survey:
+        assert self.runner is not None, "the first process has had a batch"
+        self._structure = joined(self._discover(self.runner), self._alike.followers)
+        structure = self._without_left_whole()
+        found, ignored = [], self.settings.budget.ignores(list(structure.widths))
+        for root, reason in structure.refused.items():
+            layers = structure.groups[root].layers
+            if not {*layers} & {*structure.coupling.ends, *ignored}:
+                found.append(f"{root}: {reason}")
+        unseen = (
+            f"{name}: {reason}"
+            for name, reason in structure.unseen.items()
+            if not any(_is_in(name, path) for path in self._alike.untrained)
+        )
+        return Survey(
+            self.rounds.dense or Dense.of(structure), (*found, *unseen), structure.wiring, self.runner.ways_left
+        )
+
+    def _discover(self, runner: Runner) -> Structure:
+        """The module's structure, in the first way of running it in which most of it can be followed."""
+        best, chosen = self._followed(runner), runner
+        for other in runner.other_ways(self.pl_module) if best.coupling.unseen else ():
+            found = self._seeing_more(best, other)
+            if found is not None:
+                best, chosen = found, other
+        runner.become(chosen)
+        return best
+
+    def _followed(self, runner: Runner) -> Structure:
+        """That in the first way in which it can be followed at all."""
+        try:
+            return discover(self.pl_module, runner.example)
+        except PruningError as error:
+            while runner.take_another(self.pl_module):
+                try:
+                    return discover(self.pl_module, runner.example)
+                except PruningError:
+                    continue
+            told = "; one of forward and validation_step has to be differentiable, and neither is"
+            raise PruningError(f"{error}{told}") from error
+
+    def _seeing_more(self, known: Structure, runner: Runner) -> Structure | None:
+        """That in another way, if more layers run in it and all that can be cut in the first can be cut: else None."""
+        if not runner.runs_any(self.pl_module, known.coupling.unseen):
+            return None
+        try:
+            found = discover(self.pl_module, runner.example)
+        except PruningError:
+            return None
+        more = found.coupling.unseen.keys() < known.coupling.unseen.keys()
+        return _also_refusing(found, known) if more and _cuttable(known) <= _cuttable(found) else None
+
+    def _without_left_whole(self) -> Structure:
+        structure = self._structure
+        assert structure is not None, "the deciding process has looked"
+        known = {root: reason for root, reason in self.left_whole.items() if root in structure.groups}
+        for path, reason in self._alike.unclear.items():
+            known |= {root: reason for root, g in structure.groups.items() if any(_is_in(n, path) for n in g.layers)}
+        if hooked := {*finally_hooked_parameters(self.pl_module)}:
+            for group in structure.offered.values():
+                if held := hooked & stays_of(self.pl_module, cuts_of([group], {group.root: [0]})).keys():
+                    known[group.root] = (
+                        f"{min(held)} has a hook that runs when its gradient is complete, and what it holds, such as "
+                        "an optimizer of its own, cannot be cut"
+                    )
+        return replace(structure, refused={**known, **structure.refused})
+
+    def _judge(self, budgets: Sequence[PruningBudget], report: NeuronReport | None, seed: int, is_due: bool) -> Verdict:
+        structure, dense, patience = self._without_left_whole(), self.survey.dense, self.settings.patience
+        budget, final = budgets[0], budgets[-1]
+        if patience > 1:  # measurements are compared neuron by neuron
+            budget = replace(budget, scope=budget.scopes[0])
+        before = Rounds(dense, self.rounds.done).plan
+        scores, notes = score(structure, self.pl_module, budget, report=report, evidence=self._evidence, seed=seed)
+        choices = allocations(structure, budget, scores, dense=dense)
+        last = choices[0] if patience == 1 else choose(structure, final, scores, dense=dense)
+        mine = PruningPlan({n: tuple(v) for n, v in structure.neurons(last.units).items()}).lifted(before)
+        vote = {layer: list(neurons) for layer, neurons in mine.neurons.items()}
+        votes = self.rounds.votes[len(self.rounds.votes) - patience + 1 :] if patience > 1 else []
+        if not is_due or len(votes) < patience - 1:
+            return Verdict(vote, (), (*choices[0].selection.notes, *notes))
+        earlier = [PruningPlan({n: tuple(v) for n, v in old.items()}).lowered(before).neurons for old in votes]
+        if self.settings.lossless:
+            options: dict[str, Any] = {"dense": dense, "earlier": earlier}
+            found, _ = lossless_candidates(structure, self.pl_module, budget, self._evidence, report, **options)
+        else:
+            found = candidates_of(structure, budget, choices, earlier)
+        units = tuple(units_of(structure, one.plan) for one in found)
+        lifted = (replace(one, plan=replace(one.plan.lifted(before), notes=(*one.plan.notes, *notes))) for one in found)
+        return Verdict(vote, tuple(lifted), (*found[0].plan.notes, *notes), units)
+
+
+def _cuttable(structure: Structure) -> set[str]:
+    return {layer for group in structure.offered.values() for layer in group.layers}
+
+
+def _also_refusing(structure: Structure, other: Structure) -> Structure:
+    """A structure in which that is left whole, too, which has to stay in another way of running the module."""
+    why = {layer: reason for root, reason in other.refused.items() for layer in other.groups[root].layers}
+    layers = {root: next((n for n in group.layers if n in why), None) for root, group in structure.groups.items()}
+    refused = {root: why[layer] for root, layer in layers.items() if layer is not None}
+    coupling = replace(structure.coupling, ends=structure.coupling.ends | other.coupling.ends)
+    return replace(structure, refused={**structure.refused, **refused}, coupling=coupling)
+
+
+def _is_in(path: str, network: str) -> bool:
+    return f"{path}.".startswith(f"{network}.")

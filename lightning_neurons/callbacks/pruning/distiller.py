@@ -1,0 +1,215 @@
+"""The model before a cut teaches the one after it, without a word of it in ``training_step``.
+
+A hook on the logits adds the gradient of the distillation loss to theirs, scaled like the loss that Lightning
+differentiates. So the weights go where they would with the loss added by hand (Hinton et al. 2015, section 2).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+
+from lightning_neurons.callbacks.pruning.recovery_settings import Distillation
+from lightning_neurons.callbacks.pruning.teachers import find_logits, from_state, networks_of, read_teacher, state_of
+from lightning_neurons.data.batches import map_tensors
+from lightning_neurons.errors import PruningError
+from lightning_neurons.isolation.isolation import kept_random_state
+from lightning_neurons.pruning.distillation import checked_logits, distillation_gradient
+from lightning_neurons.pruning.structure.example import twin_of
+
+PATIENCE = 10
+"""Batches in one of which the logits must come by: a training step may leave some out."""
+
+
+class Distiller:
+    """Teaches while the recovery of a cut goes on.
+
+    Args:
+        who: The callback, for messages.
+        how: The settings.
+
+    Attributes:
+        until: The last epoch of the recovery.
+    """
+
+    def __init__(self, who: str, how: Distillation) -> None:
+        self.who, self.how = who, how
+        self.until = -1
+        self._teacher: nn.Module | None = None
+        self._saved: dict[str, Tensor] | None = None
+        self._hooks: list[Any] = []
+        self._watched: set[int] = set()
+        self._inputs: tuple[str, tuple[Any, ...], dict[str, Any]] | None = None
+        self._heard = self._teaches = False
+        self._batches = 0
+        self._output = ""
+        self._trainer: Any = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The teacher, unless it is a file, and how long it teaches."""
+        saved = self._saved
+        if self._teacher is not None and self.how.teacher is None:
+            saved = state_of(self._teacher)
+        return {"until": self.until, "teacher": saved}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where a checkpoint left off."""
+        self.until, self._saved, self._teacher = state["until"], state["teacher"], None
+
+    def forget(self) -> None:
+        """Another model is trained now."""
+        self.until, self._teacher, self._saved = -1, None, None
+
+    def begin(self, pl_module: Any) -> None:
+        """Find the module that makes the logits, and read the teacher.
+
+        Raises:
+            MisconfigurationException: If there is no such module, or the teacher is not one of this architecture.
+        """
+        root, _, self._output = find_logits(self.who, pl_module, self.how.output)
+        if self.how.teacher is not None and self._teacher is None:
+            self._teacher = read_teacher(self.who, self.how.teacher, pl_module, root)
+        elif self._saved is not None:
+            self._teacher, self._saved = from_state(root, self._saved), None
+
+    def learn(self, pl_module: Any) -> None:
+        """Remember the model as it is, before the first cut."""
+        if self._teacher is None:
+            root, _, _ = find_logits(self.who, pl_module, self.how.output)
+            self._teacher = twin_of(root).requires_grad_(False)
+
+    def listen(self, trainer: Any, pl_module: Any) -> None:
+        """Hang the hooks on the module; nothing happens before the first cut."""
+        self.leave()
+        self._trainer, self._heard, self._batches = trainer, False, 0
+        self._teaches = trainer.current_epoch <= self.until  # a resume may leave the beginning of the epoch out
+        root, sources, self._output = find_logits(self.who, pl_module, self.how.output)
+        output = root.get_submodule(self._output)
+        self._watched = {id(output), *(id(root.get_submodule(path)) for path in sources)}
+        self._hooks = [output.register_forward_hook(Hook(self._on_output))]
+        for path in sources:
+            source = root.get_submodule(path)
+            self._hooks.append(source.register_forward_pre_hook(Hook(self._on_inputs, path), with_kwargs=True))
+            self._hooks.append(source.register_forward_hook(Hook(self._on_leave, path), always_call=True))
+
+    def leave(self) -> None:
+        """Take the hooks off."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._watched, self._inputs, self._trainer = [], set(), None, None
+
+    def on_epoch(self, epoch: int, *, is_over: bool) -> None:
+        """Teach in this epoch or not.
+
+        Args:
+            epoch: The epoch that begins.
+            is_over: Whether no other cut will follow; then the teacher is not needed after the recovery.
+        """
+        self._teaches = epoch <= self.until
+        if is_over and not self._teaches:
+            self._teacher = self._saved = None
+
+    def check(self, pl_module: Any, *, is_last: bool = False) -> None:
+        """After a batch: the logits must come by in one of the first.
+
+        Args:
+            pl_module: The module.
+            is_last: Whether the epoch is over.
+
+        Raises:
+            MisconfigurationException: If they have not.
+        """
+        self._batches += not is_last
+        if self._heard or not self._hooks or (self._batches < PATIENCE and not is_last):
+            return
+        name = "its forward" if self.how.output is None else f"output={self.how.output!r}"
+        raise MisconfigurationException(
+            f'{self.who}(recovery="distill"): {type(pl_module).__name__}.training_step did not run {name} with '
+            "gradients, so there are no logits to teach; pass output= the path of the module that training_step calls "
+            f"and whose output are the logits, such as {networks_of(pl_module)}"
+        )
+
+    # -- what happens in a forward
+
+    def _on_inputs(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # Under DDP the whole training_step is run in the place of forward, and is given a batch.
+        own = vars(module).get("forward")
+        redirected = "_ForwardRedirection" in getattr(own, "__qualname__", "")
+        if self._inputs is None and self._is_training(module) and not redirected:
+            args, kwargs = map_tensors((args, kwargs), _copied) if self._teaches else (args, kwargs)
+            self._inputs = path, args, kwargs
+
+    def _on_leave(self, path: str, module: nn.Module, *_: Any) -> None:
+        if self._inputs is not None and self._inputs[0] == path and id(module) in self._watched:
+            self._inputs = None
+
+    def _on_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._inputs is None or not self._is_training(module):
+            return
+        is_first, self._heard = not self._heard, True
+        if not self._teaches and not is_first:
+            return
+        try:
+            logits = checked_logits(output, self.how.class_axis)
+            if self._teacher is None or self.how.weight == 0:
+                return
+            gradient = self._scale() * distillation_gradient(
+                logits,
+                self._target(*self._inputs),
+                temperature=self.how.temperature,
+                weight=self.how.weight,
+                class_axis=self.how.class_axis,
+            )
+        except PruningError as error:
+            raise MisconfigurationException(f'{self.who}(recovery="distill"): {error}') from error
+        if self._teaches and logits.requires_grad:
+            logits.register_hook(lambda given: given + gradient.to(given.dtype))
+
+    def _target(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """The teacher's logits for the same inputs."""
+        teacher, caught = self._teacher, []
+        assert teacher is not None, "asked before"
+        handle = teacher.get_submodule(self._output).register_forward_hook(lambda _, i, output: caught.append(output))
+        try:
+            with torch.no_grad(), kept_random_state(teacher):
+                teacher.get_submodule(path)(*args, **kwargs)
+        except Exception as error:
+            raise PruningError(f"the teacher does not run on what the model reads ({error})") from error
+        finally:
+            handle.remove()
+        return checked_logits(caught[-1], self.how.class_axis)
+
+    def _is_training(self, module: nn.Module) -> bool:
+        """Whether this is the module itself, in a training step: copies have the hooks, and it is run to measure."""
+        if id(module) not in self._watched or not self._trainer.training or not torch.is_grad_enabled():
+            return False
+        return bool(self._trainer.lightning_module.training)
+
+    def _scale(self) -> float:
+        """What Lightning multiplies the loss by before it is differentiated."""
+        trainer = self._trainer
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        scale = 1.0 if scaler is None else float(scaler.get_scale())
+        by_hand = not trainer.lightning_module.automatic_optimization
+        return scale if by_hand else scale / trainer.accumulate_grad_batches
+
+
+class Hook:
+    """A hook that stays the same in a copy of the module: there it does nothing, and must not copy the Trainer."""
+
+    def __init__(self, function: Callable[..., None], *given: Any) -> None:
+        self.function, self.given = function, given
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Hook":
+        return self
+
+    def __call__(self, *args: Any) -> None:
+        """Call the function."""
+        self.function(*self.given, *args)
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    """A forward may change its inputs in place."""
+    return tensor.detach().clone()

@@ -1,0 +1,301 @@
+"""Training steps, tried on copies before a cut: training may run what validation does not.
+
+An auxiliary head, a penalty on features, a copy of weights or a mask for gradients reads neurons, and only training
+knows, perhaps only from some epoch on, or with every fifth batch. So steps with their backward, and the hooks around
+them, are run at several moments to come on a copy without the neurons that are to go and on one in which they are
+zero: what runs there must run here, and the gradients of all that stays must be the same. Norm layers over few values
+and activations with a kink can magnify rounding to a difference, so what differs is run again in double precision,
+where that is possible.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins.precision import DoublePrecision
+from torch import Tensor, nn
+
+from lightning_neurons.callbacks.pruning.moments import Moment, moments_to_come, moving
+from lightning_neurons.callbacks.pruning.stand_ins import nothing, stand_in
+from lightning_neurons.callbacks.pruning.training_course import Course, HookError
+from lightning_neurons.callbacks.trainer.processes import in_one_process
+from lightning_neurons.callbacks.trainer.step_replay import StepReplay
+from lightning_neurons.callbacks.trainer.steps import takes_iterator
+from lightning_neurons.data.batches import map_tensors
+from lightning_neurons.errors import in_short
+from lightning_neurons.isolation.isolation import differentiable
+from lightning_neurons.isolation.surroundings import silent, writing_nothing
+from lightning_neurons.isolation.user_code import Users, is_framework
+from lightning_neurons.layers.layer import public_name
+from lightning_neurons.pruning.structure.example import twin_of
+from lightning_neurons.pruning.surgery.surgery import Cut, cut, stays_of
+from lightning_neurons.replay.same_draws import SameDraws, alike_of
+
+_TOLERANCE, _COARSE = 1e-2, 1e-1
+"""Of the largest gradient of a parameter: in float32, and where numbers have fewer digits."""
+
+_LEAST = 1e-2
+"""Of the largest of all gradients: what is much smaller than this is mostly rounding."""
+
+BATCHES = 2
+"""What is kept of an epoch, and the least number of steps that are tried: every second one may do something else."""
+
+_STEP = {"training_step", "backward"}
+"""Without these there is nothing to try."""
+
+Gradients = dict[str, Tensor | None]
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What is seen of a run.
+
+    Attributes:
+        gradients: At each step of an optimizer.
+        draws: The shapes of all random numbers.
+        calls: By moment, which functions were called.
+        moved: Parameters that have other values, although no optimizer has stepped.
+    """
+
+    gradients: list[Gradients]
+    draws: list[torch.Size]
+    calls: list[tuple[Any, ...]]
+    moved: frozenset[str]
+
+
+class TrainingTrial:
+    """Runs steps of the training that follows on copies of a module.
+
+    Args:
+        trainer: The Trainer.
+        pl_module: Its module, in the mode in which it is trained.
+
+    Attributes:
+        moved: Parameters that training will move without an optimizer, as far as that has been seen.
+    """
+
+    def __init__(self, trainer: Any, pl_module: Any) -> None:
+        self.trainer, self.pl_module, self.moved = trainer, pl_module, frozenset[str]()
+        users = Users(type(pl_module))
+        self._callbacks = [c for c in trainer.callbacks if users.own(type(c)) and _is_plain(type(c))]
+        self._batches: list[tuple[Any, int]] = []
+        self._validation: Any = None
+        self._moments: list[Moment] = []
+        self._untried: set[tuple[Any, str]] = set()
+        self._tolerance = _TOLERANCE if {"32", "64"} & {*str(trainer.precision).split("-")} else _COARSE
+        self._modes = {name: module.training for name, module in pl_module.named_modules()}
+
+    def add(self, batch: Any, batch_idx: int) -> None:
+        """Keep a training batch, as the step gets it, unless there are enough, or the step takes no batches."""
+        if len(self._batches) < BATCHES and not takes_iterator(self.pl_module, "training_step"):
+            self._batches.append((map_tensors(batch, lambda t: t.detach().clone()), batch_idx))
+
+    def add_validation(self, batch: Any) -> None:
+        """Keep the first validation batch."""
+        if self._validation is None:
+            self._validation = map_tensors(batch, lambda t: t.detach().clone())
+
+    def can_try(self) -> bool:
+        """Whether there is a batch to try a step on."""
+        return bool(self._batches)
+
+    def failure(self) -> str | None:
+        """Why the step does not even run on a whole copy, or None.
+
+        What else fails there is not tried.
+        """
+        self._moments = moments_to_come(self.trainer)
+        while True:
+            try:
+                found = self._run((), {}, silent=True)
+            except HookError as error:
+                if error.hook not in _STEP:
+                    self._untried.add(error.key)
+                elif self._callbacks:
+                    self._callbacks = []  # they may not do with another module than their own
+                else:
+                    return str(error)
+            except Exception as error:  # noqa: BLE001 (whatever it is: then nothing can be said)
+                return in_short(error)
+            else:
+                self.moved, self._moments = found.moved, _worth_trying(self._moments, found.calls)
+                return None
+
+    def difference(self, cuts: Sequence[Cut]) -> str | None:
+        """What is wrong with a cut in training, or None."""
+        reason = self._difference(cuts)
+        if reason != _DIFFERENT or not self._runs_in_double:
+            return reason
+        return self._difference(cuts, double=True)
+
+    @cached_property
+    def _runs_in_double(self) -> bool:
+        try:
+            self._run((), {}, silent=True, double=True)
+        except Exception:  # noqa: BLE001 (a step may make numbers of another type, and a device may have no such)
+            return False
+        return True
+
+    def _difference(self, cuts: Sequence[Cut], *, double: bool = False) -> str | None:
+        try:
+            expected = self._run(cuts, {}, silent=True, double=double)
+        except Exception:  # noqa: BLE001 (zeros may lead anywhere; the cut itself is tried by itself)
+            expected = None
+        try:
+            got = self._run(cuts, {}, silent=False, double=double)
+        except Exception as error:  # noqa: BLE001
+            what, why = (error.hook, error) if isinstance(error, HookError) else ("training_step", in_short(error))
+            return f"{what} fails without them ({why}): something that only training runs reads them"
+        if expected is None:
+            return _DIFFERENT if double else None  # it did before
+        alike = alike_of(expected.draws, got.draws)
+        if alike:
+            expected, got = (self._run(cuts, alike, silent=silent, double=double) for silent in (True, False))
+        same = alike is not None and self._are_same(expected.gradients, got.gradients, cuts)
+        return None if same else _DIFFERENT
+
+    def _run(self, cuts: Sequence[Cut], alike: Mapping[int, bool], *, silent: bool, double: bool = False) -> _Outcome:
+        """What training does on a copy, from the end of this epoch on; there, the neurons of ``cuts`` go."""
+        trainer, twin = self.trainer, _twin(self.pl_module)
+        precision, batches, validation = trainer.precision_plugin, self._batches, self._validation
+        if double:
+            precision, twin = DoublePrecision(), twin.double()
+            batches, validation = map_tensors((batches, validation), _in_double)
+        for name, module in twin.named_modules():
+            drops = isinstance(module, nn.modules.dropout._DropoutNd)
+            module.training = self._modes.get(name, module.training) and not drops
+        seen: list[Gradients] = []
+
+        def look() -> None:
+            given = ((public_name(name), p.grad) for name, p in twin.named_parameters())
+            seen.append({name: None if gradient is None else gradient.clone() for name, gradient in given})
+
+        replay, calls = StepReplay(trainer, self.pl_module, "training_step", None), list[tuple[Any, ...]]()
+        with replay.isolated(), _unheard(trainer), SameDraws(alike) as draws, moving(trainer) as move:
+            twin.trainer = trainer
+            listen = None if twin.automatic_optimization else look
+            vars(twin).update(stand_in(trainer, self.pl_module, twin, listen))
+            course = Course(trainer, move, twin, self._callbacks, self._untried, look)
+            with differentiable(), precision.train_step_context():
+                course.finish()
+                (_silence if silent else cut)(twin, cuts)
+                for moment in self._moments:
+                    before = len(draws.calls)
+                    if moment.kind == "step":
+                        course.step(batches[moment.batch_idx % len(batches)][0], moment)
+                    else:
+                        course.end(validation, moment)
+                    calls.append(tuple(draws.calls[before:]))
+        return _Outcome(seen, draws.shapes, calls, frozenset() if cuts else _moved(self.pl_module, twin))
+
+    def _are_same(self, expected: list[Gradients], got: list[Gradients], cuts: Sequence[Cut]) -> bool:
+        if len(expected) != len(got):
+            return False
+        stays = stays_of(self.pl_module, cuts)
+        return all(_same(a, b, stays, self._tolerance) for a, b in zip(expected, got, strict=True))
+
+
+@contextmanager
+def _unheard(trainer: Any) -> Iterator[None]:
+    """Nothing is said or written, as far as that can be prevented."""
+    with silent(), writing_nothing(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.save_checkpoint = nothing
+        yield
+
+
+def _is_plain(kind: type) -> bool:
+    """Whether a callback is not made of one of Lightning's own, which write, remove and stop."""
+    return all(base.__name__ == "Callback" or not is_framework(base.__module__) for base in kind.__mro__)
+
+
+def failing(
+    trainer: Any, trial: TrainingTrial, roots: Sequence[str], cuts_of: Callable[[Sequence[str]], Sequence[Cut]]
+) -> dict[str, str]:
+    """The groups that training cannot do with fewer neurons of, each with what happens. All processes take part.
+
+    Args:
+        trainer: The Trainer.
+        trial: Of this process.
+        roots: The groups of a plan.
+        cuts_of: What of a plan belongs to some of its groups; asked in the first process.
+    """
+    if not roots:
+        return {}
+    reason = trial.difference(in_one_process(trainer, lambda: cuts_of(roots)))
+    if trainer.strategy.reduce_boolean_decision(reason is None, all=True):
+        return {}
+    reason = trainer.strategy.broadcast(reason, 0) or "training_step fails without them in another process"
+    if len(roots) == 1:
+        return {roots[0]: reason}
+    half = len(roots) // 2
+    found = failing(trainer, trial, roots[:half], cuts_of) | failing(trainer, trial, roots[half:], cuts_of)
+    # Fine one by one, and not together: then none of them can be trusted.
+    return found or dict.fromkeys(roots, f"together with others, {reason}")
+
+
+_DIFFERENT = (
+    "the gradients of training_step differ from those with silenced neurons: something that only training runs, such "
+    "as a mean over them or a place that is written out, depends on their number"
+)
+
+
+def _worth_trying(moments: Sequence[Moment], calls: Sequence[tuple[Any, ...]]) -> list[Moment]:
+    """Steps up to the last in which something is called that was not called before, and ends in which there is.
+
+    The very last step is kept in any case: what has grown from zero by then was called before as well.
+    """
+    new = {number for number, called in enumerate(calls) if called and called not in calls[:number]}
+    last = max(BATCHES - 1, *(number for number in new if moments[number].kind == "step"), 0)
+    kept = new | {*range(last + 1), max(number for number, one in enumerate(moments) if one.kind == "step")}
+    return [one for number, one in enumerate(moments) if number in kept and (one.kind == "step" or number in new)]
+
+
+def _moved(before: nn.Module, after: nn.Module) -> frozenset[str]:
+    pairs = zip(before.named_parameters(), after.parameters(), strict=True)
+    return frozenset(public_name(name) for (name, old), new in pairs if not torch.equal(old, new.to(old.dtype)))
+
+
+def _in_double(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def _twin(pl_module: Any) -> Any:
+    twin: Any = twin_of(pl_module)
+    return twin
+
+
+def _silence(twin: nn.Module, cuts: Sequence[Cut]) -> None:
+    """Let everything be zero that is to go, where it is made and where it is read."""
+    tensors = {public_name(name): t for name, t in (*twin.named_parameters(), *twin.named_buffers())}
+    with torch.no_grad():
+        for name, by_axis in stays_of(twin, cuts).items():
+            for axis, stays in by_axis.items():
+                kept = torch.zeros(tensors[name].shape[axis], device=tensors[name].device)
+                shape = [-1 if i == axis else 1 for i in range(tensors[name].ndim)]
+                kept[stays] = 1
+                tensors[name].mul_(kept.view(shape).to(tensors[name].dtype))
+
+
+def _same(expected: Gradients, got: Gradients, stays: Mapping[str, Mapping[int, Tensor]], tolerance: float) -> bool:
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for name, wide in expected.items():
+        narrow = got.get(name)
+        if (wide is None) != (narrow is None):
+            return False
+        if wide is None or narrow is None:
+            continue
+        for axis, index in stays.get(name, {}).items():
+            wide = wide.index_select(axis, index.to(wide.device))
+        if wide.shape != narrow.shape:
+            return False
+        pairs.append((wide.float(), narrow.float()))
+    sizes = [float(a.abs().max()) if a.numel() else 0.0 for a, _ in pairs]
+    bounds = [tolerance * max(size, _LEAST * max(sizes, default=0.0)) for size in sizes]
+    return all(
+        torch.allclose(a, b, rtol=0, atol=bound, equal_nan=True) for (a, b), bound in zip(pairs, bounds, strict=True)
+    )

@@ -1,0 +1,1 @@
+"""Lightning's Trainer: steps, folders, processes, weights in use."""

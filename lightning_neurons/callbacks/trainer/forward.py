@@ -1,0 +1,31 @@
+"""How to get logits out of a LightningModule."""
+
+from typing import Any
+
+from torch import nn
+
+from lightning_neurons.callbacks.pruning.teachers import networks_of
+from lightning_neurons.callbacks.trainer.checks import overrides
+from lightning_neurons.errors import MeasurementError
+from lightning_neurons.measurement.measure import call_on_inputs
+
+
+def forward_of(pl_module: Any) -> Any:
+    """A function from the module and a batch to logits: the module's forward, or its one network if it has none.
+
+    Raises:
+        MeasurementError: If it has several.
+    """
+    if overrides(pl_module, "forward"):
+        return call_on_inputs
+    networks = networks_of(pl_module)
+    if len(networks) != 1:
+        raise MeasurementError(
+            f"{type(pl_module).__name__} has no forward, and {len(networks)} networks, so it is not known where the "
+            "logits come from; pass forward=lambda module, batch: ..."
+        )
+
+    def forward(module: nn.Module, batch: Any) -> Any:
+        return call_on_inputs(module.get_submodule(networks[0]), batch)
+
+    return forward

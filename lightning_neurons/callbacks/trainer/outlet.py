@@ -1,0 +1,101 @@
+"""Where a callback's results go now: the Trainer's loggers at which x, which folder, under which name."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from lightning_neurons.callbacks.trainer.folders import apart, folder_of
+from lightning_neurons.results.whole_file import Place
+
+
+class Outlet(NamedTuple):
+    """Where to write.
+
+    Attributes:
+        loggers: Lightning loggers.
+        step: The x of all that is logged: that of what validation logs.
+        folder: For files, or None.
+        apart: What tells series apart from those of another fit in the same log directory: ``"_fit_2"``, ``"_test"``,
+            or nothing.
+    """
+
+    loggers: Sequence[Any]
+    step: int
+    folder: Place | None
+    apart: str
+
+
+def outlet_of(trainer: Any, *, epoch_is_over: bool = False) -> Outlet | None:
+    """Where this process writes now, or None if it does not (any but the first; a trial run). Call it everywhere.
+
+    Args:
+        trainer: The Trainer.
+        epoch_is_over: Whether it is about a training epoch that has ended, and not about what comes next.
+    """
+    (folder, fit), stage = folder_of(trainer), apart(trainer)
+    if not trainer.is_global_zero or trainer.fast_dev_run or not (trainer.loggers or folder):
+        return None
+    return Outlet(trainer.loggers, step_of(trainer, epoch_is_over=epoch_is_over), folder, fit + stage)
+
+
+def step_of(trainer: Any, *, epoch_is_over: bool = False) -> int:
+    """The x at which Lightning has logged what the last validation (or test) says.
+
+    That is not ``global_step``, which counts the steps of all optimizers; and a module may log an x of its own under
+    the name ``step``. It is known from ``on_validation_end`` on.
+    """
+    training = trainer.fit_loop.epoch_loop
+    loop = {"validate": trainer.validate_loop, "test": trainer.test_loop}.get(trainer.state.fn.value, training.val_loop)
+    logged = trainer._logger_connector._logged_metrics.get("step")  # its property would compute metrics too early
+    if logged is not None and any(map(_is_step, (loop._results or training._results).values())):
+        return int(logged)
+    return int(training._batches_that_stepped) - epoch_is_over  # Lightning logs an epoch at its last batch
+
+
+def _is_step(result: Any) -> bool:
+    meta = result.meta
+    several = meta.add_dataloader_idx and meta.dataloader_idx is not None  # then Lightning gives it another name
+    return bool(meta.logger and meta.on_epoch and not several and meta.forked_name(on_step=False) == "step")
+
+
+def numbered(trainer: Any, callback: Any, kind: type) -> str:
+    """What tells the files and series of several callbacks of one kind apart: nothing for the first, then ``"_2"``."""
+    return _suffix([one for one in trainer.callbacks if isinstance(one, kind)], callback)
+
+
+def numbered_observer(trainer: Any, observer: Any) -> str:
+    """The same for those that observe neurons; the first with sensitivities comes first."""
+    observers = [one for one in trainer.callbacks if getattr(one, "publishes", False)]
+    return _suffix(sorted(observers, key=lambda one: not one.max_samples), observer)
+
+
+def _suffix(callbacks: Sequence[Any], callback: Any) -> str:
+    place = next((i for i, one in enumerate(callbacks) if one is callback), len(callbacks))
+    return f"_{place + 1}" if place else ""
+
+
+def monitored(trainer: Any, group: str) -> set[str]:
+    """The series of a group that something follows: early stopping, a checkpoint, a plateau scheduler."""
+    names = [getattr(one, "monitor", None) for one in (*trainer.callbacks, *trainer.lr_scheduler_configs)]
+    return {name for name in names if isinstance(name, str) and name.startswith(f"{group}/")}
+
+
+def offer(trainer: Any, pl_module: Any, values: Mapping[str, float], group: str, *, everything: bool = False) -> None:
+    """Put series into ``trainer.callback_metrics``: all, or those that something follows. Call it in all processes.
+
+    Nothing is logged by this; what follows a series that is not there hears from Lightning which are.
+    """
+    followed = monitored(trainer, group)
+    everything = everything or bool(followed - values.keys())
+    chosen = {name: value for name, value in values.items() if everything or name in followed}
+    if chosen:
+        pl_module.log_dict(chosen, logger=False, sync_dist=True, batch_size=1)
+
+
+@contextmanager
+def keeping_training(callback: Any, what: str, kind: str | None = None) -> Iterator[None]:
+    """A full disk, or a picture that cannot be drawn, must not stop training: it is said once for each ``kind``."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001
+        callback._warn(f"{what}: {type(error).__name__}: {error}", once=f"{kind or what}: {type(error).__name__}")

@@ -1,0 +1,53 @@
+"""What one process does for all of them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from lightning_neurons.callbacks.trainer.checks import said_of
+from lightning_neurons.errors import ArgumentError, PruningError
+
+
+class MisuseError(PruningError):
+    """An argument is at fault, and not the model or its data."""
+
+
+def in_one_process(trainer: Any, action: Any) -> Any:
+    """Do something in the first process and tell all of them, also how it failed.
+
+    Raises:
+        MisuseError: If an argument was at fault, in every process.
+        PruningError: If it failed in another way, in every process.
+    """
+    answer: Any = None
+    if trainer.is_global_zero:
+        try:
+            answer = action()
+        except Exception as error:  # noqa: BLE001 (else the other processes would wait for ever)
+            misuse = isinstance(error, ArgumentError | MisconfigurationException)
+            answer = MisuseError(said_of(error)) if misuse else PruningError(said_of(error))
+    answer = trainer.strategy.broadcast(answer, 0)
+    if isinstance(answer, PruningError):
+        raise answer
+    return answer
+
+
+@contextmanager
+def costing_a_round(trainer: Any) -> Iterator[None]:
+    """What goes wrong while a cut is calibrated takes the round with it, and not the training.
+
+    With several processes it is raised as it is: the others wait for what this one will not send any more.
+
+    Raises:
+        PruningError: If anything else but misuse went wrong.
+    """
+    try:
+        yield
+    except (PruningError, MisconfigurationException):
+        raise
+    except Exception as error:
+        if trainer.world_size > 1:
+            raise
+        raise PruningError(f"{type(error).__name__}: {error}") from error

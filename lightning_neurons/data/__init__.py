@@ -1,0 +1,1 @@
+"""Batches of any form: their samples, their targets, a part of them."""

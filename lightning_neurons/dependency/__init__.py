@@ -1,0 +1,1 @@
+"""Dependencies between neurons: which can only be removed together, and where they lie in tensors."""

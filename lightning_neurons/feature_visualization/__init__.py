@@ -1,0 +1,1 @@
+"""Feature visualization: inputs that excite neurons and outputs."""

@@ -1,0 +1,200 @@
+"""Making pictures that excite a neuron, a layer or an output (Erhan et al. 2009; Olah et al. 2017, distill.pub)."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_neurons.attribution.objective import Aim, Of, aim_of
+from lightning_neurons.attribution.readout import Forward, Readout
+from lightning_neurons.errors import ArgumentError, check_choice
+from lightning_neurons.feature_visualization.init import parametrization_of, shape_of, start_of
+from lightning_neurons.feature_visualization.optimize import Ascent
+from lightning_neurons.feature_visualization.parametrization import Kind
+from lightning_neurons.feature_visualization.reference import activations_on, batches_of, some_of
+from lightning_neurons.feature_visualization.result import MaximizedActivation
+from lightning_neurons.feature_visualization.settings import MaximizationSettings, range_of, seeds_of
+from lightning_neurons.feature_visualization.value_range import Validity
+from lightning_neurons.measurement.arguments import given_model
+
+Target = int | str | tuple[str, int]
+
+
+def maximize_activation(
+    model: nn.Module,
+    target: Target | Sequence[Target],
+    *,
+    input_shape: Sequence[int] | None = None,
+    value_range: tuple[float, float] | None = None,
+    mean: float | Sequence[float] | None = None,
+    std: float | Sequence[float] | None = None,
+    images: Any = None,
+    of: Literal["logit", "probability"] = "logit",
+    minus: Target | None = None,
+    start: Literal["noise", "grey"] | Tensor = "noise",
+    parametrization: Kind | None = None,
+    validity: Validity = "sigmoid",
+    steps: int = 256,
+    learning_rate: float | None = None,
+    total_variation: float = 0.0,
+    l2: float = 0.0,
+    blur: float = 0.0,
+    jitter: float | None = None,
+    scale: float | None = None,
+    rotation: float | None = None,
+    seed: int | Sequence[int] = 0,
+    frames: int = 0,
+    forward: Forward | None = None,
+) -> MaximizedActivation:
+    """Find pictures on which an output, or a neuron, is as active as can be.
+
+    The model runs in evaluation mode, frozen; its weights, modes, random state and hooks are afterwards as they were.
+    Where no output is needed, its forward ends behind the layer that is looked at. All targets and seeds are optimised
+    in one batch; the picture of each is the same as alone, up to rounding.
+
+    Args:
+        model: Any module that returns logits ``(batch, class)``, or an object with ``logits``.
+        target: A class; ``("layer", neuron)``: its activation, the mean over positions; the name of a layer: the mean
+            of its neurons; or a list of those.
+        input_shape: Of one input, ``(channel, *space)``; that of ``images`` if None.
+        value_range: Least and largest value of a valid picture, before normalisation; those of ``images`` if None.
+        mean: Of the normalisation that the model's inputs have had, a number or one per channel: inputs are
+            (picture - mean) / std.
+        std: The same.
+        images: Pictures of your own, as the model takes them (normalised): a tensor, or an iterable of batches, which
+            is held in memory. Colours and spectrum come from them, and what the result is compared with.
+        of: What of a class: its ``"logit"`` or its softmax ``"probability"``.
+        minus: What is subtracted, another target: the difference of two is maximised.
+        start: ``"noise"``, ``"grey"`` or a picture in the range, ``(channel, *space)``.
+        parametrization: ``"fourier"``: frequency by frequency, in the colours of ``images``; ``"pixel"``; ``"maco"``:
+            phases alone, with the magnitudes of the spectrum of ``images``. Fourier if None and there are positions.
+        validity: ``"sigmoid"`` bends values into the range; ``"clip"`` cuts them off after each step, which
+            between Fourier coefficients and pixels can end short of the maximum.
+        steps: How many steps of Adam (NAdam for phases).
+        learning_rate: 0.05 if None, 0.1 for phases.
+        total_variation: Weight of the mean difference between neighbours, in units of the activation.
+        l2: Weight of the mean square distance from the middle of the range.
+        blur: Standard deviation, in positions, of a Gaussian over the picture every fourth step.
+        jitter: At each step the picture is moved by up to so many positions along each axis; a sixteenth of the shorter
+            side, rounded down, if None.
+        scale: Grown or shrunk by up to this share; 0.05 if None and there are two axes of at least 16 positions.
+        rotation: Turned by up to so many degrees; 5 if None and there are two axes of at least 16 positions.
+        seed: Of the start and the movements; several make as many pictures of each target.
+        frames: How many pictures to keep along the way.
+        forward: How to run the model: ``(model, inputs) -> logits``; None calls it.
+
+    Returns:
+        The pictures, the activations that they reach, and those of ``images``.
+
+    Raises:
+        ArgumentError: If an argument is out of range, missing, or contradicts another.
+        UnknownNameError: If there is no such layer; names the nearest.
+        MeasurementError: If the model refuses pictures of this shape, or the target does not depend on them.
+
+    Example:
+        >>> torch.manual_seed(0)
+        <torch...Generator object at ...>
+        >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+        >>> found = maximize_activation(net, target=2, input_shape=(1, 8, 8), value_range=(0.0, 1.0), steps=16)
+        >>> found.image.shape, found.activation > net(torch.full((1, 1, 8, 8), 0.5))[0, 2].item()
+        (torch.Size([1, 8, 8]), True)
+    """
+    settings = MaximizationSettings(
+        parametrization, validity, steps, learning_rate, total_variation, l2, blur, jitter, scale, rotation, frames
+    )
+    check_choice("of", of, ("logit", "probability"))
+    return maximized(
+        model, aims_of(model, target, of, minus), settings, seeds_of(seed), input_shape=input_shape,
+        value_range=value_range, mean=mean, std=std, images=images, start=start, forward=forward,
+    )  # fmt: skip
+
+
+def aims_of(model: nn.Module, target: Any, of: Of = "logit", minus: Any = None) -> list[Aim]:
+    """One target or several.
+
+    Raises:
+        ArgumentError: If one is none, or there are none.
+        UnknownNameError: If there is no such layer.
+    """
+    given_model(model)
+    is_pair = isinstance(target, tuple) and len(target) == 2 and isinstance(target[0], str)
+    several = isinstance(target, Sequence | range) and not isinstance(target, str) and not is_pair
+    given = list(target) if several else [target]
+    if not given:
+        raise ArgumentError.of("target", target, "at least one target")
+    return [aim_of(model, one, of, minus) for one in given]
+
+
+@torch.inference_mode(False)  # what is made in it could not be differentiated
+def maximized(
+    model: nn.Module,
+    aims: Sequence[Aim],
+    settings: MaximizationSettings,
+    seeds: Sequence[int],
+    *,
+    input_shape: Sequence[int] | None,
+    value_range: Any,
+    mean: Any,
+    std: Any,
+    images: Any,
+    start: Any = "noise",
+    forward: Forward | None = None,
+) -> MaximizedActivation:
+    """``maximize_activation``, of aims."""
+    batches = [] if images is None else list(batches_of(images))
+    if images is not None and not batches:
+        raise ArgumentError.of("images", images, "at least one picture")
+    pictures = some_of(batches) if batches else None
+    shape = shape_of(input_shape, pictures)
+    kind, robustness = settings.kind(shape, has_pictures=bool(batches)), settings.robustness(shape)
+    valid = range_of(value_range, mean, std, settings.validity, batches, shape[0])
+    latent = None if pictures is None else valid.latent(valid.pictures(pictures))
+    described = parametrization_of(kind, shape, latent)
+    rows = [(aim, seed) for aim in aims for seed in seeds]
+    readout = Readout(
+        model, sorted({n for aim in aims for n in aim.layers}), forward, stop=not any(aim.reads_output for aim in aims)
+    )
+    with readout.open():
+        ascent = Ascent(readout, [aim for aim, _ in rows], settings, kind, described, valid, robustness)
+        own = activations_on(readout, aims, batches).repeat_interleave(len(seeds), 0) if batches else None
+        generators = [torch.Generator().manual_seed(seed) for _, seed in rows]
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        found, reached = ascent.run(start_of(start, described, valid, shape, generators).to(device), generators)
+    notes = _notes(ascent, rows)
+    for note in notes:
+        warnings.warn(note, stacklevel=3)
+    return _result(ascent, rows, found.cpu(), reached.float().cpu(), own, notes)
+
+
+def _result(
+    ascent: Ascent,
+    rows: Sequence[tuple[Aim, int]],
+    found: Tensor,
+    reached: Tensor,
+    own: Tensor | None,
+    notes: list[str],
+) -> MaximizedActivation:
+    nothing = torch.full((len(rows),), torch.nan)
+    return MaximizedActivation(
+        targets=tuple(aim.name for aim, _ in rows),
+        seeds=tuple(seed for _, seed in rows),
+        images=found,
+        activations=reached,
+        trajectory=torch.stack(ascent.trajectory).float(),
+        frames=torch.stack(ascent.frames) if ascent.frames else found.new_zeros(0, *found.shape),
+        data_maximum=nothing if own is None else own.amax(1),
+        data_p99=nothing if own is None else own.quantile(0.99, dim=1),
+        data_activations=torch.zeros(len(rows), 0) if own is None else own,
+        range=ascent.range,
+        notes=tuple(notes),
+    )
+
+
+def _notes(ascent: Ascent, rows: Sequence[tuple[Aim, int]]) -> list[str]:
+    return [
+        f"{rows[row][0].name} (seed {rows[row][1]}) was NaN or infinite, or its gradient was, at step {step}: stopped "
+        "there, with the last good picture"
+        for row, step in ascent.stopped.items()
+    ]

@@ -1,0 +1,144 @@
+"""The loop that makes pictures excite what is looked at."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from lightning_neurons.attribution.objective import Aim
+from lightning_neurons.attribution.readout import Readout
+from lightning_neurons.attribution.smoothing import gaussian_blur
+from lightning_neurons.errors import MeasurementError
+from lightning_neurons.feature_visualization.parametrization import Kind, Latent, Parametrization
+from lightning_neurons.feature_visualization.regularizers import distance_from_grey, total_variation
+from lightning_neurons.feature_visualization.settings import LEARNING_RATES, MaximizationSettings
+from lightning_neurons.feature_visualization.transforms import Robustness
+from lightning_neurons.feature_visualization.value_range import Range
+
+_STEPS_PER_BLUR = 4
+
+
+@dataclass
+class Ascent:
+    """Maximises one aim for each row of a batch; rows do not influence one another.
+
+    Attributes:
+        readout: The model, open.
+        aims: What each row excites.
+        settings: How.
+        kind: Which parametrization it is.
+        parametrization: How pictures are described.
+        range: The values that they may have.
+        robustness: How they are moved.
+    """
+
+    readout: Readout
+    aims: Sequence[Aim]
+    settings: MaximizationSettings
+    kind: Kind
+    parametrization: Parametrization
+    range: Range
+    robustness: Robustness
+
+    def __post_init__(self) -> None:
+        self.trajectory: list[Tensor] = []
+        self.frames: list[Tensor] = []
+        self.stopped: dict[int, int] = {}
+        """By row, the step at which its values were no longer finite."""
+
+    def run(self, raw: Tensor, generators: Sequence[torch.Generator]) -> tuple[Latent, Float[Tensor, " row"]]:
+        """Take all steps from a start; returns the pictures, and what each row's aim reads on its own."""
+        settings = self.settings
+        draws = self.robustness.draws(generators, settings.steps)
+        self._rows = {aim: torch.tensor([one == aim for one in self.aims], device=raw.device) for aim in self.aims}
+        self._odds = torch.tensor([aim.climbed != aim for aim in self.aims], device=raw.device)
+        raw = raw.requires_grad_()
+        good = raw.detach().clone()
+        rate = LEARNING_RATES[self.kind] if settings.learning_rate is None else settings.learning_rate
+        optimizer = (torch.optim.NAdam if self.kind == "maco" else torch.optim.Adam)([raw], lr=rate)
+        kept = self._kept_steps()
+        for step in range(settings.steps):
+            if step in kept:
+                self.frames.append(self.pictures(raw).cpu())
+            values, raw.grad = self._gradient(raw, draws[step])
+            self.trajectory.append(self._as_read(values.detach()).cpu())
+            fine = self._fine_rows(values.detach().isfinite() & raw.grad.flatten(1).isfinite().all(1), step)
+            good[fine] = raw.detach()[fine]
+            raw.grad[~fine] = 0
+            optimizer.step()
+            with torch.no_grad():
+                self._constrain(raw, step)
+                raw[~fine] = good[~fine]
+            if not bool(fine.any()):
+                break
+        found = self.pictures(raw)
+        reached = self.read(found)
+        fine = self._fine_rows(reached.isfinite(), settings.steps)
+        if not bool(fine.all()):
+            found = self.pictures(raw.detach().where(fine.view(-1, *[1] * (raw.ndim - 1)), good))
+            reached = self.read(found)
+        if settings.frames:
+            self.frames.append(found.cpu())
+        return found, reached
+
+    def pictures(self, raw: Tensor) -> Latent:
+        """The valid pictures that are described."""
+        return self.range.valid(self.parametrization.decode(raw.detach()))
+
+    def read(self, pictures: Latent) -> Float[Tensor, " row"]:
+        """What each row's aim reads on its picture."""
+        with torch.no_grad():
+            return self._read(pictures, climbing=False)
+
+    def _kept_steps(self) -> set[int]:
+        count = min(self.settings.frames - 1, self.settings.steps)
+        return {i * self.settings.steps // count for i in range(count)} if count > 0 else set()
+
+    def _gradient(self, raw: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+        pictures = self.range.valid(self.parametrization.decode(raw))
+        values = self._read(self.robustness.applied(pictures, draws), climbing=True)
+        objective = values.sum()
+        if self.settings.total_variation:
+            objective = objective - self.settings.total_variation * total_variation(self.range.shown(pictures)).sum()
+        if self.settings.l2:
+            objective = objective - self.settings.l2 * distance_from_grey(self.range.shown(pictures)).sum()
+        if not values.requires_grad:
+            raise MeasurementError(
+                "target: it does not depend on the inputs by anything that can be differentiated (does the model "
+                "detach them, or run under no_grad?)"
+            )
+        return values, torch.autograd.grad(-objective, raw)[0]
+
+    def _read(self, pictures: Latent, *, climbing: bool) -> Float[Tensor, " row"]:
+        parameter = next(self.readout.model.parameters(), pictures)
+        inputs = self.range.inputs(pictures).to(parameter.dtype)
+        outputs, activations = self.readout(inputs)
+        before = self.readout.capture.before if climbing and self.readout.capture is not None else None
+        found: Tensor = pictures.new_zeros(len(pictures))
+        for aim, mine in self._rows.items():
+            wanted = aim.climbed if climbing else aim
+            read = wanted.read(outputs, activations, self.readout.layers, len(pictures), before=before)
+            found = torch.where(mine, read.to(found.dtype), found)
+        return found
+
+    def _as_read(self, climbed: Float[Tensor, " row"]) -> Float[Tensor, " row"]:
+        """Values that were climbed, in the units of the aims."""
+        return torch.where(self._odds, climbed.sigmoid(), climbed)
+
+    def _fine_rows(self, finite: Bool[Tensor, " row"], step: int) -> Bool[Tensor, " row"]:
+        """The rows that have been finite up to this step."""
+        for row in (~finite).nonzero().flatten().tolist():
+            self.stopped.setdefault(row, step)
+        fine = torch.ones_like(finite)
+        fine[list(self.stopped)] = False
+        return fine
+
+    def _constrain(self, raw: Tensor, step: int) -> None:
+        """After a step: blur now and then, and clip."""
+        if self.settings.blur and (step + 1) % _STEPS_PER_BLUR == 0:
+            latent = self.parametrization.decode(raw)
+            raw.copy_(self.parametrization.encode(gaussian_blur(latent, self.settings.blur)))
+        if self.range.validity == "clip" and self.kind != "maco":  # whose magnitudes are fixed: clipped when shown
+            raw.copy_(self.range.projected(raw, self.parametrization))

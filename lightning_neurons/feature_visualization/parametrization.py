@@ -1,0 +1,162 @@
+"""How a picture is described while it is optimised, which decides how it looks.
+
+A *latent* picture has no bounds; ``value_range.py`` brings it into the data's range. Fourier coefficients scaled by
+1 / frequency make all frequencies change at the same pace, and decorrelated colours do the same for colours (Olah et
+al. 2017, "Feature Visualization", distill.pub). MACO (Fel et al. 2023, arXiv:2306.06805) optimises phases alone:
+magnitudes are those of real pictures.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Kind = Literal["pixel", "fourier", "maco"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+Latent = Float[Tensor, "row channel ..."]
+
+_START = 0.01
+"""Standard deviation of the noise that Fourier coefficients and pixels start from."""
+
+
+class Parametrization(Protocol):
+    """Between what is optimised and a latent picture."""
+
+    def noise(self, generators: Sequence[torch.Generator]) -> Tensor:
+        """A random start for each row."""
+
+    def encode(self, latent: Latent) -> Tensor:
+        """What describes given pictures."""
+
+    def decode(self, raw: Tensor) -> Latent:
+        """The pictures that are described."""
+
+
+@dataclass(frozen=True, eq=False)
+class Colours:
+    """Colours along axes that real pictures do not correlate.
+
+    Attributes:
+        mix: From decorrelated channels to those of the model, ``(channel, channel)``.
+    """
+
+    mix: Float[Tensor, "channel _"]
+
+    def mixed(self, plain: Latent) -> Latent:
+        """Decorrelated channels to real ones."""
+        return torch.einsum("ij,nj...->ni...", self.mix.to(plain), plain)
+
+    def plain(self, mixed: Latent) -> Latent:
+        """Real channels to decorrelated ones."""
+        return torch.einsum("ij,nj...->ni...", torch.linalg.inv(self.mix).to(mixed), mixed)
+
+
+@dataclass(frozen=True, eq=False)
+class Pixel:
+    """Each value by itself.
+
+    Attributes:
+        shape: Of one sample.
+    """
+
+    shape: tuple[int, ...]
+
+    def noise(self, generators: Sequence[torch.Generator]) -> Tensor:
+        """A random start for each row."""
+        return _START * torch.stack([torch.randn(self.shape, generator=g, dtype=torch.float32) for g in generators])
+
+    def encode(self, latent: Latent) -> Tensor:
+        """What describes given pictures."""
+        return latent.clone()
+
+    def decode(self, raw: Tensor) -> Latent:
+        """The pictures that are described."""
+        return raw
+
+
+class Fourier:
+    """Coefficients of decorrelated colours, scaled by 1 / frequency.
+
+    Args:
+        shape: Of one sample: channels and positions.
+        colours: Of the pictures.
+    """
+
+    def __init__(self, shape: tuple[int, ...], colours: Colours) -> None:
+        self.shape, self.colours = shape, colours
+        self._axes = tuple(range(-len(shape) + 1, 0))
+        frequency = frequencies(shape[1:])
+        self._scale = _contrast(shape) / frequency.clamp_min(1 / max(shape[1:]))
+
+    def noise(self, generators: Sequence[torch.Generator]) -> Tensor:
+        """A random start for each row: real and imaginary parts, along a last axis."""
+        shape = (self.shape[0], *self._scale.shape, 2)
+        return _START * torch.stack([torch.randn(shape, generator=g, dtype=torch.float32) for g in generators])
+
+    def encode(self, latent: Latent) -> Tensor:
+        """What describes given pictures."""
+        spectrum = torch.fft.rfftn(self.colours.plain(latent), dim=self._axes, norm="ortho")
+        return torch.view_as_real(spectrum / self._scale.to(latent.device)).clone()
+
+    def decode(self, raw: Tensor) -> Latent:
+        """The pictures that are described."""
+        spectrum = torch.view_as_complex(raw) * self._scale.to(raw.device)
+        return self.colours.mixed(torch.fft.irfftn(spectrum, s=self.shape[1:], dim=self._axes, norm="ortho"))
+
+
+class Maco:
+    """Phases; the magnitudes are those of real pictures.
+
+    Args:
+        shape: Of one sample: channels and positions.
+        colours: Of the pictures.
+        magnitudes: Mean magnitude of the pictures' spectrum, in decorrelated colours, ``(channel, *frequency)``.
+        mean: Mean latent value of each channel.
+    """
+
+    def __init__(self, shape: tuple[int, ...], colours: Colours, magnitudes: Tensor, mean: Tensor) -> None:
+        self.shape, self.colours, self.magnitudes = shape, colours, magnitudes
+        self._mean = mean.view(-1, *[1] * (len(shape) - 1))
+        self._axes = tuple(range(-len(shape) + 1, 0))
+
+    def noise(self, generators: Sequence[torch.Generator]) -> Tensor:
+        """Random phases for each row."""
+        shape = self.magnitudes.shape
+        drawn = [torch.rand(shape, generator=g, dtype=torch.float32) for g in generators]
+        return torch.pi * (2 * torch.stack(drawn) - 1)
+
+    def encode(self, latent: Latent) -> Tensor:
+        """The phases of given pictures."""
+        plain = self.colours.plain(latent - self._mean.to(latent))
+        spectrum: Tensor = torch.fft.rfftn(plain, dim=self._axes, norm="ortho")
+        return spectrum.angle()
+
+    def decode(self, raw: Tensor) -> Latent:
+        """The pictures that are described."""
+        spectrum = torch.polar(self.magnitudes.to(raw).expand_as(raw), raw)
+        plain = torch.fft.irfftn(spectrum, s=self.shape[1:], dim=self._axes, norm="ortho")
+        return self.colours.mixed(plain) + self._mean.to(raw)
+
+
+def frequencies(space: Sequence[int]) -> Float[Tensor, "..."]:
+    """The frequency of each coefficient of a real picture, in cycles per position.
+
+    Example:
+        >>> frequencies((4,)), frequencies((4, 4)).shape
+        (tensor([0.0000, 0.2500, 0.5000]), torch.Size([4, 3]))
+    """
+    squares = torch.fft.rfftfreq(space[-1], dtype=torch.float32).square()
+    for length in reversed(space[:-1]):
+        squares = torch.fft.fftfreq(length, dtype=torch.float32).square().view(-1, *[1] * squares.ndim) + squares
+    root: Tensor = squares.sqrt()
+    return root
+
+
+def _contrast(shape: tuple[int, ...]) -> float:
+    """Lets a step of the optimizer change pictures of any size by the same amount."""
+    count = frequencies(shape[1:]).clamp_min(1 / max(shape[1:])).pow(-2).mean().sqrt()
+    return float(1 / count)

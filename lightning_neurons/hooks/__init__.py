@@ -1,0 +1,1 @@
+"""Watching a forward: where each neuron gets its final value, capturing and changing it."""

@@ -1,0 +1,134 @@
+"""Switching neurons off in a running model: their values are replaced where they are final, and shapes stay.
+
+What is put in their place is ``"zero"``, the neuron's ``"mean"`` over data, or, with ``"resample"``, its values on
+another sample of the batch, which keeps their distribution (Chan et al. 2022, "causal scrubbing", do so for circuits).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from lightning_neurons.hooks.capture import FollowLayers
+from lightning_neurons.layers.layer import Layer
+from lightning_neurons.layers.sample_axis import time_first
+
+Replacement = Literal["zero", "mean", "resample"]
+
+NewValues = Callable[[Tensor], Tensor]
+"""From the values of the chosen neurons to what takes their place, of the same shape."""
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A change of some neurons of one layer.
+
+    Attributes:
+        axis: Where the neurons lie in the activation.
+        neurons: Which are changed.
+        values: From their values to the new ones.
+    """
+
+    axis: int
+    neurons: Int[Tensor, " chosen"]
+    values: NewValues
+
+    def write(self, activation: Tensor) -> Tensor:
+        """Change an activation in place; returns what the values were."""
+        axis = self.axis % activation.ndim
+        before = activation.index_select(axis, self.neurons)
+        activation.index_copy_(axis, self.neurons, self.values(before))
+        return before
+
+    def put(self, activation: Tensor) -> None:
+        """Change an activation in place, when nobody asks what it was."""
+        if self.values is torch.zeros_like:
+            activation.index_fill_(self.axis % activation.ndim, self.neurons, 0)
+        else:
+            self.write(activation)
+
+    def undo(self, activation: Tensor, before: Tensor) -> None:
+        """Put back what ``write`` returned."""
+        activation.index_copy_(self.axis % activation.ndim, self.neurons, before)
+
+    def changes(self, activation: Tensor) -> bool:
+        """Whether it would change anything at all."""
+        values = activation.index_select(self.axis % activation.ndim, self.neurons)
+        return not torch.equal(values, self.values(values))
+
+
+class Silence(FollowLayers):
+    """While active, the model runs with some neurons changed at every call of their layer.
+
+    Args:
+        layers: What ``trace.py`` found.
+        modules: The layers that are changed.
+        edits: By layer, how.
+    """
+
+    def __init__(
+        self, layers: Mapping[str, Layer], modules: Mapping[str, nn.Module], edits: Mapping[str, Edit]
+    ) -> None:
+        super().__init__(layers, {name: modules[name] for name in edits})
+        self._edits = edits
+
+    def _arrive(self, name: str, value: Tensor) -> Tensor:
+        value = value.clone() if value.requires_grad else value  # a loss may differentiate within
+        self._edits[name].put(value)
+        return value
+
+
+def edit_of(
+    layer: Layer,
+    neurons: Sequence[int] | Tensor,
+    replacement: Replacement,
+    *,
+    device: torch.device,
+    means: Float[Tensor, " neuron"] | None = None,
+    shuffle: Int[Tensor, " batch"] | None = None,
+) -> Edit:
+    """How to switch some neurons of a layer off.
+
+    Args:
+        layer: The layer.
+        neurons: Which of its neurons.
+        replacement: What takes their place.
+        device: Where the activations are.
+        means: Mean activation of every neuron of the layer, for ``"mean"``.
+        shuffle: For each sample, another one of the batch, for ``"resample"``.
+    """
+    index = torch.as_tensor(neurons, dtype=torch.int64, device=device)
+    if replacement == "mean":
+        assert means is not None, "measured before"
+        return Edit(layer.axis, index, _constant(means.to(device)[index], layer.axis))
+    if replacement == "resample":
+        assert shuffle is not None, "drawn before"
+        return Edit(layer.axis, index, _shuffled(shuffle.to(device), layer.axis, layer.rows_per_sample))
+    return Edit(layer.axis, index, torch.zeros_like)
+
+
+def _constant(means: Tensor, axis: int) -> NewValues:
+    def values(old: Tensor) -> Tensor:
+        shape = [1] * old.ndim
+        shape[axis % old.ndim] = -1
+        return means.to(old.dtype).view(shape).expand_as(old)
+
+    return values
+
+
+def _shuffled(order: Tensor, axis: int, rows_per_sample: int | None) -> NewValues:
+    def values(old: Tensor) -> Tensor:
+        size = len(order)
+        if old.shape[0] == size:
+            return old[order]
+        if rows_per_sample is None and time_first(old, axis, size):
+            return old[:, order]
+        if size and old.shape[0] % size == 0:  # tokens or windows folded into the batch
+            windows: Tensor = old.unflatten(0, (size, -1))[order]
+            return windows.flatten(0, 1)
+        return old.roll(1, 0)
+
+    return values

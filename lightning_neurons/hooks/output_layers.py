@@ -1,0 +1,78 @@
+"""Which layers make a model's output, which only lead to it, and which do not.
+
+One forward in which every tensor carries the layers that it comes from: nearest, those with no other layer in between,
+and all of them.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_neurons.hooks.function_mode import After, HookedMode
+from lightning_neurons.isolation.tensors import Weights, address_of, has_weights, tensors_in, version_of, weights_of
+
+Origin = tuple[frozenset[str], frozenset[str]]
+"""The nearest layers, and all layers."""
+
+_NOWHERE: Origin = frozenset(), frozenset()
+
+
+class Origins(HookedMode):
+    """Enter it around a forward; ``of`` then tells where a result comes from.
+
+    Args:
+        modules: The layers, by name.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+        >>> with Origins({"first": net[0], "last": net[2]}) as origins:
+        ...     out = net(torch.zeros(1, 2))
+        >>> nearest, every = origins.of(out)
+        >>> sorted(nearest), sorted(every)
+        (['last'], ['first', 'last'])
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self._modules = modules
+        self._known: dict[int, Origin] = {}
+        self._written: dict[int, Origin] = {}  # by address
+        self._alive: list[Tensor] = []  # ids stay unique while tensors live
+
+    def _after_runs(self) -> Iterable[tuple[nn.Module, After]]:
+        return [(module, partial(self._made, name, weights_of(module))) for name, module in self._modules.items()]
+
+    def of(self, result: Any) -> Origin:
+        """Where the tensors in a result come from."""
+        tensors = list(tensors_in(result))
+        found = [self._known.get(id(tensor), _NOWHERE) for tensor in tensors]
+        found += [self._written.get(address_of(tensor), _NOWHERE) for tensor in tensors]
+        return frozenset().union(*(f[0] for f in found)), frozenset().union(*(f[1] for f in found))
+
+    def _made(self, name: str, weights: Weights, module: nn.Module, inputs: Any, output: Any) -> None:
+        if not has_weights(module, weights):
+            return  # it runs with other weights, as another network
+        every = self.of(output)[1] | {name}
+        for tensor in tensors_in(output):
+            self._note(tensor, (frozenset({name}), every))
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = [(t, version_of(t)) for t in tensors_in((args, kwargs or {}))]
+        origin = self.of([t for t, _ in given])
+        out = func(*args, **(kwargs or {}))
+        for tensor, version in given:
+            if version_of(tensor) != version:  # and with it, everything that shares its memory
+                self._written[address_of(tensor)] = origin
+                self._alive.append(tensor)
+        for tensor in tensors_in(out):
+            self._note(tensor, origin)
+        return out
+
+    def _note(self, tensor: Tensor, origin: Origin) -> None:
+        self._known[id(tensor)] = origin
+        self._alive.append(tensor)

@@ -1,0 +1,160 @@
+"""Code that uses autograd itself, inside a forward that is differentiated from outside.
+
+A validation step may take gradients of its own (an attack, a penalty, forces), a network may carry backward hooks (a
+monitor of gradients), and parts of it may be checkpointed. The backward of the loss must find the whole graph, and no
+hook of the user's may hear of it.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lightning_neurons.isolation.tensors import tensors_in
+
+Hook = Callable[..., Any]
+
+BACKWARDS = frozenset({torch.autograd.grad, torch.autograd.backward, Tensor.backward})
+"""What a mode sees of a backward."""
+
+
+_REQUIRES = frozenset({Tensor.requires_grad_, Tensor.requires_grad.__set__})  # type: ignore[attr-defined]
+
+
+def needs_parameters(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call of one of ``BACKWARDS`` runs otherwise while no parameter requires a gradient."""
+    inputs = args[1] if func is torch.autograd.grad else kwargs.get("inputs")
+    tensors = [*tensors_in(inputs)]
+    return not tensors or not all(t.requires_grad for t in (*tensors, *tensors_in(args[0])))
+
+
+def retaining(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call one of ``BACKWARDS`` so that the graph can be gone through again."""
+    return func(*args, **{**kwargs, "retain_graph": True})
+
+
+class RetainedGraphs(TorchFunctionMode):
+    """While active, no backward frees its graph, which another one may share.
+
+    Who makes a tensor require a gradient finds that in it, although the tensor may be no leaf here.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in BACKWARDS:
+            return retaining(func, args, kwargs or {})
+        if func in _REQUIRES and args[0].requires_grad and not args[0].is_leaf:
+            args[0].retain_grad()  # whatever was asked for: a tensor that is no leaf cannot change
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def backward_hooks(choose: Callable[[list[Hook]], list[Hook]] = lambda hooks: []) -> Iterator[None]:
+    """Let modules that are called meanwhile see other backward hooks than theirs; by default none.
+
+    Those of all modules, the global ones, and those that are registered meanwhile.
+    """
+    hooks_of: Any = nn.Module._get_backward_hooks
+    pre_hooks_of: Any = nn.Module._get_backward_pre_hooks
+
+    def chosen(module: nn.Module) -> tuple[list[Hook], list[Hook]]:
+        full, others = hooks_of(module)
+        return choose(full), choose(others)
+
+    def chosen_pre(module: nn.Module) -> list[Hook]:
+        return choose(pre_hooks_of(module))
+
+    with _replaced(nn.Module, _get_backward_hooks=chosen, _get_backward_pre_hooks=chosen_pre):
+        yield
+
+
+def unhooked(tensor: Any) -> Any:
+    """The tensor that the backward hook of a module has wrapped into another one, or the tensor itself."""
+    if not isinstance(tensor, Tensor):
+        return tensor
+    with torch._C.DisableTorchFunction():  # nobody reads it by this
+        made_by, base = tensor.grad_fn, tensor._base
+        is_wrapped = made_by is not None and made_by.name() == "BackwardHookFunctionBackward"
+        return base if is_wrapped and base is not None and base.shape == tensor.shape else tensor
+
+
+def functions_running() -> int:
+    """How many autograd functions are running; nobody can look into one that differentiates itself."""
+    # What starts them is a function of Python in some versions of torch only; their forward is one in all.
+    functions = (inspect.unwrap(kind.forward) for kind in _subclasses(torch.autograd.Function))
+    forwards = {getattr(function, "__code__", None) for function in functions}
+    frame, found = inspect.currentframe(), 0
+    while frame is not None:
+        found += frame.f_code in forwards
+        frame = frame.f_back
+    return found
+
+
+def _subclasses(kind: Any) -> Iterator[Any]:
+    for one in type.__subclasses__(kind):
+        yield one
+        yield from _subclasses(one)
+
+
+@contextmanager
+def direct_checkpoints() -> Iterator[None]:
+    """Run checkpointed functions once and directly: in a second run of theirs, nothing could be followed."""
+
+    def generator(*args: Any, **kwargs: Any) -> Iterator[None]:
+        yield
+
+    with _replaced(
+        torch.utils.checkpoint, CheckpointFunction=_Direct, _checkpoint_without_reentrant_generator=generator
+    ):
+        yield
+
+
+class _Direct:
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        return function(*args)
+
+
+@contextmanager
+def kept_gradients(model: nn.Module) -> Iterator[None]:
+    """The parameters have no gradients yet; afterwards they have those of before."""
+    kept = [(parameter, parameter.grad) for parameter in model.parameters()]
+    for parameter, _ in kept:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in kept:
+            parameter.grad = gradient
+
+
+@contextmanager
+def shared_graph(model: nn.Module) -> Iterator[None]:
+    """What a model computes inside can be differentiated afterwards, whatever it differentiates itself.
+
+    No backward hook fires, no graph is freed, no gradient of a parameter changes, and nothing is checkpointed.
+    """
+    with ExitStack() as stack:
+        for context in (kept_gradients(model), backward_hooks(), direct_checkpoints(), RetainedGraphs()):
+            stack.enter_context(context)
+        yield
+
+
+@contextmanager
+def _replaced(owner: Any, **values: Any) -> Iterator[None]:
+    """Other attributes of a class or module of torch."""
+    kept = {name: vars(owner)[name] for name in values}
+    for name, value in values.items():
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(owner, name, value)

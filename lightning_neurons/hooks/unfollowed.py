@@ -1,0 +1,122 @@
+"""Where a layer's values go in pieces: split, stacked or laid out so that a chain cannot follow them.
+
+Not to know the way would be no harm, if nothing more happened to the values. What works on the pieces as an activation
+function does, is noted: the neuron's value is then not what its users take it for.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (the name that the field uses)
+from torch import Tensor, nn
+
+from lightning_neurons.hooks.chain_functions import JOINS, MIXES, REDUCES, TEARS, WORKS
+from lightning_neurons.hooks.value_course import Value
+from lightning_neurons.isolation.tensors import tensors_in
+from lightning_neurons.layers.registry import PASSING
+
+
+class _Piece(NamedTuple):
+    """Of which value a tensor is a piece; ``torn`` is what tore it off, empty for the value itself."""
+
+    value: Value
+    torn: str = ""
+    reduced: str = ""
+
+
+class Pieces:
+    """Follows pieces through one forward, outside of layers."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[Tensor, _Piece]] = {}  # ids stay unique while the tensors live
+
+    def see(self, func: Callable[..., Any], given: Sequence[tuple[Tensor, Value | None, bool]], made: Any) -> None:
+        """A call that is no step of a chain has read values of one layer, or pieces of them.
+
+        Args:
+            func: What was called.
+            given: The tensors that it read, whose value each is, if any, and whether it is a constant.
+            made: What it made.
+        """
+        found = [self._piece(tensor, value) for tensor, value, _ in given]
+        pieces = [piece for piece in found if piece is not None]
+        results = [*tensors_in(made)]
+        for tensor in results:
+            self._known.pop(id(tensor), None)
+        foreign = any(
+            piece is None and not constant and tensor.is_floating_point()
+            for piece, (tensor, _, constant) in zip(found, given, strict=True)
+        )
+        if not pieces or not results or foreign:
+            return
+        torn = next((piece.torn for piece in pieces if piece.torn), "")
+        reduced = next((piece.reduced for piece in pieces if piece.reduced), "")
+        whole = any(not piece.reduced for piece in pieces)
+        if reduced and whole and (func in WORKS or func in TEARS):
+            _take_note(pieces, reduced)
+        elif func in WORKS and whole:
+            _take_note(pieces, torn, WORKS[func])
+        elif func in REDUCES and torn in JOINS:
+            _take_note(pieces, torn, REDUCES[func])
+        elif func in TEARS or func in REDUCES or _blurs(func, given):
+            name = torn or ("" if func in REDUCES else TEARS.get(func, _name(func)))
+            self._add(results, _Piece(pieces[0].value, name, reduced or REDUCES.get(func, "")))
+        elif (
+            len(pieces) == 1
+            and not reduced
+            and _keeps_all(func, [tensor for tensor, _, _ in given], results, pieces[0].value)
+        ):
+            is_custom = isinstance(func, torch._ops.OpOverload | torch._ops.OpOverloadPacket) and whole
+            if is_custom and not str(func).startswith("aten."):
+                _take_note(pieces, torn, f"the operation {func} of somebody's own")
+            else:
+                self._add(results, _Piece(pieces[0].value, torn or _name(func)))
+
+    def copies(self, source: Tensor, made: Tensor) -> None:
+        """A copy is a piece of what its source is a piece of."""
+        self._known.pop(id(made), None)
+        if id(source) in self._known:
+            self._known[id(made)] = made, self._known[id(source)][1]
+
+    def _add(self, results: Sequence[Tensor], piece: _Piece) -> None:
+        for tensor in results:
+            self._known[id(tensor)] = tensor, piece
+
+    def _piece(self, tensor: Tensor, value: Value | None) -> _Piece | None:
+        if value is not None:
+            return _Piece(value)
+        return self._known[id(tensor)][1] if id(tensor) in self._known else None
+
+    def close(self) -> None:
+        """Let go of the tensors."""
+        self._known.clear()
+
+
+def _blurs(func: Callable[..., Any], given: Sequence[tuple[Tensor, Value | None, bool]]) -> bool:
+    """Whether a function is a convolution that works on each neuron alone, with numbers that nobody trains."""
+    weights = [tensor for tensor, _, constant in given[1:2] if constant and not isinstance(tensor, nn.Parameter)]
+    is_alone = any(w.ndim > 2 and w.shape[1] == 1 and len(w) == given[0][0].shape[1 - w.ndim] for w in weights)
+    return is_alone and _name(func).startswith("conv")
+
+
+def _keeps_all(func: Callable[..., Any], given: Iterable[Tensor], results: Iterable[Tensor], value: Value) -> bool:
+    """Whether a function of no known kind may hand on every number of a value: it has no weights, and makes as many."""
+    is_pool = func in PASSING and func is not F.pad
+    if is_pool or func in MIXES or any(isinstance(tensor, nn.Parameter) for tensor in given):
+        return False
+    numbers = [t.numel() * (1 + t.is_complex()) for t in results if t.is_floating_point() or t.is_complex()]
+    return sum(numbers) >= value.tensor.numel()
+
+
+def _name(func: Callable[..., Any]) -> str:
+    return str(getattr(func, "__name__", func)).strip("_")
+
+
+def _take_note(pieces: Sequence[_Piece], *names: str) -> None:
+    """In words, unless detached values are only looked at in passing."""
+    if all(piece.value.is_aside for piece in pieces):
+        return
+    words = " and then to ".join(dict.fromkeys(name for name in names if name))
+    for value in {id(piece.value): piece.value for piece in pieces}.values():
+        value.torn.append(words)

@@ -1,0 +1,237 @@
+"""What becomes of a layer's output in one call: the values that are made of it alone, and where they reunite.
+
+The output is value 0. Each step makes another value, of earlier ones of the same course and of constants. A value to
+which everything before it leads, and nothing else, is where the chain may end: the last such one is the activation
+point. Between two of them lies a link: one function, or several where an activation function is written out.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from torch import Tensor
+
+from lightning_neurons.hooks.chain_functions import ARITHMETIC, DETACHES, Step
+from lightning_neurons.hooks.neuron_positions import Place
+from lightning_neurons.hooks.rectifier_probe import rectifies
+from lightning_neurons.hooks.unseen_code import DATA, HIDDEN, PYTHON, SCRIPT, TRANSFORM
+from lightning_neurons.isolation.writes import share_memory
+from lightning_neurons.layers.layer import Link
+from lightning_neurons.layers.registry import RECTIFIERS
+
+
+@dataclass(eq=False)
+class Value:
+    """What a layer made, or a step behind it.
+
+    Attributes:
+        tensor: It.
+        place: Where its neurons lie, and behind what.
+        step: What made it; None for the layer's output.
+        uses: The numbers of the values that are made of it.
+        outside: Names of functions that read it and are no steps.
+        readers: The layers that read it, each with how many of its inputs belong to one neuron.
+        foreign: Whether something reads it that is neither a layer nor on the way to one.
+        pooled: Names of activation functions that read it behind a pooling function.
+        torn: In words, what works on parts of it, or on what is laid side by side, where it could not be followed.
+        is_aside: Whether it is made of detached values alone: of no account, unless the model goes on with it.
+        is_entered: Whether a layer reads it.
+        is_taken_out: Whether its numbers have been handed to code outside of torch.
+    """
+
+    tensor: Tensor
+    place: Place
+    step: Step | None = None
+    uses: list[int] = field(default_factory=list)
+    outside: list[str] = field(default_factory=list)
+    readers: dict[str, int] = field(default_factory=dict)
+    foreign: bool = False
+    pooled: list[str] = field(default_factory=list)
+    torn: list[str] = field(default_factory=list)
+    is_aside: bool = False
+    is_entered: bool = False
+    is_taken_out: bool = False
+
+
+class Course:
+    """One call of a layer.
+
+    Args:
+        output: What the layer made.
+        axis: Where its neurons lie.
+        depth: How many autograd functions were running.
+        in_model: Whether a module around the layer was running.
+    """
+
+    def __init__(self, output: Tensor, axis: int, depth: int = 0, *, in_model: bool = True) -> None:
+        self.depth, self.in_model = depth, in_model
+        self.values = [Value(output, Place(axis))]
+
+    def add(self, tensor: Tensor, place: Place, step: Step) -> Value:
+        """Take note of a step."""
+        is_aside = step.function in DETACHES or all(self.values[number].is_aside for number in step.values)
+        made = Value(tensor, place, step, is_aside=is_aside)
+        for number in set(step.values):
+            self.values[number].uses.append(len(self.values))
+        self.values.append(made)
+        return made
+
+    def take_out(self, number: int) -> None:
+        """Take note that the numbers of a value, detached or not, have left torch."""
+        value = self.values[number]
+        value.is_taken_out = True
+        for read in value.step.values if value.step is not None and value.is_aside else ():
+            self.take_out(read)
+
+    def keep_before_write(self, target: Tensor, *, is_aside: bool) -> None:
+        """Copy the values that somebody is about to write into, perhaps through a detached one."""
+        for value in self.values:
+            if share_memory(value.tensor, target):
+                value.tensor = value.tensor.clone()
+                if is_aside and not value.is_aside:
+                    value.outside.append(DATA)
+
+    def points(self) -> Iterator[int]:
+        """The values where the chain may end, from the layer's output on."""
+        reach, counts = 0, self._of_account()
+        for number, value in enumerate(self.values):
+            if not counts[number]:
+                continue
+            if reach <= number and self._may_end(number):
+                yield number
+            uses = [use for use in value.uses if counts[use]]
+            if not uses or (value.outside and not value.is_aside):
+                return
+            reach = max(reach, *uses)
+
+    def uses(self, number: int) -> list[int]:
+        """The values that are made of a value, and that the model goes on with."""
+        counts = self._of_account()
+        return [use for use in self.values[number].uses if counts[use]]
+
+    def _of_account(self) -> list[bool]:
+        """By value, whether the model goes on with it: logging looks at detached values and throws them away."""
+        counts = [not value.is_aside or value.is_entered for value in self.values]
+        for number in reversed(range(len(counts))):
+            step = self.values[number].step
+            for read in step.values if step is not None and counts[number] else ():
+                counts[read] = True
+        return counts
+
+    def _may_end(self, number: int) -> bool:
+        """Whether samples and neurons lie in their places; what only lays values out anew is behind the end."""
+        value = self.values[number]
+        if value.place.axis is None or not value.tensor.is_floating_point():
+            return False
+        if _lies_first(value) and not _lies_first(self.values[0]):
+            return False  # that is where samples lie
+        return not (value.step is not None and value.step.is_move and self._may_end(self._before_moves(number)))
+
+    def _before_moves(self, number: int) -> int:
+        """The value that has been laid out anew."""
+        step = self.values[number].step
+        return self._before_moves(step.values[0]) if step is not None and step.is_move else number
+
+    def goes_on_alone(self, number: int) -> bool:
+        """Whether nothing has read a value yet, and all before it lead to it."""
+        value = self.values[number]
+        return not value.uses and not value.outside and number in self.points()
+
+    def end(self, axis: int | None = None) -> Value:
+        """The value at the activation point; with ``axis``, the last that has its neurons there."""
+        return self.values[self._ends(axis)[-1]]
+
+    def _ends(self, axis: int | None) -> list[int]:
+        points = [0, *(p for p in self.points() if p)]
+        while axis is not None and self.values[points[-1]].place.axis != axis:
+            points.pop()
+        return points
+
+    def chain(self, axis: int | None = None) -> tuple[Link, ...]:
+        """The links up to the activation point; see ``end``."""
+        points = self._ends(axis)
+        return tuple(self._link(first, last) for first, last in pairwise(points))
+
+    def _link(self, first: int, last: int) -> Link:
+        found = self._steps(first, last)
+        steps, number_of = list(found.values()), {number: i for i, number in enumerate((first, *found))}
+        parts = [step for step in steps if not step.is_move]
+        kinds = {step.kind for step in parts}
+        modules = {step.module for step in parts}
+        return Link(
+            kind=kinds.pop() if len(kinds) == 1 else "activation",
+            function=_name(parts),
+            module=modules.pop() if len(modules) == 1 else None,
+            rectified=self._rectified(last),
+            steps=tuple((s.name, tuple(number_of[number] for number in s.values)) for s in steps),
+        )
+
+    def _steps(self, first: int, last: int) -> dict[int, Step]:
+        """The steps between two values, by the number of the value that each makes."""
+        counts = self._of_account()
+        numbered = [(number, self.values[number].step) for number in range(first + 1, last + 1) if counts[number]]
+        return {number: step for number, step in numbered if step is not None}
+
+    def _rectified(self, last: int) -> bool:
+        """Whether the value is known to be zero or positive, and exactly zero where it is silent."""
+        end, made = self.values[last], self.values[self._before_moves(last)]
+        if made.step is not None and made.step.title in RECTIFIERS:
+            return True
+        start = max((p for p in self.points() if p <= last and self.values[p].place.stage < 2), default=0)
+        steps = self._steps(start, last)
+        first, axis = self.values[start].tensor, self.values[start].place.axis
+        return end.place.stage == 2 and axis is not None and rectifies(steps, start, first, axis, end.tensor)
+
+    def note(self, axis: int | None = None) -> str:
+        """What a user should know of how the values go on, if that looks like more of the neurons' own; else empty."""
+        end = self._ends(axis)[-1]
+        value = self.values[end]
+        following = self._functions_behind(end)
+        for name in (HIDDEN, SCRIPT, TRANSFORM, DATA):
+            if name in value.outside:
+                return f"its values go on to {name}, which cannot be looked into"
+        if value.is_taken_out and not value.is_entered:
+            return f"its values go on to {PYTHON}, which cannot be looked into"
+        if following and (value.outside or len(self.uses(end)) > 1):
+            return f"its values go to {_listed([*following, *value.outside])}, which do not reunite"
+        if following:
+            lost = [name for later in self.values[end + 1 :] for name in later.outside]
+            rest = f", and then to {_listed(lost)}" if lost else ""
+            return f"its values go on to {_listed(following)}{rest}, behind which they could not be followed"
+        torn = [words for later in self.values[end:] for words in later.torn]
+        if torn:
+            return f"its values go on to {torn[0]}, where they could not be followed"
+        if value.pooled:
+            return f"its values are pooled before they go to {_listed(value.pooled)}"
+        return ""
+
+    def _functions_behind(self, end: int) -> list[str]:
+        """The first functions that work on a value, behind whatever lays it out anew."""
+        found = []
+        for number in self.uses(end):
+            step = self.values[number].step
+            assert step is not None, "only the output has none"
+            found += self._functions_behind(number) if step.is_move else [step.title]
+        return found
+
+
+def common_axis(calls: Sequence[Course]) -> int | None:
+    """None if the neurons lie on the same axis at the ends of all calls; else the axis of the layer's output."""
+    axes = {course.end().place.axis for course in calls}
+    return calls[0].values[0].place.axis if len(axes) > 1 else None
+
+
+def _lies_first(value: Value) -> bool:
+    return value.place.axis is not None and value.place.axis % max(1, value.tensor.ndim) == 0
+
+
+def _name(parts: Sequence[Step]) -> str:
+    """A short name: ``"mul(sigmoid)"`` for ``x * sigmoid(1.702 * x)``."""
+    last, inner = parts[-1].title, list(dict.fromkeys(step.title for step in parts[:-1]))
+    telling = [name for name in inner if name not in ARITHMETIC] or inner
+    return f"{last}({', '.join(telling)})" if telling else last
+
+
+def _listed(names: Sequence[str]) -> str:
+    *others, last = dict.fromkeys(names)
+    return f"{', '.join(others)} and {last}" if others else last

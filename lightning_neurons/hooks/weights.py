@@ -1,0 +1,100 @@
+"""What criteria may know of a layer: its weights, neuron axis first, and those that read it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from lightning_neurons.criteria.contract import LayerTraits
+from lightning_neurons.isolation.isolation import isolated
+from lightning_neurons.layers.layer import Layer, public_name
+
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def traits_of(layer: Layer, modules: Mapping[str, nn.Module]) -> LayerTraits:
+    """Everything that criteria may know of ``layer``, one of the ``modules`` of a model by their path."""
+    readers = [outgoing_weight(modules[name], spread) for name, spread in layer.readers or ()]
+    outgoing = None
+    if readers and all(r is not None and len(r) == layer.neurons for r in readers):
+        outgoing = torch.cat([r for r in readers if r is not None], 1)
+    return LayerTraits(
+        name=layer.name,
+        activation=layer.activation,
+        rectified=layer.rectified,
+        bounds=layer.bounds,
+        incoming=incoming_weight(modules[layer.name], layer.neurons),
+        outgoing=outgoing,
+        norm_scale=_norm_scale(layer, modules),
+    )
+
+
+def incoming_weight(module: nn.Module, neurons: int) -> Tensor | None:
+    """The weights that make each neuron, ``(neuron, weight)``; None if the module has no such tensor."""
+    weight = _weight_of(module)
+    if not isinstance(weight, Tensor) or weight.ndim < 2:
+        return None
+    weight = weight.detach()
+    if isinstance(module, _TRANSPOSED):
+        weight = weight.reshape(module.groups, -1, neurons // module.groups, weight[0, 0].numel())
+        return weight.transpose(1, 2).reshape(neurons, -1)
+    return weight.flatten(1) if len(weight) == neurons else None
+
+
+def neuron_weights(module: nn.Module) -> list[Tensor]:
+    """For each neuron, the weights that make it, as a view into the layer's own; none where it has no such tensor.
+
+    Example:
+        >>> layer = nn.Linear(2, 3)
+        >>> _ = neuron_weights(layer)[1].zero_()
+        >>> layer.weight[1].tolist()
+        [0.0, 0.0]
+    """
+    weight = _weight_of(module)
+    if not isinstance(weight, Tensor) or weight.ndim < 2:
+        return []
+    weight = weight.detach()
+    if not isinstance(module, _TRANSPOSED):
+        return list(weight.unbind(0))
+    inputs = weight.shape[0] // module.groups  # those of a group make the neurons of that group
+    blocks = weight.split(inputs, 0)
+    return [block[:, i] for block in blocks for i in range(weight.shape[1])]
+
+
+def outgoing_weight(module: nn.Module, spread: int = 1) -> Tensor | None:
+    """The weights by which a module reads each of its inputs, ``(input, weight)``.
+
+    Args:
+        module: A convolution, transposed convolution or linear layer.
+        spread: How many neighbouring inputs belong to one neuron (a flattened picture before a linear layer).
+    """
+    weight = _weight_of(module)
+    if not isinstance(weight, Tensor) or not isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+        return None
+    weight = weight.detach()
+    if isinstance(module, nn.Linear):
+        return weight.t().reshape(weight.shape[1] // spread, -1)
+    if isinstance(module, _TRANSPOSED):
+        return weight.flatten(1)
+    # (groups, outputs, inputs, taps) of each group: an input is read by the outputs of its own group only.
+    grouped = weight.reshape(module.groups, -1, *weight.shape[1:]).flatten(3)
+    return grouped.transpose(1, 2).reshape(module.in_channels, -1)
+
+
+def _weight_of(module: nn.Module | None) -> Any:
+    """A module's weight. Where it is computed at every reading, that may go on from state to state in training mode."""
+    if module is None or not is_parametrized(module, "weight"):
+        return getattr(module, "weight", None)
+    with isolated(module), torch.no_grad():
+        return module.eval().weight
+
+
+def _norm_scale(layer: Layer, modules: Mapping[str, nn.Module]) -> Tensor | None:
+    for link in layer.chain:
+        if link.kind == "norm" and link.module:
+            scale = _weight_of(modules.get(public_name(link.module)))
+            if isinstance(scale, Tensor) and scale.shape == (layer.neurons,):
+                return scale.detach()
+    return None

@@ -1,0 +1,1 @@
+"""Running a user's code again without a trace: states, copies, and what code can reach."""

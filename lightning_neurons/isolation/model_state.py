@@ -1,0 +1,187 @@
+"""The state of a model: whatever running it may change, to be compared with what a run leaves, or to be put back."""
+
+import copy
+import gc
+import itertools
+import pickle
+import random
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_neurons.errors import MeasurementError
+from lightning_neurons.isolation.contents import Numbers
+from lightning_neurons.isolation.foreign_types import ITERATORS
+from lightning_neurons.isolation.paths import name_of, put_at
+from lightning_neurons.isolation.reachable import Reach
+
+_said: set[str] = set()
+
+
+class ModelState:
+    """The state of a model and of what its code can reach.
+
+    Args:
+        model: The model, or an optimizer, which has a state as well.
+        others: Objects that its code can reach on other ways.
+
+    Example:
+        >>> import torch
+        >>> norm = nn.BatchNorm1d(2)
+        >>> state = ModelState(norm)
+        >>> _ = norm(torch.randn(4, 2))
+        >>> state.has_changed()
+        True
+        >>> state.put_back()
+        >>> norm.running_mean
+        tensor([0., 0.])
+    """
+
+    def __init__(self, model: nn.Module | torch.optim.Optimizer, *others: Any) -> None:
+        self._model = model
+        with torch.inference_mode(False), torch.no_grad(), _without_collector():
+            self._reach = Reach([model, *others])
+        self._random = _random_of_others()
+        self._lost: list[str] = []
+        self._weights: list[str] = []
+
+    def has_changed(self) -> bool:
+        """Whether anything has changed, or the random numbers of Python or numpy. Substitutes have to stand before."""
+        if self._random != _random_of_others() or any(self._reach.empty):
+            return True
+        with torch.no_grad():
+            return any(content.has_changed() for content, _ in self._reach.contents)
+
+    def substitute(self) -> None:
+        """Let other objects stand for those that could not be put back.
+
+        Metrics get empty states (their own may be long), and tensors of inference mode become normal ones.
+        """
+        substitutes: dict[int, Any] = {}
+        with torch.inference_mode(False), torch.no_grad():
+            for value, path in self._reach.movable:
+                if id(value) not in substitutes:
+                    try:
+                        substitutes[id(value)] = _substitute_of(value)
+                    except Exception:  # noqa: BLE001 (whatever an iterator over something of the user's may raise)
+                        substitutes[id(value)] = Refusing(f"{type(self._model).__name__}.{name_of(path)}")
+                put_at(path, substitutes[id(value)])
+            for metric in self._reach.metrics:
+                for name, default in metric._defaults.items():
+                    vars(metric)[name] = default.clone().to(metric.device) if isinstance(default, Tensor) else []
+                vars(metric).update(_update_count=0, _computed=None, _forward_cache=None)
+
+    def put_back(self) -> None:
+        """Make everything as it was, as far as that is possible."""
+        for thing in self._reach.empty:
+            thing.clear()
+        with torch.inference_mode(False), torch.no_grad():
+            for content, path in self._reach.contents:
+                if not content.put_back():
+                    (self._weights if isinstance(content, Numbers) else self._lost).append(name_of(path))
+
+    def complain(self) -> None:
+        """Say in a warning, once, what could not be put back.
+
+        Raises:
+            MeasurementError: If weights were changed that are too many to keep a copy of.
+        """
+        who = type(self._model).__name__
+        if self._weights:
+            raise MeasurementError(
+                f"{who}: running it once more has changed {self._weights[0]} in place, too large to be put back; "
+                "do not move weights in the step that is measured, or pass loss_fn=lambda module, batch: ..."
+            )
+        for name in self._lost:
+            _say(f"{who}.{name} cannot be put back after the measurement has run the model once more")
+        if not self._reach.is_whole:
+            _say(f"{who} holds too many objects to put all of them back after the measurement has run it once more")
+
+
+class Refusing:
+    """Stands for an iterator of which there can be no copy (a generator, what runs over a DataLoader), or its method.
+
+    Args:
+        name: Where that is.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __iter__(self) -> "Refusing":
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Where it is the method that was bound."""
+        return self.__next__()
+
+    def __next__(self) -> Any:
+        """Leave the real one where it is.
+
+        Raises:
+            MeasurementError: Always.
+        """
+        raise MeasurementError(
+            f"{self._name} is an iterator that can neither be copied nor put back, so what draws from it is not run "
+            "once more"
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self.__next__()
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Many small objects are made, and none to be collected: the collector would look at all there are, for long."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _say(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        warnings.warn(message, stacklevel=3)
+
+
+def _substitute_of(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone().requires_grad_(value.requires_grad) if value.is_leaf else value.clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Python 3.14 will not copy those of itertools
+        nested = isinstance(value, enumerate | zip | map | filter) or type(value).__module__ == itertools.__name__
+        return copy.deepcopy(value) if nested else _copied(value)
+
+
+def _copied(value: Any) -> Any:
+    """A copy that runs on its own: of an iterator of another kind it would hold the same things that run."""
+    if not isinstance(value, ITERATORS):
+        raise TypeError(f"{type(value).__name__} may share what it runs over with its copy")
+    return copy.copy(value)
+
+
+def _random_of_others() -> tuple[Any, bytes]:
+    return random.getstate(), pickle.dumps(np.random.get_state())
+
+
+def random_state() -> tuple[Tensor, list[Tensor]]:
+    """The state of torch's random numbers, of the CPU and of every GPU in use."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+
+def set_random_state(state: tuple[Tensor, list[Tensor]]) -> None:
+    """Go back to a state of torch's random numbers."""
+    torch.set_rng_state(state[0])
+    if state[1]:
+        torch.cuda.set_rng_state_all(state[1])

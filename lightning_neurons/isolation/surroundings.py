@@ -1,0 +1,119 @@
+"""What somebody's code does beside the model: what it says, the environment, an object that gives it data."""
+
+import builtins
+import io
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from lightning_neurons.isolation.contents import Content, Entries, Items, Members
+
+_FEW = 1000
+"""Entries of a list that are looked at: more are data, and nothing that a step collects."""
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """What this thread prints or logs is not heard: it has been said in the first run. Other threads are."""
+    out, err, handle = sys.stdout, sys.stderr, logging.Logger.handle
+    me = threading.get_ident()
+
+    def handle_others(logger: logging.Logger, record: logging.LogRecord) -> None:
+        if threading.get_ident() != me:
+            handle(logger, record)
+
+    others = [_Others(stream, me) for stream in (out, err)]
+    sys.stdout, sys.stderr = others
+    logging.Logger.handle = handle_others  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = out, err
+        logging.Logger.handle = handle  # type: ignore[method-assign]
+        for stream in others:  # somebody may hold on to them
+            stream.unheard = None
+
+
+@contextmanager
+def writing_nothing() -> Iterator[None]:
+    """What this thread writes to files that it opens or saves meanwhile is dropped. What other threads write is not."""
+    real, save, me = builtins.open, torch.save, threading.get_ident()
+
+    def open_other(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != me or not {*mode} & {*"wax+"}:
+            return real(file, mode, *args, **kwargs)
+        return io.BytesIO() if "b" in mode else io.StringIO()
+
+    def save_other(*args: Any, **kwargs: Any) -> None:
+        if threading.get_ident() != me:
+            save(*args, **kwargs)
+
+    builtins.open = io.open = open_other
+    torch.save = save_other
+    try:
+        yield
+    finally:
+        builtins.open = io.open = real
+        torch.save = save
+
+
+class _Others:
+    """A stream that drops what one thread writes.
+
+    Attributes:
+        unheard: That thread; None if all are heard.
+    """
+
+    def __init__(self, stream: Any, unheard: int | None) -> None:
+        self._stream, self.unheard = stream, unheard
+
+    def write(self, text: str) -> int:
+        """Write, unless it comes from that thread."""
+        return len(text) if threading.get_ident() == self.unheard else self._stream.write(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        """Write several pieces of text."""
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def kept_environment() -> Iterator[None]:
+    """Environment variables are afterwards as they were."""
+    kept = dict(os.environ)
+    try:
+        yield
+    finally:
+        if os.environ != kept:
+            for name in os.environ.keys() - kept.keys():
+                del os.environ[name]
+            os.environ.update(kept)
+
+
+@contextmanager
+def kept_attributes(thing: Any) -> Iterator[None]:
+    """The attributes of an object, and the few things that lists, dicts and sets among them hold, come back."""
+    attributes = getattr(thing, "__dict__", {})
+    kept = [Entries(attributes), *(_of(value) for value in attributes.values() if type(value) in _OF)]
+    try:
+        yield
+    finally:
+        for content in kept:
+            if content is not None:
+                content.put_back()
+
+
+_OF: dict[type, Callable[[Any], Content]] = {dict: Entries, set: Members, list: lambda thing: Items(thing, list)}
+
+
+def _of(value: Any) -> Content | None:
+    return _OF[type(value)](value) if len(value) <= _FEW else None

@@ -1,0 +1,1 @@
+"""Layers: which modules make neurons, their names, and where their neurons lie."""

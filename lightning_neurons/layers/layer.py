@@ -1,0 +1,208 @@
+"""What is known of one layer, and the choice of layers by name and type."""
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from lightning_neurons.errors import ArgumentError, UnknownNameError
+from lightning_neurons.layers.registry import BOUNDS, LAYER_FAMILIES, RECTIFIERS, Kind, family_of
+
+Pattern = str | type[nn.Module]
+
+
+@dataclass(frozen=True)
+class Link:
+    """One step between a layer and its readers.
+
+    Attributes:
+        kind: ``"norm"``, ``"activation"``, ``"dropout"``, or ``"affine"`` for a scale or shift that is written out.
+        function: The function that ran, such as ``"relu"`` or ``"batch_norm"``; of an activation function that is
+            written out, the last that ran, and those inside: ``"mul(sigmoid)"``.
+        module: Path of the module that called it, or None for a functional call.
+        rectified: Whether values behind it are zero or positive, and exactly zero where the neuron is silent.
+        steps: The calls that it is made of: the name of each function and which values it reads. 0 is what enters the
+            link, 1 what the first call makes, and so on.
+    """
+
+    kind: Kind
+    function: str
+    module: str | None = None
+    rectified: bool = False
+    steps: tuple[tuple[str, tuple[int, ...]], ...] = field(default=(), repr=False)
+
+    def __str__(self) -> str:
+        return f"{self.function} ({self.module})" if self.module else self.function
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A module that makes neurons, and where they get their final value.
+
+    Attributes:
+        name: Path in the model.
+        type: Name of the module's class.
+        neurons: How many it has.
+        axis: Where they lie at the activation point: 1 for channels, -1 for features, unless the chain lays them out
+            anew, as a LayerNorm over the channels of pictures does.
+        chain: What follows the layer before anybody reads it; the activation point is behind the last link.
+        chains: The same for each call in one forward; ``chain`` is the first.
+        readers: Paths of the layers that read the activation, each with how many of its inputs belong to one neuron;
+            None where something else reads it too, such as a residual sum.
+        rows_per_sample: How many entries of the first axis of its output one sample makes, where that is known and
+            not 1: tokens or windows folded into the batch.
+        note: What a user should know: why the layer was not seen, for example.
+        output: Whether it makes the model's output: no other layer reads what it makes.
+        twins: The other layers of its residual stream: their values are added to its own, neuron by neuron, so that
+            neuron ``i`` of all of them can only be removed together.
+    """
+
+    name: str
+    type: str
+    neurons: int
+    axis: int
+    chains: tuple[tuple[Link, ...], ...] = ()
+    readers: tuple[tuple[str, int], ...] | None = None
+    rows_per_sample: int | None = None
+    note: str = ""
+    output: bool = False
+    twins: tuple[str, ...] = ()
+
+    @property
+    def calls(self) -> int:
+        """How often the layer ran in one forward; 0 if it did not."""
+        return len(self.chains)
+
+    @property
+    def chain(self) -> tuple[Link, ...]:
+        """The links behind the layer's first call."""
+        return self.chains[0] if self.chains else ()
+
+    @property
+    def activation(self) -> str | None:
+        """The activation function behind the layer, or None; several, where one follows the other."""
+        return " > ".join(link.function for link in self.chain if link.kind == "activation") or None
+
+    @property
+    def rectified(self) -> bool:
+        """Whether every call's values end in a rectifier."""
+        ends = self._ends()
+        return bool(ends) and all(end is not None and (end.rectified or end.function in RECTIFIERS) for end in ends)
+
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """The bounds of a saturating activation function that every call ends in, or None."""
+        found = {BOUNDS.get(end.function) if end is not None else None for end in self._ends()}
+        return found.pop() if len(found) == 1 else None
+
+    def _ends(self) -> list[Link | None]:
+        """The last link of each call, dropout aside."""
+        chains = [[link for link in chain if link.kind != "dropout"] for chain in self.chains]
+        return [chain[-1] if chain else None for chain in chains]
+
+    @property
+    def activation_point(self) -> str:
+        """The way to the activation point in words, such as ``"conv1 > batch_norm (bn1) > relu"``."""
+        return " > ".join([self.name, *map(str, self.chain)])
+
+
+def public_name(path: str) -> str:
+    """A module's path without what ``torch.compile`` puts into it."""
+    return ".".join(part for part in path.split(".") if part != "_orig_mod")
+
+
+def calling_module(model: nn.Module, running: Sequence[str]) -> str | None:
+    """The module that calls a function, if it has no modules of its own and is no layer; else a bigger one does.
+
+    Args:
+        model: The model.
+        running: The paths of the modules that are running, the innermost last.
+    """
+    module = model.get_submodule(running[-1]) if running and running[-1] else None
+    is_alone = module is not None and family_of(module) is None and not any(True for _ in module.children())
+    return public_name(running[-1]) if is_alone else None
+
+
+def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules by their path, without what ``torch.compile`` puts into it."""
+    return {public_name(path): module for path, module in model.named_modules()}
+
+
+def widths_of(model: nn.Module) -> dict[str, int]:
+    """Neurons by layer, in the order of the model.
+
+    Example:
+        >>> widths_of(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)))
+        {'0': 3, '2': 1}
+    """
+    return {name: family.neurons(m) for name, m in candidates(model).items() if (family := family_of(m))}
+
+
+def candidates(model: nn.Module, patterns: Sequence[Pattern] | None = None) -> dict[str, nn.Module]:
+    """The modules that make neurons, by path, in the order of the model; all of them or those that match.
+
+    Args:
+        model: Where to look.
+        patterns: Paths with wildcards (``"net.layer1.*"``), names of classes (``"Conv2d"``) or module types.
+
+    Raises:
+        ArgumentError: If ``patterns`` is not a list of patterns, or is empty, or a layer is still lazy.
+        UnknownNameError: If a pattern matches no layer; names the nearest.
+
+    Example:
+        >>> list(candidates(nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Linear(2, 1)), ["Linear"]))
+        ['2']
+    """
+    found: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
+        # Part of a layer, such as the linear map in a registered layer of one's own, is not a layer again.
+        inside = any(path.startswith(outer + ".") for outer in found)
+        if family_of(module) is not None and not inside:
+            found[path] = module
+    named = {public_name(path): module for path, module in found.items()}
+    if patterns is not None:
+        if isinstance(patterns, str | type) or not patterns:
+            raise ArgumentError.of("layers", patterns, "None for all layers, or a list of patterns or module types")
+        chosen = {name for pattern in patterns for name in _matching(pattern, named)}
+        named = {name: module for name, module in named.items() if name in chosen}
+    return named
+
+
+def require_materialized(model: nn.Module) -> None:
+    """Refuse models whose widths are not known yet.
+
+    Raises:
+        ArgumentError: If a module is lazy and has not seen a batch.
+    """
+    path = lazy_path(model)
+    if path is not None:
+        got = f"{public_name(path) or 'the model itself'}: {type(model.get_submodule(path)).__name__}"
+        raise ArgumentError.of("model", got, "materialised layers; run one batch through the model first")
+
+
+def lazy_path(model: nn.Module) -> str | None:
+    """The first module that is lazy and has not seen a batch, or None."""
+    for path, module in model.named_modules():
+        if any(is_lazy(t) for t in (*module._parameters.values(), *module._buffers.values()) if t is not None):
+            return str(path)
+    return None
+
+
+def _matching(pattern: Pattern, layers: dict[str, nn.Module]) -> list[str]:
+    if isinstance(pattern, type):
+        names = [n for n, m in layers.items() if isinstance(m, pattern)]
+        if not names:
+            raise UnknownNameError.among(
+                "layers", pattern.__name__, sorted({type(m).__name__ for m in layers.values()})
+            )
+        return names
+    if not isinstance(pattern, str):
+        raise ArgumentError.of("layers", pattern, "patterns of layer names, or module types")
+    types = {t.__name__ for t in LAYER_FAMILIES} | {type(m).__name__ for m in layers.values()}
+    names = [n for n in layers if fnmatch.fnmatchcase(n, pattern)]
+    names += [n for n, m in layers.items() if pattern in types and type(m).__name__ == pattern]
+    if not names:
+        raise UnknownNameError.among("layers", pattern, layers)
+    return names

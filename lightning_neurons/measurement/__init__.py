@@ -1,0 +1,1 @@
+"""One measurement: passes over the data, their sums, and the report; no Trainer needed."""

@@ -1,0 +1,57 @@
+"""Which parts of a model a measurement says nothing of, and how much of the model they are."""
+
+from collections.abc import Iterator
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from lightning_neurons.measurement.measurement import Measurement
+
+_NAMED = 5
+_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.PReLU)
+"""Their parameters scale what the layer before them makes, and are seen there."""
+
+
+def unmeasured(measurement: Measurement) -> list[str]:
+    """A note that names the modules with parameters that were not measured, the largest first; none if all were.
+
+    Nothing is said where layers were asked for by name.
+    """
+    if measurement.chosen is not None:
+        return []
+    model, ran = measurement.model, {n for n, layer in measurement.layers.items() if layer.calls}
+    seen = {id(p) for name in ran for p in measurement.modules[name].parameters()}
+    total = sum(p.numel() for p in model.parameters())
+    found = []
+    for name, module in _owners(model):
+        own = {id(p): p.numel() for p in _own_parameters(module) if id(p) not in seen}
+        seen |= own.keys()
+        if sum(own.values()):
+            found.append((sum(own.values()) / total, f"{name or type(module).__name__} ({type(module).__name__}"))
+    if not found:
+        return []
+    found.sort(key=lambda one: -one[0])
+    named = [f"{what}, {_percent(share)} of parameters)" for share, what in found[:_NAMED]]
+    rest = found[_NAMED:]
+    if rest:
+        named.append(f"and {len(rest)} more ({_percent(sum(share for share, _ in rest))})")
+    return [f"not measured: {', '.join(named)}"]
+
+
+def _owners(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that may hold parameters of their own; an attention speaks for its projections."""
+    inside: set[str] = set()
+    for name, module in model.named_modules():
+        if name.rpartition(".")[0] in inside or isinstance(module, _NORMS):
+            continue
+        if isinstance(module, nn.MultiheadAttention):
+            inside.add(name)
+        yield name, module
+
+
+def _own_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    return module.parameters(recurse=isinstance(module, nn.MultiheadAttention))
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.01 else "less than 1%"

@@ -1,0 +1,69 @@
+"""Norm layers after a cut: their running statistics estimated anew (Li et al. 2020, EagleEye), where that helps."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from lightning_neurons.data.batches import samples_in
+from lightning_neurons.isolation.isolation import eager
+from lightning_neurons.layers.layer import modules_by_name
+from lightning_neurons.pruning.compensation.calibration import Calibration
+from lightning_neurons.pruning.compensation.trial_model import Rehearsal
+
+
+def reestimate(rehearsal: Rehearsal, calibration: Calibration) -> dict[str, Tensor]:
+    """The running statistics that the cut copy shows on the calibration data, as shifts at the model's full width.
+
+    The copy is given them. Every process has to take part.
+
+    Args:
+        rehearsal: The copy.
+        calibration: The data; every batch counts the same.
+    """
+    norms = {
+        path: module
+        for path, module in modules_by_name(rehearsal.twin).items()
+        if isinstance(module, _NormBase) and module.running_mean is not None
+    }
+    before = {path: (norm.running_mean.clone(), norm.running_var.clone()) for path, norm in norms.items()}  # type: ignore[union-attr]
+    rehearsal.twin.eval()
+    for norm in norms.values():
+        norm.reset_running_stats()
+        norm.momentum, norm.training = None, True  # the mean over batches
+    with torch.no_grad(), eager():
+        for batch in calibration.batches:
+            if samples_in(batch) > 1:  # one sample alone may have no variance
+                calibration.run(rehearsal.twin, batch)
+    rehearsal.twin.eval()
+    found = {}
+    for path, norm in norms.items():
+        ran = _count(norm)
+        total = calibration.reduce(ran.clone()).clamp(min=1)
+        for leaf, old in zip(("running_mean", "running_var"), before[path], strict=True):
+            tensor: Tensor = getattr(norm, leaf)
+            new = calibration.reduce(tensor * ran) / total
+            new = torch.where(calibration.reduce(ran.clone()) > 0, new, old)
+            tensor.copy_(new)
+            found[f"{path}.{leaf}"] = rehearsal.widened(f"{path}.{leaf}", new - old).cpu()
+    return found
+
+
+def _count(norm: nn.Module) -> Tensor:
+    tracked = norm.num_batches_tracked
+    assert isinstance(tracked, Tensor), "it has running statistics"
+    return tracked.to(torch.float32)
+
+
+def together(shifts: Mapping[str, Tensor], more: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Two sets of shifts as one."""
+    return {name: _sum(shifts.get(name), more.get(name)) for name in dict.fromkeys((*shifts, *more))}
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor:
+    if a is None or b is None:
+        found = b if a is None else a
+        assert found is not None, "it is in one of them"
+        return found
+    return a + b.to(a)

@@ -1,0 +1,113 @@
+"""Compensation by least squares: the readers of what goes are solved again, one after the other.
+
+Targets come from the model as it is, inputs from the model as cut and corrected so far; the same batches walk through
+both in lockstep.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_neurons.isolation.isolation import eager, isolated
+from lightning_neurons.layers.layer import modules_by_name
+from lightning_neurons.pruning.compensation.calibration import Calibration, Run, in_few
+from lightning_neurons.pruning.compensation.moments import Reduce
+from lightning_neurons.pruning.compensation.reader import Reader
+from lightning_neurons.pruning.compensation.synchronized_forwards import Lockstep
+from lightning_neurons.pruning.compensation.trial_model import Rehearsal
+from lightning_neurons.pruning.compensation.unfold import batched
+from lightning_neurons.pruning.compensation.weight_shifts import Repair, Wiring, constant_of, readers_of
+from lightning_neurons.pruning.surgery.surgery import Cut
+
+_WALKS = 32
+"""Batches that walk at the same time: each takes two threads."""
+
+_ROUNDING = 1e-6
+"""Of float32 sums of some hundred terms."""
+
+
+def least_squares(
+    model: nn.Module,
+    cuts: Sequence[Cut],
+    calibration: Calibration,
+    wiring: Wiring,
+    *,
+    patchwise: bool = False,
+) -> Repair:
+    """Solve the weights of all readers of what goes again.
+
+    Args:
+        model: As it is before the cut; it is left as it is.
+        cuts: What goes.
+        calibration: The data.
+        wiring: How the model's layers follow one another.
+        patchwise: Whether convolutions are solved over whole receptive patches, instead of over channels.
+    """
+    gone, modules = readers_of(cuts), modules_by_name(model)
+    calls, run, reduce = wiring.calls, calibration.run, calibration.reduce
+    constants = {path: constant_of(path, modules, wiring.norm_behind) for path in gone}
+    readers = {
+        path: Reader(path, modules[path], gone[path], patchwise=patchwise, has_constant=constants[path] is not None)
+        for path in calls
+        if path in gone
+    }
+    notes = [f"{path} is not compensated: it did not run" for path in gone if path not in calls]
+    shifts: dict[str, Tensor] = {}
+    rehearsal = Rehearsal(model, cuts)
+    with isolated(model), eager(), torch.no_grad():
+        model.eval()
+        batches = in_few(calibration.batches, _WALKS, partial(run, model))
+        # What runs several times in a forward cannot be waited for: it is solved by what it reads in the whole model.
+        repeated = [path for path in readers if calls[path] > 1]
+        _watch(model, [readers[path] for path in repeated], batches, run)
+        for path in repeated:
+            _correct(rehearsal, readers[path], constants[path], shifts, reduce)
+        passed, order = set(repeated), [path for path in readers if path not in repeated]
+        with Lockstep(model, order, run, batches) as whole, Lockstep(rehearsal.twin, order, run, batches) as cutting:
+            for path in order:
+                for index in range(len(batches)):
+                    dense, inputs = whole.walk_to(path, passed, index), cutting.walk_to(path, passed, index)
+                    if dense is not None and inputs is not None:
+                        readers[path].add(dense, inputs)
+                passed.add(path)
+                _correct(rehearsal, readers[path], constants[path], shifts, reduce)
+    return Repair(shifts, (*notes, *(note for reader in readers.values() for note in reader.notes)))
+
+
+def _watch(model: nn.Module, readers: Sequence[Reader], batches: Sequence[Any], run: Run) -> None:
+    """Let readers see what they read in the whole model, in all of their calls."""
+
+    def hook(reader: Reader) -> Callable[..., None]:
+        def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given = batched(module, args, kwargs)
+            reader.add(given, reader.kept(given))
+
+        return add
+
+    hooks = [reader.module.register_forward_pre_hook(hook(reader), with_kwargs=True) for reader in readers]
+    try:
+        for batch in batches if readers else ():
+            run(model, batch)
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+def _correct(
+    rehearsal: Rehearsal, reader: Reader, constant: tuple[str, float] | None, shifts: dict[str, Tensor], reduce: Reduce
+) -> None:
+    """Solve a reader, correct it in the copy, and note by how much."""
+    change, offset = reader.solve(reduce)
+    name = f"{reader.path}.weight"
+    # What is below the weights' precision corrects nothing, and would keep dead neurons from going without a trace.
+    small = _ROUNDING * reader.weight.abs().max()
+    if float(change.abs().max()) > small:
+        shifts[name] = change.cpu()
+        rehearsal.shift(name, change)
+    if constant is not None and float(offset.abs().max()) > small * max(reader.largest, 1e-30):
+        where, sign = constant
+        shifts[where] = (sign * offset).cpu()
+        rehearsal.shift(where, sign * offset)

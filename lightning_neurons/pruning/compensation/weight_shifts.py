@@ -1,0 +1,58 @@
+"""What goes with a cut to make up for it. It changes nothing itself: the shifts are part of the cut."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from lightning_neurons.pruning.surgery.surgery import Cut
+
+Compensation = Literal["least_squares", "patch_least_squares", "mean", "none"]
+
+
+@dataclass(frozen=True)
+class Repair:
+    """What goes with a cut.
+
+    Attributes:
+        shifts: By parameter or buffer, what is added to it before the cut.
+        notes: What could not be compensated, and why.
+    """
+
+    shifts: Mapping[str, Tensor] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """How the layers of a model follow one another.
+
+    Attributes:
+        calls: All readers in the order in which they run, and how often each does.
+        norm_behind: By layer, the norm layer that alone reads it.
+    """
+
+    calls: Mapping[str, int]
+    norm_behind: Mapping[str, str]
+
+
+def readers_of(cuts: Sequence[Cut]) -> dict[str, tuple[int, ...]]:
+    """The modules that read neurons that go, and the places of those among their inputs."""
+    return {one.path: one.places for one in cuts if one.role == "reads"}
+
+
+def constant_of(
+    path: str, modules: Mapping[str, nn.Module], norm_behind: Mapping[str, str]
+) -> tuple[str, float] | None:
+    """Where a constant can be added to a layer's outputs: the name of a tensor, and with which sign.
+
+    That is the bias; or, with the other sign, the running mean of the norm layer that alone reads the layer.
+    """
+    if getattr(modules[path], "bias", None) is not None:
+        return f"{path}.bias", 1.0
+    norm = modules.get(norm_behind.get(path, ""))
+    if isinstance(norm, _NormBase) and norm.running_mean is not None:
+        return f"{norm_behind[path]}.running_mean", -1.0
+    return None

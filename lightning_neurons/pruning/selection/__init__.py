@@ -1,0 +1,1 @@
+"""Selection: which neurons go."""

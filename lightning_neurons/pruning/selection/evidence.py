@@ -1,0 +1,130 @@
+"""What readers read, over calibration data: their second moments, or whether it ever changes."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from lightning_neurons.dependency.width_handlers import axes
+from lightning_neurons.isolation.isolation import eager, isolated
+from lightning_neurons.layers.layer import modules_by_name
+from lightning_neurons.pruning.compensation.calibration import Calibration
+from lightning_neurons.pruning.compensation.moments import Moments, wide
+from lightning_neurons.pruning.compensation.reader import LARGEST
+from lightning_neurons.pruning.compensation.unfold import batched, channels
+
+
+def second_moments(model: nn.Module, readers: Sequence[str], calibration: Calibration) -> dict[str, Moments]:
+    """The moments of what each reader reads; without those that read more than can be kept.
+
+    Args:
+        model: The model; it is left as it was. Every process has to take part.
+        readers: Paths of convolutions and linear layers.
+        calibration: The data.
+    """
+    modules = modules_by_name(model)
+    found = {
+        p: Moments.empty(_width(modules[p]), 0, _device(modules[p])) for p in readers if _width(modules[p]) <= LARGEST
+    }
+    _watch(model, {path: moments.add for path, moments in found.items()}, calibration)
+    reduced = {path: moments.reduced(calibration.reduce) for path, moments in found.items()}
+    for path, moments in reduced.items():
+        moments.check(path)
+    return reduced
+
+
+class Constant:
+    """Which inputs of a reader never change, and what they are.
+
+    Attributes:
+        value: ``(input,)``, what they were at first.
+        changed: ``(input,)``, at how many positions they were something else.
+    """
+
+    def __init__(self, value: Float[Tensor, " input"]) -> None:
+        self.value = value
+        self.changed = torch.zeros_like(value)
+
+    def add(self, inputs: Float[Tensor, "input position"]) -> None:
+        """Look at more positions."""
+        self.changed += (inputs.to(self.value.dtype) != self.value[:, None]).sum(1)
+
+    def is_constant(self) -> Bool[Tensor, " input"]:
+        """Whether each has been the same everywhere."""
+        return self.changed == 0
+
+
+def constants(
+    model: nn.Module, readers: Sequence[str], first: Mapping[str, Tensor], calibration: Calibration
+) -> dict[str, Constant]:
+    """Which inputs of each reader never change.
+
+    Args:
+        model: The model; it is left as it was. Every process has to take part.
+        readers: Paths of convolutions and linear layers.
+        first: By reader, what it once read, ``(input,)``; the same in every process.
+        calibration: The data.
+    """
+    modules = modules_by_name(model)
+    found = {path: Constant(first[path].to(_device(modules[path]))) for path in readers if path in first}
+    _watch(model, {path: constant.add for path, constant in found.items()}, calibration)
+    for constant in found.values():
+        constant.changed = calibration.reduce(constant.changed)
+    return found
+
+
+def first_read(model: nn.Module, readers: Sequence[str], run: Callable[[nn.Module], Any]) -> dict[str, Tensor]:
+    """What each reader reads at the first position of the first sample, ``(input,)`` in float64.
+
+    Args:
+        model: The model, in evaluation mode.
+        readers: Paths of convolutions and linear layers.
+        run: A forward.
+    """
+    found: dict[str, Tensor] = {}
+    hooks = _hooks(model, {path: partial(_keep_first, found, path) for path in readers})
+    try:
+        with torch.no_grad(), eager():
+            run(model)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _keep_first(found: dict[str, Tensor], path: str, inputs: Tensor) -> None:
+    found.setdefault(path, inputs[:, 0].to(wide(inputs.device)).cpu())
+
+
+def _watch(model: nn.Module, watching: Mapping[str, Callable[[Tensor], Any]], calibration: Calibration) -> None:
+    with isolated(model), eager(), torch.no_grad():
+        model.eval()
+        hooks = _hooks(model, watching)
+        try:
+            for batch in calibration.batches:
+                calibration.run(model, batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def _hooks(model: nn.Module, watching: Mapping[str, Callable[[Tensor], Any]]) -> list[Any]:
+    def hook(see: Callable[[Tensor], Any]) -> Callable[..., None]:
+        def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            see(channels(module, batched(module, args, kwargs)))
+
+        return look
+
+    modules = modules_by_name(model)
+    return [modules[p].register_forward_pre_hook(hook(see), with_kwargs=True) for p, see in watching.items()]
+
+
+def _width(module: nn.Module) -> int:
+    return int(module.get_parameter("weight").shape[axes(module, "reads")["weight"]])
+
+
+def _device(module: nn.Module) -> torch.device:
+    return module.get_parameter("weight").device

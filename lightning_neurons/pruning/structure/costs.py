@@ -1,0 +1,235 @@
+"""What a model costs, and what it would cost with fewer neurons: parameters and multiply-accumulate operations (MACs).
+
+MACs are those of one sample, of every operation that ``torch.utils.flop_counter`` has a formula for. An operation with
+a weight takes the number of positions at which it is applied, times the weight's size. Both follow from the sizes of
+tensors, so the cost of a plan is known before anything is cut. What has no weight of its own, as the products inside of
+attention, is taken to stay.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from lightning_neurons.data.batches import samples_in
+from lightning_neurons.dependency.groups import Group
+from lightning_neurons.dependency.width_handlers import axes
+from lightning_neurons.layers.layer import candidates, modules_by_name, public_name
+from lightning_neurons.pruning.structure.example import Example
+from lightning_neurons.pruning.surgery.surgery import Cut, cut
+
+Removed = Mapping[tuple[str, int], int]
+"""By tensor and axis, how many places go."""
+
+Effects = list[tuple[str, int, tuple[int, ...]]]
+"""Tensor, axis, and how many places go with each unit of a group."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """The sizes of a model's tensors.
+
+    Attributes:
+        shapes: By parameter.
+        positions: By weight, at how many positions it is applied per sample.
+        rest: MACs per sample of operations without a weight of their own.
+        uncounted: Layers that ran without any operation whose MACs have a formula.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    positions: Mapping[str, float]
+    rest: float = 0.0
+    uncounted: tuple[str, ...] = ()
+
+    def parameters(self, removed: Removed | None = None) -> int:
+        """How many parameters there are, when something has been removed."""
+        return sum(self._size(name, removed or {}) for name in self.shapes)
+
+    def macs(self, removed: Removed | None = None) -> int:
+        """How many multiply-accumulate operations one sample takes, when something has been removed."""
+        weights = sum(count * self._size(name, removed or {}) for name, count in self.positions.items())
+        return round(weights + self.rest)
+
+    def macs_of(self, weight: str) -> int:
+        """How many of them one layer's weight takes."""
+        return round(self.positions[weight] * self._size(weight, {})) if weight in self.positions else 0
+
+    def _size(self, name: str, removed: Removed) -> int:
+        shape = self.shapes[name]
+        return math.prod(size - removed.get((name, axis), 0) for axis, size in enumerate(shape))
+
+
+def costs_of(model: nn.Module, example: Example) -> Costs:
+    """Run a model once, on a copy of the example, and count.
+
+    Args:
+        model: In evaluation mode; it may be a copy.
+        example: What to run it on.
+    """
+    samples = samples_in(example.inputs)
+    counting = _Counting(model)
+    # The fused forms of attention have no formula on every device; written out, all of it is counted.
+    with counting.watched(), _written_out(), torch.inference_mode(False), torch.no_grad(), counting:
+        example.run(model)
+    shapes = {public_name(name): tuple(p.shape) for name, p in model.named_parameters()}
+    positions = {
+        name: macs / math.prod(shapes[name]) / samples for name, macs in counting.macs.items() if name in shapes
+    }
+    rest = sum(macs for name, macs in counting.macs.items() if name not in shapes) / samples
+    return Costs(shapes, positions, rest, counting.uncounted())
+
+
+@dataclass(frozen=True)
+class Counter:
+    """Counts what a model costs. Its weights may decide which of its layers run on what, as those of a router do.
+
+    Attributes:
+        twin: A copy with the weights of the model, in evaluation mode.
+        example: What it is run on.
+    """
+
+    twin: nn.Module
+    example: Example
+
+    def costs(self, cuts: Sequence[Cut] = ()) -> Costs:
+        """The costs, when something has been cut; the copy is as it was afterwards."""
+        operation = cut(self.twin, cuts)
+        try:
+            return costs_of(self.twin, self.example)
+        finally:
+            operation.roll_back()
+
+
+def routed(costs: Costs, others: Costs) -> tuple[str, ...]:
+    """The layers that run on something else with other weights, in the order of the model.
+
+    Args:
+        costs: Of a model.
+        others: Of the same model with other weights.
+
+    Example:
+        >>> weights = {"gate.weight": (2, 4), "experts.0.weight": (3, 4)}
+        >>> first = Costs(weights, {"gate.weight": 1.0, "experts.0.weight": 0.5})
+        >>> routed(first, Costs(weights, {"gate.weight": 1.0}))
+        ('experts.0',)
+    """
+    return tuple(
+        name.rpartition(".")[0]
+        for name in costs.shapes
+        if costs.positions.get(name, 0.0) != others.positions.get(name, 0.0)
+    )
+
+
+@contextmanager
+def _written_out() -> Iterator[None]:
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+class _Counting(TorchDispatchMode):
+    """Adds up the MACs of a forward, by weight; those without any by no name."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.macs: dict[str, int] = {}
+        self._names = {_memory(p): public_name(name) for name, p in model.named_parameters() if p.ndim > 1}
+        inside = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Bilinear)
+        known = {name: m for name, m in modules_by_name(model).items() if isinstance(m, inside)}
+        self._layers = {**candidates(model), **known}
+        self._running: list[str] = []
+        self._ran: dict[str, int] = {}  # by layer, how many of its operations have a formula
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Know which layer is running."""
+        hooks = [
+            hook
+            for name, layer in self._layers.items()
+            for hook in (
+                layer.register_forward_pre_hook(self._starts(name), prepend=True),
+                layer.register_forward_hook(self._end, always_call=True),
+            )
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def uncounted(self) -> tuple[str, ...]:
+        """The layers that ran, and none of whose operations has a formula."""
+        return tuple(name for name in self._layers if self._ran.get(name) == 0)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            macs = int(formula(*args, **(kwargs or {}), out_val=out)) // 2
+            name = self._weight_of([t for t in args[:3] if isinstance(t, Tensor)])
+            self.macs[name] = self.macs.get(name, 0) + macs
+            self._ran.update({layer: self._ran.get(layer, 0) + 1 for layer in self._running})
+        return out
+
+    def _starts(self, name: str) -> Callable[..., None]:
+        def start(*_: Any) -> None:
+            self._running.append(name)
+            self._ran.setdefault(name, 0)
+
+        return start
+
+    def _end(self, *_: Any) -> None:
+        self._running.pop()
+
+    def _weight_of(self, operands: Sequence[Tensor]) -> str:
+        """The one parameter among the operands, or what a layer has computed from its own; else no name."""
+        found = {self._names[_memory(t)] for t in operands if _memory(t) in self._names}
+        weight = self._layers[self._running[-1]]._parameters.get("weight") if self._running else None
+        if len(found) != 1 and weight is not None:
+            shapes = {tuple(t.shape) for t in operands} | {tuple(t.shape[::-1]) for t in operands if t.ndim == 2}
+            return self._names.get(_memory(weight), "") if tuple(weight.shape) in shapes else ""
+        return found.pop() if len(found) == 1 else ""
+
+
+def _memory(tensor: Tensor) -> int:
+    """Which memory a tensor lies in: views of a parameter lie in its own. Sparse tensors have none of that kind."""
+    return int(tensor.untyped_storage()._cdata) if tensor.layout == torch.strided else id(tensor)
+
+
+def effects(group: Group, modules: Mapping[str, nn.Module]) -> Effects:
+    """What each unit of a group takes from the model's parameters."""
+    found: Effects = []
+    for part in group.parts:
+        taken = tuple(len(places) for places in part.indices)
+        if part.axis is not None:
+            found.append((part.path, part.axis, taken))
+            continue
+        module = modules[part.path]
+        for leaf, axis in axes(module, part.role).items():
+            tensor = module._parameters.get(leaf)
+            if tensor is not None:
+                found.append((f"{part.path}.{leaf}", axis % tensor.ndim, taken))
+    return found
+
+
+def removed_by(effects_of: Mapping[str, Effects], units: Mapping[str, Iterable[int]]) -> dict[tuple[str, int], int]:
+    """How many places go, by tensor and axis, when units go."""
+    removed: dict[tuple[str, int], int] = {}
+    for root, gone in units.items():
+        gone = list(gone)
+        for tensor, axis, taken in effects_of[root]:
+            removed[tensor, axis] = removed.get((tensor, axis), 0) + sum(taken[u] for u in gone)
+    return removed

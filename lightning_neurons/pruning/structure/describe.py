@@ -1,0 +1,132 @@
+"""The block structure of a model as a document: what pruning block by block needs to know."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lightning_neurons.dependency.width_handlers import is_depthwise
+from lightning_neurons.layers.layer import modules_by_name
+from lightning_neurons.pruning.structure.example import Example
+from lightning_neurons.pruning.structure.structure import Structure, discover
+from lightning_neurons.results.whole_file import write_whole
+
+FORMAT, VERSION = "lightning_neurons structure", 1
+
+
+def describe_structure(model: nn.Module, example_inputs: Any, *, path: str | Path | None = None) -> dict[str, Any]:
+    """Describe a model's blocks, the role of each layer in its block, and which neurons can only go together.
+
+    Roles: ``"expand"``, ``"depthwise"`` and ``"project"`` of an inverted residual; ``"squeeze-and-excitation"`` for
+    both layers of one; ``"head"`` for what makes the output; ``"layer"`` for everything else. A block is an entry of a
+    container, or one of several modules of a type; a layer outside of any is a block of its own.
+
+    Args:
+        model: Any module; it is only read.
+        example_inputs: One batch: a tensor, a tuple of positional arguments or a dict of keyword arguments.
+        path: Where to write the same as JSON; None writes nothing.
+
+    Returns:
+        A document of plain values. ``blocks`` has for each block its ``parents`` (the nearest blocks whose layers it
+        reads) and its ``layers``, each with role, type, number of neurons, group, the layers that it reads, parameters
+        and MACs per sample; ``groups`` has for each group its size, its layers, its readers, and why it cannot be cut,
+        or None; ``unseen`` has for each layer without a group the reason, as under ``torch.no_grad`` or inside of a
+        function.
+
+    Raises:
+        PruningError: If the model cannot be copied, run or traced.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
+        >>> found = describe_structure(net, torch.zeros(1, 1, 4, 4))
+        >>> found["blocks"]["3"]["layers"]["3"]["role"], found["blocks"]["3"]["parents"]
+        ('head', ['0'])
+    """
+    structure = discover(model, Example(example_inputs))
+    document = {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": type(model).__name__,
+        "parameters": structure.costs.parameters(),
+        "macs": structure.costs.macs(),
+        "blocks": _blocks(model, structure),
+        "groups": {
+            root: {
+                "neurons": group.size,
+                "layers": list(group.layers),
+                "readers": [part.path for part in group.parts if part.role == "reads"],
+                "why_not": structure.refused.get(root),
+            }
+            for root, group in structure.groups.items()
+        },
+        "unseen": dict(structure.coupling.unseen),
+    }
+    if path is not None:
+        write_whole(path, json.dumps(document, indent=1))
+    return document
+
+
+def _blocks(model: nn.Module, structure: Structure) -> dict[str, Any]:
+    modules, roles = modules_by_name(model), roles_of(model, structure)
+    group_of: dict[str, str] = {}
+    for root, group in structure.groups.items():
+        for layer in group.layers:
+            group_of.setdefault(layer, root)
+    found: dict[str, Any] = {}
+    sources: dict[str, dict[str, None]] = {}
+    for layer, block in structure.blocks.items():
+        reads = structure.coupling.reads.get(layer, ())
+        entry = found.setdefault(block, {"parents": [], "layers": {}})
+        sources[block] = dict.fromkeys([*sources.get(block, ()), *(structure.blocks[name] for name in reads)])
+        entry["layers"][layer] = {
+            "role": roles[layer],
+            "type": type(modules[layer]).__name__,
+            "neurons": structure.widths[layer],
+            "group": group_of.get(layer),
+            "reads": list(reads),
+            "parameters": sum(p.numel() for p in modules[layer].parameters()),
+            "macs": structure.costs.macs_of(f"{layer}.weight"),
+        }
+    for block, entry in found.items():
+        entry["parents"] = _nearest(block, sources)
+    return found
+
+
+def _nearest(block: str, sources: Mapping[str, Mapping[str, None]]) -> list[str]:
+    """The blocks that a block reads, without those that are read through another one, as along a residual stream."""
+
+    def ancestors(name: str, seen: set[str]) -> set[str]:
+        for source in sources[name]:
+            if source not in seen and source != name:
+                seen.add(source)
+                ancestors(source, seen)
+        return seen
+
+    direct = [source for source in sources[block] if source != block]
+    further = {name for source in direct for name in ancestors(source, {source}) - {source}}
+    return [source for source in direct if source not in further]
+
+
+def roles_of(model: nn.Module, structure: Structure) -> dict[str, str]:
+    """By layer, what it does in its block."""
+    modules, blocks = modules_by_name(model), structure.blocks
+    roles = {name: "head" if name in structure.coupling.ends else "layer" for name in structure.widths}
+    reads: Mapping[str, tuple[str, ...]] = {name: structure.coupling.reads.get(name, ()) for name in structure.widths}
+    for deep in (name for name in structure.widths if is_depthwise(modules[name])):
+        group = next((g for g in structure.groups.values() if deep in g.layers), None)
+        inside = [name for name, block in blocks.items() if block == blocks[deep] and name != deep]
+        # A squeezing layer reads what the depthwise one makes, and the exciting layer that reads it scales just that.
+        squeezing = {
+            name: [e for e in inside if name in reads[e] and group is not None and e in group.layers]
+            for name in inside
+            if deep in reads[name] and group is not None and name not in group.layers
+        }
+        gates = {name for squeeze, excited in squeezing.items() if excited for name in (squeeze, *excited)}
+        roles[deep] = "depthwise"
+        roles |= {name: "expand" for name in inside if name in reads[deep]}
+        roles |= {name: "project" for name in inside if deep in reads[name] and name not in gates}
+        roles |= dict.fromkeys(gates, "squeeze-and-excitation")
+    return roles

@@ -1,0 +1,117 @@
+"""What a model is run on to learn its structure: a few samples, and how to call the model with them."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_neurons.data.batches import map_tensors
+from lightning_neurons.errors import PruningError, in_short
+from lightning_neurons.hooks.find_neurons import call
+from lightning_neurons.isolation.copying import copy_of, what_fails
+from lightning_neurons.isolation.isolation import eager, isolated, kept_random_state
+
+
+@dataclass(frozen=True)
+class Example:
+    """Inputs, and the way to run a model on them.
+
+    Attributes:
+        inputs: Anything that ``forward`` takes.
+        forward: Called with a model and ``inputs``.
+    """
+
+    inputs: Any
+    forward: Callable[[nn.Module, Any], Any] = call
+
+    def run(self, model: nn.Module) -> Any:
+        """Run a model on a copy of the inputs, always with the same random numbers."""
+        with kept_random_state(model), eager():
+            torch.default_generator.manual_seed(0)  # torch.manual_seed would also look after devices that are not used
+            if any(parameter.device.type == "cuda" for parameter in model.parameters()):
+                torch.cuda.manual_seed_all(0)
+            return self.forward(model, map_tensors(self.inputs, Tensor.clone))
+
+    def check(self, model: nn.Module) -> None:
+        """Run a model that has just been cut, and leave no trace: a copy may have run where it does not.
+
+        Raises:
+            PruningError: If it fails.
+        """
+        try:
+            with isolated(model), torch.no_grad():
+                model.eval()
+                self.run(model)
+        except Exception as error:
+            raise PruningError(
+                f"the model fails without the neurons that were to go, although its copy did not ({in_short(error)}); "
+                "everything is as it was"
+            ) from error
+
+    def to(self, dtype: torch.dtype) -> "Example":
+        """The same in another precision."""
+        return replace(self, inputs=map_tensors(self.inputs, lambda t: in_precision(t, dtype)))
+
+
+def in_precision(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor with numbers of another type, complex ones with parts of that type; others are as they are.
+
+    Example:
+        >>> in_precision(torch.zeros(2, dtype=torch.complex64), torch.float64).dtype
+        torch.complex128
+    """
+    if tensor.is_complex():
+        return tensor.to(dtype.to_complex())
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def twin_of(model: nn.Module, *, shared: bool = False) -> nn.Module:
+    """A copy in evaluation mode.
+
+    Args:
+        model: Any module.
+        shared: Whether the copy has the same parameters and buffers, so that only its modules are copied.
+
+    Raises:
+        PruningError: If the model cannot be copied.
+    """
+    try:
+        return copy_of(model, shared=shared).eval()
+    except Exception as error:
+        path, who = what_fails(model), type(model).__name__
+        raise PruningError(
+            f"{f'{path} in {who}' if path else who} cannot be copied ({in_short(error)}), so a cut cannot be tried "
+            "before it is made; let copy.deepcopy copy it"
+        ) from error
+
+
+def scramble(twin: nn.Module) -> None:
+    """Give a copy random weights, so that what holds for it holds by structure alone.
+
+    In a trained model a wrong cut can go unnoticed: dead neurons, and norm layers that begin at zero, hide it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            if parameter.is_floating_point():
+                parameter.copy_(_random(parameter.shape, generator))
+            elif parameter.is_complex():
+                parts = [_random(parameter.shape, generator) for _ in range(2)]
+                parameter.copy_(torch.complex(*parts))
+        for module in twin.modules():
+            if isinstance(module, nn.modules.batchnorm._NormBase) and module.running_mean is not None:
+                assert module.running_var is not None, "they come together"
+                module.running_mean.copy_(0.3 * torch.randn(module.running_mean.shape, generator=generator))
+                module.running_var.copy_(0.5 + torch.rand(module.running_var.shape, generator=generator))
+
+
+def _random(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Weights that keep the size of what goes through them; scales and biases of either sign, none of them small."""
+    if len(shape) > 1:
+        return torch.randn(shape, generator=generator) * math.sqrt(shape[0] / max(shape.numel(), 1))
+    signs = torch.randint(0, 2, shape, generator=generator) * 2 - 1
+    sizes: Tensor = 0.5 + 0.5 * torch.rand(shape, generator=generator)
+    return sizes * signs

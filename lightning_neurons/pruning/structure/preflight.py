@@ -1,0 +1,138 @@
+"""Is a cut right? Tried on a copy: the output without the neurons must be the output with them silenced.
+
+Silenced means that what reads them has weights of zero for them. The copy has random weights, so that nothing can hide.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from lightning_neurons.data.batches import tensors_of
+from lightning_neurons.dependency.groups import Group
+from lightning_neurons.dependency.width_handlers import axes
+from lightning_neurons.errors import PruningError, in_short
+from lightning_neurons.layers.layer import modules_by_name
+from lightning_neurons.pruning.structure.example import Example, in_precision
+from lightning_neurons.pruning.surgery.surgery import Cut, cut, cuts_of
+
+_TOLERANCES = ((torch.float64, 1e-8), (torch.float32, 1e-4))
+
+
+class Preflight:
+    """Tries cuts on a copy of a model, which it changes and puts back.
+
+    Args:
+        twin: A copy with random weights, in evaluation mode.
+        example: What it is run on.
+        ends: Layers whose values are compared too: a saturated output could hide a difference.
+    """
+
+    def __init__(self, twin: nn.Module, example: Example, ends: Sequence[str] = ()) -> None:
+        self.twin, self.example, self.ends = twin, example, tuple(ends)
+        twin.requires_grad_(False)
+        self._find_precision()
+
+    def failing(self, groups: Sequence[Group], units: Mapping[str, Sequence[int]]) -> dict[str, str]:
+        """The groups whose cut changes more than silence does, by root, each with what happens.
+
+        All are tried together first; only where that fails, the halves.
+
+        Args:
+            groups: What is to be cut.
+            units: By root, the units that are to go.
+        """
+        if not groups:
+            return {}
+        reason = self._difference(cuts_of(groups, units))
+        if reason is None:
+            return {}
+        if len(groups) == 1:
+            return {groups[0].root: reason}
+        half = len(groups) // 2
+        found = self.failing(groups[:half], units) | self.failing(groups[half:], units)
+        # Fine one by one, and not together: then none of them can be trusted.
+        return found or {group.root: f"together with others, {reason}" for group in groups}
+
+    def _find_precision(self) -> None:
+        """Compute in float64 where the model can, else in float32: a dtype may be written in it."""
+        for dtype, tolerance in _TOLERANCES:
+            try:
+                self.twin._apply(partial(in_precision, dtype=dtype))  # ``to`` would drop what is imaginary
+                example = self.example.to(dtype)
+                outputs = self._outputs(example)
+            except (RuntimeError, TypeError, ValueError) as error:
+                failure = error
+                continue
+            if not all(t.isfinite().all() for t in outputs):
+                raise PruningError("the model's output is not finite, so cuts cannot be compared")
+            self.example, self.tolerance = example, tolerance
+            return
+        raise PruningError(f"the model runs on a copy neither in float64 nor in float32 ({failure})")
+
+    def _difference(self, cuts: Sequence[Cut]) -> str | None:
+        """What differs between silence and removal, or None."""
+        with silenced(self.twin, cuts):
+            expected = self._outputs(self.example)
+        try:
+            operation = cut(self.twin, cuts)
+        except Exception as error:  # noqa: BLE001 (whatever it is, it is why this group cannot be cut)
+            return f"the cut fails ({type(error).__name__}: {error})"
+        try:
+            got = self._outputs(self.example)
+        except Exception as error:  # noqa: BLE001
+            return (
+                f"the forward fails without them ({in_short(error)}): something that is not cut depends on their number"
+            )
+        finally:
+            operation.roll_back()
+        return _compare(expected, got, self.tolerance)
+
+    def _outputs(self, example: Example) -> list[Tensor]:
+        values: list[Tensor] = []
+        modules = modules_by_name(self.twin)
+        hooks = [modules[n].register_forward_hook(lambda m, i, out: values.extend(tensors_of(out))) for n in self.ends]
+        try:
+            with torch.no_grad():
+                out = example.run(self.twin)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [tensor.detach() for tensor in (*values, *tensors_of(out))]
+
+
+@contextmanager
+def silenced(model: nn.Module, cuts: Sequence[Cut]) -> Iterator[None]:
+    """Nothing reads the neurons that are to go: the weights of their readers, and parameters added to them, are 0."""
+    modules, kept = modules_by_name(model), []
+    with torch.no_grad():
+        for one in cuts:
+            if one.role == "holds":
+                owner, _, leaf = one.path.rpartition(".")
+                found = {leaf: one.axis or 0}
+            else:
+                owner, found = one.path, axes(modules[one.path], "reads") if one.role == "reads" else {}
+            for leaf, axis in found.items():
+                tensor = getattr(modules[owner], leaf).data
+                kept.append((tensor, tensor.clone()))
+                tensor.index_fill_(axis, torch.tensor(one.places, device=tensor.device), 0)
+    try:
+        yield
+    finally:
+        for tensor, before in reversed(kept):
+            tensor.copy_(before)
+
+
+def _compare(expected: Sequence[Tensor], got: Sequence[Tensor], tolerance: float) -> str | None:
+    if [t.shape for t in expected] != [t.shape for t in got]:
+        return "the model's output changes its shape"
+    for a, b in zip(expected, got, strict=True):
+        if not (a.is_floating_point() or a.is_complex()):
+            continue
+        scale = float(a.abs().max()) if a.numel() else 0.0
+        error = float((a - b).abs().max()) if a.numel() else 0.0
+        if not error <= tolerance * max(scale, 1e-30):
+            return f"the output differs from that with silenced neurons by {error / max(scale, 1e-30):.1e} of its size"
+    return None

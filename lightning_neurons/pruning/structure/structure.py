@@ -1,0 +1,229 @@
+"""What of a model can be cut: the groups that are offered, why others are not, and what everything costs."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import nn
+
+from lightning_neurons.dependency.groups import Coupling, Group
+from lightning_neurons.dependency.torch_pruning_adapter import find_coupling
+from lightning_neurons.dependency.width_handlers import axes, why_fixed
+from lightning_neurons.errors import PruningError
+from lightning_neurons.isolation.isolation import isolated
+from lightning_neurons.layers.layer import candidates, modules_by_name, require_materialized, widths_of
+from lightning_neurons.pruning.compensation.synchronized_forwards import calls_of
+from lightning_neurons.pruning.compensation.weight_shifts import Wiring
+from lightning_neurons.pruning.structure.blocks import blocks_of
+from lightning_neurons.pruning.structure.costs import Costs, Counter, Effects, costs_of, effects, removed_by, routed
+from lightning_neurons.pruning.structure.example import Example, scramble, twin_of
+from lightning_neurons.pruning.structure.preflight import Preflight
+from lightning_neurons.pruning.surgery.surgery import cuts_of
+
+Units = Mapping[str, list[int]]
+"""By a group's root, units of it."""
+
+
+@dataclass(frozen=True)
+class Structure:
+    """A model's groups.
+
+    Attributes:
+        groups: All of them, by root.
+        refused: By root, why a group cannot be cut.
+        coupling: What the graph says.
+        widths: Neurons by layer.
+        blocks: By layer, the block that it is in.
+        costs: The sizes of all tensors.
+        preflight: Tries a cut on a copy of the model.
+        counter: Counts what the model costs, whole or cut.
+        routed: Layers that do not run on every sample: the model's weights decide on which.
+    """
+
+    groups: Mapping[str, Group]
+    refused: Mapping[str, str]
+    coupling: Coupling
+    widths: Mapping[str, int]
+    blocks: Mapping[str, str]
+    costs: Costs
+    preflight: Preflight
+    counter: Counter
+    routed: tuple[str, ...] = ()
+
+    @property
+    def offered(self) -> dict[str, Group]:
+        """The groups that can be cut."""
+        return {root: group for root, group in self.groups.items() if root not in self.refused}
+
+    @property
+    def unseen(self) -> dict[str, str]:
+        """The layers that cannot be cut as nothing is known of what reads them, each with the reason."""
+        return {name: f"it is not in the model's graph: {why}" for name, why in self.coupling.unseen.items()}
+
+    def group_of(self, layer: str, neuron: int) -> tuple[str, int] | None:
+        """The group and the unit that a neuron belongs to."""
+        return self._owners.get((layer, neuron))
+
+    def neurons(self, units: Units) -> dict[str, list[int]]:
+        """The neurons, by layer in the order of the model, that go with some units."""
+        found: dict[str, set[int]] = {}
+        for root, chosen in units.items():
+            for layer, neurons in self.groups[root].neurons(chosen).items():
+                found.setdefault(layer, set()).update(neurons)
+        return {layer: sorted(found[layer]) for layer in self.widths if found.get(layer)}
+
+    def costs_without(self, units: Units) -> tuple[int, int]:
+        """Parameters and MACs when units have gone, from the sizes of tensors."""
+        removed = removed_by(self._effects, units)
+        rest = sum(self._rest_per_unit.get(root, 0.0) * len(gone) for root, gone in units.items())
+        return self.costs.parameters(removed), self.costs.macs(removed) - round(rest)
+
+    def counted_without(self, units: Units) -> tuple[int, int]:
+        """The same, with the MACs counted on a copy that is cut."""
+        parameters, macs = self.costs_without(units)
+        return parameters, self._counted(units).macs() if any(units.values()) else macs
+
+    @cached_property
+    def wiring(self) -> Wiring:
+        """The readers in the order in which they run, and the norm layers behind layers."""
+        readers = {part.path: None for group in self.groups.values() for part in group.parts if part.role == "reads"}
+        calls = calls_of(self.preflight.twin, readers, self.preflight.example.run)
+        return Wiring(calls, dict(self.coupling.norm_behind))
+
+    @cached_property
+    def _owners(self) -> dict[tuple[str, int], tuple[str, int]]:
+        return {
+            (layer, neuron): (root, unit)
+            for root, group in self.groups.items()
+            for layer, units in group.layers.items()
+            for unit, neurons in enumerate(units)
+            for neuron in neurons
+        }
+
+    @cached_property
+    def _rest_per_unit(self) -> dict[str, float]:
+        """By root, the MACs of operations without a weight, such as products with neighbours, that go with a unit."""
+        tried = {root: some_units(group, 0) for root, group in self.offered.items()}
+        whole = self.costs.rest
+        if not whole or self.routed or self._counted(tried).rest == whole:
+            return {}
+        return {root: (whole - self._counted({root: gone}).rest) / len(gone) for root, gone in tried.items() if gone}
+
+    def _counted(self, units: Units) -> Costs:
+        return self.counter.costs(cuts_of(self.groups.values(), units))
+
+    @cached_property
+    def _effects(self) -> dict[str, Effects]:
+        modules = modules_by_name(self.preflight.twin)
+        return {root: effects(group, modules) for root, group in self.offered.items()}
+
+
+def discover(model: nn.Module, example: Example) -> Structure:
+    """Learn what of a model can be cut. The model is only read.
+
+    Args:
+        model: Any module.
+        example: A few samples, and how to run the model on them.
+
+    Raises:
+        PruningError: If the model cannot be copied, run or traced.
+        ArgumentError: If a layer is lazy and has not been materialised.
+    """
+    require_materialized(model)
+    with isolated(model):  # a copy may share with it what its code reaches on other ways
+        return _structure_of(twin_of(model), example)
+
+
+def _structure_of(twin: nn.Module, example: Example) -> Structure:
+    coupling = find_coupling(twin, example.run)
+    preflight = _preflight(twin, example, [name for name in candidates(twin) if name in coupling.ends])
+    twin.requires_grad_(False)
+    counter = Counter(twin, example)
+    costs = counter.costs()
+    others = costs_of(preflight.twin, preflight.example)
+    groups = {group.root: group for group in coupling.groups}
+    refused = _refused(preflight.twin, coupling)
+    for seed in range(2):  # one choice alone might happen to have the symmetry that a wrong group needs
+        tried = {root: some_units(group, seed) for root, group in groups.items() if root not in refused}
+        failing = preflight.failing([groups[root] for root in tried], tried)
+        refused |= {root: _norm_over(groups[root], twin) or reason for root, reason in failing.items()}
+    widths, blocks = widths_of(twin), blocks_of(twin)
+    return Structure(groups, refused, coupling, widths, blocks, costs, preflight, counter, routed(costs, others))
+
+
+def _preflight(twin: nn.Module, example: Example, ends: list[str]) -> Preflight:
+    scrambled = twin_of(twin)
+    scramble(scrambled)
+    try:
+        return Preflight(scrambled, example, ends)
+    except PruningError:  # not every model is finite with random weights
+        return Preflight(twin_of(twin), example, ends)
+
+
+def some_units(group: Group, seed: int) -> list[int]:
+    """About a third of a group's units, without any pattern, as a trial; no layer loses all."""
+    chosen: list[int] = []
+    for unit in torch.randperm(group.size, generator=torch.Generator().manual_seed(seed)).tolist():
+        gone = group.neurons([*chosen, unit])
+        full = any(sum(map(len, units)) - len(gone[n]) < group.least for n, units in group.layers.items() if gone[n])
+        if not full and len(chosen) < max(group.size // 3, 1):
+            chosen.append(unit)
+    return sorted(chosen)
+
+
+def _refused(model: nn.Module, coupling: Coupling) -> dict[str, str]:
+    """What can be told without a trial."""
+    modules, tied = modules_by_name(model), _tied(model)
+    refused = {}
+    for group in coupling.groups:
+        lost, end = coupling.lost.get(group.root), any(layer in coupling.ends for layer in group.layers)
+        reason = lost if lost and not end else _why_not(group, modules, tied)
+        if end and reason is None:
+            reason = "its neurons are the model's output"
+        if reason is None and group.size <= group.least:
+            reason = f"it has {group.size} neuron{'s' * (group.size > 1)}, and {group.least} must stay"
+        if reason is not None:
+            refused[group.root] = reason
+    return refused
+
+
+def _norm_over(group: Group, model: nn.Module) -> str | None:
+    """Why a group whose cut is wrong cannot be cut, if a norm layer runs over all of it."""
+    modules = modules_by_name(model)
+    for part in group.parts:
+        owner = part.path.rpartition(".")[0] if part.role == "holds" else part.path
+        if isinstance(modules[owner], nn.LayerNorm | nn.RMSNorm):
+            return f"{owner}: {type(modules[owner]).__name__} normalises over all of them, and would do so over fewer"
+    return None
+
+
+def _why_not(group: Group, modules: Mapping[str, nn.Module], tied: Mapping[str, str]) -> str | None:
+    for part in group.parts:
+        owner = part.path.rpartition(".")[0] if part.role == "holds" else part.path
+        reason = why_fixed(modules[owner])
+        if reason is not None:
+            return f"{owner}: {reason}"
+        leaves = (
+            [part.path] if part.role == "holds" else [f"{owner}.{leaf}" for leaf in axes(modules[owner], part.role)]
+        )
+        if (
+            not leaves
+            and not isinstance(modules[owner], nn.PReLU)
+            and any(True for _ in modules[owner].parameters(False))
+        ):
+            return f"{owner}: nobody has said how the width of {type(modules[owner]).__name__} is changed"
+        shared = next((f"{leaf} and {tied[leaf]} are one parameter" for leaf in leaves if leaf in tied), None)
+        if shared:
+            return shared
+    return None
+
+
+def _tied(model: nn.Module) -> dict[str, str]:
+    """Parameters that several modules have, each with another one of its names. A module itself may have two names."""
+    names: dict[int, list[str]] = {}
+    for path, module in modules_by_name(model).items():
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None:
+                names.setdefault(id(parameter), []).append(f"{path}.{leaf}" if path else leaf)
+    return {name: next(n for n in same if n != name) for same in names.values() if len(same) > 1 for name in same}

@@ -1,0 +1,1 @@
+"""Surgery: the cut itself, and optimizers after it."""

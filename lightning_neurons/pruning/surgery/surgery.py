@@ -1,0 +1,248 @@
+"""The cut itself: tensors become smaller, the objects stay.
+
+Parameters keep their identity, so that optimizers, schedulers, gradient clipping and whoever else holds them go on as
+before; gradients and the state of optimizers are cut by the same indices. A cut happens whole or not at all: all new
+tensors are computed before the first is put in place, and what has been put in place is taken back after an error.
+"""
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from lightning_neurons.dependency.groups import Group
+from lightning_neurons.dependency.width_handlers import Role, axes, refit, set_data
+from lightning_neurons.layers.layer import modules_by_name
+from lightning_neurons.pruning.surgery.optimizers import fits, is_large, refill
+
+_SIZES = (
+    "in_channels", "out_channels", "groups", "in_features", "out_features", "num_features", "normalized_shape",
+    "num_embeddings", "embedding_dim", "num_parameters",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What one module (or, for the role ``"holds"``, one parameter) loses.
+
+    Attributes:
+        path: The module or parameter.
+        role: What the module does with the neurons that go.
+        places: Their places, sorted.
+        axis: Of a parameter that is no module's weight, the axis.
+    """
+
+    path: str
+    role: Role
+    places: tuple[int, ...]
+    axis: int | None = None
+
+
+class Operation:
+    """What has been changed so far, and how to take it back."""
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], None]] = []
+
+    def do(self, action: Callable[[], None], undo: Callable[[], None]) -> None:
+        """Change something; ``undo`` must also be right after half of ``action``."""
+        self._undo.append(undo)
+        action()
+
+    def keep(self, target: object) -> None:
+        """Whatever is set in an object from now on is taken back as well."""
+        self._undo.append(partial(vars(target).update, dict(vars(target))))
+
+    def roll_back(self) -> None:
+        """Put everything back, the latest first."""
+        while self._undo:
+            self._undo.pop()()
+
+
+def cuts_of(groups: Iterable[Group], units: Mapping[str, Sequence[int]]) -> list[Cut]:
+    """What goes from each module when units go.
+
+    Args:
+        groups: The groups of a model.
+        units: By a group's root, the units to remove.
+    """
+    places: dict[tuple[str, Role, int | None], set[int]] = {}
+    for group in groups:
+        for part in group.parts:
+            gone = {i for unit in units.get(group.root, ()) for i in part.indices[unit]}
+            if gone:
+                places.setdefault((part.path, part.role, part.axis), set()).update(gone)
+    return [Cut(path, role, tuple(sorted(gone)), axis) for (path, role, axis), gone in places.items()]
+
+
+def cut(
+    model: nn.Module,
+    cuts: Sequence[Cut],
+    *,
+    optimizers: Iterable[torch.optim.Optimizer] = (),
+    copies: Iterable[nn.Module] = (),
+    shifts: Mapping[str, Tensor] | None = None,
+    also: Callable[[Operation], None] | None = None,
+) -> Operation:
+    """Make a model smaller, in place.
+
+    Args:
+        model: The model.
+        cuts: What goes.
+        optimizers: Their state is cut as well; element by element where it has the parameter's shape.
+        copies: Averages of the model with the same names, such as those of EMA and SWA.
+        shifts: By name of a parameter or buffer, what is added to it before the cut.
+        also: Does what belongs to the cut, when all else has been done; it is taken back with it.
+
+    Returns:
+        How to take it back.
+
+    Raises:
+        Exception: Whatever went wrong; the model, the copies and the optimizers are then as they were.
+    """
+    operation = Operation()
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            # All that can fail by itself is computed first.
+            smaller = [s for root in (model, *copies) for s in _smaller(root, cuts, shifts or {})]
+            states = [entry for optimizer in optimizers for entry in _states(optimizer, smaller)]
+            for one in smaller:
+                operation.do(one.put, one.put_back)
+            for module in {id(one.module): one.module for one in smaller}.values():
+                sizes = {name: getattr(module, name) for name in _SIZES if name in vars(module)}
+                operation.do(partial(refit, module), partial(vars(module).update, sizes))
+            for norm, width in _bare_norms((model, *copies), cuts):
+                operation.do(
+                    partial(setattr, norm, "num_features", width),
+                    partial(setattr, norm, "num_features", norm.num_features),
+                )
+            for state, new in states:
+                operation.do(partial(refill, state, new), partial(refill, state, dict(state)))
+            if also is not None:
+                also(operation)
+    except BaseException:
+        operation.roll_back()
+        raise
+    finally:
+        torch.clear_autocast_cache()  # it goes by the identity of parameters, which stays
+    return operation
+
+
+@dataclass(eq=False)
+class _Smaller:
+    """One tensor of a module, as it was and as it will be; for each axis that is cut, the places that stay."""
+
+    module: nn.Module
+    leaf: str
+    stays: Mapping[int, Tensor]
+    shift: Tensor | None
+
+    def __post_init__(self) -> None:
+        self.owner: Tensor = getattr(self.module, self.leaf)
+        self.old, self.old_gradient = self.owner.data, self.owner.grad
+        self.new = self.select(self.old if self.shift is None else self.old + self.shift.to(self.old))
+        self.gradient = None if self.old_gradient is None else self.select(self.old_gradient)
+
+    def select(self, tensor: Tensor) -> Tensor:
+        """What stays of a tensor of the old shape, or of one that has size 1 where that has more."""
+        found = tensor
+        for axis, stays in self.stays.items():
+            if tensor.shape[axis] != 1 or self.old.shape[axis] == 1:
+                found = found.index_select(axis, stays.to(tensor.device))
+        if tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
+            found = found.contiguous(memory_format=torch.channels_last)
+        return found.clone()  # memory of its own, also where nothing was cut
+
+    def put(self) -> None:
+        self._set(self.new, self.gradient)
+
+    def put_back(self) -> None:
+        self._set(self.old, self.old_gradient)
+
+    def _set(self, data: Tensor, gradient: Tensor | None) -> None:
+        if isinstance(self.owner, nn.Parameter):
+            set_data(self.module._parameters, self.leaf, data)
+            self.owner.grad = gradient
+        else:
+            self.module._buffers[self.leaf] = self.owner if data is self.old else data
+
+
+def stays_of(model: nn.Module, cuts: Sequence[Cut]) -> dict[str, dict[int, Tensor]]:
+    """By name of a tensor and by axis, the places that stay.
+
+    Args:
+        model: As it is before the cut.
+        cuts: What goes.
+    """
+    modules = modules_by_name(model)
+    places: dict[tuple[str, str], dict[int, set[int]]] = {}
+    for one in cuts:
+        if one.role == "holds":
+            owner, _, leaf = one.path.rpartition(".")
+            assert one.axis is not None, "of a bare parameter, the axis is known"
+            found = {leaf: one.axis}
+        else:
+            owner, found = one.path, axes(modules[one.path], one.role)
+        for leaf, axis in found.items():
+            tensor = getattr(modules[owner], leaf)
+            places.setdefault((owner, leaf), {}).setdefault(axis % tensor.ndim, set()).update(one.places)
+    return {
+        f"{owner}.{leaf}" if owner else leaf: {
+            axis: _rest(getattr(modules[owner], leaf), axis, gone) for axis, gone in by_axis.items()
+        }
+        for (owner, leaf), by_axis in places.items()
+    }
+
+
+def _smaller(model: nn.Module, cuts: Sequence[Cut], shifts: Mapping[str, Tensor]) -> list[_Smaller]:
+    modules, stays = modules_by_name(model), stays_of(model, cuts)
+    found = []
+    for name in dict.fromkeys((*shifts, *stays)):
+        owner, _, leaf = name.rpartition(".")
+        found.append(_Smaller(modules[owner], leaf, stays.get(name, {}), shifts.get(name)))
+    return found
+
+
+def _bare_norms(models: Iterable[nn.Module], cuts: Sequence[Cut]) -> list[tuple[_NormBase, int]]:
+    """Norm layers without tensors, which know their width by an attribute alone, and what it will be."""
+    found = []
+    for model in models:
+        modules = modules_by_name(model)
+        for one in cuts:
+            module = modules.get(one.path)
+            if isinstance(module, _NormBase) and not axes(module, one.role):
+                found.append((module, module.num_features - len(one.places)))
+    return found
+
+
+def _rest(tensor: Tensor, axis: int, gone: Iterable[int]) -> Tensor:
+    stays = torch.ones(tensor.shape[axis], dtype=torch.bool)
+    stays[list(gone)] = False
+    return stays.nonzero().flatten().to(tensor.device)
+
+
+def _states(
+    optimizer: torch.optim.Optimizer, smaller: Sequence[_Smaller]
+) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """For each parameter that is cut, its state and what it will be."""
+    found: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    for one in smaller:
+        state = optimizer.state.get(one.owner)
+        if not state or not one.stays:
+            continue
+        strange = [name for name, value in state.items() if not fits(value, one.old)]
+        if strange:
+            warnings.warn(
+                f"{type(optimizer).__name__} keeps {strange[0]!r} in a form that does not follow the shape of a "
+                "parameter; its state for this parameter starts afresh after the cut",
+                stacklevel=4,
+            )
+            found.append((state, {}))
+        else:
+            found.append((state, {n: one.select(v) if is_large(v) else v for n, v in state.items()}))
+    return found

@@ -1,0 +1,1 @@
+"""Running a part of a recorded forward again."""

@@ -1,0 +1,241 @@
+"""One batch, run again and again with changes: by replay where that gives the same numbers, else by whole forwards.
+
+Replay is checked, not assumed. From every start, the unchanged run is replayed once and must give the recorded results
+bit for bit; whatever calls something else, or reads what was not kept, is run as a whole.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_neurons.data.batches import is_divisible, join, rows_of
+from lightning_neurons.hooks.intervention import Edit, Silence
+from lightning_neurons.isolation.isolation import eager, kept_optimizers, kept_random_state, returning_to
+from lightning_neurons.isolation.model_state import ModelState, random_state, set_random_state
+from lightning_neurons.isolation.tensors import address_of, map_tensors_in, same_tensors
+from lightning_neurons.replay.batched_replay import StackedReplay
+from lightning_neurons.replay.checked_run import DivergedError, SameCalls
+from lightning_neurons.replay.replay import Replay
+from lightning_neurons.replay.reruns import Reruns
+from lightning_neurons.replay.tape import Tape
+
+_FEW = 2
+_ROUNDING = 1e-4
+
+
+class Rerun:
+    """One batch.
+
+    Args:
+        of: What is known of such runs.
+        batch: The batch.
+        samples: How many samples it has.
+
+    Attributes:
+        result: What the unchanged run gives.
+    """
+
+    def __init__(self, of: Reruns, batch: Any, samples: int) -> None:
+        self._of, self._batch, self._samples = of, batch, samples
+        self._random = random_state()
+        self._state: ModelState | None = None
+        self._stretches: list[list[int]] = []
+        self._tape: Tape | None = None
+        self._fits = True  # whether this batch takes the way that is known
+        if of.calls is None:
+            few = min(_FEW, samples) if is_divisible(batch) else samples
+            try:
+                of.learn(rows_of(batch, torch.arange(few), samples), few)
+            except Exception:  # noqa: BLE001 (whatever a model raises on fewer samples than it expects)
+                of.learn(batch, samples)
+        assert of.calls is not None, "just learnt"
+        try:
+            self.result = self._checked(SameCalls(of.calls, of.modules))
+        except DivergedError:
+            if of.calls.samples != samples and not of.trusted:  # a few samples did not show the way
+                of.learn(batch, samples)
+            try:
+                self.result = self._checked(SameCalls(of.calls, of.modules))
+            except DivergedError:
+                self._fits = False
+                with self._again():
+                    self.result = of.run(batch)
+
+    def _checked(self, calls: SameCalls) -> Any:
+        with self._again(), calls:
+            result = self._of.run(self._batch)
+        calls.finish()
+        return result
+
+    def plan(self, layers: Sequence[str]) -> list[str]:
+        """Say which layers will be changed; returns them in the order in which that costs the fewest recordings."""
+        calls = self._of.calls
+        assert calls is not None, "learnt before"
+        starts = {name: self._start(name) for name in layers}
+        usable = [start for start in starts.values() if start is not None]
+        self._stretches = calls.stretches(usable, self._samples, self._of.memory_limit)
+        return sorted(layers, key=lambda name: starts[name] or 0)
+
+    def silenced(self, edits: Mapping[str, Edit]) -> Any:
+        """What the run gives with neurons of some layers changed.
+
+        Args:
+            edits: By layer, how.
+        """
+        starts = [self._start(name) for name in edits]
+        start = None if None in starts else min(s for s in starts if s is not None)
+        if start is not None:
+            calls = self._of.calls
+            assert calls is not None, "learnt before"
+            changed = {call: edit for name, edit in edits.items() for call in calls.points[name]}
+            found = self._replay(start, changed, list(edits))
+            if found is not None:
+                return found[0]
+        return self._whole(edits)
+
+    def silenced_together(self, layer: str, edits: Sequence[Edit]) -> Any:
+        """What the run gives on the batch repeated, each time with one change of a layer; None if that cannot be done.
+
+        Args:
+            layer: The layer.
+            edits: The changes.
+        """
+        start, of = self._start(layer), self._of
+        if start is None or not self._trusted(start) or self._tape is None or self._tape.rewritten or of.draws:
+            return None
+        if of.calls is None or len(of.calls.points[layer]) != 1 or of.stackable.get(start) is False:
+            return None
+        if start not in of.stackable:
+            found = self._stacked(layer, start, [None] * len(edits))
+            repeated = map_tensors_in(self.result, partial(_repeated, times=len(edits), samples=self._samples))
+            of.stackable[start] = found is not None and same_tensors(found, repeated, tolerance=_ROUNDING)
+        return self._stacked(layer, start, edits) if of.stackable[start] else None
+
+    def _stacked(self, layer: str, start: int, edits: Sequence[Edit | None]) -> Any:
+        assert self._tape is not None, "recorded before"
+        batch = join([self._batch] * len(edits), [self._samples] * len(edits))
+        replay = StackedReplay(self._tape, {layer: self._of.modules[layer]}, start, edits, self._samples)
+        try:
+            with self._again(), replay:
+                found = self._of.run(batch)
+            replay.finish()
+        except Exception:  # noqa: BLE001 (sizes that the model has remembered do not fit: one by one, then)
+            return None
+        self._of.replays += len(edits)
+        return found
+
+    def plan_parameters(self, parameters: Sequence[Tensor]) -> list[int]:
+        """Say which parameters will be changed; returns in which order that costs the fewest recordings."""
+        assert self._of.calls is not None, "learnt before"
+        starts = [self._reader(parameter) for parameter in parameters]
+        usable = [start for start in starts if start is not None]
+        self._stretches = self._of.calls.stretches(usable, self._samples, self._of.memory_limit)
+        return sorted(range(len(starts)), key=lambda i: starts[i] or 0)
+
+    def prepare_parameter(self, parameter: Tensor) -> None:
+        """Record what is needed to run again with a parameter changed, before it is."""
+        start = self._reader(parameter)
+        if start is not None:
+            self._trusted(start)
+
+    def with_changed(self, parameter: Tensor) -> Any:
+        """What the run gives with a parameter that has been changed since ``prepare_parameter``."""
+        self._state = None  # it has other weights now
+        start = self._reader(parameter)
+        found = None if start is None else self._replay(start, {})
+        result = self._whole({}) if found is None else found[0]
+        self._state = None
+        return result
+
+    def _reader(self, parameter: Tensor) -> int | None:
+        """The first call that reads a parameter."""
+        assert self._of.calls is not None, "learnt before"
+        return self._of.calls.parameters.get(address_of(parameter))
+
+    def activation(self, layer: str) -> Tensor | None:
+        """The layer's activation as recorded, if it ran once and is on the tape."""
+        calls, tape, start = self._of.calls, self._tape, self._start(layer)
+        if calls is None or tape is None or start not in tape.starts or len(calls.points[layer]) != 1:
+            return None
+        found = tape.answer(calls.points[layer][0], start, {})
+        return found if isinstance(found, Tensor) and found.numel() else None
+
+    def prepare(self, layer: str) -> bool:
+        """Record what is needed to change a layer; whether that is possible."""
+        start = self._start(layer)
+        return start is not None and self._trusted(start)
+
+    def _start(self, layer: str) -> int | None:
+        calls = self._of.calls
+        points = calls.points.get(layer, []) if calls is not None else []
+        return min(points) + 1 if points and min(points) >= 0 else None
+
+    def _replay(self, start: int, edits: Mapping[int, Edit], layers: Sequence[str] = ()) -> tuple[Any] | None:
+        if not self._trusted(start):
+            return None
+        assert self._tape is not None, "recorded before"
+        modules = {name: self._of.modules[name] for name in layers}
+        replay = Replay(self._tape, modules, start, edits, shortcuts=not self._of.exact)
+        try:
+            found = (self._checked(replay),)
+        except Exception:  # noqa: BLE001 (it went another way, or failed because it did: the whole forward will tell)
+            self._tape = None
+            return None
+        self._of.replays += 1
+        return found
+
+    def _trusted(self, start: int) -> bool:
+        """Record what a replay from ``start`` needs; the first time, see whether it gives what was recorded."""
+        of = self._of
+        if not self._fits or of.trusted.get(start) is False:
+            return False
+        if self._tape is None or start not in self._tape.starts:
+            self._tape = None  # let go of the old one first
+            self._tape = self._record(next((s for s in self._stretches if start in s), [start]))
+        if self._tape is None:
+            self._fits = False
+            return False
+        if start not in of.trusted:
+            of.trusted[start] = True
+            again = self._replay(start, {})
+            of.trusted[start] = again is not None and same_tensors(again[0], self.result)
+        return of.trusted[start]
+
+    def _record(self, starts: Sequence[int]) -> Tape | None:
+        of = self._of
+        assert of.calls is not None, "learnt before"
+        tape = Tape(of.calls, of.modules, starts, draws=of.draws, shortcuts=not of.exact)
+        try:
+            result = self._checked(tape)
+        except DivergedError:
+            return None
+        return tape if same_tensors(result, self.result) else None
+
+    def _whole(self, edits: Mapping[str, Edit]) -> Any:
+        self._of.forwards += 1
+        with self._again(), Silence(self._of.layers, self._of.modules, edits):
+            return self._of.run(self._batch)
+
+    @contextmanager
+    def _again(self) -> Iterator[None]:
+        """Every run begins in the same state."""
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(eager())
+            if self._of.is_stateful:
+                self._state = self._state or ModelState(self._of.model)  # to look through a model takes time
+                stack.enter_context(kept_random_state(self._of.model))
+                stack.enter_context(returning_to(self._state))
+                stack.enter_context(kept_optimizers())
+            if self._of.draws:
+                set_random_state(self._random)
+            yield
+
+
+def _repeated(tensor: Tensor, times: int, samples: int) -> Tensor:
+    is_per_sample = tensor.ndim and len(tensor) == samples
+    return tensor.repeat(times, *[1] * (tensor.ndim - 1)) if is_per_sample else tensor

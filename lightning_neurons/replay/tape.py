@@ -1,0 +1,125 @@
+"""A recording of a run from which later calls can be run again.
+
+Only what somebody reads after one of the places where a replay will start is kept, and memory that is written into
+later is copied just before. ``replay.py`` runs the rest of the model from such a place.
+"""
+
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_neurons.isolation.model_state import random_state
+from lightning_neurons.isolation.tensors import address_of, map_tensors_in, tensors_in
+from lightning_neurons.replay.call_log import Calls
+from lightning_neurons.replay.checked_run import DivergedError, SameCalls
+
+
+class Tape(SameCalls):
+    """Records a run, as far as replays from ``starts`` need it. Enter it around the run.
+
+    Args:
+        calls: What an earlier run has called.
+        modules: The layers that have to be entered when they were.
+        starts: The calls from which on replays will run the model; what is before them is answered from the tape.
+        draws: Whether the model draws random numbers; their state is then kept at each start.
+        shortcuts: Whether to keep what the first readers of activations gave, and what they read.
+
+    Raises:
+        DivergedError: If this run calls something else.
+    """
+
+    def __init__(
+        self,
+        calls: Calls,
+        modules: Mapping[str, nn.Module],
+        starts: Sequence[int],
+        *,
+        draws: bool = False,
+        shortcuts: bool = False,
+    ) -> None:
+        super().__init__(calls, modules)
+        self.starts = sorted(starts)
+        self.results: list[Any] = []
+        self.rewritten: set[int] = set()  # calls in whose results lies memory that is written into later
+        self.random: dict[int, tuple[Tensor, list[Tensor]]] = {}
+        self._draws = draws
+        self._before: dict[int, list[tuple[int, torch.UntypedStorage]]] = {}
+        self._some: dict[int, Tensor] = {}
+        self._unread = dict(calls.parameters)
+        wanted = [calls.twins.get(start - 1, {}) for start in starts] if shortcuts else []
+        self._extra = {call for twins in wanted for pair in twins.items() for call in pair}
+
+    def _answer(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        now, calls = self.now, self.calls
+        for tensor in tensors_in((args, kwargs)):
+            if self._unread and self._unread.pop(address_of(tensor), now) != now:
+                raise DivergedError(f"call {now} is the first to read a parameter that another call read first before")
+        if self._draws and now in self.starts:
+            self.random[now] = random_state()
+        for memory in calls.writes.get(now, ()):
+            if self._has_start(calls.created[memory], now) and memory in self._some:
+                copy = self._some[memory].untyped_storage().clone()
+                self._before.setdefault(memory, []).append((now, copy))
+        out = self._call(func, args, kwargs)
+        memories = iter(calls.memory[now])
+        self.results.append(map_tensors_in(out, lambda t: self._kept(t, next(memories), now)))
+        return out
+
+    def _kept(self, tensor: Tensor, memory: int, now: int) -> Tensor:
+        is_needed = memory < 0 or self._has_start(now, self.calls.read[memory])
+        if not is_needed and (now not in self._extra or memory in self.written):
+            return HOLE
+        if memory in self.written:
+            self.rewritten.add(now)
+            self._some.setdefault(memory, tensor)
+        return tensor
+
+    def _has_start(self, after: int, last: int) -> bool:
+        """Whether a replay starts behind one call and at or before another."""
+        place = bisect_right(self.starts, after)
+        return place < len(self.starts) and self.starts[place] <= last
+
+    def twins(self, start: int) -> dict[int, int]:
+        """By reader of the activation just before ``start``, the call that made its input; only what is kept."""
+
+        def is_kept(call: int) -> bool:
+            intact = not any(memory in self.written for memory in self.calls.memory[call])
+            return call in self._extra and intact and isinstance(self.results[call], Tensor)
+
+        found = self.calls.twins.get(start - 1, {})
+        return {reader: twin for reader, twin in found.items() if is_kept(reader) and is_kept(twin)}
+
+    def answer(self, call: int, start: int, private: dict[int, torch.UntypedStorage]) -> Any:
+        """The result of a call as it stands when a replay starts; memory that the replay writes into is its own.
+
+        Args:
+            call: The call.
+            start: Where the replay starts.
+            private: The replay's own memory so far.
+        """
+        if call not in self.rewritten:
+            return self.results[call]
+        memories = iter(self.calls.memory[call])
+
+        def state(tensor: Tensor) -> Tensor:
+            memory = next(memories)
+            later = [copy for when, copy in self._before.get(memory, ()) if when >= start]
+            if tensor is HOLE or not later:
+                return tensor
+            if memory not in private:
+                private[memory] = later[0].clone()
+            return _on(private[memory], tensor)
+
+        return map_tensors_in(self.results[call], state)
+
+
+HOLE = torch.empty(0)
+"""Stands for a result that was not kept: nobody reads it after a replay has started."""
+
+
+def _on(storage: torch.UntypedStorage, like: Tensor) -> Tensor:
+    fresh = torch.empty(0, dtype=like.dtype, device=like.device)
+    return fresh.set_(storage, like.storage_offset(), like.size(), like.stride())

@@ -1,0 +1,1 @@
+"""Series, text and images in the Trainer's loggers."""

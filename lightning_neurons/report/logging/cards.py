@@ -1,0 +1,138 @@
+"""Which neurons get a card, what stands on it, and where it is shown."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jaxtyping import Float
+from torch import Tensor
+
+from lightning_neurons.feature_visualization.result import MaximizedActivation
+from lightning_neurons.report.figures.card import neuron_card
+from lightning_neurons.report.figures.images import maximized_images
+from lightning_neurons.report.logging.images import keep_cards, keep_picture, show_figure
+from lightning_neurons.results.neuron_card import NeuronCard
+from lightning_neurons.results.neuron_report import NeuronReport
+from lightning_neurons.results.plain import plain
+from lightning_neurons.results.whole_file import Place
+
+_TOP_PICTURES = 6
+
+
+class Chosen(NamedTuple):
+    """A neuron, and why it is shown."""
+
+    layer: str
+    neuron: int
+    why: str
+
+
+def chosen_neurons(report: NeuronReport, died: Mapping[str, Sequence[int]], each: int) -> list[Chosen]:
+    """The most important, the least important and the newly dead neurons, ``each`` of a kind, none twice.
+
+    Args:
+        report: A measurement.
+        died: By layer, neurons that have died since the one before.
+        each: How many of a kind.
+    """
+    ranking = [row for row in report.ranking() if not math.isnan(row.score)] if report.scores else []
+    kinds = {
+        "most important": [(row.layer, row.neuron) for row in ranking],
+        "least important": [(row.layer, row.neuron) for row in reversed(ranking)],
+        "newly dead": [(layer, neuron) for layer, neurons in died.items() for neuron in neurons],
+    }
+    found: list[Chosen] = []
+    for why, neurons in kinds.items():
+        new = [one for one in neurons if one not in {(c.layer, c.neuron) for c in found}]
+        found += [Chosen(layer, neuron, why) for layer, neuron in new[:each]]
+    return found
+
+
+def neuron_cards(
+    found: MaximizedActivation,
+    chosen: Sequence[Chosen],
+    report: NeuronReport | None,
+    inputs: Float[Tensor, "picture ..."],
+) -> tuple[NeuronCard, ...]:
+    """A card for each neuron.
+
+    Args:
+        found: Of which the last rows are the neurons'.
+        chosen: The neurons.
+        report: What was measured of them.
+        inputs: The pictures that were compared with, as the model takes them.
+    """
+    first = len(found.targets) - len(chosen)
+    return tuple(_card(found, first + place, one, report, inputs) for place, one in enumerate(chosen))
+
+
+def _card(found: MaximizedActivation, row: int, one: Chosen, report: NeuronReport | None, inputs: Tensor) -> NeuronCard:
+    activations = found.data_activations[row]
+    top = activations.argsort(descending=True, stable=True)[:_TOP_PICTURES]
+    numbers = {} if report is None else _numbers(report, one)
+    numbers |= {
+        "activation reached": float(found.activations[row]),
+        "largest on the data": float(found.data_maximum[row]),
+        "99th percentile on the data": float(found.data_p99[row]),
+    }
+    pictures = found.range.shown(found.range.pictures(inputs[top].float())).clamp(0, 1)
+    return NeuronCard(found.targets[row], one.why, numbers, pictures, activations[top], found.shown[row])
+
+
+def _numbers(report: NeuronReport, one: Chosen) -> dict[str, float]:
+    numbers: dict[str, float] = {}
+    if one.layer in report.deadness:
+        numbers["deadness"] = float(report.deadness[one.layer][one.neuron])
+    for name, by_layer in report.scores.items():
+        if name in (report.main_criterion, "fisher") and one.layer in by_layer:
+            numbers[name] = float(by_layer[one.layer][one.neuron])
+    return numbers
+
+
+def show_maximized(
+    loggers: Sequence[Any],
+    folder: Place | None,
+    found: MaximizedActivation,
+    count: int,
+    step: int,
+    name: str,
+    apart: str = "",
+) -> None:
+    """Show the pictures of the first ``count`` rows in loggers, and keep them in the folder of a run.
+
+    Args:
+        loggers: Lightning loggers.
+        folder: Of the run, or None.
+        found: The pictures.
+        count: How many rows.
+        step: The x.
+        name: Of the picture.
+        apart: What is added to the name in loggers, which other runs may share.
+    """
+    reached = zip(found.targets, found.activations.tolist(), found.data_maximum.tolist(), strict=True)
+    titles = [f"{target}\n{value:.3g} (data: {most:.3g})" for target, value, most in reached][:count]
+    figure = maximized_images(found.shown[:count], titles)
+    show_figure(loggers, name + apart, figure, step)
+    if folder is not None:
+        caption = "What was made to excite each target, the activation that it reaches, and the largest on the data"
+        keep_picture(folder, name, figure, "Activation maximisation", caption)
+
+
+def show_cards(
+    loggers: Sequence[Any],
+    folder: Place | None,
+    cards: Sequence[NeuronCard],
+    step: int,
+    group: str,
+    apart: str = "",
+) -> None:
+    """Show cards in loggers, and keep them in the folder of a run; see ``show_maximized``."""
+    drawn, places = [], dict[str, int]()
+    for card in cards:
+        places[card.why] = place = places.get(card.why, 0) + 1
+        figure = neuron_card(card)
+        show_figure(loggers, f"{group}{apart}/{card.why.replace(' ', '_')}/{place}", figure, step)
+        said = {"name": card.name, "why": card.why, "numbers": plain(dict(card.numbers))}
+        drawn.append((figure, said))
+    if folder is not None:
+        keep_cards(folder, drawn, group)

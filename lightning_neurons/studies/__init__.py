@@ -1,1 +1,0 @@
-"""Procedures on a model and data that need no Trainer."""

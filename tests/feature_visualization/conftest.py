@@ -1,0 +1,3 @@
+"""The trained network of the demo."""
+
+from tests.attribution.conftest import trained  # noqa: F401
