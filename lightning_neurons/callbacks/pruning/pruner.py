@@ -15,11 +15,11 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.rank_zero import rank_zero_info
 
-from lightning_neurons.callbacks.checkpoint import follow_checkpoints, stop_following
 from lightning_neurons.callbacks.observing.monitored import MonitoredObserver
 from lightning_neurons.callbacks.observing.publish import publish_rounds
 from lightning_neurons.callbacks.pruning import suitability
 from lightning_neurons.callbacks.pruning.calibration import calibration_of
+from lightning_neurons.callbacks.pruning.checkpoint import follow_checkpoints, stop_following
 from lightning_neurons.callbacks.pruning.cutting import averages_of, cut_in_fit, metric_now, reset_early_stopping
 from lightning_neurons.callbacks.pruning.deciding import Decision, Survey, Verdict
 from lightning_neurons.callbacks.pruning.followers import Following

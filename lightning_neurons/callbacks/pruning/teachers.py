@@ -8,6 +8,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_neurons.callbacks.trainer.checks import overrides
+from lightning_neurons.callbacks.trainer.forward import networks_of
 from lightning_neurons.dependency.width_handlers import conform
 from lightning_neurons.errors import UnknownNameError
 from lightning_neurons.pruning.structure.example import twin_of
@@ -46,11 +47,6 @@ def find_logits(who: str, pl_module: Any, output: str | None) -> tuple[nn.Module
     if overrides(pl_module, "forward"):  # which training_step may call, or leave aside
         return whole, ["", child], output
     return whole.get_submodule(child), [""], inner
-
-
-def networks_of(pl_module: nn.Module) -> list[str]:
-    """The children that have parameters: any of them may be the network."""
-    return [name for name, child in pl_module.named_children() if any(True for _ in child.parameters())]
 
 
 def state_of(teacher: nn.Module) -> dict[str, Tensor]:

@@ -4,7 +4,6 @@ from typing import Any
 
 from torch import nn
 
-from lightning_neurons.callbacks.pruning.teachers import networks_of
 from lightning_neurons.callbacks.trainer.checks import overrides
 from lightning_neurons.errors import MeasurementError
 from lightning_neurons.measurement.measure import call_on_inputs
@@ -29,3 +28,8 @@ def forward_of(pl_module: Any) -> Any:
         return call_on_inputs(module.get_submodule(networks[0]), batch)
 
     return forward
+
+
+def networks_of(pl_module: nn.Module) -> list[str]:
+    """The children that have parameters: any of them may be the network."""
+    return [name for name, child in pl_module.named_children() if any(True for _ in child.parameters())]
