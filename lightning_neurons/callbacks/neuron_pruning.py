@@ -24,7 +24,7 @@ from lightning_neurons.measurement.losses import LossReduction
 from lightning_neurons.measurement.measure import LossFunction
 from lightning_neurons.measurement.settings import MeasurementSettings
 from lightning_neurons.pruning.budget import Aggregate, Agreement, Scope
-from lightning_neurons.pruning.compensation.weight_shifts import Compensation
+from lightning_neurons.pruning.compensation.compensate import CompensationName
 from lightning_neurons.pruning.schedule import PruningSchedule, Shape
 
 
@@ -126,7 +126,7 @@ class NeuronPruningCallback(NeuronKeeper):
         max_amount: float = 1.0,
         round_to: int = 1,
         ignore: Sequence[str] = (),
-        compensation: Compensation | None = None,
+        compensation: CompensationName | None = None,
         reestimate_norms: bool = False,
         lossless: bool = False,
         monitor: str | None = None,

@@ -11,9 +11,9 @@ from lightning_neurons.errors import PruningError, in_short
 from lightning_neurons.isolation.isolation import eager, isolated
 from lightning_neurons.pruning.compensation.batch_norm import reestimate, together
 from lightning_neurons.pruning.compensation.calibration import Calibration
-from lightning_neurons.pruning.compensation.compensate import compensate
+from lightning_neurons.pruning.compensation.compensate import Compensation
 from lightning_neurons.pruning.compensation.trial_model import Rehearsal
-from lightning_neurons.pruning.compensation.weight_shifts import Compensation, Repair, Wiring
+from lightning_neurons.pruning.compensation.weight_shifts import Repair, Wiring
 from lightning_neurons.pruning.plan import PruningPlan
 from lightning_neurons.pruning.surgery.surgery import Cut
 
@@ -69,7 +69,7 @@ def prepare(
     """
     for one in candidates:
         _try_on(model, one, calibration)
-    repairs = [compensate(model, one.cuts, calibration, wiring, how) for one in candidates]
+    repairs = [how(model, one.cuts, calibration, wiring) for one in candidates]
     best, notes = 0, []
     if len({one.cuts for one in candidates}) > 1:
         losses = [_loss(model, one, repair, calibration) for one, repair in zip(candidates, repairs, strict=True)]

@@ -17,7 +17,7 @@ from lightning_neurons.measurement.measure import LossFunction, measure
 from lightning_neurons.measurement.measurement import Measurement
 from lightning_neurons.pruning.budget import PruningBudget
 from lightning_neurons.pruning.compensation.calibration import Calibration
-from lightning_neurons.pruning.compensation.weight_shifts import Compensation
+from lightning_neurons.pruning.compensation.compensate import Compensation, CompensationName
 from lightning_neurons.pruning.decision import candidates_of, gather, lossless_candidates, score
 from lightning_neurons.pruning.plan import PlanCost, PruningPlan
 from lightning_neurons.pruning.planning import allocations, complete, units_of
@@ -70,7 +70,7 @@ def prune(
     plan_or_budget: PruningPlan | PruningBudget | Mapping[str, Any] | float | None = None,
     batches: Iterable[Any] | None = None,
     optimizer: Any = None,
-    compensation: Compensation | None = None,
+    compensation: CompensationName | None = None,
     *,
     lossless: bool = False,
     reestimate_norms: bool = False,

@@ -2,16 +2,22 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
-from typing import Any, get_args
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from lightning_neurons.data.batches import batch_size_of, tensors_of
-from lightning_neurons.errors import ArgumentError, UnknownNameError, check_choice, is_number
+from lightning_neurons.errors import ArgumentError, UnknownNameError, is_number
 from lightning_neurons.layers.layer import require_materialized
 from lightning_neurons.pruning.budget import PruningBudget
-from lightning_neurons.pruning.compensation.weight_shifts import Compensation
+from lightning_neurons.pruning.compensation.compensate import (
+    LEAST_SQUARES,
+    NONE,
+    Compensation,
+    CompensationName,
+    compensation_named,
+)
 from lightning_neurons.pruning.plan import PruningPlan
 
 CONSTANT = PruningBudget("constant", threshold=1.0)
@@ -38,20 +44,20 @@ def kept_batches(batches: Any) -> list[Any] | None:
     return filled
 
 
-def chosen_compensation(how: Compensation | None, batches: Sequence[Any] | None, lossless: bool) -> Compensation:
+def chosen_compensation(how: CompensationName | None, batches: Sequence[Any] | None, lossless: bool) -> Compensation:
     """The compensation that is asked for, or the best one that there is data for."""
     if lossless:
         if how is not None:
             raise ArgumentError.of("compensation", how, "nothing with lossless=True, which folds constants")
         if not batches:
             raise ArgumentError.of("batches", batches, "some batches to prove it on, with lossless=True")
-        return "none"
+        return NONE
     if how is None:
-        return "least_squares" if batches else "none"
-    check_choice("compensation", how, get_args(Compensation))
-    if how != "none" and not batches:
+        return LEAST_SQUARES if batches else NONE
+    chosen = compensation_named(how)
+    if chosen.needs_data and not batches:
         raise ArgumentError.of("batches", batches, f"some batches to calibrate on, with compensation={how!r}")
-    return how
+    return chosen
 
 
 def check_inputs(example: Any, batches: Sequence[Any]) -> None:

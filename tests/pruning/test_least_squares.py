@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_neurons.pruning.compensation.calibration import Calibration
-from lightning_neurons.pruning.compensation.compensate import compensate
+from lightning_neurons.pruning.compensation.compensate import compensation_named
 from lightning_neurons.pruning.compensation.moments import Moments
 from lightning_neurons.pruning.compensation.ridge import FEW, RIDGE, refine
 from lightning_neurons.pruning.compensation.weight_shifts import Wiring
@@ -179,7 +179,7 @@ def test_two_processes_with_half_of_the_data_each_find_what_one_finds(how):
             return tensor + next(other, 0)
 
         calibration = Calibration(batches, lambda model, batch: model(batch), lambda m, b: b.mean(), reduce)
-        return compensate(net, CUTS, calibration, WIRING, how), own
+        return compensation_named(how)(net, CUTS, calibration, WIRING), own
 
     alone, _ = found([x[:50], x[50:]], [])
     first, second = [], []
@@ -200,7 +200,7 @@ def test_fewer_positions_than_inputs_raise_the_ridge_and_are_told():
     torch.testing.assert_close(few.matrix, refine(moments, start, ridge=FEW).matrix)
     x = torch.randn(3, 5, dtype=torch.float64)
     calibration = Calibration([x], lambda model, batch: model(batch), lambda m, b: b.mean())
-    notes = compensate(three_layers(), CUTS, calibration, WIRING, "least_squares").notes
+    notes = compensation_named("least_squares")(three_layers(), CUTS, calibration, WIRING).notes
     assert any("2 was solved with a larger ridge (0.1" in n and "3 positions for 5 inputs" in n for n in notes)
 
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from lightning_neurons import PruningError, prune
 from lightning_neurons.pruning.compensation.calibration import Calibration
-from lightning_neurons.pruning.compensation.compensate import compensate
+from lightning_neurons.pruning.compensation.compensate import compensation_named
 from lightning_neurons.pruning.compensation.synchronized_forwards import Lockstep, calls_of
+from lightning_neurons.pruning.compensation.weight_shifts import Wiring
 from lightning_neurons.pruning.structure.example import Example
 from lightning_neurons.pruning.structure.structure import discover
 from lightning_neurons.pruning.surgery.surgery import Cut, cuts_of
@@ -220,7 +221,7 @@ def test_compensation_only_looks(how, training):
     before, random = copy.deepcopy(net.state_dict()), torch.get_rng_state()
     identities = {name: (id(t), t.requires_grad) for name, t in (*net.named_parameters(), *net.named_buffers())}
     modes = {name: m.training for name, m in net.named_modules()}
-    repair = compensate(net, cuts, Calibration([x[:5], x[5:]], run, cross_entropy), structure.wiring, how)
+    repair = compensation_named(how)(net, cuts, Calibration([x[:5], x[5:]], run, cross_entropy), structure.wiring)
     assert repair.shifts
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
     tensors = (*net.named_parameters(), *net.named_buffers())
@@ -239,5 +240,6 @@ def test_calls_are_counted_in_the_order_in_which_layers_first_run():
 
 
 def test_nothing_to_cut_is_nothing_to_repair():
-    repair = compensate(seeded(ConvNet), list[Cut](), Calibration(BATCHES, run, cross_entropy), None, "least_squares")
+    least_squares, calibration = compensation_named("least_squares"), Calibration(BATCHES, run, cross_entropy)
+    repair = least_squares(seeded(ConvNet), list[Cut](), calibration, Wiring({}, {}))
     assert (dict(repair.shifts), repair.notes) == ({}, ())

@@ -7,7 +7,13 @@ from typing import Any, Literal, get_args
 from lightning_neurons.callbacks.pruning.recovery_settings import Distillation, Guard
 from lightning_neurons.errors import ArgumentError, check_choice, check_flag
 from lightning_neurons.pruning.budget import PruningBudget
-from lightning_neurons.pruning.compensation.weight_shifts import Compensation
+from lightning_neurons.pruning.compensation.compensate import (
+    LEAST_SQUARES,
+    NONE,
+    Compensation,
+    CompensationName,
+    compensation_named,
+)
 from lightning_neurons.pruning.request import CONSTANT
 from lightning_neurons.pruning.schedule import PruningSchedule
 
@@ -59,7 +65,7 @@ class PruningSettings:
     @property
     def calibrates(self) -> bool:
         """Whether samples have to be kept for what is decided."""
-        return self.compensation != "none" or self.reestimate_norms or self.lossless or self.budget.by_reconstruction
+        return self.compensation.needs_data or self.reestimate_norms or self.lossless or self.budget.by_reconstruction
 
     def is_near(self, number: int, epoch: int, every: int) -> bool:
         """Whether a validation at the end of an epoch matters for a round, itself or for patience.
@@ -101,17 +107,17 @@ def budget_of(lossless: bool, given: Mapping[str, Any]) -> PruningBudget:
     return PruningBudget(**{**given, "criterion": CONSTANT.criterion, "threshold": CONSTANT.threshold})
 
 
-def compensation_of(given: Compensation | None, lossless: bool) -> Compensation:
+def compensation_of(given: CompensationName | None, lossless: bool) -> Compensation:
     """The compensation that is asked for.
 
     Raises:
         ArgumentError: If there is none of that name, or it contradicts ``lossless``.
     """
     if given is None:
-        return "none" if lossless else "least_squares"
+        return NONE if lossless else LEAST_SQUARES
     if lossless:
         raise ArgumentError.of("compensation", given, "None with lossless=True, which folds constants")
-    return check_choice("compensation", given, get_args(Compensation))  # type: ignore[return-value]
+    return compensation_named(given)
 
 
 def refuse_overlap(settings: PruningSettings) -> None:

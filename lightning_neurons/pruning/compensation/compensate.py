@@ -1,41 +1,82 @@
-"""The ways of making up for a cut, by name."""
+"""The ways of making up for a cut, each a value with a name, what it needs, and one function.
 
-from collections.abc import Sequence
+A new one is a function here or in a file of its own, and one entry in ``COMPENSATIONS``.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import Any, Literal
 
 from torch import nn
 
+from lightning_neurons.errors import check_choice
 from lightning_neurons.isolation.isolation import eager, isolated
 from lightning_neurons.pruning.compensation.calibration import Calibration
 from lightning_neurons.pruning.compensation.layerwise import least_squares
 from lightning_neurons.pruning.compensation.means import InputMeans, fold_means
-from lightning_neurons.pruning.compensation.weight_shifts import Compensation, Repair, Wiring, readers_of
+from lightning_neurons.pruning.compensation.weight_shifts import Repair, Wiring, readers_of
 from lightning_neurons.pruning.surgery.surgery import Cut
 
+CompensationName = Literal["least_squares", "patch_least_squares", "mean", "none"]
 
-def compensate(
-    model: nn.Module,
-    cuts: Sequence[Cut],
-    calibration: Calibration,
-    wiring: Wiring,
-    how: Compensation,
-) -> Repair:
-    """What is to be changed in the readers of what goes. All processes have to take part.
 
-    Args:
-        model: As it is before the cut; it is left as it is.
-        cuts: What goes.
-        calibration: The data; each process has its own.
-        wiring: How the model's layers follow one another.
-        how: By name.
+@dataclass(frozen=True)
+class Compensation:
+    """A way of making up for a cut.
+
+    Attributes:
+        name: What it is asked for by.
+        repair: From a model before a cut, which it leaves as it is, what goes, this process's calibration data, and how
+            layers follow one another, to what is to be changed in the readers of what goes. All processes take part.
+        needs_data: Whether there must be calibration data.
     """
-    if how == "none" or not cuts:
-        return Repair()
-    if how == "mean":
-        found = InputMeans(model, readers_of(cuts))
-        with isolated(model), eager():
-            model.eval()
-            for batch in calibration.batches:
-                found.observe(partial(calibration.run, model, batch))
-        return fold_means(model, cuts, found.means(calibration.reduce), wiring.norm_behind)
-    return least_squares(model, cuts, calibration, wiring, patchwise=how == "patch_least_squares")
+
+    name: CompensationName
+    repair: Callable[[nn.Module, Sequence[Cut], Calibration, Wiring], Repair]
+    needs_data: bool = True
+
+    def __call__(self, model: nn.Module, cuts: Sequence[Cut], calibration: Calibration, wiring: Wiring) -> Repair:
+        """What goes with a cut; nothing if nothing is cut."""
+        return self.repair(model, cuts, calibration, wiring) if cuts else Repair()
+
+
+def _nothing(model: nn.Module, cuts: Sequence[Cut], calibration: Calibration, wiring: Wiring) -> Repair:
+    return Repair()
+
+
+def _means(model: nn.Module, cuts: Sequence[Cut], calibration: Calibration, wiring: Wiring) -> Repair:
+    found = InputMeans(model, readers_of(cuts))
+    with isolated(model), eager():
+        model.eval()
+        for batch in calibration.batches:
+            found.observe(partial(calibration.run, model, batch))
+    return fold_means(model, cuts, found.means(calibration.reduce), wiring.norm_behind)
+
+
+NONE = Compensation("none", _nothing, needs_data=False)
+LEAST_SQUARES = Compensation("least_squares", partial(least_squares, patchwise=False))
+
+COMPENSATIONS: dict[str, Compensation] = {
+    one.name: one
+    for one in (
+        LEAST_SQUARES,
+        Compensation("patch_least_squares", partial(least_squares, patchwise=True)),
+        Compensation("mean", _means),
+        NONE,
+    )
+}
+"""Every compensation, by name."""
+
+
+def compensation_named(name: Any) -> Compensation:
+    """The compensation of a name.
+
+    Raises:
+        ArgumentError: If there is none.
+
+    Example:
+        >>> compensation_named("mean").needs_data, compensation_named("none").needs_data
+        (True, False)
+    """
+    return COMPENSATIONS[check_choice("compensation", name, tuple(COMPENSATIONS))]

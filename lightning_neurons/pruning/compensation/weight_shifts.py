@@ -2,14 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_neurons.pruning.surgery.surgery import Cut
-
-Compensation = Literal["least_squares", "patch_least_squares", "mean", "none"]
 
 
 @dataclass(frozen=True)
