@@ -12,6 +12,7 @@ from lightning_neurons.ablation.agreement import OracleAgreement, oracle_agreeme
 from lightning_neurons.ablation.engine import WhatIf
 from lightning_neurons.ablation.sums import AblationSums
 from lightning_neurons.criteria import Criterion
+from lightning_neurons.criteria.deadness import SILENT
 from lightning_neurons.criteria.ranking import order
 from lightning_neurons.data.batches import batch_size_of, form_of, is_divisible, join, rows_of
 from lightning_neurons.errors import MeasurementError
@@ -78,7 +79,7 @@ def screen(
     """
     first, second = halves(batches, may_mix=may_mix)
     settings = MeasurementSettings.checked(
-        criteria=[criterion], layers=layers, per_class=False, threshold=0.01, relative_threshold=True,
+        criteria=[criterion], layers=layers, per_class=False, threshold=SILENT, relative_threshold=True,
         normalize="none", inputs="clean", eps=0.0, loss_reduction=loss_reduction,
     )  # fmt: skip
     study = WhatIf(model, loss_fn, loss_reduction=loss_reduction, replacement=replacement)

@@ -8,6 +8,7 @@ from torch import Tensor
 from lightning_neurons.callbacks.observing.observer import NeuronObserver
 from lightning_neurons.callbacks.trainer.lightning_errors import lightning_errors
 from lightning_neurons.criteria import ACTIVATION_CRITERIA, Criterion
+from lightning_neurons.criteria.deadness import SILENT
 from lightning_neurons.criteria.ranking import Normalization
 from lightning_neurons.errors import ArgumentError, check_count, check_flag
 from lightning_neurons.layers.layer import Pattern
@@ -50,7 +51,7 @@ class ActivationStatisticsCallback(NeuronObserver):
         layers: Sequence[Pattern] | None = None,
         every_n_epochs: int = 1,
         per_class: bool | Callable[[Any], Tensor] = False,
-        threshold: float = 0.01,
+        threshold: float = SILENT,
         relative_threshold: bool = True,
         normalize: Normalization = "none",
         max_figures: int = 8,

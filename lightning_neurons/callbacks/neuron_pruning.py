@@ -18,6 +18,7 @@ from lightning_neurons.callbacks.pruning.settings import (
 )
 from lightning_neurons.callbacks.trainer.lightning_errors import lightning_errors
 from lightning_neurons.criteria import CRITERIA, Criterion
+from lightning_neurons.criteria.deadness import SILENT
 from lightning_neurons.criteria.ranking import Normalization
 from lightning_neurons.errors import ArgumentError, check_choice, check_count, check_flag
 from lightning_neurons.measurement.losses import LossReduction
@@ -148,7 +149,7 @@ class NeuronPruningCallback(NeuronKeeper):
         loss_fn: LossFunction | None = None,
         loss_reduction: LossReduction = "mean",
         max_samples: int = 512,
-        activation_threshold: float = 0.01,
+        activation_threshold: float = SILENT,
         relative_threshold: bool = True,
     ) -> None:
         with lightning_errors():

@@ -8,6 +8,7 @@ from torch import Tensor
 from lightning_neurons.callbacks.observing.observer import NeuronObserver
 from lightning_neurons.callbacks.trainer.lightning_errors import Step, lightning_errors
 from lightning_neurons.criteria import ACTIVATION_CRITERIA, GRADIENT_CRITERIA, Criterion
+from lightning_neurons.criteria.deadness import SILENT
 from lightning_neurons.criteria.ranking import Normalization
 from lightning_neurons.errors import ArgumentError, check_choice, check_count, check_flag
 from lightning_neurons.layers.layer import Pattern
@@ -76,7 +77,7 @@ class NeuronSensitivityCallback(NeuronObserver):
         criteria: Sequence[str | Criterion] | None = None,
         per_class: bool | Callable[[Any], Tensor] = False,
         normalize: Normalization = "none",
-        threshold: float = 0.01,
+        threshold: float = SILENT,
         relative_threshold: bool = True,
         source: Source = "val",
         step: Step = "validation",

@@ -24,6 +24,7 @@ from lightning_neurons.class_study.choice import ClassRule, random_members
 from lightning_neurons.criteria import CRITERIA
 from lightning_neurons.criteria.activity import MAGNITUDE
 from lightning_neurons.criteria.contract import Criterion, mean_over_values
+from lightning_neurons.criteria.deadness import SILENT
 from lightning_neurons.criteria.selectivity import class_entropy, class_selectivity
 from lightning_neurons.data.targets import targets_in
 from lightning_neurons.errors import ArgumentError, MeasurementError
@@ -158,7 +159,7 @@ class ClassStudy:
         masking = self.settings["method"] == "masking"
         criteria = [_MAGNITUDE] if masking else [CRITERIA[name], _MAGNITUDE]
         settings = MeasurementSettings.checked(
-            criteria=criteria, layers=list(layers), per_class=True, threshold=0.01, relative_threshold=True,
+            criteria=criteria, layers=list(layers), per_class=True, threshold=SILENT, relative_threshold=True,
             normalize="none", inputs="clean", eps=0.0, loss_reduction="none",
         )  # fmt: skip
         device = next((p.device for p in self.model.parameters()), None)

@@ -40,6 +40,9 @@ SATURATION_MARGIN = 0.05
 CONSTANT_TOLERANCE = 1e-3
 """Standard deviation over root mean square below which a neuron counts as constant. float32 sums resolve about 5e-4."""
 
+SILENT = 0.01
+"""What counts as silent everywhere, unless another threshold is asked for: a share of the layer's root mean square."""
+
 
 def check_threshold(value: float, name: str = "threshold") -> float:
     """Return ``value`` if it is a finite number of at least zero.
@@ -52,7 +55,7 @@ def check_threshold(value: float, name: str = "threshold") -> float:
     return float(value)
 
 
-def near_zero(threshold: float = 0.01, *, relative: bool = True) -> Criterion:
+def near_zero(threshold: float = SILENT, *, relative: bool = True) -> Criterion:
     """The share of values with ``|a|`` at most ``threshold``; 1 exactly if no value at all exceeds it.
 
     The share is read off a histogram of at most 8 positions per sample with bins 2 % wide; whether a neuron *ever*

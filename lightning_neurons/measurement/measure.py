@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_neurons.criteria import ACTIVATION_CRITERIA, GRADIENT_CRITERIA, Criterion
+from lightning_neurons.criteria.deadness import SILENT
 from lightning_neurons.criteria.ranking import Normalization
 from lightning_neurons.data.batches import batch_size_of, inputs_of, is_graph
 from lightning_neurons.errors import ArgumentError, MeasurementError
@@ -36,7 +37,7 @@ def measure(
     criteria: Sequence[str | Criterion] | None = None,
     layers: Sequence[Pattern] | None = None,
     per_class: bool | Callable[[Any], Tensor] = False,
-    threshold: float = 0.01,
+    threshold: float = SILENT,
     relative_threshold: bool = True,
     normalize: Normalization = "none",
     inputs: Literal["clean", "fgsm"] = "clean",

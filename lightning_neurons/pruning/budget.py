@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from lightning_neurons.criteria import CRITERIA, Criterion, resolve
-from lightning_neurons.criteria.deadness import check_threshold, near_zero
+from lightning_neurons.criteria.deadness import SILENT, check_threshold, near_zero
 from lightning_neurons.criteria.ranking import Normalization
 from lightning_neurons.errors import (
     ArgumentError,
@@ -73,7 +73,7 @@ class PruningBudget:
     max_amount: float = 1.0
     round_to: int = 1
     ignore: Sequence[str] = ()
-    activation_threshold: float = 0.01
+    activation_threshold: float = SILENT
     relative_threshold: bool = True
 
     def __post_init__(self) -> None:
