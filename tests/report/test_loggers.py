@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ KINDS = {"scalars": "scalar", "histograms": "histogram", "tensors": "text", "ima
 OF_OTHERS = ("pruning/", "ablation/", "classes/", "saliency", "maximization", "cards/")
 
 
+README = Path(__file__).parents[2] / "README.md"
 MEASURED = [tag for tag in TAGS if not tag.name.startswith(OF_OTHERS)]  # of observers
 
 
@@ -78,6 +80,12 @@ def test_every_family_has_a_series_for_each_layer(run):
 def test_no_tag_is_in_the_table_twice_and_each_has_a_meaning():
     assert len({tag.name for tag in TAGS}) == len(TAGS)
     assert all(tag.meaning for tag in TAGS)
+
+
+def test_every_series_is_in_the_readme_and_the_readme_has_no_other():
+    rows = re.findall(r"^\| (`.*?) \| (?:scalar|histogram|text|figure)", README.read_text(), re.MULTILINE)
+    listed = {name for row in rows for name in re.findall(r"`([^`]+)`", re.sub(r"\(.*?\)", "", row))}
+    assert listed == {tag.name for tag in TAGS}
 
 
 def test_the_number_of_series_does_not_depend_on_the_batch_size(tmp_path):
