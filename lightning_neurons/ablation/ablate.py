@@ -1,4 +1,4 @@
-"""Switch every neuron off, one at a time, and look: the measured answer to which neurons matter."""
+"""Single-unit ablation: the loss with every neuron switched off, one at a time."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -23,7 +23,7 @@ from lightning_neurons.measurement.outcomes import LossFunction
 from lightning_neurons.results.ablation_report import AblationReport
 
 TOGETHER = 32
-"""Neurons of which losses are told apart, and added up, together."""
+"""Neurons whose losses are split into samples, and summed, together."""
 
 
 def ablate(
@@ -66,7 +66,7 @@ def ablate(
         per_class: Keep classes apart: True finds the targets in the batch, a function gives them.
         budget: Race: spend at most this share of the exact study, and only as much on each neuron as is needed to tell
             whether it is among the least important ``bottom``. What could not be told is in ``undecided``.
-        bottom: The share of neurons that a race looks for.
+        bottom: The share of least important neurons that a race looks for.
         confidence: Of each decision in a race.
         exact: False lets the first layers that read a neuron compute only the difference that it makes, and on a GPU
             several neurons share one batch: faster, and equal to whole forwards up to rounding, not bit for bit.
@@ -128,10 +128,10 @@ def measure_batches(
     Args:
         study: The engine, open.
         batches: The data.
-        sums: What is added to.
-        targets: From a batch to classes, to keep them apart; None does not.
+        sums: The sums that the losses are added to.
+        targets: Returns the class of each sample of a batch, to keep classes apart; None does not.
         progress: Whether to show a bar.
-        notes: Where an interruption is noted; None lets it through.
+        notes: A list to which a note on an interruption is added; None raises it.
     """
     parts = [part for batch in batches for part in study.parts(batch)]
     total = len(parts) * sum(map(len, sums.neurons.values()))

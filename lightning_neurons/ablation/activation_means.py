@@ -1,4 +1,4 @@
-"""The mean activation of every neuron: what takes its place in mean ablation."""
+"""The mean activation of every neuron, which replaces its activation in mean ablation."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -23,15 +23,18 @@ def activation_means(
     run: Callable[[Any, Any], Any] | None = None,
     add_up: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> dict[str, Float[Tensor, " neuron"]]:
-    """The mean activation of every neuron over samples and positions, summed in float64.
+    """Return the mean activation of every neuron over samples and positions, summed in float64.
 
     Args:
         model: The model; it runs without gradients in the mode that it is in.
-        layers: What ``hooks/trace.py`` found.
+        layers: The layers with their activation points.
         modules: Their modules.
         batches: The data.
         run: Runs the model on a batch; None calls it on the batch's inputs.
-        add_up: Adds a tensor up over processes.
+        add_up: Sums a tensor over processes.
+
+    Returns:
+        By layer, the means, of type float64.
     """
     totals: dict[str, Tensor] = {}
     counts: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""How far a cheap criterion can be trusted: its agreement with measured ablations.
+"""Agreement of a cheap criterion with measured ablations, which tells how far it can be trusted.
 
 The measurement is the absolute change of the loss without a neuron. On the samples that the criterion was measured on,
 agreement is flattered; on other samples it cannot exceed by much what the measurement agrees with itself between two
@@ -22,7 +22,7 @@ class OracleAgreement:
         same_data: Of the criterion with the measurement on the same samples.
         held_out: With the measurement on other samples.
         reliability: Of the measurement on one half of the samples with that on the other: the ceiling of ``held_out``.
-        neurons: How many neurons were compared.
+        neurons: Number of neurons that were compared.
     """
 
     same_data: float
@@ -40,6 +40,9 @@ def oracle_agreement(
         scores: By layer, the criterion on one half of the samples.
         measured: By layer, the change of the loss on that half; NaN where a neuron was not measured.
         held_out: The same on the other half.
+
+    Returns:
+        Rank correlations over the neurons that have a score and were measured on both halves.
 
     Example:
         >>> score = {"fc": torch.tensor([1.0, 2.0, 3.0])}

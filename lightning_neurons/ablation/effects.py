@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass
 class Effects:
-    """What some interventions do to a quantity, by class.
+    """Sums of the effects of some interventions on a quantity, by class.
 
     Attributes:
         sums: For each intervention and class: the number of values, and the sums of w, wx, w^2, w^2 x and w^2 x^2 over
@@ -25,7 +25,7 @@ class Effects:
 
     @classmethod
     def of(cls, interventions: int, classes: int = 1) -> "Effects":
-        """Nothing yet."""
+        """Return sums without any value."""
         return cls(torch.zeros(interventions, classes, 6, dtype=torch.float64))
 
     def add(
@@ -38,9 +38,9 @@ class Effects:
         """Add values of some interventions.
 
         Args:
-            rows: Which interventions, each once.
+            rows: The interventions, each once.
             values: The values of each.
-            weights: How many samples each value stands for.
+            weights: Number of samples that each value stands for.
             classes: The class of each value; None puts all into the first.
         """
         x, w = values.detach().double().cpu(), weights.double().cpu().expand(values.shape)
@@ -54,7 +54,7 @@ class Effects:
         self.sums[list(rows)] += by_class
 
     def with_classes(self, classes: int) -> "Effects":
-        """The same with room for at least so many classes."""
+        """Return the sums with room for at least so many classes."""
         missing = max(classes - self.sums.shape[1], 0)
         return Effects(torch.cat([self.sums, self.sums.new_zeros(len(self.sums), missing, 6)], 1))
 
@@ -64,7 +64,7 @@ class Effects:
 
     @property
     def samples(self) -> Float[Tensor, " intervention"]:
-        """How many samples each intervention was measured on."""
+        """The number of samples that each intervention was measured on."""
         return self.sums[..., 1].sum(1)
 
     @property
@@ -90,7 +90,7 @@ class Effects:
 
 
 def _standard_error(sums: Tensor) -> Tensor:
-    """Of a weighted mean: sum of w^2 (x - mean)^2 over (sum of w)^2, times n / (n - 1)."""
+    """Return that of a weighted mean: sum of w^2 (x - mean)^2 over (sum of w)^2, times n / (n - 1)."""
     n, w, wx, ww, wwx, wwxx = sums.unbind(-1)
     mean = wx / w
     spread = (wwxx - 2 * mean * wwx + mean * mean * ww).clamp_min(0)

@@ -28,20 +28,20 @@ NeuronSet = Mapping[str, Sequence[int]]
 
 
 class WhatIf:
-    """Runs a model on batches with neurons switched off. Isolate the model, in the mode of your choice, around it.
+    """An engine that runs a model with neurons switched off. Isolate the model, in the mode of your choice, around it.
 
     Args:
         model: The model.
-        loss_fn: From the model and a batch to a loss.
-        loss_reduction: What that is: ``"mean"``, ``"sum"`` or ``"none"``.
-        replacement: What takes the place of switched-off neurons.
+        loss_fn: Returns the loss of the model on a batch.
+        loss_reduction: How a scalar loss was reduced: ``"mean"``, ``"sum"`` or ``"none"``.
+        replacement: What the activation of a switched-off neuron becomes.
         exact: Whether losses are those of whole forwards bit for bit.
         by_sample: Whether to tell the losses of samples apart.
-        memory_limit: How many bytes may be kept for a batch.
+        memory_limit: Bytes of activations that may be kept for a batch.
         seed: Of the shuffles of ``"resample"``.
 
     Attributes:
-        layers: What is known of the layers, from the first batch on.
+        layers: The layers with their activation points, from the first batch on.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class WhatIf:
         self.replacement, self.exact, self.memory_limit = replacement, exact, memory_limit
         on_gpu = any(p.device.type == "cuda" for p in model.parameters())
         self.together = _STACKED if on_gpu and not exact else 1
-        """How many neurons are switched off in one run, each in a repetition of the batch."""
+        """Number of neurons that are switched off in one run, each in a repetition of the batch."""
         self.layers: dict[str, Layer] = {}
         self.means: dict[str, Tensor] = {}
         self.modules = candidates(model)
@@ -73,7 +73,7 @@ class WhatIf:
 
     @contextmanager
     def open(self) -> Iterator["WhatIf"]:
-        """Listen to what the model returns."""
+        """Record the outputs of the model inside the context."""
         handle = self.model.register_forward_hook(self._hear)
         try:
             yield self
@@ -85,7 +85,7 @@ class WhatIf:
         self._outputs.append(output)
 
     def remarks(self) -> list[str]:
-        """What the reader should know of how the numbers were found."""
+        """Return notes on how the numbers were computed."""
         reruns = self._reruns
         if reruns is None or not reruns.forwards:
             return []
@@ -93,7 +93,7 @@ class WhatIf:
         return [f"{reruns.forwards} of {total} runs were whole forwards: a replay would not have given the same"]
 
     def look(self, batch: Any) -> None:
-        """Learn where the layers' activations are, from the first batch."""
+        """Find the activation points of the layers, on the first batch."""
         if self.layers:
             return
 
@@ -112,23 +112,23 @@ class WhatIf:
         self.outcomes.know(list(self.modules.values()))
 
     def measure_means(self, batches: Sequence[Any]) -> None:
-        """Measure the mean activation of every neuron, for ``"mean"``."""
+        """Measure the mean activation of every neuron, for the replacement ``"mean"``."""
         with isolated(self.model):
             self.means = activation_means(self.model, self.layers, self.modules, batches, self.loss_fn)
 
     def parts(self, batch: Any) -> list[Any]:
-        """The batch in parts whose activations stay in a CPU's cache; whole, where that would change anything."""
+        """Return the batch in parts whose activations stay in a CPU's cache; whole, where that changes results."""
         found = list(self._passes.parts(batch))
         return found if len(found) == 1 or self.may_divide(batch, found) else [batch]
 
     def may_divide(self, batch: Any, parts: Sequence[Any]) -> bool:
-        """Whether a batch has the loss and the outputs of its parts; found out on the first batch."""
+        """Return whether a batch has the loss and the outputs of its parts; found out on the first batch."""
         if self._divides is None:
             self._divides = self.has_parts(batch, parts)
         return self._divides
 
     def has_parts(self, batch: Any, parts: Sequence[Any]) -> bool:
-        """Whether a batch has the loss and the outputs of these parts."""
+        """Return whether a batch has the loss and the outputs of these parts."""
         with torch.inference_mode(False), torch.no_grad(), eager(), isolated(self.model):
             whole = self._run(normal_tensors(batch))
             try:
@@ -138,7 +138,7 @@ class WhatIf:
                 return False
 
     def on(self, batch: Any) -> "BatchWhatIf":
-        """Run a batch (or a part of one) and make ready to run it with changes."""
+        """Run a batch (or a part of one) and prepare to run it with changes."""
         batch = normal_tensors(batch)
         samples = batch_size_of(batch)
         if self._reruns is None:
@@ -155,7 +155,7 @@ class WhatIf:
         return loss.detach(), list(self._outputs)
 
     def shuffle(self, samples: int) -> Tensor:
-        """For each sample another one: random, none stays where it is."""
+        """Return another sample for each sample: random, none stays where it is."""
         order = torch.randperm(samples, generator=self._generator)
         found = torch.empty_like(order)
         found[order] = order.roll(1)
@@ -163,7 +163,7 @@ class WhatIf:
 
 
 def require_present(study: WhatIf, layers: Iterable[str]) -> None:
-    """Make sure that layers have run.
+    """Check that layers have run.
 
     Raises:
         MeasurementError: Naming those that have not.
@@ -175,10 +175,10 @@ def require_present(study: WhatIf, layers: Iterable[str]) -> None:
 
 
 class BatchWhatIf:
-    """One batch.
+    """One batch that can be run again with changes.
 
     Attributes:
-        outcome: What the unchanged model gives.
+        outcome: Losses and outputs of the unchanged model.
     """
 
     def __init__(self, study: WhatIf, rerun: Rerun, batch: Any, samples: int) -> None:
@@ -191,11 +191,11 @@ class BatchWhatIf:
         self.outcome = study.outcomes.of([rerun.result], batch, samples)
 
     def order(self, layers: Sequence[str]) -> list[str]:
-        """Layers in the order in which they should be asked about."""
+        """Return layers in the order in which their neurons should be switched off."""
         return self._rerun.plan(layers)
 
     def without(self, sets: Sequence[NeuronSet]) -> Outcome:
-        """What the model gives without some neurons, one run for each of several sets."""
+        """Return the outcome without some neurons, one run for each of several sets."""
         with torch.inference_mode(False):
             if (stacked := self._stacked(sets)) is not None:
                 return stacked
@@ -207,16 +207,16 @@ class BatchWhatIf:
             return self._study.outcomes.of(results, self.batch, self.samples)
 
     def order_of(self, parameters: Sequence[Tensor]) -> list[int]:
-        """The order in which parameters should be changed."""
+        """Return the order in which parameters should be changed."""
         return self._rerun.plan_parameters(parameters)
 
     def prepare_parameter(self, parameter: Tensor) -> None:
-        """Make ready for a change of a parameter, before it is made."""
+        """Prepare for a change of a parameter, before it is made."""
         with torch.inference_mode(False):
             self._rerun.prepare_parameter(parameter)
 
     def _stacked(self, sets: Sequence[NeuronSet]) -> Outcome | None:
-        """Several sets of one layer in one run, where that is allowed and possible."""
+        """Return the outcome of several sets of one layer in one run, where that is allowed and possible."""
         study, layers = self._study, [name for neurons in sets for name in neurons]
         if study.together < 2 or len(sets) < 2 or any(len(neurons) != 1 for neurons in sets) or len({*layers}) != 1:
             return None
@@ -234,12 +234,12 @@ class BatchWhatIf:
         return Outcome(losses, found[0].weights, means, outputs)
 
     def with_changed(self, parameter: Tensor) -> Outcome:
-        """What the model gives with a parameter as it is now, if it was another one when the batch ran first."""
+        """Return the outcome with a parameter as it is now, if it had another value when the batch ran first."""
         with torch.inference_mode(False):
             return self._study.outcomes.of([self._rerun.with_changed(parameter)], self.batch, self.samples)
 
     def _is_unchanged(self, name: str, edit: Edit) -> bool:
-        """A neuron that has the new values already, such as a dead one, need not be run."""
+        """Return whether neurons have the new values already, as dead ones do, so that nothing need be run."""
         value = self._rerun.activation(name) if self._rerun.prepare(name) else None
         return value is not None and not edit.changes(value)
 
@@ -263,10 +263,10 @@ def given_study(
     seed: Any,
     exact: Any = True,
 ) -> WhatIf:
-    """The engine of an ablation study, if its arguments are right.
+    """Return the engine of an ablation study, after a check of its arguments.
 
     Raises:
-        ArgumentError: Naming the one that is not.
+        ArgumentError: If one is out of range; names it.
     """
     given_model(model)
     given_loss(loss_fn)

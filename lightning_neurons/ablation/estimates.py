@@ -1,4 +1,4 @@
-"""Means over a finite population from some of its samples, and what they decide.
+"""Means over a finite population from some of its samples, and the decisions that they allow.
 
 Samples are drawn without replacement with probabilities in proportion to a size (sequential Poisson sampling: Ohlsson
 1998), so that those on which much can change are seen early, and in the end all of them surely. A regression on control
@@ -24,8 +24,8 @@ class Estimates:
         seed: Of the draws.
 
     Attributes:
-        order: In which order samples have to be measured.
-        seen: By neuron, how many samples have been.
+        order: The samples, in the order in which they have to be measured.
+        seen: By neuron, the number of samples that have been measured.
     """
 
     def __init__(
@@ -43,14 +43,14 @@ class Estimates:
         self._stale = torch.ones(neurons, dtype=torch.bool)
 
     def add(self, neuron: int, values: Float[Tensor, " value"]) -> None:
-        """Add what a neuron does to the samples that come next in the order."""
+        """Add the effects of a neuron on the samples that come next in the order."""
         first = int(self.seen[neuron])
         self._values[first : first + len(values), neuron] = values.float().cpu()
         self.seen[neuron] += len(values)
         self._stale[neuron] = True
 
     def interval(self, confidence: float) -> tuple[Float[Tensor, " neuron"], Float[Tensor, " neuron"]]:
-        """Means, and the half widths of their two-sided confidence intervals; NaN where nothing was measured."""
+        """Return means, and the half widths of their two-sided confidence intervals; NaN where nothing was measured."""
         for seen in self.seen[self._stale].unique().tolist():
             rows = (self._stale & (self.seen == seen)).nonzero().flatten()
             for some in rows.split(_TOGETHER) if seen else ():
@@ -60,7 +60,7 @@ class Estimates:
         return middle, error * torch.from_numpy(stats.t.ppf((1 + confidence) / 2, freedom.numpy()))
 
     def _estimate(self, neurons: Tensor, seen: int) -> Float[Tensor, "3 chosen"]:
-        """Mean, standard error and degrees of freedom from the first ``seen`` samples."""
+        """Return mean, standard error and degrees of freedom from the first ``seen`` samples."""
         population, values = len(self._sizes), self._values[:seen, neurons].double().t()
         chance = torch.ones(seen, dtype=torch.float64)
         if seen < population:
@@ -84,12 +84,15 @@ class Estimates:
 def decided(
     low: Float[Tensor, " neuron"], high: Float[Tensor, " neuron"], bottom: int
 ) -> tuple[Bool[Tensor, " neuron"], Bool[Tensor, " neuron"]]:
-    """Which neurons are surely among the ``bottom`` lowest, and which surely are not.
+    """Return the neurons that are surely among the ``bottom`` lowest, and those that surely are not.
 
     Args:
         low: Lower ends of intervals.
         high: Upper ends.
-        bottom: How many neurons are looked for.
+        bottom: Number of neurons that are looked for.
+
+    Returns:
+        Two masks.
 
     Example:
         >>> low, high = torch.tensor([0.0, 1.0, 1.5, 4.0]), torch.tensor([0.5, 2.0, 3.0, 5.0])

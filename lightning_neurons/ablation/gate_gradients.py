@@ -1,4 +1,4 @@
-"""Gate gradients of single samples: what first and second order say of switching a neuron off."""
+"""Gate gradients of single samples: first- and second-order estimates of switching a neuron off."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,11 +19,11 @@ from lightning_neurons.measurement.passes import Passes
 
 
 class GateGradients:
-    """Differentiates batches with respect to gates on neurons; a receiver of ``Passes``.
+    """Gradients of batches with respect to gates on neurons; a receiver of ``Passes``.
 
     Args:
         study: The engine, whose model, loss and layers are used.
-        neurons: Which neurons, by layer.
+        neurons: The neurons, by layer.
 
     Attributes:
         works: Whether the loss can be differentiated.
@@ -39,13 +39,13 @@ class GateGradients:
         self._passes = Passes(study.model, [self])
 
     def learn(self, layers: Mapping[str, Layer]) -> None:
-        """Receiver of ``Passes``."""
+        """Store the layers and their activation points."""
         self._layers = layers
 
     def receive(
         self, layer: str, activation: Tensor, gradient: Tensor | None, need: Need, inner: Tensor | None = None
     ) -> None:
-        """Receiver of ``Passes``."""
+        """Add the gate gradients of one call of one layer."""
         known = self._layers[layer]
         form = known.axis, self._size, known.rows_per_sample
         view = LayerView(
@@ -56,7 +56,7 @@ class GateGradients:
         self._sums[layer] = self._sums.get(layer, 0) + view.gate_gradient
 
     def of(self, batch: Any) -> Float[Tensor, "batch neuron 2"]:
-        """For each sample and neuron, ``-u`` and ``u^2``; zeros where the loss cannot be differentiated."""
+        """Return ``-u`` and ``u^2`` for each sample and neuron; zeros where the loss cannot be differentiated."""
         size = self._size = batch_size_of(batch)
         width = sum(map(len, self._neurons.values()))
         if not self.works:

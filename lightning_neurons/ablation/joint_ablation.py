@@ -1,4 +1,4 @@
-"""What happens without several neurons at once: the check before a cut, and cumulative curves."""
+"""Ablation of several neurons at once: the check before a cut, and cumulative curves."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -103,8 +103,8 @@ def ablation_curves(
         loss_fn: As in ``ablate``.
         scores: By layer, higher more important: scores of a report, or ``AblationReport.delta_loss``. Layers and
             neurons (NaN) that it leaves out stay.
-        points: How many shares of neurons are measured, from none to all.
-        random_orders: How many random orders are the control.
+        points: Number of shares of neurons to measure, from none to all.
+        random_orders: Number of random orders, the control.
         replacement: As in ``ablate``.
         loss_reduction: As in ``ablate``.
         memory_limit: As in ``ablate``.
@@ -149,13 +149,16 @@ def ablation_curves(
 def measure_sets(
     study: WhatIf, batches: Sequence[Any], sets: Sequence[Mapping[str, Sequence[int]]], *, progress: bool = False
 ) -> tuple[Effects, Effects]:
-    """The loss, and its change without each set.
+    """Measure the loss, and its change without each set.
 
     Args:
         study: The engine.
         batches: The data.
         sets: Neurons by layer.
         progress: Whether to show a bar.
+
+    Returns:
+        Sums of the loss of the unchanged model, and of its change, one row for each set.
     """
     base, changes = Effects.of(1), Effects.of(len(sets))
     with isolated(study.model), torch.no_grad(), study.open():
@@ -180,7 +183,7 @@ def measure_sets(
 
 
 def _ranked(model: nn.Module, scores: Any) -> list[tuple[str, int]]:
-    """Neurons from the most to the least important."""
+    """Return neurons from the most to the least important."""
     if not isinstance(scores, Mapping) or not scores or not all(isinstance(s, Tensor) for s in scores.values()):
         raise ArgumentError.of("scores", scores, "scores by layer, such as report.scores['fisher']")
     widths = widths_of(model)

@@ -1,4 +1,4 @@
-"""Which neurons a study is about."""
+"""The choice of the neurons that a study is about."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -15,12 +15,15 @@ _ALLOWED = '"all", patterns of layers, pairs (layer, neuron), or a mapping of la
 
 
 def chosen_neurons(model: nn.Module, neurons: Any, *, name: str = "neurons") -> dict[str, list[int]]:
-    """The neurons that are meant, by layer, in the order of the model.
+    """Return the chosen neurons by layer, in the order of the model.
 
     Args:
         model: The model.
         neurons: See ``NeuronChoice``.
-        name: What the argument is called in errors.
+        name: The argument's name in errors.
+
+    Returns:
+        By layer, the indices of neurons, ascending.
 
     Raises:
         ArgumentError: If nothing is chosen, a neuron is out of range or comes twice, or it is no choice at all.
@@ -53,7 +56,7 @@ def chosen_neurons(model: nn.Module, neurons: Any, *, name: str = "neurons") -> 
 
 
 def layers_matching(name: str, model: nn.Module, patterns: Sequence[Pattern] | None) -> dict[str, nn.Module]:
-    """``candidates``, with errors that name the argument.
+    """Return the layers that match patterns, as ``candidates`` does, with errors that name the argument.
 
     Raises:
         UnknownNameError: If a pattern matches no layer.

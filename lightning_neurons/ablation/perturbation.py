@@ -58,7 +58,7 @@ def perturb(
         model: Any module. Batches must lie on its device.
         batches: An iterable of batches of any form; kept in memory.
         loss_fn: Called with the model and a batch; returns a scalar, or one loss per sample.
-        delta: How far to shift.
+        delta: Size of the shift, see ``mode``.
         mode: ``"add"`` adds ``delta``, ``"scale"`` multiplies by ``1 + delta``, ``"noise"`` adds normal noise of
             standard deviation ``delta``.
         level: ``"parameter"`` shifts whole parameters; ``"neuron"`` the incoming weights of one neuron at a time.

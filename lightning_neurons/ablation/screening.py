@@ -32,11 +32,11 @@ _CHUNK = 16
 
 @dataclass(frozen=True)
 class Screening:
-    """What was measured, and how far it agrees with the criterion.
+    """Measured ablations, and their agreement with the criterion.
 
     Attributes:
         ablation: The measurement, on all samples.
-        agreement: Of the criterion with it.
+        agreement: Of the criterion with the measurement.
         criterion: The criterion's name.
         report: The criterion's scores on the samples that it was measured on.
     """
@@ -60,19 +60,22 @@ def screen(
     replacement: Replacement = "zero",
     may_mix: bool = True,
 ) -> Screening:
-    """Screen and measure. Isolate the model around it, in evaluation mode.
+    """Ablate the neurons at both ends of a criterion's ranking. Isolate the model around it, in evaluation mode.
 
     Args:
         model: The model.
         batches: The data; every second sample is held out from the criterion.
-        loss_fn: From the model and a batch to a loss.
-        criterion: What screens.
+        loss_fn: Returns the loss of the model on a batch.
+        criterion: The criterion that ranks the neurons.
         run: Runs the model on a batch where no loss is needed.
-        loss_reduction: What a scalar of ``loss_fn`` is of its samples.
+        loss_reduction: How a scalar of ``loss_fn`` was reduced over samples.
         layers: None for all but those that make the output; or patterns.
-        ends: How many neurons are measured at each end of the ranking; None measures all.
-        replacement: What takes the place of a neuron.
+        ends: Number of neurons to measure at each end of the ranking; None measures all.
+        replacement: What the activation of a switched-off neuron becomes.
         may_mix: Whether samples may be run in other company than their batch's.
+
+    Returns:
+        The ablations on all samples, and the criterion's scores on its half of them.
 
     Raises:
         MeasurementError: If there are too few samples for two halves, or no layer runs.
@@ -114,11 +117,14 @@ def screen(
 
 
 def halves(batches: Sequence[Any], *, may_mix: bool = True) -> tuple[list[Any], list[Any]]:
-    """Every second sample, and the others, in small batches; whole batches in turn where they cannot be divided.
+    """Return every second sample, and the others, in small batches; whole batches in turn where they cannot be divided.
 
     Args:
         batches: The data.
         may_mix: Whether samples may be run in other company than their batch's.
+
+    Returns:
+        Two lists of batches.
 
     Raises:
         MeasurementError: If there are fewer than two samples.
@@ -137,7 +143,7 @@ def halves(batches: Sequence[Any], *, may_mix: bool = True) -> tuple[list[Any], 
 
 
 def _studied(study: WhatIf, layers: Sequence[Pattern] | None) -> list[str]:
-    """The layers that take part."""
+    """Return the layers that take part."""
     if layers is None:
         return [name for name, layer in study.layers.items() if not layer.output]
     found = [name for name in candidates(study.model, layers) if name in study.layers]
@@ -147,7 +153,7 @@ def _studied(study: WhatIf, layers: Sequence[Pattern] | None) -> list[str]:
 
 
 def _both_ends(scores: Mapping[str, Tensor], ends: int | None) -> dict[str, list[int]]:
-    """The neurons at both ends of the ranking over all layers."""
+    """Return the neurons at both ends of the ranking over all layers."""
     pairs = [(name, i) for name, values in scores.items() for i in range(len(values))]
     ranked = order(torch.cat([values.double().cpu() for values in scores.values()])).tolist()
     chosen = ranked if ends is None or 2 * ends >= len(ranked) else [*ranked[:ends], *ranked[-ends:]]

@@ -72,15 +72,18 @@ def race(
     *,
     progress: bool = False,
 ) -> AblationReport:
-    """Run a race.
+    """Find the least important neurons by a race, in which neurons drop out as soon as they are decided.
 
     Args:
         study: The engine, open.
         batches: The data.
-        neurons: Who takes part, by layer.
+        neurons: The neurons that take part, by layer.
         rules: The rules.
-        settings: What goes into the report.
+        settings: Settings that the report names.
         progress: Whether to show a bar.
+
+    Returns:
+        Estimated changes of the loss with standard errors; ``undecided`` names the neurons that could not be placed.
 
     Raises:
         MeasurementError: If losses cannot be told apart by sample.
@@ -142,7 +145,7 @@ def _one_part(
 
 
 def _losses(study: WhatIf, whole: Any) -> Tensor:
-    """The losses of all samples."""
+    """Return the losses of all samples."""
     outcomes = [study.on(part).outcome for part in study.parts(whole)]
     if any((outcome.weights != 1).any() for outcome in outcomes):
         raise MeasurementError(
@@ -155,7 +158,7 @@ def _losses(study: WhatIf, whole: Any) -> Tensor:
 def _controls(
     study: WhatIf, neurons: Mapping[str, Sequence[int]], whole: Any, population: int, *, is_worth: bool
 ) -> tuple[Tensor, list[str]]:
-    """The control variates of each sample, and why there are none (then they are zeros)."""
+    """Return the control variates of each sample, and notes on why there are none (then they are zeros)."""
     gates, width = GateGradients(study, neurons), sum(map(len, neurons.values()))
     why = "the loss cannot be differentiated" if is_worth else "they would take more than half of the budget"
     try:
@@ -168,7 +171,7 @@ def _controls(
 
 
 def _joined(batches: Sequence[Any]) -> tuple[Any, int]:
-    """All samples as one batch, and how many there are.
+    """Return all samples as one batch, and how many there are.
 
     Raises:
         MeasurementError: If they cannot be joined.

@@ -1,4 +1,4 @@
-"""What an ablation study adds up: losses by neuron and class, and metrics."""
+"""Sums of an ablation study: losses by neuron and class, and metrics."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -19,8 +19,8 @@ class AblationSums:
     """Sums over batches; those of several processes merge.
 
     Args:
-        neurons: Which neurons, by layer.
-        widths: How many neurons each layer has.
+        neurons: The neurons, by layer.
+        widths: Number of neurons of each layer.
         metrics: torchmetrics by name.
     """
 
@@ -38,7 +38,7 @@ class AblationSums:
         self.has_classes = False
 
     def start(self, outcome: Outcome, batch: Any, classes: Tensor | None) -> None:
-        """Begin a batch with what the unchanged model gives.
+        """Begin a batch with the outcome of the unchanged model.
 
         Raises:
             MeasurementError: If classes or metrics are asked for and samples, or outputs, cannot be told apart.
@@ -52,7 +52,7 @@ class AblationSums:
         self._update(None, outcome.outputs[0])
 
     def add(self, layer: str, neurons: Sequence[int], outcome: Outcome) -> None:
-        """Add what the model gives without each of some neurons.
+        """Add the outcome without each of some neurons.
 
         Raises:
             MeasurementError: If classes are kept apart and the losses of samples cannot be.
@@ -142,7 +142,7 @@ class AblationSums:
         )
 
     def _by_layer(self, values: Tensor) -> dict[str, Tensor]:
-        """From one value per chosen neuron (in the last axis) to one per neuron of each layer."""
+        """Return one value per neuron of each layer, from one per chosen neuron (in the last axis); NaN elsewhere."""
         found = {n: values.new_full((*values.shape[:-1], self.widths[n]), torch.nan) for n in self.neurons}
         for (layer, neuron), row in self.rows.items():
             found[layer][..., neuron] = values[..., row]

@@ -1,4 +1,4 @@
-"""How well a model does, class by class, with some of its neurons switched off."""
+"""The accuracy of a model, class by class, with some of its neurons switched off."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -16,23 +16,23 @@ from lightning_neurons.layers.layer import Layer
 from lightning_neurons.results.class_report import ClassAccuracy
 
 Forward = Callable[[nn.Module, Any], Any]
-"""From a model and a batch to logits ``(batch, class)``."""
+"""A function of a model and a batch that returns logits ``(batch, class)``."""
 
 Masks = Mapping[str, Bool[Tensor, " neuron"]]
-"""By layer, which neurons are on."""
+"""By layer, True for the neurons that are on."""
 
 
 class ClassAccuracies:
-    """Counts of right answers; those of several processes add up.
+    """Counts of correct predictions; those of several processes add up.
 
     Args:
         model: The model, in evaluation mode.
-        forward: How it is run.
-        layers: What ``hooks/trace.py`` found.
+        forward: Runs it on a batch.
+        layers: The layers with their activation points.
         modules: Their modules.
-        variants: Which neurons are on, for each variant of the model; an empty mapping is the whole model.
-        classes: How many classes there are.
-        replacement: What takes the place of those that are off.
+        variants: Masks of the neurons that are on, for each variant of the model; an empty mapping is the whole model.
+        classes: Number of classes.
+        replacement: What the activation of a neuron that is off becomes.
         means: Mean activations by layer, for ``"mean"``.
     """
 
@@ -71,10 +71,10 @@ class ClassAccuracies:
 
 
 def checked_logits(output: Any, targets: Tensor) -> Tensor:
-    """Logits of the right shape, out of whatever a model puts out.
+    """Return the logits in the output of a model, after a check of their shape.
 
     Raises:
-        MeasurementError: If it is anything else, or a target is no class of them.
+        MeasurementError: If there are none of shape ``(batch, class)``, or a target is no class of them.
     """
     logits = logits_in(output)
     if logits is None or logits.ndim != 2 or len(logits) != len(targets):
@@ -86,7 +86,7 @@ def checked_logits(output: Any, targets: Tensor) -> Tensor:
 
 
 def require_finite(logits: Tensor) -> None:
-    """Refuse logits of which some are NaN or infinite: nobody could say which is the largest.
+    """Refuse logits of which some are NaN or infinite: the predicted class would not be defined.
 
     Raises:
         MeasurementError: If there are any.
@@ -99,7 +99,7 @@ def require_finite(logits: Tensor) -> None:
 def variants_of(
     members: Mapping[str, Tensor], draws: Sequence[Mapping[str, Tensor]], rows: Sequence[int]
 ) -> tuple[list[Masks], dict[str, list[list[int]]]]:
-    """Every different variant once, and for each kind and class, which variants it is."""
+    """Return every different variant of the model once, and for each kind and class, the indices of its variants."""
     variants: list[Masks] = [{}]
     known: dict[bytes, int] = {}
 
@@ -127,13 +127,16 @@ def variants_of(
 def accuracy_rows(
     right: Tensor, counts: Tensor, classes: Sequence[int], places: Mapping[str, Sequence[Sequence[int]]]
 ) -> list[ClassAccuracy]:
-    """From counts of right answers to accuracies.
+    """Return the accuracies that follow from counts of correct predictions.
 
     Args:
-        right: ``(variant, class)``: right answers by variant of the model and true class.
+        right: ``(variant, class)``: correct predictions by variant of the model and true class.
         counts: ``(class,)``: samples of each class.
         classes: The classes that are looked at.
         places: For each kind of model and class, the variants whose mean is taken; kinds without any are left out.
+
+    Returns:
+        One row for each class and kind of model; accuracies are shares of samples, from 0 to 1.
     """
     rows = []
     for row, klass in enumerate(classes):

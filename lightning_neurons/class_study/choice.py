@@ -13,7 +13,7 @@ from lightning_neurons.errors import ArgumentError, check_share, is_number
 
 @dataclass(frozen=True)
 class ClassRule:
-    """Which neurons of a layer are a class's own: exactly one rule, or the better half.
+    """A rule for the neurons of a layer that belong to a class; without any, the more important half does.
 
     Attributes:
         share: The most important share of each layer.
@@ -39,18 +39,21 @@ class ClassRule:
             raise ArgumentError.of("threshold", self.threshold, "a number")
 
     def plain(self) -> dict[str, float]:
-        """The rule, by name."""
+        """Return the rule as its name and value."""
         return {name: value for name, value in vars(self).items() if value is not None} or {"share": 0.5}
 
     def members(
         self, importance: Mapping[str, Float[Tensor, "klass neuron"]], classes: Sequence[int], asked: Sequence[int]
     ) -> dict[str, Bool[Tensor, "klass neuron"]]:
-        """Which neurons belong to each class.
+        """Return the neurons that belong to each class.
 
         Args:
-            importance: By layer.
+            importance: By layer, that of each neuron for each class.
             classes: The classes of its rows, for messages.
             asked: The rows that have to have some neurons, and not all; others may be left without any.
+
+        Returns:
+            By layer, True where a neuron belongs to the class of the row.
 
         Raises:
             ArgumentError: If one of those would keep nothing or everything.
@@ -78,7 +81,7 @@ class ClassRule:
 def random_members(
     members: Mapping[str, Bool[Tensor, "klass neuron"]], generator: torch.Generator
 ) -> dict[str, Bool[Tensor, "klass neuron"]]:
-    """As many neurons of each layer for each class, drawn at random; classes with the same sizes get the same ones."""
+    """Draw as many neurons of each layer for each class at random; classes with the same sizes get the same ones."""
     drawn: dict[tuple[int, ...], dict[str, Tensor]] = {}
     sizes = torch.stack([m.sum(1) for m in members.values()], 1)
     rows = []

@@ -1,4 +1,4 @@
-"""Which neurons serve which classes, and what a network of those neurons alone can do."""
+"""Class studies: the neurons that serve a class, and the accuracy of a network of those neurons alone."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, get_args
@@ -54,7 +54,7 @@ def class_study(
     Args:
         model: A classifier, run in evaluation mode and left as it was. Batches must lie on its device.
         batches: An iterable of batches that show their targets, such as pairs; kept in memory.
-        classes: Which classes; None takes all that the data has.
+        classes: The classes; None takes all that the data has.
         method: How importance is found. ``"thresholding"``: from the samples of the class, one pass for all neurons;
             ``"masking"``: the measured change of the class's loss without each neuron, see ``ablate``.
         importance: For thresholding, the name of a criterion: ``"mean"`` activation, or ``"fisher"``, for example.
@@ -63,9 +63,9 @@ def class_study(
         cumulative: The fewest neurons of a layer that hold this share of its importance belong to the class.
         layers: None for all, or patterns of paths, names of classes or module types; others are left alone.
         replacement: What neurons that are off become: ``"zero"``, or their ``"mean"`` over all samples.
-        controls: How many random draws are compared; classes with as many neurons share them.
-        forward: From the model and a batch to logits, or to an object in which they are called so; None calls the
-            model on the batch's inputs.
+        controls: Number of random draws to compare with; classes with as many neurons share them.
+        forward: Returns the logits of the model on a batch, or an object with ``logits``; None calls the model on the
+            batch's inputs.
         progress: Show progress bars.
         seed: Of the random draws.
 
@@ -104,7 +104,7 @@ def class_study(
 def checked_settings(
     classes: Any, method: Any, importance: Any, replacement: Any, controls: Any, layers: Any, seed: int
 ) -> dict[str, Any]:
-    """The settings of a study, checked as far as they can be without a model.
+    """Return the settings of a study, checked as far as they can be without a model.
 
     Raises:
         ArgumentError: If one is out of range.

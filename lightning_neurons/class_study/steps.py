@@ -42,15 +42,15 @@ SumProcesses = Callable[[Tensor], Tensor]
 
 
 class ClassStudy:
-    """One study; the model is isolated and in evaluation mode around ``run``.
+    """A class study; the model is isolated and in evaluation mode around ``run``.
 
     Args:
         model: The model.
-        forward: From the model and a batch to logits.
-        settings: What was asked for, checked.
-        rule: Which neurons are a class's own.
-        processes: How many processes take part, each with its own batches.
-        add_up: Adds a tensor up over processes.
+        forward: Returns the logits of the model on a batch.
+        settings: The checked settings.
+        rule: The rule for the neurons that belong to a class.
+        processes: Number of processes, each with its own batches.
+        add_up: Sums a tensor over processes.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class ClassStudy:
         )
 
     def run(self, batches: Sequence[Any], *, progress: bool = False) -> ClassReport:
-        """Find neurons and measure what they make. All classes that have samples are looked at; some are reported."""
+        """Find the neurons of all classes that have samples, and report the accuracies of those asked for."""
         counts = self._counts(batches)
         there = counts.nonzero().flatten().tolist()
         chosen = self._chosen(there)
@@ -99,10 +99,11 @@ class ClassStudy:
         )
 
     def check(self, batch: Any) -> None:
-        """Make sure that the model makes logits of a batch, and that the batch shows its targets.
+        """Check that the model returns logits for a batch, and that the batch shows its targets.
 
         Raises:
-            MeasurementError: Otherwise.
+            MeasurementError: If it does not.
+            ArgumentError: If a class that is asked for is none of the model's outputs.
         """
         outputs = self._logits(batch).shape[1]
         if wrong := [klass for klass in self.settings["classes"] or () if klass >= outputs]:
@@ -110,7 +111,7 @@ class ClassStudy:
         self._studied(batch)
 
     def _counts(self, batches: Sequence[Any]) -> Tensor:
-        """How many samples each class has, in all processes."""
+        """Count the samples of each class, in all processes."""
         targets = torch.cat([targets_in(batch, True).cpu() for batch in batches])
         outputs = self._logits(batches[0]).shape[1]
         if len(targets) and int(targets.max()) >= outputs:
@@ -132,7 +133,7 @@ class ClassStudy:
         return list(there if chosen is None else chosen)
 
     def _studied(self, batch: Any) -> dict[str, Layer]:
-        """The layers that take part: those that lead to the logits and do not make them."""
+        """Return the layers that take part: those that lead to the logits and do not make them."""
         engine = self._engine
         engine.look(batch)
         with Origins(engine.modules) as origins:
@@ -154,7 +155,7 @@ class ClassStudy:
     def _importance(
         self, batches: Sequence[Any], classes: Sequence[int], layers: Sequence[str], progress: bool
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """By layer, ``(class, neuron)``: importance, and mean magnitude of activations."""
+        """Return, by layer, ``(class, neuron)``: importance, and mean magnitude of activations."""
         name = self.settings["importance"]
         masking = self.settings["method"] == "masking"
         criteria = [_MAGNITUDE] if masking else [CRITERIA[name], _MAGNITUDE]

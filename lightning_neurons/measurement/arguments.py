@@ -1,4 +1,4 @@
-"""What every study checks of its first arguments."""
+"""Checks of the arguments that every study takes: the model, the loss function and the batches."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -14,7 +14,7 @@ from lightning_neurons.errors import (
 
 
 def given_model(model: Any) -> None:
-    """Refuse what is no module.
+    """Check that the model is a module.
 
     Raises:
         ArgumentError: If it is a class, or anything else.
@@ -25,7 +25,7 @@ def given_model(model: Any) -> None:
 
 
 def given_loss(loss_fn: Any) -> None:
-    """Refuse what cannot be called.
+    """Check that the loss function can be called.
 
     Raises:
         ArgumentError: If it is no function, or a module such as ``nn.CrossEntropyLoss()``, which takes other arguments.
@@ -36,7 +36,7 @@ def given_loss(loss_fn: Any) -> None:
 
 
 def check_batches(batches: Any) -> None:
-    """Refuse what is no iterable of batches.
+    """Check that ``batches`` is an iterable of batches.
 
     Raises:
         ArgumentError: If it is a single tensor, a dataset, or no iterable.
@@ -46,7 +46,7 @@ def check_batches(batches: Any) -> None:
 
 
 def given_batches(batches: Any) -> list[Any]:
-    """All batches that have samples.
+    """Return all batches that have samples.
 
     Raises:
         ArgumentError: If it is no iterable of batches.

@@ -1,4 +1,4 @@
-"""Whether a batch may be run in parts, or joined to others: not where samples depend on one another."""
+"""Tests whether a batch may be run in parts, or joined to others: not where samples depend on one another."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -30,7 +30,7 @@ Result = tuple[Tensor, list[Any]]
 
 
 class Independence:
-    """Finds out whether samples may be run in other company than their batch's, on the first batches that can tell.
+    """A test, on the first batches that can tell, whether samples may be run in other batches than their own.
 
     The loss of a batch, summed over samples, has to be that of two parts of it that are as different as possible. It is
     not where samples are compared with one another, weighted by class, averaged by tokens, or where a batch holds one
@@ -47,12 +47,15 @@ class Independence:
         self._tries = 0
 
     def shown(self, loss_of: Callable[[Any], Tensor], batch: Any, isolated: Isolated) -> bool:
-        """Whether it has been shown, by this batch or one before.
+        """Return whether the samples have been shown to be independent, by this batch or one before.
 
         Args:
-            loss_of: From a batch to its loss, summed over samples.
+            loss_of: Returns the loss of a batch, summed over samples.
             batch: The batch.
-            isolated: What leaves the model as it was.
+            isolated: A context manager that leaves the model as it was.
+
+        Returns:
+            True if the batch may be divided and the loss of a sample does not depend on the others.
         """
         if self._is_shown is None and self._tries < _TRIES:
             self._tries += 1
@@ -66,7 +69,7 @@ class Independence:
 
 
 def _one_after_the_other(loss_of: Callable[[Any], Tensor], batch: Any, isolated: Isolated) -> list[float] | None:
-    """The losses of some runs of a batch, with the same random numbers; None if it does not run.
+    """Return the losses of some runs of a batch, with the same random numbers; None if it does not run.
 
     In between, another batch of its form is run: what a step keeps of the batch before may show only then, or only
     after some batches.
@@ -90,7 +93,7 @@ def _one_after_the_other(loss_of: Callable[[Any], Tensor], batch: Any, isolated:
 
 
 def _is_sum_of_parts(whole: float, loss_of: Callable[[Any], Tensor], batch: Any, isolated: Isolated) -> bool | None:
-    """Whether the loss of a batch is that of two parts of it; None if this batch cannot tell."""
+    """Return whether the loss of a batch is that of two parts of it; None if this batch cannot tell."""
     if not is_divisible(batch) or (size := batch_size_of(batch)) < 2:
         return None
     targets = targets_of(batch)
@@ -122,15 +125,18 @@ def _is_sum_of_parts(whole: float, loss_of: Callable[[Any], Tensor], batch: Any,
 
 
 def divides(outcomes: Outcomes, batch: Any, parts: Sequence[Any], results: Sequence[Result]) -> bool:
-    """Whether a batch has the loss and the outputs of its parts.
+    """Return whether a batch has the loss and the outputs of its parts.
 
     A loss with class weights, one that compares samples, and norm layers without running statistics have not.
 
     Args:
-        outcomes: From results to losses.
+        outcomes: Makes losses of results.
         batch: The batch.
         parts: Its parts.
-        results: What a run of the batch gave, and one of each part.
+        results: Loss and outputs of a run of the batch, then those of a run of each part.
+
+    Returns:
+        True if the mean loss and, where the model is called once, its outputs are the same up to rounding.
     """
     sizes = [batch_size_of(one) for one in parts]
     means = [
@@ -147,12 +153,12 @@ def _all_near(losses: Sequence[float]) -> bool:
 
 
 def _near(whole: float, pieces: Sequence[float]) -> bool:
-    """Whether a loss is the sum of others, measured by their own size: losses may be tiny."""
+    """Return whether a loss is the sum of others, relative to their own size: losses may be tiny."""
     return abs(whole - sum(pieces)) <= _ALIKE * max(abs(whole), sum(map(abs, pieces)))
 
 
 def _joined_alike(whole: list[Any], parts: Sequence[list[Any]]) -> bool:
-    """Whether outputs of a batch are those of its parts, one after the other."""
+    """Return whether the outputs of a batch are those of its parts, one after the other."""
     if len(whole) != 1 or any(len(heard) != 1 for heard in parts):
         return True  # then losses have to tell
     columns = [list(tensors_in(heard[0])) for heard in parts]

@@ -1,4 +1,4 @@
-"""What is differentiated: losses summed over samples, on clean or shifted inputs, on true or drawn labels."""
+"""Losses that are differentiated: summed over samples, on clean or shifted inputs, on true or drawn labels."""
 
 from collections.abc import Callable
 from typing import Any, Literal, get_args
@@ -16,17 +16,20 @@ LOSS_REDUCTIONS: tuple[str, ...] = get_args(LossReduction)
 
 
 def normal_tensors(batch: Any) -> Any:
-    """The batch apart from any graph, with copies of its inference tensors, which autograd would refuse."""
+    """Return the batch detached from any graph, with copies of its inference tensors, which autograd would refuse."""
     return map_tensors(batch, lambda t: t.clone() if t.is_inference() else t.detach())
 
 
 def summed(loss: Tensor, reduction: LossReduction, batch_size: int) -> Tensor:
-    """The loss summed over samples, so that no score depends on the batch size.
+    """Return the loss summed over samples, so that no score depends on the batch size.
 
     Args:
         loss: A scalar, or one loss per sample.
         reduction: How a scalar was reduced; one loss per sample is summed whatever it says.
         batch_size: Number of samples.
+
+    Returns:
+        A scalar, in units of the loss.
 
     Raises:
         MeasurementError: If the shape fits neither.
@@ -73,11 +76,14 @@ def _exchange(batch: Any, old: Tensor, new: Tensor) -> Any:
 
 
 def sampled_label_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """Cross entropy, summed, with labels drawn from the model's own prediction.
+    """Return the cross entropy, summed, with labels drawn from the model's own prediction.
 
     Args:
         logits: ``(batch, class)``, ``(batch, token, class)`` or ``(batch, class, *space)`` with two or more space axes.
-        generator: Where the draws come from, on the device of ``logits``.
+        generator: Of the draws, on the device of ``logits``.
+
+    Returns:
+        A scalar, summed over samples and positions.
 
     Raises:
         MeasurementError: If ``logits`` is not such a tensor.

@@ -1,4 +1,4 @@
-"""A report without a Trainer."""
+"""Measurements without a Trainer."""
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -25,7 +25,7 @@ from lightning_neurons.measurement.settings import MeasurementSettings
 from lightning_neurons.results.neuron_report import NeuronReport
 
 LossFunction = Callable[[Any, Any], Tensor]
-"""From the model and a batch to a scalar, or one loss per sample."""
+"""A function of the model and a batch that returns a scalar, or one loss per sample."""
 
 
 def measure(
@@ -112,7 +112,7 @@ def measure(
 
 
 def call_on_inputs(model: nn.Module, batch: Any) -> Any:
-    """What the model makes of a batch without its targets."""
+    """Return the output of the model on a batch without its targets."""
     return call(model, inputs_of(batch))
 
 
@@ -123,14 +123,17 @@ def collect(
     loss_fn: LossFunction | None,
     run: Callable[[Any, Any], Any] = call_on_inputs,
 ) -> int:
-    """Measure batches; returns how many samples there were. Isolate the model around it, in evaluation mode.
+    """Measure batches. Isolate the model around it, in evaluation mode.
 
     Args:
-        measurement: What is added to.
+        measurement: The measurement that the batches are added to.
         batches: The data.
-        settings: What was asked for.
+        settings: The checked arguments.
         loss_fn: See ``measure``.
-        run: How the model is run where no loss is needed.
+        run: Runs the model on a batch where no loss is needed.
+
+    Returns:
+        The number of samples.
     """
     passes, seen, independence = Passes(measurement.model, [measurement]), 0, Independence()
     for index, batch in enumerate(batches):
@@ -181,7 +184,7 @@ def _one_batch(
 
 
 def sampled_loss(model: Any, batch: Any, seed: int) -> Tensor:
-    """The loss on labels drawn from the model's own prediction; the same labels for the same ``seed``."""
+    """Return the loss on labels drawn from the model's own prediction; the same labels for the same ``seed``."""
     output = call(model, inputs_of(batch))
     logits = logits_in(output)
     generator = torch.Generator("cpu" if logits is None else logits.device).manual_seed(seed)
@@ -189,12 +192,12 @@ def sampled_loss(model: Any, batch: Any, seed: int) -> Tensor:
 
 
 def predicted_logit(model: Any, batch: Any) -> Tensor:
-    """A ``loss_fn``: each sample's largest output. What do the predictions rest on?"""
+    """Return each sample's largest output: a ``loss_fn`` that asks what the predictions rest on."""
     return _logits(model, batch).amax(1)
 
 
 def logit(index: int) -> LossFunction:
-    """A ``loss_fn``: one output, by index. What does this class rest on?"""
+    """Return a ``loss_fn`` that gives one output, by index: it asks what that class rests on."""
 
     def chosen(model: Any, batch: Any) -> Tensor:
         logits = _logits(model, batch)

@@ -25,14 +25,14 @@ _NAMED = 5
 
 
 class Measurement:
-    """Collects what one report needs; a receiver of ``Passes``.
+    """The sums that one report is made of; a receiver of ``Passes``.
 
     Args:
         model: The model that is measured.
-        criteria: What to measure.
+        criteria: The criteria to measure.
         layers: None for all, or patterns.
         per_class: Whether to keep classes apart.
-        device: Where the sums live.
+        device: Device of the sums; None for the CPU.
 
     Raises:
         ArgumentError: If a pattern matches no layer, or a layer is still lazy.
@@ -71,23 +71,23 @@ class Measurement:
 
     @property
     def needs_gradients(self) -> bool:
-        """Whether any criterion takes more than a forward."""
+        """True if any criterion takes more than a forward."""
         return bool(self.needs - {"activation"})
 
     def leave_out_gradients(self) -> None:
-        """Report only what needs no gradients."""
+        """Leave out the criteria that need gradients."""
         self.criteria = tuple(c for c in self.criteria if not c.needs - {"activation"})
 
     def start_batch(self, batch_size: int | None, targets: Tensor | None) -> None:
-        """Say how many samples are coming and, if known, what they are."""
+        """Set the number of samples of the next batch and, if known, their targets."""
         self._batch_size, self._targets = batch_size, targets
 
     def finish_batch(self) -> None:
-        """Add what waited for the batch's end."""
+        """Add what is only complete at the end of a batch."""
         self.metric.finish_batch()
 
     def learn(self, layers: Mapping[str, Layer]) -> None:
-        """Take note of the layers' activation points."""
+        """Store the activation points of layers."""
         for name, layer in layers.items():
             if layer.calls and not (name in self.layers and self.layers[name].calls):
                 self.metric.describe(traits_of(layer, self._named), calls=layer.calls)
@@ -170,7 +170,7 @@ class Measurement:
         )
 
     def _unreached(self) -> list[str]:
-        """Which layers ran and got no gradient, though others did."""
+        """Return a note of the layers that ran and got no gradient, though others did."""
         wanted = [index for index, need in enumerate(NEEDS) if need in self.needs - {"activation"}]
         got = (self.metric.samples + self.metric.nonfinite)[:, wanted].sum((0, 1))
         reached = {name: bool(got[self.metric.places[name]].any()) for name in self.metric.traits}
@@ -180,7 +180,7 @@ class Measurement:
         return [f"no gradient of the loss reaches {_listed(names)}: scores that rest on gradients are unknown there"]
 
     def _unresolved(self) -> list[str]:
-        """Where near_zero asks for magnitudes that the histogram does not tell apart."""
+        """Return notes of the layers where near_zero asks for magnitudes that the histogram does not tell apart."""
         found = []
         for criterion in self.criteria:
             limit_of = criterion.score.keywords if isinstance(criterion.score, partial) else {}
@@ -197,7 +197,7 @@ class Measurement:
         return found
 
     def _unfollowed(self) -> list[str]:
-        """Which layers' values may not be those that their readers get; layers with the same words together."""
+        """Return notes of the layers whose values may not be what downstream layers get; those alike together."""
         same: dict[str, list[str]] = {}
         for name in self.modules:
             layer = self.layers.get(name)
@@ -226,7 +226,7 @@ class Measurement:
         )
 
     def _class_count(self, klass: int) -> int:
-        """The samples of a class: the most that any neuron saw (others may have been infinite there)."""
+        """Count the samples of a class: the most that any neuron saw (others may have been infinite there)."""
         seen = self.metric.samples[klass, : len(NEEDS)]
         return int(seen.max()) if seen.numel() else 0
 

@@ -1,4 +1,4 @@
-"""From what runs of a batch gave to losses, sample by sample where possible."""
+"""Losses of runs of a batch, sample by sample where possible."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,15 +14,15 @@ from lightning_neurons.measurement.per_sample_losses import SampleLosses
 
 _CLOSE = 1e-3
 _ROUNDING = 8
-"""How many roundings of its type a mean may be off."""
+"""Rounding errors of its type that a mean may be off."""
 
 LossFunction = Callable[[Any, Any], Tensor]
-"""From the model and a batch to a scalar, or one loss per sample."""
+"""A function of the model and a batch that returns a scalar, or one loss per sample."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What some runs of one batch gave.
+    """Losses and outputs of some runs of one batch.
 
     Attributes:
         losses: Of the samples in each run, or their mean over the batch where they cannot be told apart.
@@ -39,11 +39,11 @@ class Outcome:
     rounding: float = 0.0
 
     def averaged(self) -> "Outcome":
-        """The same with one mean for each run."""
+        """Return the outcome with one mean loss for each run."""
         return Outcome(self.means[:, None], self.weights.sum().reshape(1), self.means, self.outputs, self.rounding)
 
     def agrees(self, before: "Outcome") -> bool:
-        """Whether the losses of samples change as those of the batch do."""
+        """Return whether the losses of samples change as those of the batch do."""
         if self.losses.shape[1] != before.losses.shape[1]:
             return False
         by_sample = (self.losses - before.losses) @ self.weights / self.weights.sum()
@@ -54,12 +54,12 @@ class Outcome:
 
 
 class Outcomes:
-    """Makes outcomes of results: pairs of what ``loss_fn`` returned and what the model returned in each of its calls.
+    """A maker of outcomes from results: what ``loss_fn`` returned, and what the model returned in each of its calls.
 
     Args:
         model: The model.
-        loss_fn: From the model and a batch to a loss.
-        reduction: What that is: ``"mean"``, ``"sum"`` or ``"none"``.
+        loss_fn: Returns the loss of the model on a batch.
+        reduction: How a scalar loss was reduced: ``"mean"``, ``"sum"`` or ``"none"``.
         by_sample: Whether to tell the losses of samples apart.
     """
 
@@ -68,12 +68,12 @@ class Outcomes:
         self._reduction = reduction
 
     def know(self, layers: Sequence[nn.Module]) -> None:
-        """Take note of the model's layers: losses that run them again cannot be taken apart."""
+        """Store the model's layers: losses that run them again cannot be split into samples."""
         if self._split is not None:
             self._split.modules = layers
 
     def of(self, results: Sequence[tuple[Tensor, list[Any]]], batch: Any, samples: int) -> Outcome:
-        """What some runs of a batch gave, sample by sample where possible."""
+        """Return the outcome of some runs of a batch, sample by sample where possible."""
         outputs = [heard[0] if len(heard) == 1 else None for _, heard in results]
         means = torch.stack([self._mean(loss, samples).reshape(()) for loss, _ in results])
         kinds = [loss.dtype for loss, _ in results if loss.is_floating_point()]
@@ -85,7 +85,7 @@ class Outcomes:
         return Outcome(means[:, None], torch.full_like(means[:1], samples), means, outputs)
 
     def of_stack(self, result: tuple[Tensor, list[Any]], batch: Any, samples: int, runs: int) -> Outcome | None:
-        """What a run of a batch that was repeated gave; None if the losses of samples cannot be told apart."""
+        """Return the outcome of a run of a repeated batch; None if the losses of samples cannot be told apart."""
         loss, heard = result
         if self._split is None or len(heard) != 1:
             return None
@@ -97,7 +97,7 @@ class Outcomes:
         return None if losses is None else Outcome(losses, torch.ones_like(losses[0]), losses.mean(1), outputs)
 
     def _mean(self, loss: Tensor, samples: int) -> Tensor:
-        """The mean loss of a batch; one that is given as such stays as it is, bit for bit."""
+        """Return the mean loss of a batch; one that is given as such stays as it is, bit for bit."""
         if loss.numel() == 1 and self._reduction == "mean":
             return loss.double()
         if loss.ndim and loss.numel() == samples:

@@ -32,14 +32,14 @@ _FEW = 2
 
 @runtime_checkable
 class Receiver(Protocol):
-    """Who wants to be told what a pass sees."""
+    """A receiver of the activations and gradients of a pass."""
 
     @property
     def modules(self) -> Mapping[str, nn.Module]:
-        """The layers that it wants to hear of."""
+        """The layers that it is told of."""
 
     def learn(self, layers: Mapping[str, Layer]) -> None:
-        """Take note of what the layers are, before the first activation."""
+        """Store the layers and their activation points, before the first activation."""
 
     def receive(
         self, layer: str, activation: Tensor, gradient: Tensor | None, need: Need, inner: Tensor | None = None
@@ -49,11 +49,11 @@ class Receiver(Protocol):
 
 @dataclass(frozen=True)
 class Known:
-    """What passes over a model have learnt of it. Holds on to nothing of the model.
+    """Facts about the layers of a model that passes over it have found. Holds on to nothing of the model.
 
     Attributes:
         form: Names, identities and widths of the layers; another form has to be learnt anew.
-        layers: Where the activation points are.
+        layers: By name, the layers with their activation points.
         bytes_per_sample: Size of the largest activation.
         ambiguous: Whether some layer's samples may lie on one axis as well as on another.
     """
@@ -65,14 +65,14 @@ class Known:
 
 
 class Passes:
-    """Runs passes over one model for any number of receivers.
+    """Passes over one model for any number of receivers.
 
     Where the activation points are is learnt from the first forward that is watched; no extra forward is run for it.
 
     Args:
         model: The model.
-        receivers: Who listens; each hears of its own layers only.
-        known: What earlier passes have learnt; of use as long as the layers are the same.
+        receivers: The receivers; each is told of its own layers only.
+        known: What earlier passes have found; used as long as the layers are the same.
     """
 
     def __init__(self, model: nn.Module, receivers: Sequence[Receiver], known: Known | None = None) -> None:
@@ -80,18 +80,18 @@ class Passes:
         self._modules = candidates(model)  # the forward may hang modules elsewhere; each keeps its name
         self.receivers: list[Receiver] = []
         self.known: Known | None = known if known is not None and known.form == _form_of(self._modules) else None
-        """None makes the next forward be traced."""
+        """If None, the next forward is traced."""
         self._learnt: Mapping[str, Layer] = self.known.layers if self.known else {}
         self._is_plain = True  # until the forward takes gradients of its own that need its parameters
         self.weights_move = False
-        """Whether the forward exchanges weights while it runs."""
+        """True if the forward exchanges weights while it runs."""
         self.needs_gradients = False
-        """Whether the forward runs only where gradients are on, as it takes some of its own."""
+        """True if the forward runs only where gradients are on, as it takes some of its own."""
         for receiver in receivers:
             self.add(receiver)
 
     def add(self, receiver: Receiver) -> None:
-        """Let somebody else listen."""
+        """Add a receiver."""
         self.receivers.append(receiver)
         if self.known is not None:
             receiver.learn({name: self.known.layers[name] for name in receiver.modules})
@@ -105,7 +105,7 @@ class Passes:
         """Watch whatever forward runs inside.
 
         Args:
-            of_others: Whether it is a forward whose values somebody else uses, who must not notice.
+            of_others: Whether the values of the forward are used outside, as in training, so that they must not change.
 
         Raises:
             MeasurementError: At the end, if a part could not be watched.
@@ -144,12 +144,12 @@ class Passes:
         """Run a forward and the backward to the activations. Isolate the model around it.
 
         Args:
-            loss_of: From the batch to the loss, summed over samples.
+            loss_of: Returns the loss of a batch, summed over samples.
             batch: The batch.
-            need: What the gradients are of.
+            need: The kind of pass, as receivers are told it.
             observe: Whether receivers are told the activations of this forward as well.
-            receivers: Who listens; everybody if None.
-            start: Where every forward begins, if what it gives depends on those before; None goes on from those.
+            receivers: The receivers that are told; all if None.
+            start: Model state from which every forward starts, where results depend on earlier forwards; else None.
 
         Raises:
             NoLossError: If the loss does not depend on any watched layer in a differentiable way.
@@ -185,7 +185,7 @@ class Passes:
                 return
 
     def _have_run(self, listening: Sequence[Receiver]) -> bool:
-        """Whether any of their layers has been seen: a forward that was watched need not run what the loss does."""
+        """Return whether any layer of some receivers has run: a watched forward need not run what the loss does."""
         return self.known is not None and any(self.known.layers[name].calls for name in _modules(listening))
 
     def _watch(
@@ -229,10 +229,10 @@ class Passes:
             )
 
     def parts(self, batch: Any) -> Iterator[Any]:
-        """The batch in parts whose activations stay in a CPU's cache; whole on other devices.
+        """Yield the batch in parts whose activations stay in a CPU's cache; whole on other devices.
 
         Backward passes of large batches are bound by memory: parts take three quarters of the time and a fraction of
-        the memory, and where losses are sums over samples, the result is the same; the caller has to know.
+        the memory. The result is the same only where losses are sums over samples, which the caller has to check.
         """
         size = batch_size_of(batch)
         largest = self.known.bytes_per_sample if self.known else 0
@@ -276,7 +276,7 @@ class Passes:
             trace.close()
 
     def _learn(self, trace: Trace, few: int | None = None) -> None:
-        """Take note of the layers; ``few`` is how many samples ran, if they were chosen to tell the samples' axis."""
+        """Store the layers; ``few`` is how many samples ran, if they were chosen to tell the samples' axis."""
         before = self._learnt
         finals = dict(trace.activations())
         layers = {}
@@ -293,7 +293,7 @@ class Passes:
             receiver.learn({name: layers[name] for name in receiver.modules})
 
     def _forget(self, unknown: set[str]) -> None:
-        """Layers that did not run as known have to be found again."""
+        """Forget the layers if some did not run as known, so that they are found again."""
         if unknown:
             self.known = None
 
@@ -313,7 +313,7 @@ def _form_of(modules: Mapping[str, nn.Module]) -> tuple[tuple[str, int, int], ..
 
 
 def _modules(receivers: Sequence[Receiver]) -> dict[str, nn.Module]:
-    """The layers that anybody wants."""
+    """Return the layers of all receivers."""
     return {name: module for r in receivers for name, module in r.modules.items()}
 
 

@@ -18,15 +18,15 @@ from lightning_neurons.isolation.tensors import map_tensors_in, tensors_in
 
 _CLOSE = 1e-4
 _ROUNDING = 8
-"""How many roundings of the loss's own type the mean of a batch may be off."""
+"""Rounding errors of the loss's own type that the mean of a batch may be off."""
 
 
 class SampleLosses:
-    """Splits losses of batches.
+    """A splitter of losses of batches into those of samples.
 
     Args:
         model: The model.
-        loss_fn: From the model and a batch to a loss.
+        loss_fn: Returns the loss of the model on a batch.
         reduction: ``"mean"`` or ``"sum"``: what a scalar is of the losses of the samples.
     """
 
@@ -39,13 +39,16 @@ class SampleLosses:
     def of(
         self, losses: Sequence[Tensor], outputs: Sequence[Any], batch: Any, samples: int
     ) -> Float[Tensor, "run batch"] | None:
-        """The losses of the samples in several runs of one batch, or None if they cannot be told apart.
+        """Return the losses of the samples in several runs of one batch, or None if they cannot be told apart.
 
         Args:
             losses: What ``loss_fn`` returned in each run: a scalar, or one loss per sample.
             outputs: What the model returned meanwhile; None if it was not called exactly once.
             batch: The batch.
             samples: How many samples it has.
+
+        Returns:
+            Losses of type float64, in the unit of ``loss_fn``; None if they do not add up to those of the batch.
         """
         if all(loss.ndim and loss.numel() == samples for loss in losses):
             return torch.stack([loss.reshape(-1) for loss in losses]).double()
@@ -64,7 +67,7 @@ class SampleLosses:
     def of_stack(
         self, loss: Tensor, outputs: Sequence[Any], batch: Any, samples: int
     ) -> Float[Tensor, "run batch"] | None:
-        """The same of one run of a batch that was repeated: there is one loss for all repetitions together."""
+        """Return the losses of the samples of a repeated batch, from one loss for all repetitions together."""
         if loss.numel() != 1 or not loss.is_floating_point() or not list(tensors_in(outputs[0])):
             return None
         return self._tell_apart(outputs, batch, samples, loss.double().reshape(1), loss.dtype)
@@ -116,7 +119,7 @@ class SampleLosses:
 
 @contextmanager
 def _refused(modules: Collection[nn.Module]) -> Iterator[None]:
-    """None of the modules can be run meanwhile."""
+    """Refuse to run any of the modules inside the context."""
 
     def refuse(module: nn.Module, inputs: Any) -> None:
         raise RuntimeError("the loss runs the model itself")
@@ -130,7 +133,7 @@ def _refused(modules: Collection[nn.Module]) -> Iterator[None]:
 
 
 class _Answering:
-    """Looks like a model, and returns what it was given."""
+    """A stand-in for a model that returns the output that it was given."""
 
     def __init__(self, model: nn.Module, answer: Any) -> None:
         self._model, self._answer = model, answer

@@ -1,4 +1,4 @@
-"""The arguments that every way of measuring shares, checked once."""
+"""The arguments that ``measure`` and the callbacks share, checked once."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ Inputs = Literal["clean", "fgsm"]
 
 @dataclass(frozen=True)
 class MeasurementSettings:
-    """What ``measure`` and the callbacks are told. Build with ``checked``."""
+    """The checked arguments of ``measure`` and the callbacks. Build with ``checked``."""
 
     criteria: tuple[Criterion, ...]
     layers: tuple[Pattern, ...] | None
@@ -79,16 +79,16 @@ class MeasurementSettings:
 
     @property
     def by_class(self) -> bool:
-        """Whether classes are kept apart."""
+        """True if classes are kept apart."""
         return self.per_class is not False
 
     @property
     def may_fail(self) -> bool:
-        """Whether these may be at fault where nothing can be measured, rather than the model."""
+        """True if these may be at fault where nothing can be measured, rather than the model."""
         return self.by_class or self.inputs != "clean" or any(c.name not in CRITERIA for c in self.criteria)
 
     def targets(self, batch: Any) -> Tensor:
-        """The class of each sample.
+        """Return the class of each sample.
 
         Raises:
             MeasurementError: If the batch does not show them, or they are no class numbers.
@@ -96,7 +96,7 @@ class MeasurementSettings:
         return targets_in(batch, self.per_class)
 
     def plain(self) -> dict[str, Any]:
-        """The settings as plain values, for reports and checkpoints."""
+        """Return the settings as plain values, for reports and checkpoints."""
         names = [p if isinstance(p, str) else p.__name__ for p in self.layers or ()]
         return {
             "criteria": [c.name for c in self.criteria],

@@ -1,4 +1,4 @@
-"""Which parts of a model a measurement says nothing of, and how much of the model they are."""
+"""A note on the parts of a model that were not measured, and how much of the model they are."""
 
 from collections.abc import Iterator
 
@@ -9,13 +9,13 @@ from lightning_neurons.measurement.measurement import Measurement
 
 _NAMED = 5
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.PReLU)
-"""Their parameters scale what the layer before them makes, and are seen there."""
+"""Modules whose parameters scale the activations of the layer before them, and are measured there."""
 
 
 def unmeasured(measurement: Measurement) -> list[str]:
-    """A note that names the modules with parameters that were not measured, the largest first; none if all were.
+    """Return a note that names the modules with parameters that were not measured, the largest first.
 
-    Nothing is said where layers were asked for by name.
+    There is none if all were measured, or if layers were asked for by name.
     """
     if measurement.chosen is not None:
         return []
@@ -39,7 +39,7 @@ def unmeasured(measurement: Measurement) -> list[str]:
 
 
 def _owners(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules that may hold parameters of their own; an attention speaks for its projections."""
+    """Yield the modules that may hold parameters of their own; an attention stands for its projections."""
     inside: set[str] = set()
     for name, module in model.named_modules():
         if name.rpartition(".")[0] in inside or isinstance(module, _NORMS):
