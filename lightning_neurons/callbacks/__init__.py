@@ -1,4 +1,4 @@
-"""Lightning callbacks: when to measure and when to cut, not what."""
+"""Lightning callbacks: they decide when to measure and when to cut; the packages below do it."""
 
 from lightning_neurons.callbacks.activation_maximization import ActivationMaximizationCallback
 from lightning_neurons.callbacks.activation_statistics import ActivationStatisticsCallback

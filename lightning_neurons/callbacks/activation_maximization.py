@@ -1,4 +1,4 @@
-"""Pictures that excite classes and neurons, made while training goes on."""
+"""Callback that makes images which excite classes and neurons, during training."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ class _Found:
 
 
 class ActivationMaximizationCallback(SampledStudy):
-    """Makes pictures that excite classes, and cards of neurons that a measurement found worth a look.
+    """Make images that excite classes, and cards of the neurons that stand out in a measurement.
 
     With a ``NeuronSensitivityCallback`` (or any other that measures neurons) in the same Trainer, each measurement
     yields a card for its most important, least important and newly dead neurons: the validation pictures that excite
@@ -47,9 +47,9 @@ class ActivationMaximizationCallback(SampledStudy):
     ``validate``; needs matplotlib to draw.
 
     Args:
-        targets: What is maximised, each as for ``maximize_activation``; None takes the first ten classes.
+        targets: Targets to maximise, each as for ``maximize_activation``; None takes the first ten classes.
         cards: How many neurons of each kind get a card.
-        of: What of a class: its ``"logit"`` or softmax ``"probability"``.
+        of: The output of a class to maximise: its ``"logit"`` or softmax ``"probability"``.
         value_range: Least and largest value of a valid picture; those of the sample if None.
         mean: Of the normalisation of the inputs, a number or one per channel.
         std: The same.
@@ -117,7 +117,7 @@ class ActivationMaximizationCallback(SampledStudy):
 
     @property
     def state_key(self) -> str:
-        """Tells callbacks of different settings apart in a checkpoint."""
+        """The key of this callback's state in a checkpoint; differs where settings differ."""
         names = ("targets", "of", "seeds", "value_range", "mean", "std", "max_samples", "every_n_epochs")
         plain = {name: getattr(self, name) for name in names}
         return self._generate_state_key(
@@ -131,22 +131,22 @@ class ActivationMaximizationCallback(SampledStudy):
             self._warn(MISSING_MATPLOTLIB)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Refuse aims that the module does not have."""
+        """Refuse targets that the module does not have."""
         super().on_fit_start(trainer, pl_module)
         if self.targets is not None and not is_unfinished(pl_module):
             with lightning_errors():
                 aims_of(pl_module, self.targets, "logit")
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Wait until all callbacks have made their reports, which say whose cards to make."""
+        """Do nothing: the images wait for ``on_validation_end``, when all callbacks have made their reports."""
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """Make the pictures."""
+        """Make the images."""
         super().on_validation_epoch_end(trainer, pl_module)
         super().on_validation_end(trainer, pl_module)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Say if there is nothing to look at."""
+        """Warn if no image was made."""
         if self.found is None and not trainer.fast_dev_run:
             self._warn("nothing has been measured")
 
@@ -199,7 +199,7 @@ class ActivationMaximizationCallback(SampledStudy):
 
 
 def _measured_now(trainer: Any) -> tuple[NeuronReport | None, Mapping[str, list[int]]]:
-    """The report of this validation, if a callback has made one, and who has died since the one before."""
+    """Return the report of this validation, if a callback made one, and the neurons that died since the last report."""
     for one in trainer.callbacks:
         if isinstance(one, NeuronObserver) and one.publishes and one._report is not None:
             if trainer.state.fn != "fit" and one._report.epoch is None:
@@ -210,7 +210,7 @@ def _measured_now(trainer: Any) -> tuple[NeuronReport | None, Mapping[str, list[
 
 
 def _picture_in(batch: Any) -> tuple[Any, Tensor]:
-    """The one tensor of inputs, and what a dict calls it.
+    """Return the single tensor of inputs, and its key if they are a dict.
 
     Raises:
         MeasurementError: If there is none, or it cannot be optimised.
@@ -228,7 +228,7 @@ def _picture_in(batch: Any) -> tuple[Any, Tensor]:
 
 
 def _listed(targets: Any) -> list[Any]:
-    """Several targets.
+    """Return targets as a list.
 
     Raises:
         ArgumentError: If it is no list, or an empty one.

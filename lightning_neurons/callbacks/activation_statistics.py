@@ -1,4 +1,4 @@
-"""How active and how dead every neuron is, at no extra forward."""
+"""Callback that measures activity and deadness of every neuron in the forwards that validation makes anyway."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,7 +16,7 @@ from lightning_neurons.measurement.settings import MeasurementSettings
 
 
 class ActivationStatisticsCallback(NeuronObserver):
-    """Measures activity and deadness of every neuron while validation (or testing) runs anyway.
+    """Measure activity and deadness of every neuron in the forwards that validation (or testing) makes anyway.
 
     Rides on the module's own forward; only where a part of the module is compiled, each batch is run once more,
     uncompiled. Several dataloaders are measured together.
@@ -26,7 +26,7 @@ class ActivationStatisticsCallback(NeuronObserver):
         layers: None for all, or patterns of paths (``"net.layer1.*"``), names of classes or module types.
         every_n_epochs: How often to measure during ``fit``.
         per_class: Keep classes apart: True finds the targets in the batch, a function gives them.
-        threshold: What counts as silent, in units of the layer's root mean square.
+        threshold: Largest magnitude that counts as silent, in units of the layer's root mean square.
         relative_threshold: False takes ``threshold`` in activation units.
         normalize: How layers are made comparable in global rankings: ``"none"``, ``"sum"`` or ``"l2"``.
         max_figures: How many figures loggers that show figures or images get at each measurement, the most telling

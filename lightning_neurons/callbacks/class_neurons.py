@@ -1,4 +1,4 @@
-"""Which neurons serve which classes, measured while training goes on."""
+"""Callback that measures which neurons serve which classes, during training."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -26,7 +26,7 @@ from lightning_neurons.results.whole_file import inside
 
 
 class ClassNeuronsCallback(SampledStudy):
-    """Makes a class study of a bounded sample of the validation data: see ``class_study``.
+    """Make a class study of a bounded sample of the validation data: see ``class_study``.
 
     Logged are, for every class, the accuracy on its own samples of its sub-network, of the network without it, and of
     random sub-networks of the same size, and the figures of ``report/figures/classes.py`` where there is matplotlib.
@@ -38,7 +38,7 @@ class ClassNeuronsCallback(SampledStudy):
             class's loss without each neuron, which takes a run for each.
         importance: For thresholding, the name of a criterion.
         share: The most important share of each layer belongs to the class; 0.5 if no rule is given.
-        threshold: What is at least so important belongs to the class.
+        threshold: Neurons of at least this importance belong to the class.
         cumulative: The fewest neurons of a layer that hold this share of its importance belong to the class.
         layers: None for all but the one that makes the logits; or patterns.
         replacement: What neurons that are off become: ``"zero"`` or their ``"mean"``.
@@ -90,7 +90,7 @@ class ClassNeuronsCallback(SampledStudy):
 
     @property
     def state_key(self) -> str:
-        """Tells callbacks of different settings apart in a checkpoint."""
+        """The key of this callback's state in a checkpoint; differs where settings differ."""
         layers = [one if isinstance(one, str) else one.__name__ for one in self.layers or ()]
         plain = {**self.settings, **self.rule.plain(), "layers": layers, "every_n_epochs": self.every_n_epochs}
         return self._generate_state_key(**plain, max_samples=self.max_samples, forward=name_of(self.forward))
@@ -102,7 +102,7 @@ class ClassNeuronsCallback(SampledStudy):
             self._warn(MISSING_MATPLOTLIB)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Show the latest study."""
+        """Print the latest study."""
         if self.report is None:
             self._warn("nothing has been measured")
         elif trainer.is_global_zero:

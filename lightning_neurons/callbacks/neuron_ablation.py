@@ -1,4 +1,4 @@
-"""What happens without a neuron, measured while training goes on, and how far a cheap criterion says the same."""
+"""Callback that measures the change of the loss without a neuron, during training, and compares it with a criterion."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -34,7 +34,7 @@ from lightning_neurons.results.whole_file import inside
 
 
 class NeuronAblationCallback(SampledStudy):
-    """Switches neurons off on a bounded sample of the validation data and measures the change of the loss.
+    """Switch neurons off on a bounded sample of the validation data and measure the change of the loss.
 
     A cheap criterion picks the most and the least important neurons; those are measured. Logged is how far the two
     agree: on the samples that the criterion has seen, on others, and, as the ceiling, how far the measurement on one
@@ -42,13 +42,13 @@ class NeuronAblationCallback(SampledStudy):
     what is pruned. Works in ``fit`` and ``validate``; ``ablation.json`` goes into the log directory.
 
     Args:
-        criterion: What screens: the name of any criterion, or a ``Criterion``.
+        criterion: The criterion that chooses the neurons to measure: the name of any, or a ``Criterion``.
         ends: How many neurons are measured at each end of its ranking; None measures all.
         replacement: What a neuron's activation becomes: ``"zero"``, its ``"mean"``, or, with ``"resample"``, its values
             on another sample.
         loss_fn: Called with the module and a batch; returns its loss. None takes what ``validation_step`` returns or
             logs as a loss.
-        loss_reduction: What that is: the ``"mean"`` over the batch, the ``"sum"``, or ``"none"``: one loss per sample.
+        loss_reduction: How that loss is reduced over a batch: ``"mean"``, ``"sum"``, or ``"none"`` (one per sample).
         step: Where the loss comes from without ``loss_fn``: ``"training"`` takes that of ``training_step``, run in
             isolation and in evaluation mode, for modules whose ``validation_step`` has none.
         max_samples: How many validation samples (of the first dataloader) are used, spread over the data and over the
@@ -101,7 +101,7 @@ class NeuronAblationCallback(SampledStudy):
 
     @property
     def state_key(self) -> str:
-        """Tells callbacks of different settings apart in a checkpoint."""
+        """The key of this callback's state in a checkpoint; differs where settings differ."""
         plain = {name: getattr(self, name) for name in ("ends", "replacement", "loss_reduction", "every_n_epochs")}
         plain |= {"step": self.step} if self.step != "validation" else {}
         layers = [one if isinstance(one, str) else one.__name__ for one in self.layers or ()]
@@ -120,7 +120,7 @@ class NeuronAblationCallback(SampledStudy):
             require_training_step(type(self).__name__, pl_module)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Show the latest measurement."""
+        """Print the latest measurement."""
         if self.ablation is None or self.agreement is None:
             self._warn("nothing has been measured")
         elif trainer.is_global_zero:

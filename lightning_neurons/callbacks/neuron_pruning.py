@@ -1,4 +1,4 @@
-"""The pruning callback as people use it: its arguments, checked at once."""
+"""The public pruning callback: its arguments, checked when it is made."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +30,7 @@ from lightning_neurons.pruning.schedule import PruningSchedule, Shape
 
 
 class NeuronPruningCallback(NeuronKeeper):
-    """Removes neurons while training goes on: the layers become narrower, and the optimizer keeps its state.
+    """Remove neurons during training: the layers become narrower, and the optimizer keeps its state.
 
     Neurons are scored on validation data when a round is due; the plan is made when that validation ends, goes into the
     checkpoint, and is carried out when the next training epoch begins. Coupled neurons (residual streams, depthwise
@@ -196,7 +196,7 @@ class NeuronPruningCallback(NeuronKeeper):
 
     @property
     def state_key(self) -> str:
-        """Tells callbacks of different settings apart in a checkpoint."""
+        """The key of this callback's state in a checkpoint; differs where settings differ."""
         budget = self.pruning.budget
         plain = {name: value for name, value in vars(budget).items() if name != "criterion"}
         return self._generate_state_key(criterion=budget.label, **{**plain, "ignore": list(budget.ignore)})

@@ -1,4 +1,4 @@
-"""Which neurons are dead and which matter."""
+"""Callback that measures which neurons are dead and which matter."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
@@ -20,7 +20,7 @@ Source = Literal["val", "train"]
 
 
 class NeuronSensitivityCallback(NeuronObserver):
-    """Measures activity, deadness and the loss's sensitivity to every neuron. No argument is needed.
+    """Measure activity, deadness and the loss's sensitivity to every neuron. No argument is needed.
 
     Activity and deadness ride on the module's own validation forward. For sensitivity, a bounded sample of the
     validation data is run again with gradients with respect to activations, in isolation: what ``validation_step``
@@ -30,7 +30,7 @@ class NeuronSensitivityCallback(NeuronObserver):
         loss_fn: Called with the module and a batch; what it returns is differentiated. None takes what
             ``validation_step`` (``test_step``) returns or logs as a loss, or else the only differentiable number that
             it returns or logs. Without any, activity and deadness are measured, and a warning says so.
-        loss_reduction: What that is: the ``"mean"`` over the batch, the ``"sum"``, or ``"none"``: one loss per sample.
+        loss_reduction: How that loss is reduced over a batch: ``"mean"``, ``"sum"``, or ``"none"`` (one per sample).
         max_samples: The most samples that are run with gradients, spread over the data and over the classes. Where the
             loss of a batch is not that of its samples (contrastive losses, weights of classes, one bag or graph a
             batch), whole batches are taken as they come, at least one.

@@ -1,4 +1,4 @@
-"""What the same few pictures' predictions rest on, epoch after epoch."""
+"""Callback that shows saliency maps of the same few validation images, epoch after epoch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,10 +41,10 @@ _Fixed = tuple[Any, Tensor | None]
 
 @dataclass(frozen=True, eq=False)
 class SaliencyMaps:
-    """Attributions of the fixed pictures.
+    """Attributions of the fixed images.
 
     Attributes:
-        inputs: What is explained, as the model takes it.
+        inputs: The images, as the model takes them.
         maps: Shaped like it.
         targets: The class of each sample that was looked at.
     """
@@ -55,7 +55,7 @@ class SaliencyMaps:
 
 
 class SaliencyCallback(SampledStudy):
-    """Shows, for a fixed set of validation pictures, what of them the model looks at, while training goes on.
+    """Show saliency maps of a fixed set of validation images, during training.
 
     The pictures are chosen at the first measurement, spread over the data and the classes, and stay the same, also
     after a resume. They go to loggers that show figures or images, under ``saliency``, and the latest to
@@ -65,11 +65,11 @@ class SaliencyCallback(SampledStudy):
         method: See ``saliency``.
         target: A class, ``("layer", neuron)`` or the name of a layer; None takes each sample's label, or its predicted
             class if the batch shows no labels.
-        of: What of a class: its ``"logit"``, softmax ``"probability"`` or ``"loss"``.
+        of: The output of a class to explain: its ``"logit"``, softmax ``"probability"`` or ``"loss"``.
         absolute: Show magnitudes; otherwise, values are signed.
         smoothing: Standard deviation of a Gaussian that blurs maps; see ``saliency`` for what that costs.
         layer: Of Grad-CAM, which layer.
-        max_samples: How many pictures.
+        max_samples: Number of images.
         every_n_epochs: How often during ``fit``.
         mean: Of the normalisation of the inputs, a number or one per channel, to show true colours.
         std: The same.
@@ -127,18 +127,18 @@ class SaliencyCallback(SampledStudy):
 
     @property
     def state_key(self) -> str:
-        """Tells callbacks of different settings apart in a checkpoint."""
+        """The key of this callback's state in a checkpoint; differs where settings differ."""
         shown = {"mean": self.mean, "std": self.std}
         plain = {**self.settings, **shown, "target": self.target, "max_samples": self.max_samples}
         return self._generate_state_key(**plain, every_n_epochs=self.every_n_epochs, forward=name_of(self.forward))
 
     def state_dict(self) -> dict[str, Any]:
-        """When the last study was made, and of which pictures."""
+        """Return the epoch of the last study, and the fixed images with their labels."""
         inputs, labels = self._fixed or (None, None)
         return {**super().state_dict(), "inputs": inputs, "labels": labels}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the rhythm and the pictures of a checkpoint."""
+        """Restore the epoch of the last study and the images from a checkpoint."""
         super().load_state_dict(state_dict)
         inputs = state_dict.get("inputs")
         self._fixed = None if inputs is None else (inputs, state_dict.get("labels"))
@@ -150,7 +150,7 @@ class SaliencyCallback(SampledStudy):
             self._warn(MISSING_MATPLOTLIB)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Say if there is nothing to look at."""
+        """Warn if no map was made."""
         if self.found is None and not trainer.fast_dev_run:
             self._warn("nothing has been measured")
 
@@ -191,7 +191,7 @@ class SaliencyCallback(SampledStudy):
             keep_picture(outlet.folder, name, figure, "Saliency", caption)
 
     def figure(self) -> Any:
-        """The latest maps, a row for each picture, as a matplotlib figure.
+        """Return the latest maps as a matplotlib figure, one row per image.
 
         Raises:
             MissingPackageError: If matplotlib is not installed.
@@ -202,7 +202,7 @@ class SaliencyCallback(SampledStudy):
         return saliency_rows(self.shown(self.found), self.found.maps, titles, absolute=self.settings["absolute"])
 
     def shown(self, found: SaliencyMaps) -> Tensor | None:
-        """What is explained, in [0, 1]; None for tokens.
+        """Return the images that are explained, in [0, 1]; None for tokens.
 
         Raises:
             ArgumentError: If ``mean`` or ``std`` do not fit it.

@@ -1,1 +1,1 @@
-"""The life of callbacks that observe."""
+"""Base classes of the observing callbacks."""

@@ -1,4 +1,4 @@
-"""Whether a module's samples may be run again in other company than their batch's; found out in each measurement."""
+"""Test, in each measurement, of whether samples may be run again in other batches than the one they came in."""
 
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,13 +17,13 @@ _FOUND: "WeakKeyDictionary[nn.Module, tuple[Any, dict[Any, Independence]]]" = We
 def independence_of(
     replay: StepReplay, loss_reduction: LossReduction, batch: Any, place: tuple[int, int]
 ) -> tuple[bool, bool]:
-    """Whether the loss of a batch is known to be that of its samples, each for itself, whatever the batch's index.
+    """Test whether the loss of a batch is the sum or mean of losses of single samples, whatever the batch's index.
 
-    Also whether it depends on what the batches before have left.
+    Also test whether it depends on state that the batches before have left.
 
     Args:
-        replay: How to get the loss.
-        loss_reduction: What that is of the samples' own.
+        replay: Computes the loss of a batch.
+        loss_reduction: How the losses of the samples are reduced to that of the batch.
         batch: The batch.
         place: Index of the batch, and of its dataloader.
     """
@@ -46,6 +46,6 @@ def independence_of(
 
 
 def _moment(trainer: Any) -> tuple[Any, ...]:
-    """What changes from one measurement to the next; a term of the loss may have been switched on in between."""
+    """Return a key that changes from one measurement to the next, as the loss may have got another term in between."""
     step = trainer.current_epoch if trainer.training else (trainer.current_epoch, trainer.global_step)
     return id(trainer), trainer.state.fn, trainer.sanity_checking, step

@@ -1,4 +1,4 @@
-"""One callback's part in a session: its measurement, how it is measured, and why it was given up, if it was."""
+"""One callback's part in a session: its measurement, its settings, and the error that has ended it, if any."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -25,15 +25,15 @@ class Member:
     """One callback's part in a session.
 
     Attributes:
-        measurement: Where the numbers go.
-        settings: How it is measured.
-        replay: How to get the loss; None if no criterion needs gradients.
-        sample: Which samples are differentiated; None if no criterion needs gradients.
-        failure: Why the measurement was dropped, or None.
-        lost: Why nothing that needs gradients is measured, or None.
-        missing: Why the first batch without a loss has none, or None.
+        measurement: The sums over the data.
+        settings: The settings of the measurement.
+        replay: Computes the loss of a batch; None if no criterion needs gradients.
+        sample: Picks the samples for gradients; None if no criterion needs gradients.
+        failure: The error that has ended the measurement, or None.
+        lost: The error that has ended all that needs gradients, or None.
+        missing: The error of the first batch without a loss, or None.
         dataloaders: How many dataloaders the data comes from, one after the other.
-        notes: What a reader of the report should know.
+        notes: Notes of the report.
     """
 
     measurement: Measurement
@@ -52,17 +52,17 @@ class Member:
 
     @property
     def modules(self) -> Mapping[str, nn.Module]:
-        """Receiver of ``Passes``."""
+        """Implement the receiver that ``Passes`` expects."""
         return self.measurement.modules
 
     def learn(self, layers: Mapping[str, Layer]) -> None:
-        """Receiver of ``Passes``."""
+        """Implement the receiver that ``Passes`` expects."""
         self.attempt(lambda: self.measurement.learn(layers))
 
     def receive(
         self, layer: str, activation: Tensor, gradient: Tensor | None, need: Need, inner: Tensor | None = None
     ) -> None:
-        """Receiver of ``Passes``."""
+        """Implement the receiver that ``Passes`` expects."""
         if self.failure is None:
             self.attempt(lambda: self.measurement.receive(layer, activation, gradient, need, inner))
 
@@ -73,19 +73,19 @@ class Member:
         self.measurement.start_batch(rows_in(batch), targets)
 
     def attempt(self, action: Callable[[], None]) -> None:
-        """Do it; if that fails, give up this measurement and nothing else."""
+        """Run an action; an error ends this measurement only, and is kept."""
         try:
             action()
         except Exception as error:  # noqa: BLE001 (an observer must not stop what it observes)
             self.failure = error
 
     def add_note(self, note: str) -> None:
-        """Say something in the report, once."""
+        """Add a note to the report, once."""
         if note and note not in self.notes:
             self.notes.append(note)
 
     def forget(self) -> None:
-        """Let go of what went wrong: its traceback holds frames that hold this member."""
+        """Drop the errors: their tracebacks hold frames that hold this member."""
         self.failure = self.lost = self.missing = None
 
     def pick(self, batch: Any, place: tuple[int, int], picked: list[Picked], *, whole: bool) -> None:
@@ -94,22 +94,22 @@ class Member:
         picked += self.sample.add(batch, targets_of(batch), place, whole=whole)
 
     def expects_loss(self, dataloader: int) -> bool:
-        """Whether it is worth while to ask the batches of a dataloader for their loss: not where none has had one."""
+        """Return False once the first batches of a dataloader have had no loss: then no more of them are run for it."""
         return self._missed.get(dataloader, 0) < _TRIES
 
     def pass_over(self, batch: Any) -> None:
-        """Take note of a batch that is not asked."""
+        """Count a batch that is not run for its loss."""
         assert self.sample is not None, "members without a sample are in no group"
         self.sample.seen += batch_size_of(batch)
         self._left_out += batch_size_of(batch)
 
     def found_loss(self, dataloader: int) -> None:
-        """Take note of a batch that has a loss."""
+        """Record that a batch of this dataloader has a loss."""
         self._has_loss = True
         self._missed[dataloader] = -math.inf
 
     def miss_loss(self, batch: Any, dataloader: int, why: NoLossError) -> None:
-        """Take note of a batch that has no loss; others are picked in its place."""
+        """Record that a batch has no loss; other samples are picked in its place."""
         assert self.sample is not None, "members without a sample are in no group"
         self.missing = self.missing or why
         self._missed[dataloader] = self._missed.get(dataloader, 0) + 1
@@ -118,14 +118,14 @@ class Member:
 
     @property
     def why_without_loss(self) -> NoLossError | None:
-        """Why no batch had a loss, if none had."""
+        """The error that says why no batch had a loss; None if one had."""
         return None if self._has_loss else self.missing
 
     def has_sensitivity(self, decide: Callable[..., bool]) -> bool:
-        """Whether anything that needs gradients was measured, in some process; else ``lost`` says why not.
+        """Return True if gradients were measured in some process; otherwise set ``lost`` to the error.
 
         Args:
-            decide: What all processes find; call this in each of them.
+            decide: Reduces a bool over all processes with "all" or "any"; call this method in each of them.
         """
         all_well, any_loss = decide(self.lost is None, all=True), decide(self._has_loss, all=False)
         all_have = decide(self.missing is None, all=True)
@@ -137,7 +137,7 @@ class Member:
         return False
 
     def described(self) -> list[str]:
-        """What the numbers are over, in words."""
+        """Return the report's notes on data that was left out, joined or not measured."""
         notes = list(self.notes)
         if self.missing is not None and self.lost is None:
             notes.append(f"sensitivity leaves out {self._left_out} samples whose batches have no loss: {self.missing}")
@@ -148,7 +148,7 @@ class Member:
         return [*notes, *unmeasured(self.measurement)]
 
     def rest(self) -> list[Picked]:
-        """What has been picked and not differentiated yet."""
+        """Return the samples that were picked and whose gradients were not computed yet."""
         return [] if self.sample is None else self.sample.rest()
 
     @property
@@ -161,7 +161,7 @@ class Member:
 
 
 def rows_in(batch: Any) -> int | None:
-    """How many samples there are, if the rows of layers are those samples; else each layer's first axis has to tell."""
+    """Return the number of samples in a batch; None if it is not that of the rows of layers, as in graphs."""
     try:
         return None if is_graph(batch) else batch_size_of(batch)
     except MeasurementError:
@@ -169,7 +169,7 @@ def rows_in(batch: Any) -> int | None:
 
 
 def together(members: list[Member], action: Callable[[], None]) -> None:
-    """Do what several measurements wait for; if it fails, it fails for all of them."""
+    """Run an action that several measurements share; an error ends all of them."""
     if members:
         members[0].attempt(action)
     for member in members:
@@ -177,7 +177,7 @@ def together(members: list[Member], action: Callable[[], None]) -> None:
 
 
 def gradients_together(members: list[Member], action: Callable[[], None], *, all_rests_on_it: bool) -> None:
-    """As ``together``, for what needs gradients: activity is measured without, unless all comes of the same passes."""
+    """Run a shared action for gradients: an error ends activity too only where both come of the same passes."""
     try:
         action()
     except Exception as error:  # noqa: BLE001 (an observer must not stop what it observes)

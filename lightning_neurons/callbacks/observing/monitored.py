@@ -1,4 +1,4 @@
-"""An observer that follows a logged metric, whoever logs it and when."""
+"""Observer that follows a logged metric, whether training or validation logs it."""
 
 from typing import Any
 
@@ -7,25 +7,25 @@ from lightning_neurons.callbacks.trainer.validated_weights import forget_weights
 
 
 class MonitoredObserver(NeuronObserver):
-    """Hears of every new value of a metric once. The first process has the say: it may not have been synchronised."""
+    """Observer that receives each new value of a metric once: the first process's, as it may not be synchronised."""
 
     _monitored: str | None = None
     _last: Any = None
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        """Know what was logged before: validation need not log it."""
+        """Remember the value logged before: validation need not log the metric."""
         super().on_validation_start(trainer, pl_module)
         if trainer.state.fn == "fit":
             self._look(trainer, trainer.current_epoch - 1)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """Look whether validation has logged it."""
+        """Take the metric if validation has logged it."""
         forget_weights(trainer)
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._look(trainer, trainer.current_epoch)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Look whether training has logged it."""
+        """Take the metric if training has logged it."""
         super().on_train_epoch_end(trainer, pl_module)
         self._look(trainer, trainer.current_epoch)
 
@@ -41,4 +41,4 @@ class MonitoredObserver(NeuronObserver):
             self._hear(trainer, found, epoch)
 
     def _hear(self, trainer: Any, value: float, epoch: int) -> None:
-        """A value has been logged, at the end of an epoch."""
+        """Handle a value that was logged at the end of an epoch."""

@@ -1,4 +1,4 @@
-"""The life of a callback that observes: when it measures, whom it asks, what it does with the report.
+"""Base class of the observing callbacks: hooks that begin a measurement, feed it batches and publish its report.
 
 It decides *when*; all arithmetic lies below. It works with the Trainers of ``lightning`` and ``pytorch_lightning``, and
 never changes what it observes: neither weights, optimizer, random state nor logged values. The way of a batch: observer
@@ -74,18 +74,18 @@ class NeuronObserver(EitherCallback):
 
     @report.setter
     def report(self, report: NeuronReport | None) -> None:
-        """Take another."""
+        """Set the latest measurement."""
         self._report = report
 
     @property
     def state_key(self) -> str:
-        """Tells callbacks of different settings apart in a checkpoint."""
+        """The key of this callback's state in a checkpoint; differs where settings differ."""
         plain = {**self.settings.plain(), "source": self.source, "max_samples": self.max_samples}
         plain |= {"step": self.step} if self.step != "validation" else {}
         return self._generate_state_key(**plain, loss_fn=checks.name_of(self.loss_fn))
 
     def state_dict(self) -> dict[str, Any]:
-        """The history, as plain values and tensors."""
+        """Return the history, as plain values and tensors."""
         history = NeuronHistory().state_dict()
         with keeping_training(self, "the history is not in the checkpoint"):
             history = self.history.state_dict()
@@ -192,14 +192,14 @@ class NeuronObserver(EitherCallback):
     # -- the end
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """Write the report, now that it is known at which x; show that of ``trainer.validate``."""
+        """Write the report at the step at which Lightning logs the validation; print that of ``trainer.validate``."""
         forget_weights(trainer)
         self._publish(trainer)
         if trainer.state.fn == "validate":
             self._show(trainer)
 
     def on_test_end(self, trainer: Any, pl_module: Any) -> None:
-        """Write and show the report of ``trainer.test``."""
+        """Write and print the report of ``trainer.test``."""
         forget_weights(trainer)
         self._publish(trainer)
         self._show(trainer)
@@ -209,15 +209,15 @@ class NeuronObserver(EitherCallback):
         self._publish(trainer)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Show the latest report."""
+        """Print the latest report."""
         self._show(trainer)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Leave nothing behind, in the middle of a batch as well."""
+        """Drop the measurement and its hooks, also in the middle of a batch."""
         self._drop(trainer)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Leave nothing behind."""
+        """Drop the measurement and its hooks."""
         self._drop(trainer)
 
     # -- how
@@ -275,7 +275,7 @@ class NeuronObserver(EitherCallback):
                 session.leave(member)
 
     def _all_well(self, trainer: Any) -> bool:
-        """Whether nothing has failed in any process; says what has. Call it in all processes."""
+        """Return True if no process has failed, else warn of the error. Call it in all processes."""
         failure = self._why
         if trainer.strategy.reduce_boolean_decision(failure is None, all=True):
             return True
@@ -285,7 +285,7 @@ class NeuronObserver(EitherCallback):
         return False
 
     def _has_something(self, trainer: Any) -> bool:
-        """Whether any criterion could be measured; says what could not. Call it in all processes."""
+        """Return True if any criterion was measured; warn of those that were not. Call it in all processes."""
         member = self._member
         assert member is not None, "nothing has failed"
         if member.sample is None or member.has_sensitivity(trainer.strategy.reduce_boolean_decision):
@@ -301,7 +301,7 @@ class NeuronObserver(EitherCallback):
         return True
 
     def _made(self, trainer: Any) -> tuple[NeuronReport, HistoryEntry]:
-        """The report, and what has changed since the one before."""
+        """Return the report, and its comparison with the one before."""
         assert self._member is not None, "nothing has failed"
         measurement, sample = self._member.measurement, self._member.sample
         measurement.merge_processes(trainer.world_size)
@@ -352,11 +352,11 @@ class NeuronObserver(EitherCallback):
 
     @property
     def _why(self) -> Exception | None:
-        """Why the measurement that is going on was given up, if it was."""
+        """The error that has ended the current measurement, if any."""
         return self._failure or (self._member.failure if self._member else None)
 
     def _attempt(self, action: Callable[[], Any]) -> Any:
-        """Do a part of the measurement; if that fails, give it up and nothing else."""
+        """Run a part of the measurement; an error ends the measurement, not the training."""
         try:
             return action()
         except Exception as error:  # noqa: BLE001 (an observer must not stop what it observes)
@@ -364,7 +364,7 @@ class NeuronObserver(EitherCallback):
             return None
 
     def _raise_failure(self, trainer: Any) -> None:
-        """Before training has begun, or without training, nothing is lost by saying at once what was asked wrongly."""
+        """Raise the measurement's error in the sanity check or without training, where no training is lost by it."""
         if not (trainer.sanity_checking or trainer.state.fn != "fit"):
             return
         failure, lost = self._why, self._member.lost if self._member else None
@@ -393,7 +393,7 @@ class NeuronObserver(EitherCallback):
         self._active = self._member = self._failure = self._unpublished = None
 
     def _warn(self, message: str, once: str | None = None) -> None:
-        """Say it, unless it (or the same ``once``) has been said."""
+        """Warn, unless the same message (or the same ``once``) has been given before."""
         if (once or message) not in self._warned:
             self._warned.add(once or message)
             rank_zero_warn(f"{type(self).__name__}: {message}")

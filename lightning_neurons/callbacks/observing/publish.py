@@ -1,4 +1,4 @@
-"""Where results go: the Trainer's loggers and its log directory."""
+"""Writing results into the Trainer's loggers and its log directory."""
 
 import platform
 from contextlib import suppress
@@ -96,7 +96,7 @@ def _write_rounds(outlet: Outlet, pruner: Any, values: dict[str, float]) -> None
 
 
 def _versions() -> dict[str, str]:
-    """What the numbers were made with, as far as it has been installed: sources that are used as they are have none."""
+    """Return the versions of Python and of the installed packages that the numbers were made with."""
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
         with suppress(PackageNotFoundError):

@@ -1,4 +1,4 @@
-"""The life of a callback that makes a study of validation samples at the end of validation.
+"""Base class of callbacks that make a study of validation samples at the end of validation.
 
 Samples are kept while validation runs; then one process makes the study on those of all, in isolation, and tells the
 others. A study that fails never takes the training with it.
@@ -48,11 +48,11 @@ class SampledStudy(EitherCallback):
         self._warned: set[str] = set()
 
     def state_dict(self) -> dict[str, Any]:
-        """When the last study was made."""
+        """Return the epoch of the last study."""
         return {"version": 1, "last": self._last}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the rhythm of a checkpoint."""
+        """Restore the epoch of the last study from a checkpoint."""
         self._last = state_dict.get("last")
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -125,7 +125,7 @@ class SampledStudy(EitherCallback):
             self._offer(trainer, pl_module)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """Publish the study, now that it is known at which x."""
+        """Publish the study at the step at which Lightning logs the validation."""
         forget_weights(trainer)
         found, self._found = self._found, None
         if found is None:
@@ -135,26 +135,26 @@ class SampledStudy(EitherCallback):
                 self._publish(trainer, outlet, found)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Let go of the samples."""
+        """Drop the samples."""
         forget_weights(trainer)
         self._drop()
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Let go of the samples."""
+        """Drop the samples."""
         forget_weights(trainer)
         self._drop()
 
     @property
     def _may_fail(self) -> bool:
-        """Whether the callback's arguments may be at fault where nothing can be studied, rather than the model."""
+        """True if a study may fail because of the callback's arguments, rather than the model."""
         return False
 
     def _must_stay_whole(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> bool:
-        """Whether samples may not be taken out of a batch, nor joined to those of others."""
+        """Return True if samples may not be taken out of their batch, nor joined with those of other batches."""
         return False
 
     def _sample_notes(self) -> list[str]:
-        """What a reader should know of where the samples come from."""
+        """Return the report's notes on the data that the samples come from."""
         several = self._dataloaders > 1
         return [f"on samples of the first of {self._dataloaders} validation dataloaders"] if several else []
 
@@ -163,18 +163,18 @@ class SampledStudy(EitherCallback):
         raise NotImplementedError
 
     def _try(self, pl_module: Any, replay: StepReplay, batches: list[Any]) -> Any:
-        """Find out on the few batches of a trial run what cannot work; they may be too few for a study (None)."""
+        """Try the study on the few batches of a trial run, to find errors early; None if they are too few for one."""
         return self._study(pl_module, replay, batches)
 
     def _take(self, found: Any) -> None:
-        """Take what the study has found, in every process."""
+        """Store the study's result, in every process."""
         raise NotImplementedError
 
     def _offer(self, trainer: Any, pl_module: Any) -> None:
-        """Let other callbacks follow what the study has found, in every process."""
+        """Put the study's result into ``callback_metrics`` for other callbacks, in every process."""
 
     def _publish(self, trainer: Any, outlet: Outlet, found: Any) -> None:
-        """Write what the study has found, in the first process."""
+        """Write the study's result, in the first process."""
         raise NotImplementedError
 
     def _begin(self, trainer: Any) -> None:
@@ -189,7 +189,7 @@ class SampledStudy(EitherCallback):
         self._keep(self._sample.add(batch, targets_of(batch), (batch_idx, 0), whole=whole))
 
     def _attempt(self, action: Callable[[], None]) -> None:
-        """Do a part of the study; if that fails, give it up and nothing else."""
+        """Run a part of the study; an error ends the study, not the training."""
         try:
             action()
         except Exception as error:  # noqa: BLE001 (an observer must not stop what it observes)
@@ -218,7 +218,7 @@ class SampledStudy(EitherCallback):
             self._kept.append((map_tensors(one.batch, lambda t: t.detach().to("cpu", copy=True)), one.place))
 
     def _warn(self, message: str, once: str | None = None) -> None:
-        """Say it, unless it (or the same ``once``) has been said."""
+        """Warn, unless the same message (or the same ``once``) has been given before."""
         if (once or message) not in self._warned:
             self._warned.add(once or message)
             rank_zero_warn(f"{type(self).__name__}: {message}")
@@ -234,7 +234,7 @@ def _patterns(layers: Any) -> tuple[Pattern, ...] | None:
 
 
 def _of_all(trainer: Any, mine: list[Any]) -> list[Any]:
-    """The batches of all processes and where they came from, in their order."""
+    """Return the batches of all processes and their places in the data, in order."""
     with torch.inference_mode(False):
         mine = [(map_tensors(batch, Tensor.clone), place) for batch, place in mine]
     if trainer.world_size == 1:

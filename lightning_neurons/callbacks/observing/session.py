@@ -49,7 +49,7 @@ class Session:
 
     @classmethod
     def join(cls, trainer: Any, pl_module: Any, source: str, member: Member) -> None:
-        """Become part of the Trainer's session, which begins with its first member."""
+        """Add a member to the Trainer's session; the first one begins it."""
         sessions = _SESSIONS.setdefault(trainer, {})
         session = sessions.setdefault(source, cls(trainer, pl_module, source))
         session.members.append(member)
@@ -57,7 +57,7 @@ class Session:
 
     @staticmethod
     def of(trainer: Any, source: str) -> "Session | None":
-        """The session that is going on, if any."""
+        """Return the Trainer's current session, if any."""
         return _SESSIONS.get(trainer, {}).get(source)
 
     @staticmethod
@@ -83,7 +83,7 @@ class Session:
             self.end(self.trainer, self.source)
 
     def open(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Before the model's own step: take samples, as the step may change its batch, and begin to watch."""
+        """Begin a batch, before the model's own step: copy samples, which the step may change, and set the hooks."""
         if self._is_open:
             return  # another callback was here first
         self._is_open = True
@@ -104,7 +104,7 @@ class Session:
             self._stack.enter_context(self.passes.observe(of_others=True))
 
     def close(self, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """After the model's own step: stop watching, and differentiate what has been picked."""
+        """End a batch, after the model's own step: remove the hooks and compute gradients for the picked samples."""
         if self._is_open:
             self._is_open = False
             self._shared(partial(self._close, batch_idx, dataloader_idx))
@@ -125,11 +125,11 @@ class Session:
                 self._differentiate([m for m in group if m.failure is None and m.lost is None], one)
 
     def finish(self) -> None:
-        """At the end of the data: differentiate what has been picked and not measured yet."""
+        """End the data: compute gradients for picked samples that were not measured yet."""
         self._shared(self._finish)
 
     def _shared(self, action: Callable[[], None]) -> None:
-        """Do what is done once for all members; if it fails, each of them has missed something."""
+        """Run an action once for all members; an error ends all of their measurements."""
         try:
             action()
         except Exception as error:  # noqa: BLE001 (an observer must not stop what it observes)
@@ -198,13 +198,13 @@ class Session:
         return list(groups.values())
 
     def _own_step(self) -> str:
-        """The step that the Trainer runs."""
+        """Return the name of the step that the Trainer runs."""
         if self.source == "train":
             return "training_step"
         return "test_step" if self.trainer.testing else "validation_step"
 
     def _observe_again(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
-        """Compiled code cannot be watched without changing what it computes: run it once more, as it was written."""
+        """Run a compiled step once more without compilation: hooks would change what compiled code computes."""
         replay = StepReplay(self.trainer, self.passes.model, self._own_step(), None)
         replay.place = batch_idx, dataloader_idx
 
@@ -240,7 +240,7 @@ class Session:
 
     @contextmanager
     def _if_it_has_a_loss(self, group: list[Member], part: Any, dataloader: int) -> Iterator[None]:
-        """A step may have a loss on some batches only; the others are left out, and no more than that."""
+        """Run an action; without a loss, only this batch is left out: a step may have a loss on some batches only."""
         try:
             yield
         except NoLossError as error:

@@ -1,1 +1,1 @@
-"""The life of a callback that cuts."""
+"""Base classes and parts of the pruning callback."""

@@ -1,4 +1,4 @@
-"""Looking before cutting: the neurons of a plan are silenced together first, and a cut that would hurt is not made."""
+"""Check by ablation before a cut: a plan's neurons are silenced together, and a cut that would hurt is not made."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,7 +16,7 @@ from lightning_neurons.pruning.rounds import Rounds
 
 
 class ForesightedPruner(NeuronPruner):
-    """A pruner that asks what a plan would do, if ``check="ablation"``."""
+    """A pruner that, with ``check="ablation"``, measures a plan's effect on the metric before it cuts."""
 
     def _decide(self, trainer: Any, pl_module: Any) -> None:
         before = self.rounds.pending
@@ -48,7 +48,7 @@ class ForesightedPruner(NeuronPruner):
 def metric_without(
     trainer: Any, pl_module: Any, kept: KeptBatches, monitor: str, neurons: Mapping[str, Sequence[int]]
 ) -> float | None:
-    """A logged metric on kept samples with some neurons set to zero, over all processes.
+    """Return a logged metric on kept samples with some neurons set to zero, over all processes.
 
     Args:
         trainer: The Trainer.

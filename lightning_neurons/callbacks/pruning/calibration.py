@@ -16,12 +16,12 @@ from lightning_neurons.pruning.compensation.calibration import Calibration
 def calibration_of(
     trainer: Any, pl_module: Any, runner: Runner | None, kept: KeptBatches, loss_fn: LossFunction | None
 ) -> Calibration:
-    """The kept samples of every process.
+    """Return calibration data: the kept samples of every process.
 
     Args:
         trainer: The Trainer.
         pl_module: Its module.
-        runner: How the module is run; None in a process that has had no batch.
+        runner: Runs the module; None in a process that has had no batch.
         kept: Its samples.
         loss_fn: From module and batch to the loss; None takes what ``validation_step`` returns or logs.
     """

@@ -1,4 +1,4 @@
-"""Checkpoints of models that have become smaller: the file tells the widths."""
+"""Loading of pruned checkpoints: the layers take the widths of the tensors in the file."""
 
 import functools
 import pickle
@@ -41,7 +41,7 @@ def stop_following(module: nn.Module) -> None:
 
 
 class PrunedCheckpointMixin:
-    """Put before ``LightningModule`` in a class's bases, this makes ``load_from_checkpoint`` accept pruned checkpoints.
+    """Mixin, put before ``LightningModule``, with which ``load_from_checkpoint`` accepts pruned checkpoints.
 
     Example:
         >>> import lightning as L
@@ -164,7 +164,7 @@ def _of_a_cut(model: nn.Module, state: Mapping[str, Any]) -> Iterator[None]:
 
 
 def _differences(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
-    """What keeps a state dict from being loaded, in the words of torch."""
+    """Return the reasons why a state dict cannot be loaded into a model, in the words of torch."""
     own = model.state_dict()
     named = {"Missing key(s)": own.keys() - state.keys(), "Unexpected key(s)": state.keys() - own.keys()}
     found = [f"{what}: {', '.join(sorted(names))}" for what, names in named.items() if names]
@@ -179,7 +179,7 @@ def _differences(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
 
 
 def _read(path: str | Path, what: str, weights_only: bool | None = True, place: str = "cpu") -> Any:
-    """What a file holds.
+    """Load a file with ``torch.load``.
 
     Raises:
         ArgumentError: If it is broken.

@@ -1,4 +1,4 @@
-"""Making a cut inside a running Trainer: out of DDP's wrapper and back, with averages of the weights."""
+"""Cuts inside a running Trainer, also of models that DDP wraps, and of averages of the weights."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +13,7 @@ from lightning_neurons.pruning.surgery.surgery import Cut, Operation, cut
 
 
 def metric_now(trainer: Any, pl_module: Any, kept: KeptBatches, monitor: str | None) -> float | None:
-    """The metric of the network that validation looks at: with averaged weights, that of the average.
+    """Return the metric of the network that validation uses: with averaged weights, that of the average.
 
     Args:
         trainer: The Trainer.
@@ -52,9 +52,9 @@ def cut_in_fit(
     Args:
         trainer: The Trainer, at the beginning of a training epoch.
         pl_module: Its module.
-        cuts: What goes.
-        shifts: What compensates for it.
-        also: Writes down that it has been made, when all else has been done; it is taken back with it.
+        cuts: The neurons to remove.
+        shifts: Changes of weights and biases that compensate for them.
+        also: Records the cut as its last step; undone with the cut after an error.
     """
     if not cuts:
         also(Operation())
@@ -72,19 +72,19 @@ def cut_in_fit(
 
 
 def averages_of(trainer: Any) -> list[nn.Module]:
-    """The copies that weight-averaging callbacks (EMA, SWA) keep of the model."""
+    """Return the copies that weight-averaging callbacks (EMA, SWA) keep of the model."""
     averaged = torch.optim.swa_utils.AveragedModel
     return [one.module if isinstance(one, averaged) else one for one in average_models(trainer)]
 
 
 def average_models(trainer: Any) -> list[nn.Module]:
-    """The same with what is wrapped around them to average."""
+    """Return the averages of weight-averaging callbacks as they keep them, with ``AveragedModel`` around the copy."""
     found = [getattr(callback, "_average_model", None) for callback in trainer.callbacks]
     return [average for average in found if isinstance(average, nn.Module)]
 
 
 def average_again(trainer: Any, pl_module: nn.Module, who: Any) -> None:
-    """Let what is averaged end in the module, after another state has come back into both.
+    """Put averaged weights into the module again, after an earlier state was restored in both.
 
     Args:
         trainer: At the end of training.
@@ -97,7 +97,7 @@ def average_again(trainer: Any, pl_module: nn.Module, who: Any) -> None:
 
 
 def reset_early_stopping(trainer: Any) -> None:
-    """Let early stopping forget what the larger model could do."""
+    """Reset the best score and the patience of early stopping, as they are those of the larger model."""
     for callback in trainer.callbacks:
         if any(base.__name__ == "EarlyStopping" for base in type(callback).__mro__):
             callback.wait_count = 0

@@ -1,4 +1,4 @@
-"""What to cut, decided by one process for all, from what all of them have seen."""
+"""Decision on a cut: made by the first process for all, from the measurements of all."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,13 +29,13 @@ from lightning_neurons.results.neuron_report import NeuronReport
 
 @dataclass(frozen=True)
 class Survey:
-    """What the deciding process tells the others of the model.
+    """The model's structure, sent from the deciding process to the others.
 
     Attributes:
         dense: The model before any cut.
-        unprunable: What cannot be cut, with the reason; without the layers that make the output.
-        wiring: How its layers follow one another.
-        ways_left: Of running it, those that have not been tried.
+        unprunable: Layers that cannot be cut, with the reason; without those that make the output.
+        wiring: The connections between layers.
+        ways_left: How many ways of running the model have not been tried.
     """
 
     dense: Dense
@@ -46,13 +46,13 @@ class Survey:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the deciding process tells the others of a measurement.
+    """The result of a decision, sent from the deciding process to the others.
 
     Attributes:
-        vote: What this measurement alone would remove, in original indices.
-        candidates: What could go, with plans in original indices; none if it is not time yet.
-        notes: What limits the choice.
-        units: By candidate and by root, what goes of each group, in the indices of the model as it is.
+        vote: The neurons that this measurement alone would remove, in original indices.
+        candidates: Alternatives for the cut, with plans in original indices; none if no round is due.
+        notes: Reasons why less is removed than the budget asks for.
+        units: By candidate and by root, the neurons of each group to remove, in the model's current indices.
     """
 
     vote: dict[str, list[int]]
@@ -62,7 +62,7 @@ class Verdict:
 
     @property
     def unmet(self) -> list[str]:
-        """How close the budget comes, if it cannot be met, and what limits it."""
+        """Notes on a budget that cannot be met: how close the cut comes, and what limits it; empty if it is met."""
         found = [note for note in self.notes if "not reached" in note]
         limits = [note for note in self.notes if note.startswith("as narrow as")]
         return ["; ".join([*found, *limits])] if found else []
@@ -74,10 +74,10 @@ class Decision:
     Args:
         trainer: The Trainer.
         pl_module: Its module.
-        runner: How to run it; the deciding process has one.
-        settings: What the callback was told.
-        rounds: What has happened so far.
-        left_whole: By root, groups that training cannot do with fewer neurons of, and why; more may be found.
+        runner: Runs it on validation data; the deciding process has one.
+        settings: The settings of the callback.
+        rounds: The rounds so far.
+        left_whole: By root, groups that training needs whole, with the reason; updated with those that are found.
         alike: Networks in the module that follow others, which are cut together, or that may.
     """
 
@@ -101,7 +101,7 @@ class Decision:
         self._evidence = Evidence()
 
     def gather(self, budget: PruningBudget, calibration: Calibration) -> None:
-        """Look at what readers read, if the budget goes by that."""
+        """Collect activations of downstream layers, if the budget's criterion needs them."""
         with costing_a_round(self.trainer):
             lossless = self.settings.lossless
             self._evidence = gather(self.pl_module, budget, calibration, self.survey.wiring, lossless=lossless)
@@ -115,10 +115,10 @@ class Decision:
         is_due: bool,
         trial: TrainingTrial | None = None,
     ) -> Verdict:
-        """Choose what could go now. What training cannot do without is left whole, and the choice made again.
+        """Choose neurons to remove; groups that training turns out to need are left whole, and others chosen.
 
         Args:
-            budgets: What is due now, and what is due in the end; by that, measurements vote.
+            budgets: The budget of this round, and the final one, by which measurements vote.
             report: The latest measurement, if there is one.
             seed: Of random scores.
             is_due: Whether a round is due; else only the vote counts.
@@ -147,7 +147,7 @@ class Decision:
         return found
 
     def prepare(self, verdict: Verdict, calibration: Calibration, number: int) -> Pending:
-        """Make what is decided ready to be carried out: compensate for it, compare, and take the best.
+        """Compute the compensation of each candidate and return the best one, ready to be cut.
 
         Raises:
             PruningError: If a lossless cut would change the outputs.
@@ -191,7 +191,7 @@ class Decision:
         )
 
     def _discover(self, runner: Runner) -> Structure:
-        """The module's structure, in the first way of running it in which most of it can be followed."""
+        """Find the module's structure, in the first way of running it that reaches the most layers."""
         best, chosen = self._followed(runner), runner
         for other in runner.other_ways(self.pl_module) if best.coupling.unseen else ():
             found = self._seeing_more(best, other)
@@ -201,7 +201,7 @@ class Decision:
         return best
 
     def _followed(self, runner: Runner) -> Structure:
-        """That in the first way in which it can be followed at all."""
+        """Find the structure in the first way of running the module that can be traced at all."""
         try:
             return discover(self.pl_module, runner.example)
         except PruningError as error:
@@ -214,7 +214,7 @@ class Decision:
             raise PruningError(f"{error}{told}") from error
 
     def _seeing_more(self, known: Structure, runner: Runner) -> Structure | None:
-        """That in another way, if more layers run in it and all that can be cut in the first can be cut: else None."""
+        """Find the structure in another way, or None if it reaches no more layers or loses some that could be cut."""
         if not runner.runs_any(self.pl_module, known.coupling.unseen):
             return None
         try:
@@ -269,7 +269,7 @@ def _cuttable(structure: Structure) -> set[str]:
 
 
 def _also_refusing(structure: Structure, other: Structure) -> Structure:
-    """A structure in which that is left whole, too, which has to stay in another way of running the module."""
+    """Return a structure that also refuses the groups refused in another way of running the module."""
     why = {layer: reason for root, reason in other.refused.items() for layer in other.groups[root].layers}
     layers = {root: next((n for n in group.layers if n in why), None) for root, group in structure.groups.items()}
     refused = {root: why[layer] for root, layer in layers.items() if layer is not None}

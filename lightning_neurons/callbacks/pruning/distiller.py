@@ -1,4 +1,4 @@
-"""The model before a cut teaches the one after it, without a word of it in ``training_step``.
+"""Distillation from the model before a cut into the one after it, without any change of ``training_step``.
 
 A hook on the logits adds the gradient of the distillation loss to theirs, scaled like the loss that Lightning
 differentiates. So the weights go where they would with the loss added by hand (Hinton et al. 2015, section 2).
@@ -25,7 +25,7 @@ PATIENCE = 10
 
 
 class Distiller:
-    """Teaches while the recovery of a cut goes on.
+    """Hooks that add the gradient of the distillation loss during the recovery of a cut.
 
     Args:
         who: The callback, for messages.
@@ -49,7 +49,7 @@ class Distiller:
         self._trainer: Any = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The teacher, unless it is a file, and how long it teaches."""
+        """Return the teacher's weights, unless it is a file, and the last epoch of its recovery."""
         saved = self._saved
         if self._teacher is not None and self.how.teacher is None:
             saved = state_of(self._teacher)
@@ -60,7 +60,7 @@ class Distiller:
         self.until, self._saved, self._teacher = state["until"], state["teacher"], None
 
     def forget(self) -> None:
-        """Another model is trained now."""
+        """Drop the teacher, as another model is trained now."""
         self.until, self._teacher, self._saved = -1, None, None
 
     def begin(self, pl_module: Any) -> None:
@@ -76,13 +76,13 @@ class Distiller:
             self._teacher, self._saved = from_state(root, self._saved), None
 
     def learn(self, pl_module: Any) -> None:
-        """Remember the model as it is, before the first cut."""
+        """Copy the model before the first cut as the teacher."""
         if self._teacher is None:
             root, _, _ = find_logits(self.who, pl_module, self.how.output)
             self._teacher = twin_of(root).requires_grad_(False)
 
     def listen(self, trainer: Any, pl_module: Any) -> None:
-        """Hang the hooks on the module; nothing happens before the first cut."""
+        """Register the hooks; they add nothing before the first cut."""
         self.leave()
         self._trainer, self._heard, self._batches = trainer, False, 0
         self._teaches = trainer.current_epoch <= self.until  # a resume may leave the beginning of the epoch out
@@ -96,13 +96,13 @@ class Distiller:
             self._hooks.append(source.register_forward_hook(Hook(self._on_leave, path), always_call=True))
 
     def leave(self) -> None:
-        """Take the hooks off."""
+        """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._watched, self._inputs, self._trainer = [], set(), None, None
 
     def on_epoch(self, epoch: int, *, is_over: bool) -> None:
-        """Teach in this epoch or not.
+        """Switch distillation on or off for this epoch.
 
         Args:
             epoch: The epoch that begins.
@@ -113,7 +113,7 @@ class Distiller:
             self._teacher = self._saved = None
 
     def check(self, pl_module: Any, *, is_last: bool = False) -> None:
-        """After a batch: the logits must come by in one of the first.
+        """Check, after a batch, that ``training_step`` has made the logits in one of the first batches.
 
         Args:
             pl_module: The module.
@@ -169,7 +169,7 @@ class Distiller:
             logits.register_hook(lambda given: given + gradient.to(given.dtype))
 
     def _target(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """The teacher's logits for the same inputs."""
+        """Compute the teacher's logits for the same inputs."""
         teacher, caught = self._teacher, []
         assert teacher is not None, "asked before"
         handle = teacher.get_submodule(self._output).register_forward_hook(lambda _, i, output: caught.append(output))
@@ -183,13 +183,13 @@ class Distiller:
         return checked_logits(caught[-1], self.how.class_axis)
 
     def _is_training(self, module: nn.Module) -> bool:
-        """Whether this is the module itself, in a training step: copies have the hooks, and it is run to measure."""
+        """Return True in a training step of the module itself: copies have the hooks too, and measurements run it."""
         if id(module) not in self._watched or not self._trainer.training or not torch.is_grad_enabled():
             return False
         return bool(self._trainer.lightning_module.training)
 
     def _scale(self) -> float:
-        """What Lightning multiplies the loss by before it is differentiated."""
+        """Return the factor by which Lightning scales the loss before the backward."""
         trainer = self._trainer
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         scale = 1.0 if scaler is None else float(scaler.get_scale())
@@ -198,7 +198,7 @@ class Distiller:
 
 
 class Hook:
-    """A hook that stays the same in a copy of the module: there it does nothing, and must not copy the Trainer."""
+    """A hook that is shared with copies of the module, where it does nothing: a copy of it would copy the Trainer."""
 
     def __init__(self, function: Callable[..., None], *given: Any) -> None:
         self.function, self.given = function, given
@@ -212,5 +212,5 @@ class Hook:
 
 
 def _copied(tensor: Tensor) -> Tensor:
-    """A forward may change its inputs in place."""
+    """Copy a tensor, as a forward may change its inputs in place."""
     return tensor.detach().clone()

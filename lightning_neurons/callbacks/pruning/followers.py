@@ -1,4 +1,4 @@
-"""Which networks of a module follow others: nobody trains them, and they move all the same."""
+"""Networks that follow others (EMA or target copies): their weights change, although no optimizer trains them."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,18 +16,18 @@ _APART = {
     "__init__", "setup", "configure_model", "configure_optimizers", "on_fit_start", "on_sanity_check_start",
     "on_train_start", "on_load_checkpoint",
 }  # fmt: skip
-"""What runs once, before anything is trained: a copy that is made there follows nothing."""
+"""Hooks that run once, before training: a copy that is made there follows nothing."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """What is known of networks that are built alike.
+    """The networks of the same architecture that follow others, or may follow.
 
     Attributes:
-        followers: By the path of a follower, that of the network that it follows.
-        unclear: By the path of a network that may be followed, why that is not known yet.
-        untrained: Before the first step, networks that nobody trains, although there is one like them that somebody
-            does: they may turn out to follow.
+        followers: By the path of a follower, the path of the network that it follows.
+        unclear: By the path of a network that may be followed, the reason why that is not known yet.
+        untrained: Before the first step, networks that no optimizer holds, although it holds one like them: they may
+            turn out to follow.
     """
 
     followers: Mapping[str, str]
@@ -36,11 +36,11 @@ class Found:
 
 
 class Following:
-    """Watches the parameters of networks that are built alike.
+    """A detector of followers: compares the parameters of networks of the same architecture with earlier ones.
 
     Attributes:
-        known: By the path of a follower, that of the network that it follows.
-        marks: By the path of a network, what tells where it was before anything was trained.
+        known: By the path of a follower, the path of the network that it follows.
+        marks: By the path of a network, sums over its parameters before training.
     """
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class Following:
         self.marks: dict[str, Tensor] = {}
 
     def begin(self, pl_module: nn.Module) -> None:
-        """Remember where everything is, before it is trained; a resumed run knows it from its checkpoint.
+        """Store sums over the parameters before training; a resumed run has them from its checkpoint.
 
         Of a module with lazy layers that is known only when a batch, as of the sanity check, has finished them.
         """
@@ -59,7 +59,7 @@ class Following:
             self.marks = {path: _mark(pl_module.get_submodule(path)) for path in alike}
 
     def look(self, trainer: Any, pl_module: nn.Module, moving: Collection[str] = ()) -> Found:
-        """See what has moved since; before the first step, nothing can have.
+        """Compare the parameters with those before training; before the first step, none can have changed.
 
         Args:
             trainer: The Trainer.
@@ -101,7 +101,7 @@ def _is_within(path: str, networks: Sequence[str]) -> bool:
 
 
 def _alike(model: nn.Module) -> Iterator[list[str]]:
-    """Paths of networks that are built alike, from the outside to the inside."""
+    """Yield the paths of networks of the same architecture, outer modules before inner ones."""
     found: dict[Any, list[str]] = {}
     for path, module in model.named_modules():
         if path and candidates(module):
@@ -111,7 +111,7 @@ def _alike(model: nn.Module) -> Iterator[list[str]]:
 
 
 def _mark(module: nn.Module) -> Tensor:
-    """Two sums of all parameters, which nearly any step changes."""
+    """Return sums over each parameter and its squares, which nearly any step changes."""
     values = [p.detach().double() for p in module.parameters()]
     return torch.stack([sum_ for v in values for sum_ in (v.sum(), v.square().sum())])
 
@@ -127,7 +127,7 @@ def _has_any(module: nn.Module, parameters: set[int]) -> bool:
 
 
 def _may_write(pl_module: nn.Module, path: str) -> bool:
-    """Whether some function of the module's own names both a network and what writes into parameters."""
+    """Return True if a function of the module's own uses both this network and a method that writes into parameters."""
     own = {name for base in type(pl_module).__mro__ if not is_framework(base.__module__) for name in vars(base)}
     functions = [getattr(type(pl_module), name, None) for name in own - _APART]
     codes = [function.__code__ for function in functions if isinstance(function, FunctionType)]

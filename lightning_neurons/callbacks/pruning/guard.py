@@ -1,4 +1,4 @@
-"""The time after a cut: it is guarded by a contract about a metric, and the model before it may teach.
+"""Recovery after a cut: a metric must stay within a bound, else the cut is undone; the model before may teach.
 
 Everything happens when an epoch begins, or when training has ended: checkpoints then hold scores that belong to their
 weights. A checkpoint that is written during a recovery also holds the last good state, so a resumed run can go back.
@@ -22,7 +22,7 @@ from lightning_neurons.report.logging.pruning import taken_back_scalars
 
 
 class NeuronKeeper(ForesightedPruner):
-    """A pruner that keeps what its user must not lose.
+    """A pruner that undoes cuts after which the monitored metric does not recover.
 
     Attributes:
         keeping: The state of the guard.
@@ -35,7 +35,7 @@ class NeuronKeeper(ForesightedPruner):
         self._distiller = None if how is None else Distiller(type(self).__name__, how)
 
     def state_dict(self) -> dict[str, Any]:
-        """That of the pruner, the last good state and the teacher, as plain values and tensors."""
+        """Return the pruner's state, the last good state and the teacher, as plain values and tensors."""
         teacher = None if self._distiller is None else self._distiller.state_dict()
         return {**super().state_dict(), "keeping": self.keeping.state_dict(), "distillation": teacher}
 
@@ -77,7 +77,7 @@ class NeuronKeeper(ForesightedPruner):
             self._distiller.forget()
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Say early if training will end before a cut has recovered, or with weights that nobody has validated."""
+        """Warn if training will end before a cut has recovered, or with weights that were not validated."""
         super().setup(trainer, pl_module, stage)
         pruning, epochs = self.pruning, trainer.max_epochs or -1
         if stage == "fit" and pruning.guard is not None:
@@ -105,13 +105,13 @@ class NeuronKeeper(ForesightedPruner):
         return self.pruning.budget.at(self._reach(way))
 
     def _reach(self, way: float) -> float:
-        """How far to go of a way that is due; after a violation, only part of the step."""
+        """Return the share of the budget to reach in a round; after a violation, only part of the step is made."""
         return self.keeping.progress + self.keeping.step * max(way - self.keeping.progress, 0.0)
 
     # -- epochs
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Let the teacher listen, from the first batch on: logits that cannot be found are an error now, not later."""
+        """Register the distillation hooks before the first batch: an error about logits comes now, not after a cut."""
         if self._distiller is not None:
             self._distiller.listen(trainer, pl_module)
         if self.keeping.baseline is not None and self.rounds.done and self.keeping.good is None:
@@ -119,7 +119,7 @@ class NeuronKeeper(ForesightedPruner):
         super().on_train_start(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Judge a cut that has recovered; then make the next, if there is one."""
+        """Compare the metric after a recovery with its bound; then make the next cut, if one is due."""
         if self._validated:
             suitability.require_monitor(type(self).__name__, trainer, self.pruning.monitor)
         if self.pruning.guard is not None:
@@ -144,19 +144,19 @@ class NeuronKeeper(ForesightedPruner):
             self._distiller.until = last
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """See whether the teacher has heard anything."""
+        """Check that the distillation hooks have seen the logits."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self._distiller is not None:
             self._distiller.check(pl_module)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """See whether the teacher has heard anything in this epoch."""
+        """Check that the distillation hooks have seen the logits in this epoch."""
         super().on_train_epoch_end(trainer, pl_module)
         if self._distiller is not None:
             self._distiller.check(pl_module, is_last=True)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """A model that breaks the contract does not leave training."""
+        """Undo cuts whose metric is beyond its bound when training ends."""
         super().on_train_end(trainer, pl_module)
         if self._end(trainer, pl_module):
             average_again(trainer, pl_module, self)
@@ -165,7 +165,7 @@ class NeuronKeeper(ForesightedPruner):
             self._distiller.on_epoch(trainer.current_epoch, is_over=self._is_over())
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """The same for a resumed run that had no epoch left."""
+        """Do as ``on_train_end``, for a resumed run that had no epoch left."""
         self._end(trainer, pl_module)
         super().on_fit_end(trainer, pl_module)
 
@@ -181,7 +181,7 @@ class NeuronKeeper(ForesightedPruner):
         self.keeping.step_of_latest = trainer.global_step
 
     def _end(self, trainer: Any, pl_module: Any) -> bool:
-        """Make sure that the contract holds when training has ended; whether something had to be taken back."""
+        """Undo cuts whose metric is beyond its bound when training has ended; return True if there were any."""
         keeping, guard = self.keeping, self.pruning.guard
         if guard is None or keeping.good is None or keeping.baseline is None or not self.rounds.done:
             return False
@@ -196,7 +196,7 @@ class NeuronKeeper(ForesightedPruner):
         return broken
 
     def _judge(self, trainer: Any, pl_module: Any) -> None:
-        """Take a cut back that has had its time and is not good; else what is now is the last good state."""
+        """Undo a cut that is beyond the bound after its recovery; otherwise store this state as the last good one."""
         keeping, guard = self.keeping, self.pruning.guard
         if guard is None or keeping.baseline is None or not self.rounds.done or not keeping.measured:
             return
@@ -213,7 +213,7 @@ class NeuronKeeper(ForesightedPruner):
             self._take_back(trainer, pl_module)
 
     def _remember(self, trainer: Any, pl_module: Any) -> None:
-        """What is now is good."""
+        """Store the current state as the last good one."""
         self.keeping.good, self.keeping.good_rounds = take_snapshot(trainer, pl_module), len(self.rounds.done)
 
     def _prepare_to_cut(self, trainer: Any, pl_module: Any) -> None:
@@ -249,7 +249,7 @@ class NeuronKeeper(ForesightedPruner):
         self._write(trainer, taken_back_scalars(self.rounds))
 
     def _book_undone(self, operation: Operation) -> None:
-        """Write down that rounds have been taken back, as a part of putting the state back."""
+        """Record that rounds were undone, as a part of restoring the state."""
         operation.keep(self.rounds)
         self.rounds.take_back(self.keeping.good_rounds)
 

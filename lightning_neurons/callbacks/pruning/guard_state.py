@@ -1,4 +1,4 @@
-"""What is known of a contract about a metric: what it was before the first cut, and the last state that kept it."""
+"""State of the guard of a metric: its value before the first cut, and the last state within the bound."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,14 +13,14 @@ class Keeping:
 
     Attributes:
         baseline: The metric of the model before the first cut.
-        good: The last state that kept the contract, while there is one to come back to.
-        good_rounds: How many rounds had been made in it.
-        progress: How much of the way had been gone in it.
+        good: The last state whose metric was within the bound, if one is kept.
+        good_rounds: The number of rounds that had been made in it.
+        progress: The share of the final budget that had been removed in it.
         judge_after: The last epoch of the recovery of the latest cut; None if it has been judged.
         latest: The metric as it was logged last.
-        validated: The epoch of that.
-        measured: Whether that was after the latest cut.
-        step_of_latest: How many optimizer steps had been made then.
+        validated: The epoch of ``latest``.
+        measured: Whether ``latest`` was logged after the latest cut.
+        step_of_latest: The number of optimizer steps at ``latest``.
         step: The share of a round's step that is tried.
         stopped: Whether nothing is cut any more.
     """
@@ -39,7 +39,7 @@ class Keeping:
 
     @classmethod
     def of(cls, state: dict[str, Any]) -> "Keeping":
-        """Continue where ``state_dict`` left off.
+        """Restore the state that ``state_dict`` returned.
 
         Raises:
             ValueError: If a value is not what it has to be.
@@ -48,5 +48,5 @@ class Keeping:
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values and tensors."""
+        """Return plain values and tensors."""
         return dict(vars(self))

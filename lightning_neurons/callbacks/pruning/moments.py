@@ -1,4 +1,4 @@
-"""Moments of the training that follows: what a step does may hang on the epoch, the batch, or the steps before."""
+"""Later steps and epochs at which training is tried: a step may depend on the epoch, the batch or the global step."""
 
 import math
 from collections.abc import Iterator
@@ -9,10 +9,10 @@ from typing import Any, Literal, Protocol
 from lightning_neurons.callbacks.pruning.resume import batches_trained
 
 STEPS, EPOCHS = 10, 10
-"""How many batches, and how many epochs, from the next epoch on are moments of their own."""
+"""Number of batches, and of epochs, from the next epoch on, each of which is tried."""
 
 ROUND = 100, 1000, 10_000
-"""The next steps that can be divided by these are such moments too."""
+"""Divisors: the next global step that each of them divides is tried too."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Moment:
     """A step of training, or the end of an epoch.
 
     Attributes:
-        kind: Which of the two.
+        kind: A step or the end of an epoch.
         epoch: Its epoch.
         batch_idx: The batch in that epoch; of an end, the last.
         batches: How many batches there will have been before it.
@@ -37,16 +37,16 @@ class Moment:
 
 
 class Move(Protocol):
-    """Moves a Trainer."""
+    """A function that sets a Trainer's counters."""
 
     def __call__(self, to: Moment, *, is_over: bool) -> None:
-        """To a moment, before or after its batch."""
+        """Set the counters to those of a moment, before or after its batch."""
 
 
 def moments_to_come(trainer: Any) -> list[Moment]:
-    """The batches that follow and the last one of the next epoch, the first of some later epochs, and the last epoch.
+    """Return steps to try: the next batches, the last of the next epoch, the first of some epochs, and epochs' ends.
 
-    Something that begins at an epoch or a step, or that happens with every n-th, is met by one of them if n is small,
+    Whatever begins at an epoch or a step, or happens at every n-th, happens at one of them if n is small,
     or one of the round numbers by which steps are counted.
 
     Args:
@@ -77,7 +77,7 @@ def moments_to_come(trainer: Any) -> list[Moment]:
 
 @contextmanager
 def moving(trainer: Any) -> Iterator[Move]:
-    """Let a Trainer stand at any moment, before or after its batch, as often as wanted; then it is where it was."""
+    """Yield a function that sets a Trainer's counters to any moment, and restore them at the end."""
     fit, epoch = trainer.fit_loop, trainer.fit_loop.epoch_loop
     places = [
         (fit.epoch_progress.current, "completed"),

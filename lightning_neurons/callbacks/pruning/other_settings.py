@@ -1,4 +1,4 @@
-"""The state that a pruning callback of other settings has left in a checkpoint."""
+"""State of a pruning callback with other settings, found in a checkpoint."""
 
 import ast
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def state_of_other_settings(checkpoint: Mapping[str, Any], own: str) -> tuple[dict[str, Any], str] | None:
-    """The state of the one pruning callback of other settings, and these; None if there is none, or the own state.
+    """Find the state of a pruning callback with other settings, and these; None if there is none, or one with the same.
 
     Args:
         checkpoint: Of a Trainer.
@@ -20,7 +20,7 @@ def state_of_other_settings(checkpoint: Mapping[str, Any], own: str) -> tuple[di
 
 
 def _only_in(key: str, other: str) -> list[str]:
-    """The settings in the key of a callback that are not in another key."""
+    """Return the settings in a callback's key that are not in another key."""
     theirs, ours = _settings(key), _settings(other)
     return [f"{name}={value!r}" for name, value in theirs.items() if name not in ours or ours[name] != value]
 

@@ -1,4 +1,4 @@
-"""The life of a callback that cuts: it measures as observers do, decides after validation, cuts before the next epoch.
+"""Base class of the pruning callbacks: measures as observers do, decides after validation, cuts before the next epoch.
 
 Between decision and cut the plan is pending and goes into every checkpoint, so that the scores in a checkpoint belong
 to its weights, and a resumed run goes on as the uninterrupted one would have.
@@ -43,7 +43,7 @@ from lightning_neurons.results.typed import typed
 
 
 class NeuronPruner(MonitoredObserver):
-    """Common base of the pruning callbacks: ``pruning`` is what it was told, ``rounds`` what has been done."""
+    """Common base of the pruning callbacks: ``pruning`` has the settings, ``rounds`` the cuts so far."""
 
     publishes = False
 
@@ -67,16 +67,16 @@ class NeuronPruner(MonitoredObserver):
 
     @property
     def plan(self) -> PruningPlan:
-        """Everything that has been removed so far, in the indices of the original model."""
+        """The neurons that have been removed so far, in the indices of the original model."""
         return self.rounds.plan
 
     @property
     def pending(self) -> PruningPlan | None:
-        """What is decided and will be removed when the next training epoch begins."""
+        """The neurons that will be removed when the next training epoch begins; None if there are none."""
         return None if self.rounds.pending is None else self.rounds.pending.plan
 
     def state_dict(self) -> dict[str, Any]:
-        """Rounds, the pending plan and the history, as plain values and tensors.
+        """Return rounds, the pending plan and the history, as plain values and tensors.
 
         While a validation goes on, the rounds are those before it: when the run is resumed, it is made again.
         """
@@ -116,7 +116,7 @@ class NeuronPruner(MonitoredObserver):
             raise ArgumentError.of("ckpt_path", got, "one that it has written, whole") from error
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Go on from the rounds of a pruning callback of other settings, and say so: a budget is of the whole model."""
+        """Take over the rounds of a pruning callback with other settings, and warn: budgets are of the whole model."""
         other = state_of_other_settings(checkpoint, self.state_key) if trainer.state.fn == "fit" else None
         if other is not None:
             self._adopt(other[0])
@@ -175,7 +175,7 @@ class NeuronPruner(MonitoredObserver):
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     def _keep_training_batches(self, trainer: Any, pl_module: Any) -> None:
-        """The same, where the epoch of a validation was over when the run was resumed."""
+        """Keep the first training batches after a resume, where the epoch of the validation was over already."""
         if self._is_near(trainer):
             self._trial = TrainingTrial(trainer, pl_module)
             with keeping_training(self, "no training step is tried before the next cut"):
@@ -193,7 +193,7 @@ class NeuronPruner(MonitoredObserver):
     def on_validation_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Learn how the module is run, and keep samples, before the step can change them."""
+        """Find out how to run the module, and copy samples before the step can change them."""
         is_kept = dataloader_idx == 0 and self._is_near(trainer) and not is_unfinished(pl_module)
         if is_kept:
             if self._runner is None:
@@ -206,7 +206,7 @@ class NeuronPruner(MonitoredObserver):
             keep_weights(trainer, pl_module, self, batch_idx)
 
     def on_test_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Nothing is measured on test data."""
+        """Do nothing: test data are not measured."""
 
     on_test_end = on_test_epoch_start
 
@@ -214,7 +214,7 @@ class NeuronPruner(MonitoredObserver):
         return self._is_near(trainer) and self.pruning.measures
 
     def _is_near(self, trainer: Any) -> bool:
-        """Whether this validation counts: as a trial, for a round, or for the patience of one."""
+        """Return True if this validation is the sanity check, or is needed for a round or its ``patience``."""
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return bool(trainer.sanity_checking)
         every = trainer.check_val_every_n_epoch or 1
@@ -223,7 +223,7 @@ class NeuronPruner(MonitoredObserver):
     # -- deciding
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Decide what is due, by the network that was validated; while training has not begun, only try."""
+        """Decide on the round that is due, with the weights that were validated; in a trial run, only try a plan."""
         with validated_weights(trainer):
             self._measure_and_decide(trainer, pl_module)
 
@@ -275,7 +275,7 @@ class NeuronPruner(MonitoredObserver):
         return Decision(trainer, pl_module, self._runner, self.pruning, self.rounds, self._left_whole, alike)
 
     def _working_trial(self, trainer: Any) -> TrainingTrial | None:
-        """What tries training steps, if all processes have it and the step runs on a copy."""
+        """Return the trial of training steps; None if a process has none, or the step does not run on a copy."""
         trial, self._trial = self._trial, None
         if not trainer.strategy.reduce_boolean_decision(trial is not None and trial.can_try(), all=True):
             return None
@@ -291,11 +291,11 @@ class NeuronPruner(MonitoredObserver):
         return None
 
     def _due_budget(self, number: int) -> PruningBudget:
-        """What is due in a round of the schedule."""
+        """Return the budget of a round of the schedule."""
         return self.pruning.budget.at(self.pruning.progress(number))
 
     def _note(self, survey: Survey, verdict: Verdict, fatal: bool = False) -> None:
-        """Remember what the model was, and say what stands in the way."""
+        """Store the model's original sizes, and warn of layers and budgets that are in the way."""
         self.rounds.dense = survey.dense
         problems = [*(f"cannot cut {reason}" for reason in survey.unprunable), *verdict.unmet]
         if (problems and self.pruning.on_unprunable == "raise") or (fatal and verdict.unmet):
@@ -306,7 +306,7 @@ class NeuronPruner(MonitoredObserver):
     # -- cutting
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Begin the curves with the whole model."""
+        """Validate again what a resume has left out, and log the sizes of the model before any cut."""
         self._following.begin(pl_module)
         make_up(trainer, self._validated_at, partial(self._keep_training_batches, trainer, pl_module))
         self._validated = False  # what training logs in an epoch is not there, if it was resumed at its end
@@ -314,7 +314,7 @@ class NeuronPruner(MonitoredObserver):
             self._write(trainer, start_scalars(dense))
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Carry out what is pending: after every checkpoint of the last epoch, and before the first batch of this."""
+        """Make the pending cut: after every checkpoint of the last epoch, and before the first batch of this one."""
         self._look(trainer, trainer.current_epoch - 1)
         if self.rounds.pending is not None:
             self._carry_out(trainer, pl_module, self.rounds.pending)
@@ -348,7 +348,7 @@ class NeuronPruner(MonitoredObserver):
         rank_zero_info(f"{type(self).__name__}: {made.summary}")
 
     def _book(self, trainer: Any, made: PruningRound, operation: Operation) -> None:
-        """Write down that a round has been made, as a part of the cut itself: an interruption finds both or neither."""
+        """Record a round as a part of the cut itself, so that an interruption leaves both or neither."""
         if made.plan:
             check_cut(trainer, self._runner)
         operation.keep(self.rounds)
@@ -366,7 +366,7 @@ class NeuronPruner(MonitoredObserver):
     # -- the end
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """Look at the metric; say early if it is not among what validation logs."""
+        """Take the metric; warn in the sanity check if validation does not log it."""
         super().on_validation_end(trainer, pl_module)
         monitor, metrics = self.pruning.monitor, trainer.callback_metrics
         if monitor is not None and trainer.sanity_checking and metrics and monitor not in metrics:
@@ -380,7 +380,7 @@ class NeuronPruner(MonitoredObserver):
             self._write(trainer, {"pruning/metric_after": value})
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Show what has been done, and what has not."""
+        """Print the rounds; warn of cuts that were not made."""
         if self.pending is not None:
             self._warn(
                 f"training ended before a plan for {len(self.pending)} neurons was carried out; it is in checkpoints, "

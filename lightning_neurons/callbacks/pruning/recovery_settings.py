@@ -1,4 +1,4 @@
-"""What a pruning callback is told of the time after a cut: what must not be lost, and who teaches."""
+"""Settings of the recovery after a cut: the guard of a metric, and distillation."""
 
 import math
 from collections.abc import Mapping
@@ -16,12 +16,12 @@ DEFAULTS = {"output": None, "teacher": None, "temperature": 2.0, "distillation_w
 _LESS_IS_BETTER = ("loss", "error", "err_", "_err", "perplexity", "ppl", "mse", "mae")
 
 SMALLEST_STEP = 1 / 16
-"""Of the step that was asked for; below it, nothing is tried again."""
+"""Smallest step of a round, as a share of the one asked for; cuts stop when it is violated too."""
 
 
 @dataclass(frozen=True)
 class Guard:
-    """A contract about a metric.
+    """A bound that a metric must keep after cuts.
 
     Attributes:
         monitor: The metric.
@@ -38,7 +38,7 @@ class Guard:
     on_violation: OnViolation
 
     def bound(self, baseline: float) -> float:
-        """The worst value that is allowed.
+        """Return the worst value that is allowed.
 
         Example:
             >>> Guard("val_acc", "max", 0.25, True, "stop").bound(0.5)
@@ -48,7 +48,7 @@ class Guard:
         return baseline - drop if self.mode == "max" else baseline + drop
 
     def holds(self, value: float | None, baseline: float) -> bool:
-        """Whether a value is allowed; none at all and NaN are not."""
+        """Return True if a value is within the bound; None and NaN are not."""
         if value is None or math.isnan(value):
             return False
         return value >= self.bound(baseline) if self.mode == "max" else value <= self.bound(baseline)
@@ -56,12 +56,12 @@ class Guard:
 
 @dataclass(frozen=True)
 class Distillation:
-    """How the model before the first cut teaches the one after it (Hinton et al. 2015).
+    """The settings of distillation from the model before the first cut (Hinton et al. 2015).
 
     Attributes:
         output: The module whose output are the logits; None is the module's forward.
-        temperature: What logits are divided by.
-        weight: What the distillation loss is multiplied by before it is added.
+        temperature: The divisor of the logits.
+        weight: The factor of the distillation loss in the sum with the model's loss.
         class_axis: The axis of the logits on which the classes lie.
         teacher: A checkpoint of the teacher; None takes the model before the first cut.
     """
@@ -76,7 +76,7 @@ class Distillation:
 def guard_of(
     monitor: Any, mode: Any, max_drop: Any, relative_drop: Any, on_violation: Any, *, can_halve: bool
 ) -> Guard | None:
-    """The contract that arguments of a callback ask for, if any.
+    """Return the guard that arguments of a callback ask for, if any.
 
     Raises:
         ArgumentError: If they contradict one another or are out of range.
@@ -107,7 +107,7 @@ def guard_of(
 def distillation_of(
     recovery: Any, output: Any, temperature: Any, weight: Any, class_axis: Any, teacher: Any
 ) -> Distillation | None:
-    """How arguments of a callback ask for distillation, if they do.
+    """Return the distillation that arguments of a callback ask for, if any.
 
     Raises:
         ArgumentError: If they contradict one another or are out of range.
@@ -135,7 +135,7 @@ def distillation_of(
 
 
 def _mode_of(monitor: str) -> Mode:
-    """What the name of a metric says of its direction."""
+    """Return "min" if a metric's name is that of a loss or an error, else "max"."""
     return "min" if any(word in monitor.lower() for word in _LESS_IS_BETTER) else "max"
 
 

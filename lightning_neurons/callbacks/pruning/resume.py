@@ -1,4 +1,4 @@
-"""What Lightning leaves out when it resumes a run, made up for: the cuts of a run hang on every validation of it.
+"""Validations that Lightning leaves out when it resumes a run: cuts depend on every one, so they are made up for.
 
 A checkpoint may be written after the last batch before a validation, in the middle of that validation, or while an
 epoch begins. Lightning 2.6 goes on behind the validation in the first case, validates on the rest of the data in the
@@ -13,12 +13,12 @@ from lightning_neurons.isolation.isolation import kept_random_state
 
 
 def batches_trained(trainer: Any) -> int:
-    """How many training batches there have been in the whole run; it tells validations apart."""
+    """Return the number of training batches in the whole run, which identifies a validation."""
     return int(trainer.fit_loop.epoch_loop.batch_progress.total.ready)
 
 
 def make_up(trainer: Any, validated: int | None, prepare: Callable[[], None]) -> None:
-    """Validate what should have been validated before the run ended. Call it in ``on_train_start``, in all processes.
+    """Run a validation that is missing from before the run ended. Call it in ``on_train_start``, in all processes.
 
     Everybody hears of that validation as of any other, in the epoch to which it belongs.
 
@@ -63,7 +63,7 @@ def make_up(trainer: Any, validated: int | None, prepare: Callable[[], None]) ->
 
 
 def first_batches(trainer: Any, count: int) -> Iterator[tuple[Any, int]]:
-    """Training batches as the step gets them, with their index, from an iteration of their own over the data."""
+    """Yield the first training batches as the step gets them, with their index, from a new iterator."""
     loader, pl_module = trainer.fit_loop._combined_loader, trainer.lightning_module
     with kept_random_state(pl_module):
         for batch, batch_idx, _ in iter(type(loader)(loader.iterables, loader._mode)):
@@ -74,7 +74,7 @@ def first_batches(trainer: Any, count: int) -> Iterator[tuple[Any, int]]:
 
 
 def _validate(trainer: Any) -> None:
-    """The validation as the loop of an epoch runs it."""
+    """Run a validation as the loop of an epoch does."""
     loop, connector = trainer.fit_loop.epoch_loop.val_loop, trainer._logger_connector
     first = connector._first_loop_iter
     loop.restarting = False
@@ -85,20 +85,20 @@ def _validate(trainer: Any) -> None:
 
 
 def _move_epoch(fit: Any, by: int) -> None:
-    """Count an epoch as over, or not yet. After an error it stays as it is, for a checkpoint that is written then."""
+    """Set an epoch's counters to over, or not yet; after an error they stay, for a checkpoint that is written then."""
     for progress in (fit.epoch_progress.current, fit.epoch_progress.total):
         progress.processed += by
         progress.completed += by
 
 
 def _next_epoch(fit: Any) -> None:
-    """What follows is an epoch like any other, with its beginning."""
+    """Let the loop begin the next epoch as usual, and not as a resumed one."""
     fit._restarting = False
     fit.reset_restart_stage()
     _begin_epoch(fit)
 
 
 def _begin_epoch(fit: Any) -> None:
-    """Let an epoch have all its batches."""
+    """Reset the counters of batches, so that an epoch has all of them."""
     fit.epoch_loop.restarting = False
     fit.epoch_loop.reset_restart_stage()

@@ -1,4 +1,4 @@
-"""What a pruning callback is told, beside what an observing one is."""
+"""Settings of a pruning callback, in addition to those of an observing one."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -26,20 +26,20 @@ class PruningSettings:
     """The settings of ``NeuronPruner``.
 
     Attributes:
-        budget: What to remove.
-        schedule: When.
-        compensation: How to make up for it.
+        budget: How much to remove, and by which criterion.
+        schedule: The epochs of the rounds.
+        compensation: The compensation of removed neurons in the layers that read them.
         reestimate_norms: Whether running statistics are estimated anew, where that helps.
         lossless: Whether only constant neurons may go.
         patience: How many measurements in a row must agree.
         monitor: The metric that is reported before and after.
         recovery_epochs: How many epochs a cut has to recover.
         check: Whether the plan's neurons are silenced together before a cut is decided.
-        guard: What the metric must not fall below, if anything.
-        distillation: How the model before the cut teaches the one after it, if it does.
-        reset_early_stopping: Whether early stopping forgets what the larger model could do.
-        on_unprunable: What to do about layers that cannot be cut, and budgets that cannot be met.
-        example_inputs: What the module is traced with; None takes the first validation batch.
+        guard: The bound that the metric must keep, if any.
+        distillation: Settings of distillation from the model before the first cut, if any.
+        reset_early_stopping: Whether early stopping begins anew after a cut, without the larger model's best score.
+        on_unprunable: Warn or raise where layers cannot be cut, or the budget cannot be met.
+        example_inputs: Inputs with which the module is traced; None takes the first validation batch.
     """
 
     budget: PruningBudget
@@ -59,16 +59,16 @@ class PruningSettings:
 
     @property
     def measures(self) -> bool:
-        """Whether scores come from a measurement of neurons."""
+        """True if the budget's criterion is measured."""
         return self.budget.measured is not None
 
     @property
     def calibrates(self) -> bool:
-        """Whether samples have to be kept for what is decided."""
+        """True if validation samples have to be kept for the decision."""
         return self.compensation.needs_data or self.reestimate_norms or self.lossless or self.budget.by_reconstruction
 
     def is_near(self, number: int, epoch: int, every: int) -> bool:
-        """Whether a validation at the end of an epoch matters for a round, itself or for patience.
+        """Return True if a validation at the end of an epoch is needed for a round or its ``patience``.
 
         Args:
             number: The round.
@@ -79,7 +79,7 @@ class PruningSettings:
         return number <= self.schedule.rounds and epoch + 1 + lead >= self.schedule.epoch_of(number)
 
     def progress(self, number: int) -> float:
-        """How much of the way has been gone after a round of the schedule; 1 is all of what is to be removed."""
+        """Return the share, in [0, 1], of all that is to be removed that is gone after a round of the schedule."""
         rule, value = self.budget.rule
         removed = value if rule == "amount" else 1 - value
         if rule == "threshold" or removed <= 0:
@@ -87,13 +87,13 @@ class PruningSettings:
         return self.schedule.progress(max(number, 1), removed)
 
     def trial(self) -> PruningBudget:
-        """The budget by which is tried, before anything has been measured, whether it can be met."""
+        """Return a budget with a random criterion, to try before any measurement whether it can be met."""
         given = {"amount": 1e-9, "threshold": None} if self.budget.threshold is not None else {}
         return replace(self.budget, criterion="random", **given)  # type: ignore[arg-type]
 
 
 def budget_of(lossless: bool, given: Mapping[str, Any]) -> PruningBudget:
-    """The budget that arguments of a callback ask for.
+    """Return the budget that arguments of a callback ask for.
 
     Raises:
         ArgumentError: If they contradict one another or are out of range.
@@ -108,7 +108,7 @@ def budget_of(lossless: bool, given: Mapping[str, Any]) -> PruningBudget:
 
 
 def compensation_of(given: CompensationName | None, lossless: bool) -> Compensation:
-    """The compensation that is asked for.
+    """Return the compensation that is asked for.
 
     Raises:
         ArgumentError: If there is none of that name, or it contradicts ``lossless``.
@@ -137,10 +137,10 @@ def refuse_overlap(settings: PruningSettings) -> None:
 
 
 def check_of(given: Any, guard: Guard | None) -> Check | None:
-    """The check before a cut that is asked for, if any.
+    """Return the check before a cut that is asked for, if any.
 
     Raises:
-        ArgumentError: If there is none of that name, or nothing to hold it against.
+        ArgumentError: If there is none of that name, or no guard with whose bound to compare.
     """
     if given is None:
         return None
@@ -151,7 +151,7 @@ def check_of(given: Any, guard: Guard | None) -> Check | None:
 
 
 def reestimation_of(given: bool, lossless: bool) -> bool:
-    """Whether running statistics are to be estimated anew.
+    """Return True if running statistics are to be estimated anew.
 
     Raises:
         ArgumentError: If that contradicts ``lossless``.

@@ -1,4 +1,4 @@
-"""The state of a training run that is put aside before a cut, and put back if the cut was a mistake.
+"""Snapshot of a training run's state, taken before a cut and restored if the cut is undone.
 
 Everything is kept on the CPU in plain values and tensors, so that it can go into checkpoints. Putting back happens
 whole or not at all.
@@ -34,12 +34,12 @@ def take_snapshot(trainer: Any, pl_module: nn.Module) -> Snapshot:
 
 
 def restore_snapshot(trainer: Any, pl_module: nn.Module, snapshot: Snapshot, also: Callable[[Operation], None]) -> None:
-    """Put a snapshot back, also into layers that have become narrower; parameters stay the same objects.
+    """Restore a snapshot, also into layers that have become narrower; parameters stay the same objects.
 
     Args:
         trainer: Between two epochs, or after the last.
         pl_module: Its module.
-        snapshot: What was put aside.
+        snapshot: The snapshot.
         also: Writes down that it has come back, when all else has been done; it is taken back with it.
 
     Raises:
@@ -71,7 +71,7 @@ def restore_snapshot(trainer: Any, pl_module: nn.Module, snapshot: Snapshot, als
 
 
 def restore_models(models: Sequence[nn.Module], snapshot: Snapshot, also: Callable[[Operation], None]) -> None:
-    """Put only the model back, and into copies of it, before anything has been trained; whole or not at all."""
+    """Restore only the model, and copies of it, before training begins; whole or not at all."""
     operation = Operation()
     try:
         with torch.inference_mode(False), torch.no_grad():
@@ -84,13 +84,13 @@ def restore_models(models: Sequence[nn.Module], snapshot: Snapshot, also: Callab
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """All parameters and buffers, also those that are not saved in checkpoints."""
+    """Return all parameters and buffers, also those that are not saved in checkpoints."""
     named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in named}
 
 
 def _copy(state: Any) -> Any:
-    """A copy that shares nothing, with tensors on the CPU."""
+    """Return a deep copy, with tensors on the CPU."""
     return copy.deepcopy(map_tensors(state, lambda t: t.detach().to("cpu", copy=True)))
 
 
@@ -126,7 +126,7 @@ def _refit_all(model: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class _Live:
-    """What an optimizer holds: the list and the dicts that schedulers and others hold as well, and their contents."""
+    """The groups and state of an optimizer: the objects, which schedulers hold as well, and their contents."""
 
     groups: list[dict[str, Any]]
     members: list[dict[str, Any]]

@@ -1,4 +1,4 @@
-"""What stands in for parts of a Trainer, so that a step can run in a copy of its module and change nothing else."""
+"""Stand-ins for optimizers, schedulers and the Trainer, so that a step can run on a copy and change nothing else."""
 
 from contextlib import nullcontext
 from typing import Any
@@ -10,7 +10,7 @@ from lightning_neurons.data.batches import map_tensors
 
 
 class OptimizerStandIn:
-    """Takes all that a training step asks of an optimizer, and moves nothing.
+    """An optimizer for a training step on a copy: it accepts all calls, and changes no parameter.
 
     Args:
         optimizer: The optimizer.
@@ -28,44 +28,44 @@ class OptimizerStandIn:
 
     @property
     def optimizer(self) -> "OptimizerStandIn":
-        """What Lightning's wrapper wraps."""
+        """The optimizer itself, as ``LightningOptimizer.optimizer`` gives it."""
         return self
 
     def step(self, closure: Any = None, **_: Any) -> Any:
-        """Where gradients are complete."""
+        """Run the closure, then call ``listen``, as gradients are complete; no parameter changes."""
         value = None if closure is None else closure()
         if self._listen is not None:
             self._listen()
         return value
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget gradients."""
+        """Set the gradients to None."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None
 
     def toggle_model(self, **_: Any) -> Any:
-        """Nothing is switched."""
+        """Return a context manager that does nothing."""
         return nullcontext()
 
 
 class SchedulerStandIn:
-    """A learning rate scheduler that stands still."""
+    """A learning rate scheduler that never changes the learning rate."""
 
     def __init__(self, scheduler: Any) -> None:
         self.last_epoch = getattr(scheduler, "last_epoch", 0)
         self._last = list(getattr(scheduler, "_last_lr", []))
 
     def step(self, *_: Any, **__: Any) -> None:
-        """Nothing happens."""
+        """Do nothing."""
 
     def get_last_lr(self) -> list[Any]:
-        """The learning rates as they are."""
+        """Return the current learning rates."""
         return self._last
 
 
 def stand_in(trainer: Any, pl_module: Any, twin: Any, listen: Any) -> dict[str, Any]:
-    """Attributes for a copy of a module that shadow what would reach into its Trainer.
+    """Return attributes for a copy of a module that replace the methods which would change its Trainer.
 
     Args:
         trainer: The Trainer.
@@ -100,4 +100,4 @@ def _one_or_all(found: list[Any]) -> Any:
 
 
 def nothing(*_: Any, **__: Any) -> None:
-    """Takes the place of what is not to happen."""
+    """Do nothing, in the place of a method with side effects."""

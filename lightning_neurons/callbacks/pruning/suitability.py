@@ -1,4 +1,4 @@
-"""What a Trainer must not be for its model to become smaller, said before anything has run."""
+"""Checks, before training, that the Trainer, its strategy, optimizers and callbacks allow pruning."""
 
 from collections.abc import Callable
 from typing import Any
@@ -41,8 +41,8 @@ def refuse_run(who: str, trainer: Any, pl_module: Any, start_epoch: int | None, 
         who: The callback.
         trainer: The Trainer.
         pl_module: Its module.
-        start_epoch: When the next round is due; None if all have been made.
-        patience: How many measurements it takes.
+        start_epoch: The epoch of the next round; None if all have been made.
+        patience: Number of measurements that a round needs.
 
     Raises:
         MisconfigurationException: Saying what is missing.
@@ -79,7 +79,7 @@ def refuse_run(who: str, trainer: Any, pl_module: Any, start_epoch: int | None, 
 
 
 def refuse_company(who: str, trainer: Any, kind: type) -> None:
-    """Refuse a second callback that cuts: each would hold the indices of a model that the other has changed.
+    """Refuse a second pruning callback: each would use the indices of a model that the other has changed.
 
     Raises:
         MisconfigurationException: If there is another one.
@@ -114,7 +114,7 @@ def refuse_optimizers(who: str, trainer: Any) -> None:
 
 
 def is_fresh(who: str, pl_module: Any, rounds: Rounds) -> bool:
-    """Whether rounds that have been made have to be forgotten, as the module is whole again.
+    """Return True if the module has its original widths again, so that its rounds no longer hold.
 
     Raises:
         MisconfigurationException: If the rounds are those of another model.
@@ -131,7 +131,7 @@ def is_fresh(who: str, pl_module: Any, rounds: Rounds) -> bool:
 
 
 def warn_of_stale_checkpoints(warn: Callable[[str], None], trainer: Any) -> None:
-    """Say that ``last.ckpt`` is not the last state where it is written with the best only."""
+    """Warn if ``last.ckpt`` may not be the last state, as it is written with the best only."""
     for one in trainer.checkpoint_callbacks:
         if getattr(one, "monitor", None) and getattr(one, "save_last", None) and getattr(one, "save_top_k", -1) > 0:
             warn(
@@ -142,7 +142,7 @@ def warn_of_stale_checkpoints(warn: Callable[[str], None], trainer: Any) -> None
 
 
 def is_over(trainer: Any) -> bool:
-    """Whether no other epoch will begin."""
+    """Return True if no other epoch will begin."""
     epochs = trainer.max_epochs is not None and trainer.max_epochs != -1
     steps = trainer.max_steps is not None and trainer.max_steps != -1
     last = epochs and trainer.current_epoch + 1 >= trainer.max_epochs
@@ -150,7 +150,7 @@ def is_over(trainer: Any) -> bool:
 
 
 def require_monitor(who: str, trainer: Any, monitor: str | None) -> None:
-    """Refuse to go on without the metric that is monitored; the first process has the say.
+    """Refuse to go on without the metric that is monitored, going by the first process.
 
     Raises:
         MisconfigurationException: Naming what is logged.
@@ -161,11 +161,11 @@ def require_monitor(who: str, trainer: Any, monitor: str | None) -> None:
 
 
 def unknown_monitor(trainer: Any, monitor: str) -> str:
-    """What to say when validation has not logged a metric before training has begun."""
+    """Return a warning for a metric that validation has not logged before training."""
     return f"{UnknownNameError.among('monitor', monitor, list(trainer.callback_metrics))} Fine if training logs it."
 
 
 def warn_of_unseen_weights(warn: Callable[[str], None], trainer: Any) -> None:
-    """Say that the weights at the end of training will be others than those that were validated."""
+    """Warn if the weights at the end of training will be others than those that were validated."""
     if any(base.__name__ == "StochasticWeightAveraging" for c in trainer.callbacks for base in type(c).__mro__):
         warn("StochasticWeightAveraging ends with weights that no validation has seen: max_drop does not hold for them")

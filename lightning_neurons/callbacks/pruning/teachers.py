@@ -1,4 +1,4 @@
-"""Who teaches: the module that is given a batch and makes logits of it, or one like it from a checkpoint."""
+"""Teachers for distillation: the module that computes the logits, or one of its architecture from a checkpoint."""
 
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,12 @@ from lightning_neurons.pruning.structure.example import twin_of
 
 
 def find_logits(who: str, pl_module: Any, output: str | None) -> tuple[nn.Module, list[str], str]:
-    """Where logits come from: the module that the teacher stands in for, and in it, what is given batches, and logits.
+    """Find the module that the teacher replaces, and in it the modules that receive batches and return logits.
 
     Args:
         who: The callback, for messages.
         pl_module: The LightningModule; the teacher stands in for it if it has a forward, else for one of its children.
-        output: What the user has said.
+        output: The callback's argument of this name.
 
     Returns:
         The module; the paths in it of modules of which the outermost that runs is given the batch; and the path in it
@@ -50,12 +50,12 @@ def find_logits(who: str, pl_module: Any, output: str | None) -> tuple[nn.Module
 
 
 def state_of(teacher: nn.Module) -> dict[str, Tensor]:
-    """The weights of a teacher, on the CPU."""
+    """Return the weights of a teacher, on the CPU."""
     return {name: tensor.detach().cpu() for name, tensor in teacher.state_dict().items()}
 
 
 def from_state(source: nn.Module, state: dict[str, Tensor]) -> nn.Module:
-    """A copy of a module with other weights and widths, in evaluation mode, without gradients."""
+    """Return a copy of a module with other weights and widths, in evaluation mode, without gradients."""
     teacher = twin_of(source)
     conform(teacher, state)
     teacher.load_state_dict(state)
@@ -63,7 +63,7 @@ def from_state(source: nn.Module, state: dict[str, Tensor]) -> nn.Module:
 
 
 def read_teacher(who: str, path: Path, pl_module: nn.Module, source: nn.Module) -> nn.Module:
-    """The part of a checkpoint that stands for a module.
+    """Build a teacher for a module from the part of a checkpoint that belongs to it.
 
     Args:
         who: The callback, for messages.

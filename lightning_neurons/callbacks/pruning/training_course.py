@@ -1,4 +1,4 @@
-"""What Lightning calls in training, in its order, for a copy of a module; no optimizer and no scheduler steps."""
+"""Calls of a training epoch in Lightning's order, on a copy of a module; no optimizer and no scheduler steps."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,11 +15,11 @@ from lightning_neurons.errors import in_short
 
 
 class HookError(Exception):
-    """Something of the user's has failed.
+    """A hook of the user's has failed.
 
     Attributes:
-        hook: What Lightning calls it.
-        key: It, and whose it is.
+        hook: The name of the hook.
+        key: Its owner (None for the module) and its name.
     """
 
     def __init__(self, owner: Any, hook: str, error: Exception) -> None:
@@ -28,14 +28,14 @@ class HookError(Exception):
 
 
 class Course:
-    """Calls the hooks of a module and of callbacks around its steps.
+    """A training loop that calls a module's steps and the hooks of module and callbacks around them.
 
     Args:
         trainer: The Trainer.
-        move: Lets it stand at a moment.
-        twin: A copy of its module, with what stands in for optimizers.
-        callbacks: Those that take part.
-        untried: What is not called, as in ``HookError.key``.
+        move: Sets its counters to those of a moment.
+        twin: A copy of its module, with stand-ins for optimizers.
+        callbacks: The callbacks whose hooks are called.
+        untried: Hooks that are not called, as in ``HookError.key``.
         look: Called where all gradients of a step are there, and before they are clipped.
     """
 
@@ -53,7 +53,7 @@ class Course:
         self._modes = {name: module.training for name, module in twin.named_modules()}
 
     def step(self, batch: Any, moment: Moment) -> None:
-        """A batch, and what comes before the first of an epoch.
+        """Run a training step on a batch; before the first of an epoch, the hooks of its start.
 
         Raises:
             HookError: If the step or a hook fails.
@@ -107,7 +107,7 @@ class Course:
         )
 
     def end(self, batch: Any, moment: Moment) -> None:
-        """The end of an epoch, with one batch of its validation, or none if that is None.
+        """Run the end of an epoch, with one batch of its validation, or none if that is None.
 
         Raises:
             HookError: If the step or a hook fails.
@@ -129,7 +129,7 @@ class Course:
         self.finish()
 
     def finish(self) -> None:
-        """What follows the last batch of a validation, up to a checkpoint of the epoch.
+        """Call the hooks after the last batch of a validation, up to a checkpoint of the epoch.
 
         Raises:
             HookError: If a hook fails.
@@ -156,7 +156,7 @@ class Course:
         )
 
     def _call(self, hook: str, *args: Any) -> Any:
-        """A hook of the user's callbacks, which may hold averages or masks, and of the module."""
+        """Call a hook of the user's callbacks, which may hold averages or masks, and of the module."""
         for callback in self._callbacks:
             self._guarded(callback, hook, self._trainer, self._twin, *args)
         return self._own(hook, *args)
@@ -168,7 +168,7 @@ class Course:
         return overrides(self._twin, hook) and (None, hook) not in self._untried
 
     def _guarded(self, owner: Any, hook: str, *args: Any) -> Any:
-        """What a callback, or for None the module, makes of a call."""
+        """Call a method of a callback, or for None of the module, and return its result."""
         if (owner, hook) in self._untried:
             return None
         try:

@@ -1,4 +1,4 @@
-"""Training steps, tried on copies before a cut: training may run what validation does not.
+"""Trial of training steps on copies before a cut: training may run what validation does not.
 
 An auxiliary head, a penalty on features, a copy of weights or a mask for gradients reads neurons, and only training
 knows, perhaps only from some epoch on, or with every fifth batch. So steps with their backward, and the hooks around
@@ -42,20 +42,20 @@ _LEAST = 1e-2
 """Of the largest of all gradients: what is much smaller than this is mostly rounding."""
 
 BATCHES = 2
-"""What is kept of an epoch, and the least number of steps that are tried: every second one may do something else."""
+"""Number of batches kept of an epoch, and the least number of steps tried: every second one may do something else."""
 
 _STEP = {"training_step", "backward"}
-"""Without these there is nothing to try."""
+"""Hooks without which a trial is impossible."""
 
 Gradients = dict[str, Tensor | None]
 
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What is seen of a run.
+    """The gradients and calls of one run.
 
     Attributes:
-        gradients: At each step of an optimizer.
+        gradients: The gradients by parameter, at each step of an optimizer.
         draws: The shapes of all random numbers.
         calls: By moment, which functions were called.
         moved: Parameters that have other values, although no optimizer has stepped.
@@ -68,7 +68,7 @@ class _Outcome:
 
 
 class TrainingTrial:
-    """Runs steps of the training that follows on copies of a module.
+    """A trial that runs later training steps on copies of a module.
 
     Args:
         trainer: The Trainer.
@@ -100,11 +100,11 @@ class TrainingTrial:
             self._validation = map_tensors(batch, lambda t: t.detach().clone())
 
     def can_try(self) -> bool:
-        """Whether there is a batch to try a step on."""
+        """Return True if there is a batch to try a step on."""
         return bool(self._batches)
 
     def failure(self) -> str | None:
-        """Why the step does not even run on a whole copy, or None.
+        """Return the reason why the step does not run even on an uncut copy, or None.
 
         What else fails there is not tried.
         """
@@ -126,7 +126,7 @@ class TrainingTrial:
                 return None
 
     def difference(self, cuts: Sequence[Cut]) -> str | None:
-        """What is wrong with a cut in training, or None."""
+        """Return the reason why training would differ after a cut, or None."""
         reason = self._difference(cuts)
         if reason != _DIFFERENT or not self._runs_in_double:
             return reason
@@ -159,7 +159,7 @@ class TrainingTrial:
         return None if same else _DIFFERENT
 
     def _run(self, cuts: Sequence[Cut], alike: Mapping[int, bool], *, silent: bool, double: bool = False) -> _Outcome:
-        """What training does on a copy, from the end of this epoch on; there, the neurons of ``cuts`` go."""
+        """Train a copy from the end of this epoch on, without the neurons of ``cuts``, and record its gradients."""
         trainer, twin = self.trainer, _twin(self.pl_module)
         precision, batches, validation = trainer.precision_plugin, self._batches, self._validation
         if double:
@@ -201,7 +201,7 @@ class TrainingTrial:
 
 @contextmanager
 def _unheard(trainer: Any) -> Iterator[None]:
-    """Nothing is said or written, as far as that can be prevented."""
+    """Suppress output, warnings and files, as far as that is possible."""
     with silent(), writing_nothing(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer.save_checkpoint = nothing
@@ -209,20 +209,20 @@ def _unheard(trainer: Any) -> Iterator[None]:
 
 
 def _is_plain(kind: type) -> bool:
-    """Whether a callback is not made of one of Lightning's own, which write, remove and stop."""
+    """Return True if a callback's class has no base among Lightning's callbacks, which write, remove and stop."""
     return all(base.__name__ == "Callback" or not is_framework(base.__module__) for base in kind.__mro__)
 
 
 def failing(
     trainer: Any, trial: TrainingTrial, roots: Sequence[str], cuts_of: Callable[[Sequence[str]], Sequence[Cut]]
 ) -> dict[str, str]:
-    """The groups that training cannot do with fewer neurons of, each with what happens. All processes take part.
+    """Return groups that training needs whole, each with what fails without. Call it in all processes.
 
     Args:
         trainer: The Trainer.
         trial: Of this process.
         roots: The groups of a plan.
-        cuts_of: What of a plan belongs to some of its groups; asked in the first process.
+        cuts_of: Returns the part of a plan in some of its groups; called in the first process.
     """
     if not roots:
         return {}
@@ -245,7 +245,7 @@ _DIFFERENT = (
 
 
 def _worth_trying(moments: Sequence[Moment], calls: Sequence[tuple[Any, ...]]) -> list[Moment]:
-    """Steps up to the last in which something is called that was not called before, and ends in which there is.
+    """Return the steps up to the last one with calls that no earlier one made, and the ends of epochs with such calls.
 
     The very last step is kept in any case: what has grown from zero by then was called before as well.
     """
@@ -270,7 +270,7 @@ def _twin(pl_module: Any) -> Any:
 
 
 def _silence(twin: nn.Module, cuts: Sequence[Cut]) -> None:
-    """Let everything be zero that is to go, where it is made and where it is read."""
+    """Set weights to zero that make or read the neurons of ``cuts``."""
     tensors = {public_name(name): t for name, t in (*twin.named_parameters(), *twin.named_buffers())}
     with torch.no_grad():
         for name, by_axis in stays_of(twin, cuts).items():

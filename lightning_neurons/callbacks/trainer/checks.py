@@ -1,4 +1,4 @@
-"""What an observing callback decides before any time has been spent: what it refuses, and when it is due."""
+"""Checks of module, Trainer and settings before a measurement, and the epochs at which one is due."""
 
 import inspect
 from collections.abc import Sequence
@@ -25,13 +25,13 @@ _EVER = 10**9  # epochs; some packages set a larger period of validation where t
 
 
 def is_another(callback: Any, pl_module: Any) -> bool:
-    """Whether a callback has observed the fit of another module before; takes note of this one."""
+    """Return True if the callback's last fit was of another module, and remember this one."""
     before, _OBSERVED[callback] = _OBSERVED.get(callback), ref(pl_module)
     return before is not None and before() is not pl_module
 
 
 def why_no_validation(trainer: Any) -> str | None:
-    """Why a Trainer that fits will run no validation, or None if it will."""
+    """Return the reason why a fit will run no validation, or None if it will."""
     if not trainer.enable_validation:
         return "no validation_step, no validation data, or limit_val_batches=0"
     every, last = trainer.check_val_every_n_epoch or 1, trainer.max_epochs
@@ -43,7 +43,7 @@ def why_no_validation(trainer: Any) -> str | None:
 
 
 def sharding_of(strategy: Any, *more: str) -> str | None:
-    """The name of a strategy that splits layers over processes (or is one of ``more``), or None."""
+    """Return the name of a strategy that splits layers over processes (or is one of ``more``), or None."""
     # By name: Lightning's two namespaces have two classes of each.
     names = {base.__name__ for base in type(strategy).__mro__}
     return next(iter(sorted(names & (_SHARDED | {*more}))), None)
@@ -97,7 +97,7 @@ def require_layers(pl_module: Any, patterns: tuple[Pattern, ...] | None) -> None
 
 
 def is_unfinished(pl_module: Any) -> bool:
-    """Whether layers of a module are lazy still: a batch decides how large they are."""
+    """Return True if a module has lazy layers whose sizes are not known yet."""
     return lazy_path(pl_module) is not None
 
 
@@ -115,14 +115,14 @@ def check_room(who: str, pl_module: Any, settings: MeasurementSettings, device: 
 
 
 def overrides(pl_module: Any, method: str) -> bool:
-    """Whether a module has a method of its own. Lightning's ``is_overridden`` knows one of its two namespaces only."""
+    """Return True if a module overrides a method of LightningModule, of either of Lightning's namespaces."""
     base = next(t for t in type(pl_module).__mro__ if t.__name__ == "LightningModule")
     own = vars(pl_module).get(method, getattr(type(pl_module), method, None))  # DDP leaves one in the instance
     return getattr(own, "__func__", own) is not getattr(base, method, None)
 
 
 def is_due(epoch: int, every: int, measured: Sequence[int | None]) -> bool:
-    """Whether an epoch is to be measured: due and not done, as epochs may be skipped or come with several validations.
+    """Return True if an epoch is to be measured; epochs may be skipped, or have several validations.
 
     Args:
         epoch: The current epoch.
@@ -135,12 +135,12 @@ def is_due(epoch: int, every: int, measured: Sequence[int | None]) -> bool:
 
 
 def stretch_of(trainer: Any) -> str:
-    """What a Trainer runs over, in words."""
+    """Return a name for the current epoch or the sanity check, for messages."""
     return "the sanity check" if trainer.sanity_checking else f"epoch {trainer.current_epoch}"
 
 
 def name_of(function: Any) -> str | None:
-    """What tells one function from another, also after an edit of the file: its name and what it was made with."""
+    """Return a function's name and the plain values in its closure, which stay the same when its file is edited."""
     if function is None:
         return None
     function = inspect.unwrap(function)
@@ -150,7 +150,7 @@ def name_of(function: Any) -> str | None:
 
 
 def said_of(error: Exception) -> str:
-    """What went wrong: an error of ours speaks for itself, of others the kind is told too."""
+    """Return an error's message, with its type unless it is an error of this package or Lightning."""
     ours = isinstance(error, ArgumentError | PruningError | MeasurementError | MisconfigurationException)
     return str(error) if ours else f"{type(error).__name__}: {error}"
 

@@ -1,10 +1,10 @@
-"""A hint for those whose callback was copied by the tool that they gave it to: the copy has run, not theirs."""
+"""Hint for a callback that has measured nothing because a tool has copied it and run the copy."""
 
 from typing import Any
 
 
 class Trail:
-    """What a callback and its copies share: where the one that has measured last has left its report, in words."""
+    """A message that a callback shares with its copies: the place of the last report that one of them made."""
 
     def __init__(self) -> None:
         self.hint: str | None = None
@@ -13,7 +13,7 @@ class Trail:
         return self
 
     def leave(self, folder: Any) -> None:
-        """Say where the report is.
+        """Set the message to the place of the report.
 
         Args:
             folder: With its files; None if there are none.

@@ -1,4 +1,4 @@
-"""Where the files of a run go: a folder that no other run writes to."""
+"""Folder of a run's files, to which no other run writes."""
 
 from contextlib import suppress
 from itertools import takewhile
@@ -28,14 +28,14 @@ _BESIDE: "WeakKeyDictionary[Any, dict[tuple[Any, ...], bool]]" = WeakKeyDictiona
 
 
 class _Chosen(NamedTuple):
-    """A folder, and which fit it belongs to, of those that share a log directory: ``"_fit_2"``; empty for the first."""
+    """A folder, and the suffix of its fit among those that share a log directory: ``"_fit_2"``; empty for the first."""
 
     place: Place
     fit: str = ""
 
 
 def folder_of(trainer: Any) -> tuple[Place | None, str]:
-    """The folder of the Trainer's run, or None if it keeps no files. Call it in all processes.
+    """Return the folder of the Trainer's run, or None if it keeps no files. Call it in all processes.
 
     It is the log directory of a ``TensorBoardLogger`` or ``CSVLogger``. The directory of other loggers is shared by
     runs; there it is ``name/version``, as for checkpoints. Without a logger nothing is written, unless an observer has
@@ -45,7 +45,7 @@ def folder_of(trainer: Any) -> tuple[Place | None, str]:
     so on; who resumes from a checkpoint goes on with the last.
 
     Returns:
-        The folder, and what tells the series of a later fit apart: ``"_fit_2"``, or nothing.
+        The folder, and the suffix of the series of a later fit: ``"_fit_2"``, or an empty string.
     """
     chosen: _Chosen | None = None
     if trainer.is_global_zero and not trainer.fast_dev_run:
@@ -58,12 +58,12 @@ def folder_of(trainer: Any) -> tuple[Place | None, str]:
 
 
 def has_fitted(trainer: Any) -> bool:
-    """Whether this Trainer evaluates now what it has trained before."""
+    """Return True if this Trainer validates or tests now and has trained before."""
     return bool(trainer.state.fn != "fit" and trainer.fit_loop.epoch_loop._batches_that_stepped > 0)
 
 
 def is_beside_a_fit(trainer: Any) -> bool:
-    """Whether this Trainer evaluates what another has trained, into the same logger. Call it in all processes."""
+    """Return True if this Trainer evaluates into the logger of another Trainer's fit. Call it in all processes."""
     if trainer.state.fn == "fit":
         _FITTED.update(trainer.loggers)
         return False
@@ -82,7 +82,7 @@ def is_beside_a_fit(trainer: Any) -> bool:
 
 
 def apart(trainer: Any) -> str:
-    """What keeps the series of an evaluation apart from those of the fit: ``"_test"``, or nothing.
+    """Return the suffix for the series of an evaluation: ``"_test"``, or an empty string for those of the fit.
 
     Of a test after a fit, and of all that another Trainer finds, whose steps are not those of the fit. Call it in all
     processes.
@@ -117,7 +117,7 @@ def _chosen(trainer: Any) -> _Chosen | None:
 
 
 def _of_fit(run: Place, *, resumes: bool) -> _Chosen:
-    """A folder for another fit, or that of the last one if it is resumed."""
+    """Return a folder for another fit, or that of the last one if it is resumed."""
     names = ["", *(f"fit_{number}" for number in range(2, _MOST))]
     taken = list(takewhile(lambda name: _is_taken(inside(run, name) if name else run), names))
     name = taken[-1] if taken and resumes else names[len(taken)]
@@ -125,7 +125,7 @@ def _of_fit(run: Place, *, resumes: bool) -> _Chosen:
 
 
 def _free(run: Place, stage: str) -> Place:
-    """A folder for what another Trainer evaluates."""
+    """Return a folder for an evaluation by a Trainer that has not trained."""
     names = [stage, *(f"{stage}_{number}" for number in range(2, _MOST))]
     places = [run, *(inside(run, name) for name in names)]
     return next(place for place in places if not _is_taken(place))
@@ -136,7 +136,7 @@ def _is_taken(folder: Place) -> bool:
 
 
 def _place_of_runs(trainer: Any) -> tuple[str | None, list[str] | None]:
-    """A directory, and the folders in it that are this run's alone; None for those if nothing tells runs apart."""
+    """Return a directory, and the path in it that only this run has; None if the logger gives runs no such path."""
     needed = trainer.default_root_dir if any(getattr(one, "html", False) for one in trainer.callbacks) else None
     if not trainer.loggers:
         return needed, None
@@ -152,7 +152,7 @@ def _place_of_runs(trainer: Any) -> tuple[str | None, list[str] | None]:
 
 
 def _new_version(folder: Place) -> Place:
-    """The first ``version_...`` that is not there yet; it is made, so that nobody else takes it."""
+    """Make and return the first ``version_...`` that does not exist yet."""
     number = 0
     while True:
         place = inside(folder, f"version_{number}")

@@ -1,4 +1,4 @@
-"""How to get logits out of a LightningModule."""
+"""Forward of a LightningModule, from a batch to logits."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from lightning_neurons.measurement.measure import call_on_inputs
 
 
 def forward_of(pl_module: Any) -> Any:
-    """A function from the module and a batch to logits: the module's forward, or its one network if it has none.
+    """Return a function from module and batch to logits: the module's forward, or that of its only network.
 
     Raises:
         MeasurementError: If it has several.
@@ -31,5 +31,5 @@ def forward_of(pl_module: Any) -> Any:
 
 
 def networks_of(pl_module: nn.Module) -> list[str]:
-    """The children that have parameters: any of them may be the network."""
+    """Return the names of children that have parameters: any of them may be the network."""
     return [name for name, child in pl_module.named_children() if any(True for _ in child.parameters())]

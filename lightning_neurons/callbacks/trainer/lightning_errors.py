@@ -1,4 +1,4 @@
-"""Errors in a callback's arguments are Lightning's, and stay ours."""
+"""Errors in a callback's arguments, which are both Lightning's and this package's."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_neurons.errors import ArgumentError
 
 Step = Literal["validation", "training"]
-"""Which step of a module the loss comes from."""
+"""The step of a module that computes the loss."""
 
 
 class CallbackArgumentError(MisconfigurationException, ArgumentError):
@@ -18,7 +18,7 @@ class CallbackArgumentError(MisconfigurationException, ArgumentError):
 
 @contextmanager
 def lightning_errors() -> Iterator[None]:
-    """Turn an ``ArgumentError`` into one that Lightning's users expect."""
+    """Turn an ``ArgumentError`` into one that is a ``MisconfigurationException`` too."""
     try:
         yield
     except ArgumentError as error:

@@ -1,4 +1,4 @@
-"""Where a callback's results go now: the Trainer's loggers at which x, which folder, under which name."""
+"""Destination of a callback's results: the loggers and their step, the folder, and the suffix of names."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,13 +9,13 @@ from lightning_neurons.results.whole_file import Place
 
 
 class Outlet(NamedTuple):
-    """Where to write.
+    """The destination of results.
 
     Attributes:
         loggers: Lightning loggers.
-        step: The x of all that is logged: that of what validation logs.
+        step: The step at which to log: that at which Lightning logs the validation.
         folder: For files, or None.
-        apart: What tells series apart from those of another fit in the same log directory: ``"_fit_2"``, ``"_test"``,
+        apart: The suffix of series that are not those of the first fit in a log directory: ``"_fit_2"``, ``"_test"``,
             or nothing.
     """
 
@@ -26,11 +26,11 @@ class Outlet(NamedTuple):
 
 
 def outlet_of(trainer: Any, *, epoch_is_over: bool = False) -> Outlet | None:
-    """Where this process writes now, or None if it does not (any but the first; a trial run). Call it everywhere.
+    """Return the destination; None in a trial run and in processes but the first. Call it in all processes.
 
     Args:
         trainer: The Trainer.
-        epoch_is_over: Whether it is about a training epoch that has ended, and not about what comes next.
+        epoch_is_over: Whether the results are those of a training epoch that has just ended.
     """
     (folder, fit), stage = folder_of(trainer), apart(trainer)
     if not trainer.is_global_zero or trainer.fast_dev_run or not (trainer.loggers or folder):
@@ -39,9 +39,9 @@ def outlet_of(trainer: Any, *, epoch_is_over: bool = False) -> Outlet | None:
 
 
 def step_of(trainer: Any, *, epoch_is_over: bool = False) -> int:
-    """The x at which Lightning has logged what the last validation (or test) says.
+    """Return the step at which Lightning has logged the last validation (or test).
 
-    That is not ``global_step``, which counts the steps of all optimizers; and a module may log an x of its own under
+    That is not ``global_step``, which counts the steps of all optimizers; and a module may log a step of its own under
     the name ``step``. It is known from ``on_validation_end`` on.
     """
     training = trainer.fit_loop.epoch_loop
@@ -59,12 +59,12 @@ def _is_step(result: Any) -> bool:
 
 
 def numbered(trainer: Any, callback: Any, kind: type) -> str:
-    """What tells the files and series of several callbacks of one kind apart: nothing for the first, then ``"_2"``."""
+    """Return the suffix of a callback's files and series among those of its kind: none for the first, then ``"_2"``."""
     return _suffix([one for one in trainer.callbacks if isinstance(one, kind)], callback)
 
 
 def numbered_observer(trainer: Any, observer: Any) -> str:
-    """The same for those that observe neurons; the first with sensitivities comes first."""
+    """Return the suffix, as ``numbered``, of an observer of neurons; those with sensitivities come first."""
     observers = [one for one in trainer.callbacks if getattr(one, "publishes", False)]
     return _suffix(sorted(observers, key=lambda one: not one.max_samples), observer)
 
@@ -75,15 +75,15 @@ def _suffix(callbacks: Sequence[Any], callback: Any) -> str:
 
 
 def monitored(trainer: Any, group: str) -> set[str]:
-    """The series of a group that something follows: early stopping, a checkpoint, a plateau scheduler."""
+    """Return the series of a group that early stopping, a checkpoint or a plateau scheduler monitors."""
     names = [getattr(one, "monitor", None) for one in (*trainer.callbacks, *trainer.lr_scheduler_configs)]
     return {name for name in names if isinstance(name, str) and name.startswith(f"{group}/")}
 
 
 def offer(trainer: Any, pl_module: Any, values: Mapping[str, float], group: str, *, everything: bool = False) -> None:
-    """Put series into ``trainer.callback_metrics``: all, or those that something follows. Call it in all processes.
+    """Put series into ``trainer.callback_metrics``: all, or those that are monitored. Call it in all processes.
 
-    Nothing is logged by this; what follows a series that is not there hears from Lightning which are.
+    Nothing is logged by this. Where a monitored series is missing all are put there, for Lightning's message to list.
     """
     followed = monitored(trainer, group)
     everything = everything or bool(followed - values.keys())
@@ -94,7 +94,7 @@ def offer(trainer: Any, pl_module: Any, values: Mapping[str, float], group: str,
 
 @contextmanager
 def keeping_training(callback: Any, what: str, kind: str | None = None) -> Iterator[None]:
-    """A full disk, or a picture that cannot be drawn, must not stop training: it is said once for each ``kind``."""
+    """Turn errors, such as a full disk or a figure that cannot be drawn, into a warning, once for each ``kind``."""
     try:
         yield
     except Exception as error:  # noqa: BLE001

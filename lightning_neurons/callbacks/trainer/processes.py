@@ -1,4 +1,4 @@
-"""What one process does for all of them."""
+"""Actions that one process does for all of them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,11 +11,11 @@ from lightning_neurons.errors import ArgumentError, PruningError
 
 
 class MisuseError(PruningError):
-    """An argument is at fault, and not the model or its data."""
+    """An error that is due to an argument, and not to the model or its data."""
 
 
 def in_one_process(trainer: Any, action: Any) -> Any:
-    """Do something in the first process and tell all of them, also how it failed.
+    """Run an action in the first process and send its result, or its error, to all of them.
 
     Raises:
         MisuseError: If an argument was at fault, in every process.
@@ -36,7 +36,7 @@ def in_one_process(trainer: Any, action: Any) -> Any:
 
 @contextmanager
 def costing_a_round(trainer: Any) -> Iterator[None]:
-    """What goes wrong while a cut is calibrated takes the round with it, and not the training.
+    """Turn errors in the preparation of a cut into a ``PruningError``, which costs the round, not the training.
 
     With several processes it is raised as it is: the others wait for what this one will not send any more.
 

@@ -1,4 +1,4 @@
-"""How a LightningModule is run outside of its Trainer's loop: on an example, and on kept validation batches."""
+"""Runs of a LightningModule outside of its Trainer's loop: on an example, and on kept validation batches."""
 
 import copy
 import inspect
@@ -31,14 +31,14 @@ _FEW = 2
 
 
 class Runner:
-    """Runs a module, or a copy of it, by its forward where that takes a batch's inputs, else by its validation step.
+    """A function that runs a module or its copy by the forward, if that takes a batch's inputs, or the validation step.
 
-    Where its layers cannot be followed in that way, there may be another one: ``take_another``.
+    Where its layers cannot be traced in that way, there may be another one: ``take_another``.
 
     Args:
         trainer: The Trainer.
         pl_module: Its module.
-        example_inputs: What the user has given; None takes ``example_input_array`` or the batch.
+        example_inputs: The callback's argument; None takes ``example_input_array`` or the batch.
         batch: A validation batch.
 
     Raises:
@@ -70,11 +70,11 @@ class Runner:
 
     @property
     def ways_left(self) -> int:
-        """Ways of running the module that have not been tried."""
+        """The number of ways of running the module that have not been tried."""
         return len(self._others)
 
     def take_another(self, pl_module: Any) -> bool:
-        """Run the module in the next way in which it runs; False if none is left, and nothing has changed."""
+        """Switch to the next way in which the module runs; return False, and change nothing, if none is left."""
         while self._others:
             example, run = self._others.pop(0)
             if self._failure(pl_module, example) is None:
@@ -83,7 +83,7 @@ class Runner:
         return False
 
     def other_ways(self, pl_module: Any) -> Iterator["Runner"]:
-        """Copies that run the module in the other ways, one after the other; none if the user has told how."""
+        """Yield copies that run the module in the other ways; none if the user has given example inputs."""
         other = copy.copy(self)
         other._others = [] if self._is_told else [*self._others]
         while other.take_another(pl_module):
@@ -92,11 +92,11 @@ class Runner:
             other._others = [*other._others]
 
     def become(self, other: "Runner") -> None:
-        """Run the module as another one does."""
+        """Take over the way of another runner."""
         vars(self).update(vars(other))
 
     def runs_any(self, pl_module: Any, names: Collection[str]) -> bool:
-        """Whether some of the module's layers run."""
+        """Return True if any of the named layers runs."""
         ran: list[nn.Module] = []
         with isolated(pl_module), torch.no_grad():
             hooks = [
@@ -113,7 +113,7 @@ class Runner:
         return bool(ran)
 
     def _step(self, module: Any, batch: Any) -> Any:
-        """What the validation step returns and logs; on a module of which nobody minds what is set in it."""
+        """Run the validation step of a copy or an isolated module; return its output and the tensors that it logs."""
         logged: dict[str, Any] = {}
         vars(module).update(log=lambda name, value, *_, **__: logged.update({name: value}))
         vars(module).update(log_dict=lambda values, *_, **__: logged.update(values.items()))
@@ -145,20 +145,20 @@ def _on_inputs(module: nn.Module, batch: Any) -> Any:
 
 
 def _on_first(module: nn.Module, batch: Any) -> Any:
-    """Its forward on the first entries of a batch, as many as it takes, where targets and weights follow them."""
+    """Run its forward on the first entries of a batch, as many as it takes, where targets and weights follow them."""
     kinds = [parameter.kind for parameter in inspect.signature(module.forward).parameters.values()]
     taken = sum(kind in {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD} for kind in kinds)
     return module(*batch[:taken])
 
 
 def _first_of(batch: Any, samples: int) -> Any:
-    """The first samples of a batch; all of a batch that is one piece, such as a graph."""
+    """Return the first samples of a batch; all of a batch that cannot be divided, such as a graph."""
     size = samples_in(batch)
     return rows_of(batch, torch.arange(samples), size) if samples < size and is_divisible(batch) else batch
 
 
 def check_cut(trainer: Any, runner: Runner | None) -> None:
-    """Run a module that has just been cut once, in every process that knows how.
+    """Run a module once after a cut, in every process that has a runner.
 
     Raises:
         PruningError: If it fails in some process; in every process.
@@ -185,7 +185,7 @@ class KeptBatches:
         self._batches: list[Any] = []
 
     def add(self, batch: Any) -> None:
-        """Keep what there is room for."""
+        """Keep samples of a batch, up to ``max_samples`` in all."""
         left = self.max_samples - self.samples
         if left > 0:
             part = _first_of(batch, left)
@@ -193,13 +193,13 @@ class KeptBatches:
             self.samples += samples_in(part)
 
     def on(self, device: torch.device) -> Iterator[Any]:
-        """The batches, one by one, on a device."""
+        """Yield the batches on a device."""
         for batch in self._batches:
             yield map_tensors(batch, lambda t: t.to(device))
 
 
 def metric_on(trainer: Any, pl_module: Any, kept: KeptBatches, monitor: str) -> float | None:
-    """A logged metric on kept samples, over all processes; None if the validation step does not log it.
+    """Compute a logged metric on kept samples, over all processes; None if the validation step does not log it.
 
     Args:
         trainer: The Trainer.

@@ -1,4 +1,4 @@
-"""Running a LightningModule's own step a second time, with gradients, without leaving a trace.
+"""Replay of a LightningModule's own step, with gradients and without side effects.
 
 What ``isolation/isolation.py`` does for any module, and what only Lightning has: ``self.log`` is caught, what a step
 prints is dropped, loggers are replaced by one that does nothing, the precision of the Trainer is kept, and a compiled
@@ -30,7 +30,7 @@ _COMPILED_STEPS = ("forward", "training_step", "validation_step", "test_step", "
 
 
 class StepReplay:
-    """The loss of a batch, from ``loss_fn`` or from the module's own step.
+    """A function that computes the loss of a batch, by ``loss_fn`` or the module's own step.
 
     Args:
         trainer: The Trainer that runs the module.
@@ -41,8 +41,8 @@ class StepReplay:
 
     Attributes:
         place: Index of the batch that is run, and of its dataloader.
-        places: Batches that came from elsewhere, with where that was.
-        logged: What the last run has logged.
+        places: Batches that are not at ``place``, each with its own place.
+        logged: The values that the last run has logged, by name.
     """
 
     def __init__(
@@ -56,12 +56,12 @@ class StepReplay:
 
     @property
     def doubt(self) -> str:
-        """In words, which of several losses of the step was taken, where that is not clear; else empty."""
+        """A note on which of several losses of the step was taken, where that is not clear; else empty."""
         return self._finder.doubt
 
     @contextmanager
     def isolated(self) -> Iterator[None]:
-        """Inside, the module may be run at will, in evaluation mode; afterwards it is as it was."""
+        """Isolate the module: inside, it may be run in evaluation mode; afterwards all of its state is restored."""
         module, trainer = self.pl_module, self.trainer
         with ExitStack() as stack:
             stack.enter_context(kept_environment())
@@ -94,7 +94,7 @@ class StepReplay:
                 return getattr(self.pl_module, self.step)(map_tensors(batch, Tensor.clone), *arguments)
 
     def loss(self, batch: Any) -> Tensor:
-        """The differentiable loss of a batch, as ``loss_fn`` or the step returns or logs it.
+        """Compute the differentiable loss of a batch, as ``loss_fn`` or the step returns or logs it.
 
         Raises:
             MeasurementError: If ``loss_fn`` does not run with gradients.
@@ -153,11 +153,11 @@ def _refuse(*args: Any, **kwargs: Any) -> Any:
 
 
 def _silent(*args: Any, **kwargs: Any) -> None:
-    """``self.print``: the first run has said it."""
+    """Replace ``self.print``, as the first run has printed already."""
 
 
 def is_compiled(module: Any) -> bool:
-    """Whether something that runs in a step has been compiled: to watch it would change what it computes.
+    """Return True if anything that runs in a step has been compiled: hooks would change what it computes.
 
     Looks at all parts of the module, and at what their classes and the files that define those can name.
     """
@@ -177,7 +177,7 @@ def _is_compiled(value: Any) -> bool:
 
 
 def _uncompiled(module: Any) -> dict[str, Any]:
-    """What Lightning put aside when the whole module was compiled."""
+    """Return the original steps that Lightning kept when the whole module was compiled."""
     context = getattr(module, "_compiler_ctx", None) or {}
     return {step: context[f"original_{step}"] for step in _COMPILED_STEPS if f"original_{step}" in context}
 

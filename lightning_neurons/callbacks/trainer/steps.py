@@ -1,4 +1,4 @@
-"""A module's steps as Lightning takes them: which arguments they get, and which of their results is the loss."""
+"""Steps of a module as Lightning runs them: their dataloaders and arguments, and the loss among their results."""
 
 import inspect
 import re
@@ -16,14 +16,14 @@ _PLAIN = {"loss", "val", "valid", "validation", "test", "train", "training", "to
 
 
 def evaluation_loop(trainer: Any) -> Any:
-    """The loop that validates or tests."""
+    """Return the loop that validates or tests."""
     if trainer.state.fn == "test":
         return trainer.test_loop
     return trainer.validate_loop if trainer.state.fn == "validate" else trainer.fit_loop.epoch_loop.val_loop
 
 
 def evaluation_loaders(trainer: Any) -> tuple[Any, list[float]]:
-    """The dataloaders that are run one after the other, or the first of those that are read side by side.
+    """Return the dataloaders that run one after the other, or the first of those that are combined into one.
 
     Returns:
         The dataloaders, and the number of batches of each.
@@ -35,25 +35,25 @@ def evaluation_loaders(trainer: Any) -> tuple[Any, list[float]]:
 
 
 def training_loaders(trainer: Any) -> tuple[Any, int | float]:
-    """The training data as the user has given it, and the number of its batches."""
+    """Return the training dataloader as the user has given it, and the number of its batches."""
     return trainer.train_dataloader, trainer.num_training_batches
 
 
 def datasets_of(trainer: Any) -> list[Any]:
-    """The datasets that a step can reach through its Trainer now."""
+    """Return the datasets that a step can reach through its Trainer now."""
     readers = [loop._combined_loader for loop in (trainer.fit_loop, evaluation_loop(trainer))]
     loaders = [loader for reader in readers if reader is not None for loader in reader.flattened]
     return [loader.dataset for loader in loaders if hasattr(loader, "dataset")]
 
 
 def takes_iterator(pl_module: Any, step: str) -> bool:
-    """Whether a step asks for the dataloader's iterator instead of batches."""
+    """Return True if a step takes the dataloader's iterator instead of batches."""
     function = getattr(pl_module, step, None)
     return function is not None and is_param_in_hook_signature(function, "dataloader_iter", explicit=True)
 
 
 def step_arguments(trainer: Any, pl_module: Any, step: str, batch_idx: int, dataloader_idx: int) -> tuple[int, ...]:
-    """What Lightning gives to a step behind the batch.
+    """Return the arguments that Lightning passes to a step after the batch.
 
     Args:
         trainer: The Trainer.
@@ -78,7 +78,7 @@ def _has_to_get(function: Any, name: str) -> bool:
 
 
 class LossFinder:
-    """Tells which of the numbers that a step returns and logs is the loss.
+    """A rule that finds the loss among the numbers that a step returns and logs.
 
     It is what the step returns, or what has "loss" in its name; else the only differentiable number that is returned,
     or else logged.
@@ -87,7 +87,7 @@ class LossFinder:
         by_sample: Whether a loss is one number for each sample.
 
     Attributes:
-        doubt: In words, which of several was taken, where no name tells which is the whole; else empty.
+        doubt: A note on which of several was taken, where no name tells which is the whole; else empty.
     """
 
     def __init__(self, *, by_sample: bool = False) -> None:
@@ -96,11 +96,11 @@ class LossFinder:
         self._place: int | None = None
 
     def find(self, out: Any, logged: Mapping[str, Any]) -> Tensor | str:
-        """The loss; or, in words, what is there instead.
+        """Find the loss; return a description of what is there instead if there is none.
 
         Args:
-            out: What the step has returned.
-            logged: What it has logged.
+            out: The return value of the step.
+            logged: The values that it has logged, by name.
         """
         named, numbers = [*_named(out), *_named(logged)], [_floats(out), _floats(dict(logged))]
         offered = [value for _, value in named]
@@ -144,7 +144,7 @@ def _scalar(value: Tensor) -> Tensor:
 
 
 def _named(out: Any) -> list[tuple[str, Tensor]]:
-    """What is a loss by its place or name, the likeliest first."""
+    """Return the floating-point tensors that are losses by their place or name, the likeliest first."""
     if isinstance(out, Tensor):
         return [("loss", out)] if out.is_floating_point() else []
     entries = dict(out) if isinstance(out, Mapping) else getattr(out, "__dict__", {})
@@ -164,7 +164,7 @@ def _floats(tree: Any) -> list[Tensor]:
 
 
 def _words(out: Any) -> str:
-    """What is there instead of a loss."""
+    """Describe what is there instead of a loss, for messages."""
     several = len({id(v) for v in _floats(out) if v.requires_grad and v.numel() == 1})
     if several > 1:
         return f" ({several} of the numbers that it returned are differentiable, and none is called a loss)"

@@ -1,4 +1,4 @@
-"""The weights that validation has used, in place again when our own hooks run.
+"""Weights that validation has used, put into the module again while our own hooks run.
 
 Callbacks that average weights (``EMAWeightAveraging`` and its like) put the averages into the module while validation
 runs and take them out when it ends, in the order of the Trainer's list; some do so around each batch. Where one that
@@ -30,11 +30,11 @@ _FEW = 8
 
 @dataclass
 class _Kept:
-    """Weights by name, when a batch ran.
+    """The weights by name at the time of a batch.
 
     Attributes:
         waiting: A hook that will keep them once more, when a module runs.
-        failure: Why it could not.
+        failure: The error if that failed.
     """
 
     weights: dict[str, Tensor]
@@ -48,7 +48,7 @@ _KEPT: "WeakKeyDictionary[Any, _Kept]" = WeakKeyDictionary()
 
 
 def keep_weights(trainer: Any, pl_module: nn.Module, callback: Any, batch_idx: int) -> None:
-    """Keep the weights of this validation, once, if they may change before ``callback`` hears of its end.
+    """Keep the weights of this validation, once, if they may change before the end hook of ``callback`` runs.
 
     Args:
         trainer: The Trainer, about to run a batch.
@@ -76,14 +76,14 @@ def keep_weights(trainer: Any, pl_module: nn.Module, callback: Any, batch_idx: i
 
 
 def forget_weights(trainer: Any) -> None:
-    """Let go of what was kept."""
+    """Drop the kept weights."""
     if trainer in _KEPT:
         _stop_waiting(_KEPT.pop(trainer))
 
 
 @contextmanager
 def validated_weights(trainer: Any, *, in_batch: bool = False) -> Iterator[None]:
-    """Inside, the module has the weights that validation has used; afterwards those that it had, bit for bit.
+    """Give the module the weights that validation has used; afterwards restore its own, bit for bit.
 
     Args:
         trainer: The Trainer.
@@ -114,7 +114,7 @@ def validated_weights(trainer: Any, *, in_batch: bool = False) -> Iterator[None]
 
 
 def _named(pl_module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """By name, as parameters may be exchanged for others."""
+    """Yield parameters and buffers by name, as parameters may be exchanged for others."""
     for name, tensor in (*pl_module.named_parameters(), *pl_module.named_buffers()):
         if not is_lazy(tensor):
             yield name, tensor
@@ -125,7 +125,7 @@ def _copies(pl_module: nn.Module) -> dict[str, Tensor]:
 
 
 def _differs(pl_module: nn.Module, weights: dict[str, Tensor]) -> bool:
-    """Whether weights are others than those; a few values of each tell, and cost little in each batch."""
+    """Return True if the module's weights differ from these, by sums over a few values of each, to save time."""
     pairs = [(t.detach(), weights[n]) for n, t in _named(pl_module) if n in weights and t.is_floating_point()]
     marks = [[_mark(tensor) for tensor in column] for column in zip(*pairs, strict=True)]
     return bool(marks) and not torch.equal(*map(torch.stack, marks))
@@ -142,13 +142,13 @@ def _stop_waiting(kept: _Kept) -> None:
 
 
 def _may_change(trainer: Any, callback: Any) -> bool:
-    """Whether a callback in front of this one does anything when validation (or the test) ends."""
+    """Return True if a callback before this one acts when validation (or the test) ends."""
     before = trainer.callbacks[: trainer.callbacks.index(callback)] if callback in trainer.callbacks else []
     return any(_does(one, f"on_{_stage(trainer)}_epoch_end") for one in before)
 
 
 def _may_change_by_batch(trainer: Any, pl_module: nn.Module) -> bool:
-    """Whether anybody does anything before or after each batch."""
+    """Return True if the module or a callback acts before or after each batch."""
     hooks = [f"on_{_stage(trainer)}_batch_{when}" for when in ("start", "end")]
     return any(overrides(pl_module, hook) or any(_does(one, hook) for one in trainer.callbacks) for hook in hooks)
 
