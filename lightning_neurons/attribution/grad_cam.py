@@ -1,4 +1,4 @@
-"""Maps of a layer over its inputs: where a neuron is active, and where what it does speaks for an output."""
+"""Activation maps and Grad-CAM: maps of a layer's activations, laid over the inputs."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,14 +22,14 @@ _PART = 64
 def activation_map(
     model: nn.Module, inputs: Any, layer: str, neuron: int | None = None, *, forward: Forward | None = None
 ) -> Float[Tensor, "batch ..."]:
-    """Where a neuron is active, resized to its inputs: to be laid over them.
+    """Return the activation of a neuron at each position, resized to its inputs: to be laid over them.
 
     Args:
         model: Any module; it is as it was afterwards.
         inputs: A batch that the model takes.
         layer: A layer with positions: a convolution.
         neuron: One of its neurons; None takes the mean over all.
-        forward: How to run the model: ``(model, inputs) -> logits``; None calls it.
+        forward: Runs the model: ``(model, inputs) -> logits``; None calls it.
 
     Returns:
         Activations, one map per sample.
@@ -62,7 +62,7 @@ def grad_cam(question: Question, layer: str) -> Float[Tensor, "batch 1 *space"]:
     """Grad-CAM (Selvaraju et al. 2017, arXiv:1610.02391): channels weighted by their mean gradient, above zero.
 
     Args:
-        question: What is asked; its readout has to read ``layer``.
+        question: The question; its readout has to read ``layer``.
         layer: A layer with positions.
 
     Returns:
@@ -86,7 +86,7 @@ def grad_cam(question: Question, layer: str) -> Float[Tensor, "batch 1 *space"]:
 
 
 def require_positions(layer: Layer, activation: Tensor) -> None:
-    """Refuse activations that cannot be laid over a picture.
+    """Refuse activations that cannot be laid over an image.
 
     Raises:
         ArgumentError: If the layer has no positions.
@@ -96,7 +96,7 @@ def require_positions(layer: Layer, activation: Tensor) -> None:
 
 
 def pictures_in(inputs: Any) -> Tensor:
-    """The tensor of inputs that has positions, by which maps are resized.
+    """Return the tensor among inputs that has positions, by which maps are resized.
 
     Raises:
         ArgumentError: If there is none.
@@ -109,10 +109,10 @@ def pictures_in(inputs: Any) -> Tensor:
 
 
 def resized(maps: Float[Tensor, "batch channel *space"], space: Sequence[int]) -> Tensor:
-    """Maps at the size of the inputs, by linear interpolation.
+    """Resize maps to the size of the inputs, by linear interpolation.
 
     Raises:
-        ArgumentError: If the two have another number of axes.
+        ArgumentError: If the two differ in their number of axes.
     """
     if maps.ndim - 2 != len(space):
         got = f"{len(space)} axes of positions"

@@ -9,19 +9,22 @@ from lightning_neurons.attribution.request import Question, Values
 
 
 def vanilla(question: Question) -> Values:
-    """The gradient itself."""
+    """Return the gradient itself."""
     values = question.entrance.values
     return torch.cat([question.gradient(values[rows], rows)[1] for rows in question.parts()])
 
 
 def smoothgrad(question: Question, samples: int, noise: float, seed: int) -> Values:
-    """The mean gradient over noisy copies of each sample.
+    """Return the mean gradient over noisy copies of each sample.
 
     Args:
-        question: What is asked.
-        samples: How many copies.
-        noise: Standard deviation, as a share of each sample's range of values.
+        question: The question.
+        samples: Number of copies.
+        noise: Standard deviation of the noise, as a share of each sample's range of values.
         seed: Of the noise.
+
+    Returns:
+        Shaped like what is explained.
     """
     if noise == 0:
         return vanilla(question)

@@ -1,4 +1,4 @@
-"""Where gradients are taken: at a model's inputs, or, for tokens, at what its embedding makes of them."""
+"""The tensor that gradients are taken for: a model's inputs or, for tokens, the output of its embedding."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -70,7 +70,7 @@ class Entrance:
             return self._readout(part)
 
     def _embedded(self, tokens: Mapping[Any, Tensor]) -> tuple[Any, nn.Module, Tensor] | None:
-        """Which of some tensors an embedding reads first, the embedding, and what it makes of it."""
+        """Return the key of the tensor that an embedding reads first, the embedding, and its output; else None."""
         found: list[tuple[Any, nn.Module, Tensor]] = []
 
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -119,7 +119,7 @@ def _same(read: Any, given: Tensor) -> bool:
 
 @contextmanager
 def _replaced(embedding: nn.Module, tokens: Tensor, values: Tensor) -> Iterator[None]:
-    """Let an embedding give ``values`` wherever it reads ``tokens``."""
+    """Make an embedding return ``values`` wherever it reads ``tokens``."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | None:
         return values if args and _same(args[0], tokens) else None

@@ -1,4 +1,4 @@
-"""Integrated gradients (Sundararajan et al. 2017, arXiv:1703.01365): they divide up a difference completely.
+"""Integrated gradients (Sundararajan et al. 2017, arXiv:1703.01365), which add up to a difference completely.
 
 The gradient along the straight line from a baseline jumps wherever a rectifier opens, so equal steps converge slowly.
 But completeness holds on every piece of the line: what the midpoint's gradient misses there is known. Pieces that miss
@@ -14,10 +14,10 @@ from torch import Tensor
 from lightning_neurons.attribution.request import Question, Values
 
 COMPLETENESS = 1e-3
-"""How far integrated gradients may miss the difference that they divide up, as a share of it."""
+"""Share of the difference by which the sum of integrated gradients may miss it."""
 
 MOST_POINTS = 2048
-_ROUNDING = 8  # in units of the last place of what is looked at
+_ROUNDING = 8  # in units of the last place of the objective
 _FIRST_PIECES = 32
 _SHARES = (1 / 16, 1 / 64, 1 / 256)  # of the tolerance, that one piece may miss; the next where that is not enough
 _AT_ONCE = 32
@@ -28,11 +28,11 @@ class Integrated(NamedTuple):
 
     Attributes:
         attributions: Shaped like what is explained.
-        difference: Of each sample: what is looked at, minus the same on the baseline.
+        difference: Of each sample: the objective, minus that of the baseline.
         gap: Of each sample: sum of the attributions, minus ``difference``; 0 if they are complete.
-        tolerance: Of each sample: 0.1 % of ``difference``, and what its type of numbers cannot tell.
-        spread: Of each sample: how far what is looked at varies along the line.
-        points: Of each sample: how many gradients were taken.
+        tolerance: Of each sample: 0.1 % of ``difference``, and the rounding error of its type of numbers.
+        spread: Of each sample: range of the objective along the line.
+        points: Of each sample: number of gradients that were taken.
     """
 
     attributions: Values
@@ -44,12 +44,12 @@ class Integrated(NamedTuple):
 
     @property
     def complete(self) -> Bool[Tensor, " batch"]:
-        """Whether a sample's attributions miss its difference by no more than its tolerance."""
+        """True where a sample's attributions miss its difference by no more than its tolerance."""
         return self.gap.abs() <= self.tolerance
 
 
 class _Pieces(NamedTuple):
-    """Pieces of the lines: whose, from where, how long, and what is looked at on both ends."""
+    """Pieces of the lines: sample, begin, length, and the objective at both ends."""
 
     row: Int[Tensor, " piece"]
     begin: Float[Tensor, " piece"]
@@ -71,9 +71,12 @@ def integrated(question: Question, baseline: Values, steps: int | None) -> Integ
     """Integrate the gradient on the straight line from a baseline.
 
     Args:
-        question: What is asked.
-        baseline: Where the line begins; the shape of the inputs, or of one sample.
-        steps: How many equal pieces; None halves pieces until a sample is complete, or has taken 2,048 gradients.
+        question: The question.
+        baseline: The start of the line; the shape of the inputs, or of one sample.
+        steps: Number of equal pieces; None halves pieces until a sample is complete, or has taken 2,048 gradients.
+
+    Returns:
+        Attributions in the unit of the objective, and how complete they are for each sample.
     """
     everywhere = baseline.expand_as(question.entrance.values)
     parts = [_one_part(question, everywhere, rows, steps) for rows in question.parts()]
@@ -96,7 +99,7 @@ def _one_part(question: Question, baseline: Tensor, rows: Tensor, steps: int | N
 
 
 class _Lines:
-    """The way from the baseline to each of some samples, and what has been integrated on it."""
+    """The lines from the baseline to some samples, and the integrals along them so far."""
 
     def __init__(self, question: Question, start: Tensor, line: Tensor, rows: Tensor) -> None:
         self._question, self._start, self._rows = question, start, rows
@@ -106,7 +109,7 @@ class _Lines:
         self.points = torch.zeros(len(rows), dtype=torch.int64)
 
     def values_at(self, count: int) -> tuple[Float[Tensor, "row place"], float]:
-        """What is looked at between ``count`` equal pieces, and what its type of numbers cannot tell."""
+        """Return the objective between ``count`` equal pieces, and the relative rounding error of its type."""
         with torch.no_grad():
             found = [self._question.value(self._start + i / count * self.line, self._rows) for i in range(count + 1)]
         return torch.stack(found, 1).double().cpu(), _ROUNDING * torch.finfo(found[0].dtype).eps
@@ -116,7 +119,7 @@ class _Lines:
 
         Args:
             pieces: All pieces of some samples.
-            allowed: How much one piece may miss before it is halved, by sample.
+            allowed: Error of one piece above which it is halved, by sample.
             halving: Whether pieces are halved at all.
         """
         again = pieces.row.unique()
@@ -140,7 +143,7 @@ class _Lines:
             pieces = _Pieces(*(torch.cat(pair) for pair in zip(halves, pieces, strict=True)))
 
     def _gradients(self, now: _Pieces, on: Tensor) -> tuple[Tensor, Tensor]:
-        """What is looked at in the middle of each piece, and the gradient there times the length of the piece."""
+        """Return the objective in the middle of each piece, and the gradient there times the length of the piece."""
         place = _stretched((now.begin + now.length / 2).to(self.line), self.line)
         middle, gradient = self._question.gradient(self._start[on] + place * self.line[on], self._rows[on])
         length = _stretched(now.length.to(self.line.device), self.line)

@@ -1,4 +1,4 @@
-"""What is looked at: one number per sample, read off a model's output or a layer's activation."""
+"""The objective of an attribution: one number per sample, from a model's output or a layer's activation."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -21,14 +21,14 @@ ALLOWED = 'a class index, ("layer", neuron) or the name of a layer'
 
 @dataclass(frozen=True)
 class Aim:
-    """What is looked at.
+    """An objective: a class of the output, a neuron or a layer.
 
     Attributes:
         layer: A layer's path; None for the model's output.
         index: A neuron of the layer, or a class; None for the layer's mean, or for the class that each sample is given.
         of: What of an output: its ``"logit"``, its softmax ``"probability"``, or the cross entropy (``"loss"``) with
             the class as target; or the ``"log_odds"`` of its probability.
-        minus: What is subtracted, or None.
+        minus: The objective that is subtracted, or None.
     """
 
     layer: str | None
@@ -38,14 +38,14 @@ class Aim:
 
     @property
     def name(self) -> str:
-        """In words, such as ``"class 4"``, ``"net.conv2 7"`` or ``"class 4 - class 9"``."""
+        """The objective in words, such as ``"class 4"``, ``"net.conv2 7"`` or ``"class 4 - class 9"``."""
         index = "" if self.index is None else f" {self.index}"
         own = f"class{index}" if self.layer is None else f"{self.layer}{index}"
         return own if self.minus is None else f"{own} - {self.minus.name}"
 
     @property
     def climbed(self) -> "Aim":
-        """What to maximise instead: a probability's gradient vanishes where it is near 1, that of its odds does not."""
+        """The objective to climb instead: the gradient of a probability vanishes near 1, that of log odds does not."""
         return replace(self, of="log_odds") if self.of == "probability" and self.minus is None else self
 
     @property
@@ -56,7 +56,7 @@ class Aim:
 
     @property
     def reads_output(self) -> bool:
-        """Whether it needs the model's output."""
+        """True if it needs the model's output."""
         return self.layer is None or (self.minus is not None and self.minus.reads_output)
 
     def read(
@@ -69,17 +69,20 @@ class Aim:
         before: Mapping[str, Tensor] | None = None,
         name: str = "target",
     ) -> Float[Tensor, " batch"]:
-        """The number of each sample: mean over positions, and over neurons where none is named.
+        """Return the objective of each sample: mean over positions, and over neurons where none is named.
 
         Args:
-            outputs: What the model returned.
-            activations: By layer.
-            layers: What is known of them.
-            batch_size: How many samples there are.
+            outputs: The output of the model.
+            activations: Activations by layer.
+            layers: By name, the layers with their activation points.
+            batch_size: Number of samples.
             classes: The class of each sample, where the aim names none.
             before: By layer, the values in front of its activation function. If given, those of a neuron that a
                 rectifier holds at zero are read there, where they have a gradient.
-            name: What the argument is called in errors.
+            name: The argument's name in errors.
+
+        Returns:
+            One number per sample: logit, probability, loss, log odds or activation.
         """
         if self.layer is None:
             found = self._read_output(outputs, classes, name)
@@ -117,7 +120,7 @@ class Aim:
 
 
 def _log_odds(logits: Float[Tensor, "batch klass"], classes: Int[Tensor, " batch"]) -> Float[Tensor, " batch"]:
-    """The logarithm of p / (1 - p) of each sample's class; of a binary model, its one output."""
+    """Return the logarithm of p / (1 - p) of each sample's class; of a binary model, its one output."""
     own = logits.gather(1, classes[:, None])
     if logits.shape[1] == 1:
         return own[:, 0]
@@ -125,7 +128,7 @@ def _log_odds(logits: Float[Tensor, "batch klass"], classes: Int[Tensor, " batch
 
 
 def logits_of(outputs: Any) -> Float[Tensor, "batch klass"]:
-    """Class scores, mean over positions where there are any: the output itself, or its ``logits``.
+    """Return class scores, mean over positions where there are any: the output itself, or its ``logits``.
 
     Raises:
         MeasurementError: If the output is anything else.
@@ -143,14 +146,17 @@ def logits_of(outputs: Any) -> Float[Tensor, "batch klass"]:
 
 
 def aim_of(model: nn.Module, target: Any, of: Of = "logit", minus: Any = None, *, allowed: str = ALLOWED) -> Aim:
-    """The aim that is meant.
+    """Return the objective that a target stands for.
 
     Args:
         model: The model.
         target: A class, a pair of a layer's path and a neuron, or a layer's path.
-        of: What of a class's output.
-        minus: What is subtracted from it, of the same kinds, or None.
-        allowed: What errors say that a target may be.
+        of: Logit, probability or loss of a class, see ``Aim``.
+        minus: A target that is subtracted from it, of the same kinds, or None.
+        allowed: Allowed targets, for errors.
+
+    Returns:
+        The objective, checked against the layers of the model.
 
     Raises:
         ArgumentError: If it is none of these, or a neuron is out of range.
@@ -167,7 +173,7 @@ def aim_of(model: nn.Module, target: Any, of: Of = "logit", minus: Any = None, *
 
 
 def layer_of(model: nn.Module, layer: Any) -> str:
-    """The name of a layer, if that is what it is.
+    """Return the name of a layer, after a check that the model has it.
 
     Raises:
         ArgumentError: If it is no name.
@@ -182,7 +188,7 @@ def layer_of(model: nn.Module, layer: Any) -> str:
 
 
 def neuron_of(model: nn.Module, layer: str, neuron: Any) -> int:
-    """The index of a neuron, if the layer has one.
+    """Return the index of a neuron, after a check that the layer has it.
 
     Raises:
         ArgumentError: If it has none.
@@ -194,7 +200,7 @@ def neuron_of(model: nn.Module, layer: str, neuron: Any) -> int:
 
 
 def target_parts(target: Any, name: str = "target", allowed: str = ALLOWED) -> tuple[str | None, int | None]:
-    """The layer and the neuron, or the class, that a target consists of.
+    """Return the layer and the neuron, or the class, that a target consists of.
 
     Raises:
         ArgumentError: If it is none.

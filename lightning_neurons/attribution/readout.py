@@ -1,4 +1,4 @@
-"""Running a model for the activations of a few layers, and no further than they need."""
+"""Forwards of a model for the activations of a few layers, no further than they need."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -17,18 +17,18 @@ from lightning_neurons.isolation.isolation import differentiable, eager, frozen,
 from lightning_neurons.layers.layer import Layer, Link, candidates, require_materialized
 
 Forward = Callable[[nn.Module, Any], Any]
-"""From the model and its inputs to logits."""
+"""A function of the model and its inputs that returns logits."""
 
 
 class _Reached(BaseException):
-    """The last layer that is needed has run."""
+    """A signal that the last layer that is needed has run."""
 
 
 class Capture(FollowLayers):
-    """While active, keeps what layers have at their activation points; the last call's, where there are several.
+    """A context that keeps layers' activations; those of the last call, where there are several.
 
     Args:
-        layers: What ``hooks/trace.py`` found.
+        layers: The layers with their activation points.
         modules: The layers to keep.
         stop: Whether to leave the forward by ``_Reached`` as soon as all of them have run.
     """
@@ -62,7 +62,7 @@ class Readout:
     Args:
         model: Any module.
         layers: The layers to read.
-        forward: How to run it; None calls it on the inputs.
+        forward: Runs it on the inputs; None calls it.
         stop: Whether the output is not needed, so that the forward may end behind the last of the layers.
 
     Raises:
@@ -84,7 +84,7 @@ class Readout:
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Inside, the model runs in evaluation mode, frozen and with gradients; afterwards it is as it was."""
+        """Run the model in evaluation mode, frozen, with gradients, inside the context; then restore its state."""
         with (
             isolated(self.model), frozen(self.model), differentiable(), _kept_embeddings(self.model),
             backward_hooks(), direct_checkpoints(),
@@ -114,7 +114,7 @@ class Readout:
         return self.layers
 
     def __call__(self, inputs: Any) -> tuple[Any, dict[str, Tensor]]:
-        """The output (None where the forward was left early) and the activations by layer.
+        """Return the output (None where the forward was left early) and the activations by layer.
 
         Raises:
             MeasurementError: If the model refuses the inputs.
@@ -154,7 +154,7 @@ def _shape(inputs: Any) -> Any:
 
 
 def require_samples(inputs: Any) -> int:
-    """How many samples there are.
+    """Return the number of samples.
 
     Raises:
         ArgumentError: If there are none.

@@ -1,4 +1,4 @@
-"""What is asked of a model and a batch: a number for each sample, and its gradient."""
+"""A question about a model and a batch: an objective for each sample, and its gradient."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,13 +26,13 @@ Target = int | str | tuple[str, int] | Sequence[int] | Tensor | None
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of a batch: the inputs, and what of the model they are asked about.
+    """A question about a batch: its inputs, and the objective that they are attributed to.
 
     Attributes:
         readout: The model.
         entrance: The inputs.
-        aim: What is looked at.
-        classes: The class of each sample, where the aim names none.
+        aim: The objective.
+        classes: The class of each sample, where the objective names none.
     """
 
     readout: Readout
@@ -41,13 +41,13 @@ class Question:
     classes: Int[Tensor, " batch"] | None = None
 
     def value(self, values: Values, rows: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
-        """What is looked at, of some samples, if their inputs were ``values``."""
+        """Return the objective of some samples, with ``values`` as their inputs."""
         outputs, activations = self.entrance.run(values, rows)
         classes = None if self.classes is None else self.classes[rows]
         return self.aim.read(outputs, activations, self.readout.layers, len(rows), classes)
 
     def gradient(self, values: Values, rows: Int[Tensor, " row"]) -> tuple[Float[Tensor, " row"], Values]:
-        """What is looked at, and its gradient with respect to the inputs."""
+        """Return the objective, and its gradient with respect to the inputs."""
         at = values.detach().requires_grad_()
         value = self.value(at, rows)
         total = value.sum()
@@ -60,7 +60,7 @@ class Question:
         return value.detach(), found
 
     def parts(self, rows: Int[Tensor, " row"] | None = None) -> Iterator[Int[Tensor, " part"]]:
-        """The samples in parts, so that what is open at a time stays small."""
+        """Yield the samples in parts, so that the memory for gradients stays small."""
         rows = torch.arange(len(self.entrance), device=self.entrance.values.device) if rows is None else rows
         yield from rows.split(_PART)
 
@@ -76,7 +76,7 @@ def asked(
     cam: bool = False,
     layer: str | None = None,
 ) -> Iterator[tuple[Question, str | None]]:
-    """A question to a model that is open; and the layer of Grad-CAM, if that is asked for.
+    """Open a model, and yield a question to it and the layer of Grad-CAM, if that is asked for.
 
     Raises:
         ArgumentError: If an argument is out of range.
@@ -103,7 +103,7 @@ def _is_list_of_classes(target: Any) -> bool:
 
 
 def _classes(readout: Readout, entrance: Entrance, target: Any) -> Int[Tensor, " batch"]:
-    """The class of each sample: given, or predicted."""
+    """Return the class of each sample: given, or predicted."""
     device = entrance.values.device
     if target is None:
         with torch.no_grad():

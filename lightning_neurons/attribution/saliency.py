@@ -1,4 +1,4 @@
-"""What of its inputs an output, or a neuron, rests on."""
+"""Saliency maps: attributions of an output, or of a neuron's activation, to the inputs."""
 
 import warnings
 from typing import Any, Literal, get_args
@@ -63,19 +63,19 @@ def saliency(
             None takes each sample's predicted class.
         method: ``"gradient"``; ``"grad_x_input"``; ``"smoothgrad"``: the mean gradient over noisy copies;
             ``"integrated_gradients"``; ``"grad_cam"``: above zero, and the same for every channel.
-        of: What of a class: its ``"logit"``, softmax ``"probability"``, or the cross entropy with it, ``"loss"``.
+        of: Of a class, its ``"logit"``, softmax ``"probability"``, or the cross entropy with it, ``"loss"``.
         absolute: Give magnitudes; otherwise, values are signed.
         smoothing: Standard deviation, in positions, of a Gaussian that blurs the map. A blurred map is no gradient any
             more: it hides detail and cancels signs, and looks more plausible than it is.
-        samples: Of SmoothGrad, how many copies; 16 if None.
+        samples: Of SmoothGrad, the number of copies; 16 if None.
         noise: Of SmoothGrad, its standard deviation as a share of each sample's range; 0.15 if None.
         seed: Of SmoothGrad's noise.
-        steps: Of integrated gradients, how many equal steps; None takes as many as it needs to be complete to 0.1 %, at
-            most 2,048, and warns if that is not enough.
+        steps: Of integrated gradients, the number of equal steps; None takes as many as needed to be complete to 0.1 %,
+            at most 2,048, and warns if that is not enough.
         baseline: Of integrated gradients, where the path begins: a number, or a tensor like a sample or the inputs;
             0 if None.
-        layer: Of Grad-CAM, which layer; the last with positions if None.
-        forward: How to run the model: ``(model, inputs) -> logits``; None calls it.
+        layer: Of Grad-CAM, the layer; the last with positions if None.
+        forward: Runs the model: ``(model, inputs) -> logits``; None calls it.
 
     Returns:
         A tensor shaped like the inputs.
@@ -132,7 +132,7 @@ def integrated_gradients(
     baseline: Tensor | float | None = None,
     forward: Forward | None = None,
 ) -> Integrated:
-    """Integrated gradients, with what they divide up and by how much they miss it.
+    """Return integrated gradients, the difference that they add up to, and by how much they miss it.
 
     Args:
         model: As for ``saliency``.
@@ -142,6 +142,9 @@ def integrated_gradients(
         steps: As for ``saliency``.
         baseline: As for ``saliency``; of tokens, a number or a tensor like their embeddings.
         forward: As for ``saliency``.
+
+    Returns:
+        Attributions shaped like the inputs, in the unit of the objective; the rest has one entry per sample.
 
     Raises:
         ArgumentError: If an argument is out of range.
@@ -162,7 +165,7 @@ def integrated_gradients(
 
 
 def finished(values: Tensor, *, absolute: bool, smoothing: float) -> Tensor:
-    """A map as it was asked for; warns of those that are no numbers."""
+    """Smooth a map and take its magnitude, as asked for; warn of samples that are NaN or infinite."""
     values = values.detach()
     wrong = int((~values.isfinite()).flatten(1).any(1).sum())
     if wrong:
@@ -177,7 +180,7 @@ def finished(values: Tensor, *, absolute: bool, smoothing: float) -> Tensor:
 
 
 def check_smoothing(smoothing: float) -> None:
-    """Refuse what is no width.
+    """Check the standard deviation of the smoothing.
 
     Raises:
         ArgumentError: If it is negative or no number.
@@ -206,7 +209,7 @@ def _baseline(baseline: Tensor | float | None, values: Tensor) -> Tensor:
 
 
 def _per_token(question: Question, values: Tensor, how: Literal["norm", "sum"]) -> Tensor:
-    """One number per token, where an embedding was explained."""
+    """Return one number per token, where an embedding was explained."""
     if question.entrance.embedding is None:
         return values
     return values.norm(dim=-1) if how == "norm" else values.sum(-1)

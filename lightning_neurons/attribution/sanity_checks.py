@@ -1,7 +1,7 @@
-"""Whether a map depends on what a model has learnt (Adebayo et al. 2018, arXiv:1810.03292).
+"""Sanity checks: the dependence of a map on what a model has learnt (Adebayo et al. 2018, arXiv:1810.03292).
 
 Layers are given random weights, one after the other from the output down. A map that stays the same has never looked at
-them: it shows the picture, not the model.
+them: it shows the image, not the model.
 """
 
 import math
@@ -30,7 +30,7 @@ _STEPS = 32  # of integrated gradients: similarity does not need completeness
 
 @dataclass(frozen=True)
 class RandomizedLayer:
-    """How much of the maps is left when this layer, and all behind it, have random weights.
+    """Similarity of the maps to those of the trained model when this layer, and all behind it, are randomised.
 
     Attributes:
         layer: Its path.
@@ -55,7 +55,7 @@ def randomization_check(
     forward: Forward | None = None,
     **options: Any,
 ) -> list[RandomizedLayer]:
-    """How similar saliency stays while a copy of the model loses its weights, layer by layer from the output down.
+    """Measure how similar saliency stays while a copy of the model is randomised from the output down.
 
     Args:
         model: Any module that can be copied; it is not changed.
@@ -118,7 +118,7 @@ def _copied(model: nn.Module) -> nn.Module:
 
 
 def _run_order(readout: Readout, inputs: Any) -> tuple[list[str], Any]:
-    """The modules with weights that can be drawn anew, in the order in which they run first; and the output."""
+    """Return the modules with weights that can be drawn anew, in the order in which they run first; and the output."""
     found: dict[str, None] = {}
     modules = {name: m for name, m in modules_by_name(readout.model).items() if _has_own_weights(m)}
     handles = [

@@ -9,8 +9,11 @@ def gaussian_blur(values: Float[Tensor, "batch channel *space"], sigma: float) -
     """Convolve each channel with a Gaussian along every axis of space; edges are repeated.
 
     Args:
-        values: Pictures, signals or volumes.
+        values: Images, signals or volumes.
         sigma: Standard deviation in positions; 0 changes nothing.
+
+    Returns:
+        Values of the same shape.
 
     Example:
         >>> gaussian_blur(torch.tensor([[[0.0, 0.0, 1.0, 0.0, 0.0]]]), 0.5)

@@ -1,4 +1,4 @@
-"""Before the first step: the shape of a picture, how it is described, and what it begins as."""
+"""The start of an optimisation: the shape of an image, its parametrization and its first values."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,10 +15,10 @@ STARTS = ("noise", "grey")
 
 
 def shape_of(input_shape: Any, pictures: Tensor | None) -> tuple[int, ...]:
-    """The shape of one input.
+    """Return the shape of one input.
 
     Raises:
-        ArgumentError: If it is neither given nor to be seen, or the two differ.
+        ArgumentError: If neither it nor images are given, or the two differ.
     """
     if input_shape is None:
         if pictures is None:
@@ -33,7 +33,7 @@ def shape_of(input_shape: Any, pictures: Tensor | None) -> tuple[int, ...]:
 
 
 def parametrization_of(kind: Kind, shape: tuple[int, ...], latent: Tensor | None) -> Parametrization:
-    """How pictures are described; ``latent`` are the user's own."""
+    """Return a parametrization of images; ``latent`` are the user's own."""
     if kind == "pixel":
         return Pixel(shape)
     colours = colours_of(latent, shape[0])
@@ -47,10 +47,10 @@ def parametrization_of(kind: Kind, shape: tuple[int, ...], latent: Tensor | None
 def start_of(
     start: Any, described: Parametrization, valid: Range, shape: tuple[int, ...], generators: Sequence[torch.Generator]
 ) -> Tensor:
-    """What is optimised, before the first step, one row for each generator.
+    """Return the values that are optimised, before the first step, one row for each generator.
 
     Raises:
-        ArgumentError: If it is no start, or a picture of another shape or range.
+        ArgumentError: If it is no start, or an image of another shape or range.
     """
     noise = described.noise(generators)
     if isinstance(start, Tensor):

@@ -1,4 +1,4 @@
-"""Making pictures that excite a neuron, a layer or an output (Erhan et al. 2009; Olah et al. 2017, distill.pub)."""
+"""Images that maximise a neuron, a layer or an output (Erhan et al. 2009; Olah et al. 2017, distill.pub)."""
 
 import warnings
 from collections.abc import Sequence
@@ -48,50 +48,50 @@ def maximize_activation(
     frames: int = 0,
     forward: Forward | None = None,
 ) -> MaximizedActivation:
-    """Find pictures on which an output, or a neuron, is as active as can be.
+    """Find images on which an output, or a neuron, is as active as can be.
 
     The model runs in evaluation mode, frozen; its weights, modes, random state and hooks are afterwards as they were.
     Where no output is needed, its forward ends behind the layer that is looked at. All targets and seeds are optimised
-    in one batch; the picture of each is the same as alone, up to rounding.
+    in one batch; the image of each is the same as alone, up to rounding.
 
     Args:
         model: Any module that returns logits ``(batch, class)``, or an object with ``logits``.
         target: A class; ``("layer", neuron)``: its activation, the mean over positions; the name of a layer: the mean
             of its neurons; or a list of those.
         input_shape: Of one input, ``(channel, *space)``; that of ``images`` if None.
-        value_range: Least and largest value of a valid picture, before normalisation; those of ``images`` if None.
+        value_range: Least and largest value of a valid image, before normalisation; those of ``images`` if None.
         mean: Of the normalisation that the model's inputs have had, a number or one per channel: inputs are
-            (picture - mean) / std.
-        std: The same.
-        images: Pictures of your own, as the model takes them (normalised): a tensor, or an iterable of batches, which
+            (image - mean) / std.
+        std: The standard deviation of the same, likewise.
+        images: Images of your own, as the model takes them (normalised): a tensor, or an iterable of batches, which
             is held in memory. Colours and spectrum come from them, and what the result is compared with.
-        of: What of a class: its ``"logit"`` or its softmax ``"probability"``.
-        minus: What is subtracted, another target: the difference of two is maximised.
-        start: ``"noise"``, ``"grey"`` or a picture in the range, ``(channel, *space)``.
+        of: Of a class, its ``"logit"`` or its softmax ``"probability"``.
+        minus: Another target, which is subtracted: the difference of the two is maximised.
+        start: ``"noise"``, ``"grey"`` or an image in the range, ``(channel, *space)``.
         parametrization: ``"fourier"``: frequency by frequency, in the colours of ``images``; ``"pixel"``; ``"maco"``:
             phases alone, with the magnitudes of the spectrum of ``images``. Fourier if None and there are positions.
         validity: ``"sigmoid"`` bends values into the range; ``"clip"`` cuts them off after each step, which
             between Fourier coefficients and pixels can end short of the maximum.
-        steps: How many steps of Adam (NAdam for phases).
+        steps: Number of steps of Adam (NAdam for phases).
         learning_rate: 0.05 if None, 0.1 for phases.
         total_variation: Weight of the mean difference between neighbours, in units of the activation.
         l2: Weight of the mean square distance from the middle of the range.
-        blur: Standard deviation, in positions, of a Gaussian over the picture every fourth step.
-        jitter: At each step the picture is moved by up to so many positions along each axis; a sixteenth of the shorter
+        blur: Standard deviation, in positions, of a Gaussian over the image every fourth step.
+        jitter: At each step the image is moved by up to so many positions along each axis; a sixteenth of the shorter
             side, rounded down, if None.
         scale: Grown or shrunk by up to this share; 0.05 if None and there are two axes of at least 16 positions.
         rotation: Turned by up to so many degrees; 5 if None and there are two axes of at least 16 positions.
-        seed: Of the start and the movements; several make as many pictures of each target.
-        frames: How many pictures to keep along the way.
-        forward: How to run the model: ``(model, inputs) -> logits``; None calls it.
+        seed: Of the start and the movements; several make as many images of each target.
+        frames: Number of images to keep along the way.
+        forward: Runs the model: ``(model, inputs) -> logits``; None calls it.
 
     Returns:
-        The pictures, the activations that they reach, and those of ``images``.
+        The images, the activations that they reach, and those of the given ``images``.
 
     Raises:
         ArgumentError: If an argument is out of range, missing, or contradicts another.
         UnknownNameError: If there is no such layer; names the nearest.
-        MeasurementError: If the model refuses pictures of this shape, or the target does not depend on them.
+        MeasurementError: If the model refuses images of this shape, or the target does not depend on them.
 
     Example:
         >>> torch.manual_seed(0)
@@ -112,10 +112,10 @@ def maximize_activation(
 
 
 def aims_of(model: nn.Module, target: Any, of: Of = "logit", minus: Any = None) -> list[Aim]:
-    """One target or several.
+    """Return the objectives of one target or several.
 
     Raises:
-        ArgumentError: If one is none, or there are none.
+        ArgumentError: If one is no target, or there are none.
         UnknownNameError: If there is no such layer.
     """
     given_model(model)
@@ -142,7 +142,7 @@ def maximized(
     start: Any = "noise",
     forward: Forward | None = None,
 ) -> MaximizedActivation:
-    """``maximize_activation``, of aims."""
+    """Maximise objectives, as ``maximize_activation`` does."""
     batches = [] if images is None else list(batches_of(images))
     if images is not None and not batches:
         raise ArgumentError.of("images", images, "at least one picture")

@@ -1,4 +1,4 @@
-"""The loop that makes pictures excite what is looked at."""
+"""The loop that optimises images for an objective."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,16 +22,16 @@ _STEPS_PER_BLUR = 4
 
 @dataclass
 class Ascent:
-    """Maximises one aim for each row of a batch; rows do not influence one another.
+    """Gradient ascent on one objective for each row of a batch; rows do not influence one another.
 
     Attributes:
         readout: The model, open.
-        aims: What each row excites.
-        settings: How.
-        kind: Which parametrization it is.
-        parametrization: How pictures are described.
-        range: The values that they may have.
-        robustness: How they are moved.
+        aims: The objective of each row.
+        settings: The settings of the optimisation.
+        kind: The parametrization's name.
+        parametrization: From the values that are optimised to images, and back.
+        range: The values that images may have.
+        robustness: The random movements of images.
     """
 
     readout: Readout
@@ -49,7 +49,7 @@ class Ascent:
         """By row, the step at which its values were no longer finite."""
 
     def run(self, raw: Tensor, generators: Sequence[torch.Generator]) -> tuple[Latent, Float[Tensor, " row"]]:
-        """Take all steps from a start; returns the pictures, and what each row's aim reads on its own."""
+        """Take all steps from a start; return the images, and the objective of each row on its own image."""
         settings = self.settings
         draws = self.robustness.draws(generators, settings.steps)
         self._rows = {aim: torch.tensor([one == aim for one in self.aims], device=raw.device) for aim in self.aims}
@@ -84,11 +84,11 @@ class Ascent:
         return found, reached
 
     def pictures(self, raw: Tensor) -> Latent:
-        """The valid pictures that are described."""
+        """Return the valid images that parameters describe."""
         return self.range.valid(self.parametrization.decode(raw.detach()))
 
     def read(self, pictures: Latent) -> Float[Tensor, " row"]:
-        """What each row's aim reads on its picture."""
+        """Return the objective of each row on its image."""
         with torch.no_grad():
             return self._read(pictures, climbing=False)
 
@@ -124,11 +124,11 @@ class Ascent:
         return found
 
     def _as_read(self, climbed: Float[Tensor, " row"]) -> Float[Tensor, " row"]:
-        """Values that were climbed, in the units of the aims."""
+        """Return values that were maximised in the units of the objectives."""
         return torch.where(self._odds, climbed.sigmoid(), climbed)
 
     def _fine_rows(self, finite: Bool[Tensor, " row"], step: int) -> Bool[Tensor, " row"]:
-        """The rows that have been finite up to this step."""
+        """Return the rows that have been finite up to this step."""
         for row in (~finite).nonzero().flatten().tolist():
             self.stopped.setdefault(row, step)
         fine = torch.ones_like(finite)
@@ -136,7 +136,7 @@ class Ascent:
         return fine
 
     def _constrain(self, raw: Tensor, step: int) -> None:
-        """After a step: blur now and then, and clip."""
+        """Blur now and then, and clip, after a step."""
         if self.settings.blur and (step + 1) % _STEPS_PER_BLUR == 0:
             latent = self.parametrization.decode(raw)
             raw.copy_(self.parametrization.encode(gaussian_blur(latent, self.settings.blur)))

@@ -1,9 +1,9 @@
-"""How a picture is described while it is optimised, which decides how it looks.
+"""Parametrizations of the image that is optimised, which decide how it looks.
 
-A *latent* picture has no bounds; ``value_range.py`` brings it into the data's range. Fourier coefficients scaled by
+A *latent* image has no bounds; ``value_range.py`` brings it into the data's range. Fourier coefficients scaled by
 1 / frequency make all frequencies change at the same pace, and decorrelated colours do the same for colours (Olah et
 al. 2017, "Feature Visualization", distill.pub). MACO (Fel et al. 2023, arXiv:2306.06805) optimises phases alone:
-magnitudes are those of real pictures.
+magnitudes are those of real images.
 """
 
 from collections.abc import Sequence
@@ -24,21 +24,21 @@ _START = 0.01
 
 
 class Parametrization(Protocol):
-    """Between what is optimised and a latent picture."""
+    """A map between the values that are optimised and a latent image."""
 
     def noise(self, generators: Sequence[torch.Generator]) -> Tensor:
-        """A random start for each row."""
+        """Draw a random start for each row."""
 
     def encode(self, latent: Latent) -> Tensor:
-        """What describes given pictures."""
+        """Return the parameters that describe given images."""
 
     def decode(self, raw: Tensor) -> Latent:
-        """The pictures that are described."""
+        """Return the images that parameters describe."""
 
 
 @dataclass(frozen=True, eq=False)
 class Colours:
-    """Colours along axes that real pictures do not correlate.
+    """A change of channels to axes that are not correlated in real images.
 
     Attributes:
         mix: From decorrelated channels to those of the model, ``(channel, channel)``.
@@ -47,17 +47,17 @@ class Colours:
     mix: Float[Tensor, "channel _"]
 
     def mixed(self, plain: Latent) -> Latent:
-        """Decorrelated channels to real ones."""
+        """Turn decorrelated channels into real ones."""
         return torch.einsum("ij,nj...->ni...", self.mix.to(plain), plain)
 
     def plain(self, mixed: Latent) -> Latent:
-        """Real channels to decorrelated ones."""
+        """Turn real channels into decorrelated ones."""
         return torch.einsum("ij,nj...->ni...", torch.linalg.inv(self.mix).to(mixed), mixed)
 
 
 @dataclass(frozen=True, eq=False)
 class Pixel:
-    """Each value by itself.
+    """A parametrization by each value itself.
 
     Attributes:
         shape: Of one sample.
@@ -66,24 +66,24 @@ class Pixel:
     shape: tuple[int, ...]
 
     def noise(self, generators: Sequence[torch.Generator]) -> Tensor:
-        """A random start for each row."""
+        """Draw a random start for each row."""
         return _START * torch.stack([torch.randn(self.shape, generator=g, dtype=torch.float32) for g in generators])
 
     def encode(self, latent: Latent) -> Tensor:
-        """What describes given pictures."""
+        """Return the parameters that describe given images."""
         return latent.clone()
 
     def decode(self, raw: Tensor) -> Latent:
-        """The pictures that are described."""
+        """Return the images that parameters describe."""
         return raw
 
 
 class Fourier:
-    """Coefficients of decorrelated colours, scaled by 1 / frequency.
+    """A parametrization by Fourier coefficients of decorrelated colours, scaled by 1 / frequency.
 
     Args:
         shape: Of one sample: channels and positions.
-        colours: Of the pictures.
+        colours: Of the images.
     """
 
     def __init__(self, shape: tuple[int, ...], colours: Colours) -> None:
@@ -93,28 +93,28 @@ class Fourier:
         self._scale = _contrast(shape) / frequency.clamp_min(1 / max(shape[1:]))
 
     def noise(self, generators: Sequence[torch.Generator]) -> Tensor:
-        """A random start for each row: real and imaginary parts, along a last axis."""
+        """Draw a random start for each row: real and imaginary parts, along a last axis."""
         shape = (self.shape[0], *self._scale.shape, 2)
         return _START * torch.stack([torch.randn(shape, generator=g, dtype=torch.float32) for g in generators])
 
     def encode(self, latent: Latent) -> Tensor:
-        """What describes given pictures."""
+        """Return the parameters that describe given images."""
         spectrum = torch.fft.rfftn(self.colours.plain(latent), dim=self._axes, norm="ortho")
         return torch.view_as_real(spectrum / self._scale.to(latent.device)).clone()
 
     def decode(self, raw: Tensor) -> Latent:
-        """The pictures that are described."""
+        """Return the images that parameters describe."""
         spectrum = torch.view_as_complex(raw) * self._scale.to(raw.device)
         return self.colours.mixed(torch.fft.irfftn(spectrum, s=self.shape[1:], dim=self._axes, norm="ortho"))
 
 
 class Maco:
-    """Phases; the magnitudes are those of real pictures.
+    """A parametrization by phases; the magnitudes are those of real images.
 
     Args:
         shape: Of one sample: channels and positions.
-        colours: Of the pictures.
-        magnitudes: Mean magnitude of the pictures' spectrum, in decorrelated colours, ``(channel, *frequency)``.
+        colours: Of the images.
+        magnitudes: Mean magnitude of the images' spectrum, in decorrelated colours, ``(channel, *frequency)``.
         mean: Mean latent value of each channel.
     """
 
@@ -124,26 +124,26 @@ class Maco:
         self._axes = tuple(range(-len(shape) + 1, 0))
 
     def noise(self, generators: Sequence[torch.Generator]) -> Tensor:
-        """Random phases for each row."""
+        """Draw random phases for each row."""
         shape = self.magnitudes.shape
         drawn = [torch.rand(shape, generator=g, dtype=torch.float32) for g in generators]
         return torch.pi * (2 * torch.stack(drawn) - 1)
 
     def encode(self, latent: Latent) -> Tensor:
-        """The phases of given pictures."""
+        """Return the phases of given images."""
         plain = self.colours.plain(latent - self._mean.to(latent))
         spectrum: Tensor = torch.fft.rfftn(plain, dim=self._axes, norm="ortho")
         return spectrum.angle()
 
     def decode(self, raw: Tensor) -> Latent:
-        """The pictures that are described."""
+        """Return the images that parameters describe."""
         spectrum = torch.polar(self.magnitudes.to(raw).expand_as(raw), raw)
         plain = torch.fft.irfftn(spectrum, s=self.shape[1:], dim=self._axes, norm="ortho")
         return self.colours.mixed(plain) + self._mean.to(raw)
 
 
 def frequencies(space: Sequence[int]) -> Float[Tensor, "..."]:
-    """The frequency of each coefficient of a real picture, in cycles per position.
+    """Return the frequency of each coefficient of a real image, in cycles per position.
 
     Example:
         >>> frequencies((4,)), frequencies((4, 4)).shape
@@ -157,6 +157,6 @@ def frequencies(space: Sequence[int]) -> Float[Tensor, "..."]:
 
 
 def _contrast(shape: tuple[int, ...]) -> float:
-    """Lets a step of the optimizer change pictures of any size by the same amount."""
+    """Return the factor by which a step of the optimizer changes images of any size by the same amount."""
     count = frequencies(shape[1:]).clamp_min(1 / max(shape[1:])).pow(-2).mean().sqrt()
     return float(1 / count)

@@ -1,4 +1,4 @@
-"""What the user's own pictures say: their colours and spectrum, and how strongly they excite what is looked at."""
+"""Statistics of the user's own images: colours, spectrum, and the objectives' values on them."""
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,7 +23,7 @@ _LEAST_VARIANCE = 1e-4
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
-    """The mean spectrum of pictures.
+    """The mean spectrum of images.
 
     Attributes:
         magnitudes: In decorrelated colours, ``(channel, *frequency)``.
@@ -35,7 +35,7 @@ class Spectrum:
 
 
 def batches_of(images: Any) -> Iterator[Tensor]:
-    """The inputs of a tensor of pictures, or of an iterable of batches.
+    """Yield the inputs of a tensor of images, or of an iterable of batches.
 
     Raises:
         ArgumentError: If it is neither, or a batch has no tensor of inputs.
@@ -59,7 +59,7 @@ def batches_of(images: Any) -> Iterator[Tensor]:
 
 
 def some_of(batches: Sequence[Tensor]) -> Tensor:
-    """Enough pictures for statistics: evenly spread, at most 512."""
+    """Return enough images for statistics: evenly spread, at most 512."""
     everything = sum(map(len, batches))
     step = -(-everything // _MOST_FOR_STATISTICS)
     starts = itertools.accumulate(map(len, batches), initial=0)
@@ -69,7 +69,7 @@ def some_of(batches: Sequence[Tensor]) -> Tensor:
 
 
 def colours_of(latent: Latent | None, channels: int) -> Colours:
-    """The axes along which the colours of pictures are not correlated; plain channels without any.
+    """Return the axes along which the colours of images are not correlated; plain channels without any.
 
     Scaled so that the longest axis has length 1 (Olah et al. 2017).
     """
@@ -83,7 +83,7 @@ def colours_of(latent: Latent | None, channels: int) -> Colours:
 
 
 def spectrum_of(latent: Latent, colours: Colours) -> Spectrum:
-    """The mean spectrum of pictures, and their mean colour."""
+    """Return the mean spectrum of images, and their mean colour."""
     mean = latent.movedim(1, -1).reshape(-1, latent.shape[1]).mean(0)
     centred = colours.plain(latent - mean.view(-1, *[1] * (latent.ndim - 2)))
     magnitudes = torch.fft.rfftn(centred, dim=tuple(range(2, latent.ndim)), norm="ortho").abs().mean(0)
@@ -91,12 +91,15 @@ def spectrum_of(latent: Latent, colours: Colours) -> Spectrum:
 
 
 def activations_on(readout: Readout, aims: Sequence[Aim], batches: Iterable[Tensor]) -> Float[Tensor, "aim picture"]:
-    """What every aim reads on every picture. Open the readout around it.
+    """Return every objective on every image. Open the readout around it.
 
     Args:
         readout: The model.
-        aims: What is looked at.
+        aims: The objectives.
         batches: Inputs, as the model takes them.
+
+    Returns:
+        Values in the units of the objectives, on the CPU.
     """
     found = []
     parameter = next((p for p in readout.model.parameters() if p.is_floating_point()), torch.zeros(0))

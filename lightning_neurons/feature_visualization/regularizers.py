@@ -1,4 +1,4 @@
-"""What keeps optimised pictures plain."""
+"""Regularisers that keep optimised images smooth and near grey."""
 
 import torch
 from jaxtyping import Float
@@ -8,10 +8,13 @@ from lightning_neurons.feature_visualization.parametrization import Latent
 
 
 def total_variation(shown: Latent) -> Float[Tensor, " row"]:
-    """Mean magnitude of the difference between neighbours, summed over axes.
+    """Return the mean magnitude of the difference between neighbours, summed over axes.
 
     Args:
-        shown: Pictures in [0, 1].
+        shown: Images in [0, 1].
+
+    Returns:
+        One value per image, in units of the range.
 
     Example:
         >>> total_variation(torch.tensor([[[[0.0, 1.0], [0.0, 1.0]]]]))
@@ -23,10 +26,13 @@ def total_variation(shown: Latent) -> Float[Tensor, " row"]:
 
 
 def distance_from_grey(shown: Latent) -> Float[Tensor, " row"]:
-    """Mean square of the distance from the middle of the range.
+    """Return the mean square of the distance from the middle of the range.
 
     Args:
-        shown: Pictures in [0, 1].
+        shown: Images in [0, 1].
+
+    Returns:
+        One value per image, in units of the squared range.
 
     Example:
         >>> distance_from_grey(torch.tensor([[[0.5, 1.0]]]))

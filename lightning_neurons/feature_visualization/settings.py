@@ -1,4 +1,4 @@
-"""How activation is maximised: all that does not depend on the model, checked."""
+"""The settings of an activation maximisation that do not depend on the model, checked."""
 
 import math
 from collections.abc import Sequence
@@ -19,12 +19,12 @@ _PAIR = "(least, largest) value of a picture, such as (0.0, 1.0)"
 _MOST_BLUR = 1000
 _LARGEST = 1e30  # of values that float32 can still calculate with
 _SLACK = 0.01
-"""By how much of the range given pictures may leave it, as after a resize."""
+"""Share of the range by which given images may leave it, as after a resize."""
 
 
 @dataclass(frozen=True)
 class MaximizationSettings:
-    """What ``maximize_activation`` is asked for; its arguments are explained there.
+    """The settings of ``maximize_activation``, which explains its arguments.
 
     Raises:
         ArgumentError: If one is out of range.
@@ -56,10 +56,10 @@ class MaximizationSettings:
             raise ArgumentError.of("blur", self.blur, '0 with parametrization="maco", which keeps the spectrum fixed')
 
     def kind(self, shape: Sequence[int], *, has_pictures: bool) -> Kind:
-        """The parametrization: Fourier, or single values where there are no positions.
+        """Return the parametrization: Fourier, or single values where there are no positions.
 
         Raises:
-            ArgumentError: If the one that is asked for needs positions, or pictures.
+            ArgumentError: If the one that is asked for needs positions, or images.
         """
         if self.parametrization in ("fourier", "maco") and len(shape) < 2:
             raise ArgumentError.of("parametrization", self.parametrization, '"pixel" for inputs without positions')
@@ -68,25 +68,28 @@ class MaximizationSettings:
         return self.parametrization or ("fourier" if len(shape) > 1 else "pixel")
 
     def robustness(self, shape: Sequence[int]) -> Robustness:
-        """How pictures are moved."""
+        """Return the random movements of images of a shape."""
         return Robustness.checked(shape[1:], self.jitter, self.scale, self.rotation)
 
 
 def range_of(
     value_range: Any, mean: Any, std: Any, validity: Validity, batches: Sequence[Tensor], channels: int
 ) -> Range:
-    """The range of valid pictures.
+    """Return the range of valid images.
 
     Args:
-        value_range: Least and largest value of a picture; None takes those of ``batches``.
+        value_range: Least and largest value of an image; None takes those of ``batches``.
         mean: Of the normalisation, a number or one per channel; None for none.
-        std: The same.
-        validity: How pictures are kept in the range.
-        batches: The user's pictures, as the model takes them; may be none.
-        channels: Of a picture.
+        std: The standard deviation of the same, likewise.
+        validity: How images are kept in the range.
+        batches: The user's images, as the model takes them; may be none.
+        channels: Number of channels of an image.
+
+    Returns:
+        The range, with the normalisation of the model's inputs.
 
     Raises:
-        ArgumentError: If it is neither given nor to be seen, or the pictures do not lie in it.
+        ArgumentError: If neither it nor images are given, or the images do not lie in it.
     """
     center, spread = _by_channel("mean", mean, 0.0, channels), _by_channel("std", std, 1.0, channels)
     if bool((spread <= 0).any()):
@@ -118,7 +121,7 @@ def range_of(
 
 
 def check_normalization(mean: Any, std: Any) -> None:
-    """Refuse what cannot be a normalisation of any picture.
+    """Check that mean and standard deviation can be a normalisation of some image.
 
     Raises:
         ArgumentError: If there are no numbers, or of different length, or a deviation is not above 0.
@@ -128,7 +131,7 @@ def check_normalization(mean: Any, std: Any) -> None:
 
 
 def seeds_of(seed: Any) -> tuple[int, ...]:
-    """One seed or several.
+    """Return one seed, or several, as a tuple.
 
     Raises:
         ArgumentError: If one cannot seed random numbers, or there are none.

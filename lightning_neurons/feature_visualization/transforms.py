@@ -1,4 +1,4 @@
-"""Small random changes of a picture: what excites a neuron only at one exact place is not what it looks for."""
+"""Small random movements of an image, so that it excites a neuron not at one exact place only."""
 
 import math
 from collections.abc import Sequence
@@ -12,12 +12,12 @@ from lightning_neurons.errors import ArgumentError, is_number
 from lightning_neurons.feature_visualization.parametrization import Latent
 
 _AXES, _DRAWS = 3, 5  # jitter along up to three axes, scale, rotation
-_LEAST_SIDE = 16  # of pictures that bear to be interpolated
+_LEAST_SIDE = 16  # of images that bear to be interpolated
 
 
 @dataclass(frozen=True)
 class Robustness:
-    """How far pictures are moved, at each step by another random amount.
+    """Largest movements of images, which are moved at each step by another random amount.
 
     Attributes:
         jitter: By at most so many positions along each axis.
@@ -33,7 +33,7 @@ class Robustness:
     def checked(
         cls, space: Sequence[int], jitter: float | None, scale: float | None, rotation: float | None
     ) -> "Robustness":
-        """The amounts that are meant; None takes what suits the size of the pictures.
+        """Return the amounts, checked; None takes what suits the size of the images.
 
         Raises:
             ArgumentError: If one is negative or too large, or needs two axes of positions.
@@ -54,11 +54,11 @@ class Robustness:
         return cls(*(float(default if given is None else given) for given, _, default in defaults.values()))
 
     def draws(self, generators: Sequence[torch.Generator], steps: int) -> Float[Tensor, "step row amount"]:
-        """Random amounts in [-1, 1] for all steps; those of a row are the same whatever the other rows are."""
+        """Draw random amounts in [-1, 1] for all steps; those of a row are the same whatever the other rows are."""
         return torch.stack([2 * torch.rand(steps, _DRAWS, generator=g, dtype=torch.float32) - 1 for g in generators], 1)
 
     def applied(self, pictures: Latent, draws: Float[Tensor, "row amount"]) -> Latent:
-        """Pictures, moved."""
+        """Move images by random amounts."""
         space = pictures.shape[2:]
         if len(space) == 2 and (self.jitter or self.scale or self.rotation):
             return self._moved(pictures, draws.to(pictures))
