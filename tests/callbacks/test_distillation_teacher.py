@@ -156,6 +156,7 @@ class FailsItself(Student):
         return loss
 
 
+@pytest.mark.filterwarnings("ignore:.*training_step does not run on a copy")
 @pytest.mark.parametrize("kind, more", [(Student, [Fails()]), (FailsItself, [])])
 def test_after_an_exception_hooks_are_gone(kind, more):
     callback, made = distiller(), []

@@ -16,20 +16,36 @@ from lightning_neurons.results.history import NeuronHistory
 from tests.callbacks.modules import MemoryLogger, Plain, fit, loader
 
 MEASURING = [
-    "callbacks.observer:Measurement", "callbacks.observer:StepReplay", "callbacks.observer:stream_length",
-    "callbacks.steps:evaluation_loop",
-    "callbacks.session:Passes", "callbacks.session:Session.join", "callbacks.session:Session.open",
-    "callbacks.session:Session._open", "callbacks.session:Session._close", "callbacks.session:Session.close",
-    "callbacks.session:Session.finish", "callbacks.session:Session._groups", "callbacks.member:Member.start_batch",
-    "studies.passes:Passes.observe", "studies.passes:Passes.differentiate", "studies.passes:WatchActivations",
-    "studies.measurement:Measurement.receive", "studies.measurement:Measurement.merge_processes",
-    "studies.measurement:Measurement.report", "metrics.streaming:StreamingCriteria.scores",
-]  # fmt: skip
+    "callbacks.observing.observer:Measurement",
+    "callbacks.observing.observer:StepReplay",
+    "callbacks.observing.observer:stream_length",
+    "callbacks.trainer.steps:evaluation_loop",
+    "callbacks.observing.session:Passes",
+    "callbacks.observing.session:Session.join",
+    "callbacks.observing.session:Session.open",
+    "callbacks.observing.session:Session._open",
+    "callbacks.observing.session:Session._close",
+    "callbacks.observing.session:Session.close",
+    "callbacks.observing.session:Session.finish",
+    "callbacks.observing.session:Session._groups",
+    "callbacks.observing.member:Member.start_batch",
+    "measurement.passes:Passes.observe",
+    "measurement.passes:Passes.differentiate",
+    "measurement.passes:WatchActivations",
+    "measurement.measurement:Measurement.receive",
+    "measurement.measurement:Measurement.merge_processes",
+    "measurement.measurement:Measurement.report",
+    "metrics.streaming:StreamingCriteria.scores",
+]
 TELLING = [
-    "results.history:NeuronHistory.compare", "results.history:NeuronHistory.keep", "callbacks.observer:scalars",
-    "callbacks.observer:offer", "callbacks.publish:write_loggers", "callbacks.outlet:folder_of",
-    "callbacks.publish:numbered_observer",
-]  # fmt: skip
+    "results.history:NeuronHistory.compare",
+    "results.history:NeuronHistory.keep",
+    "callbacks.observing.observer:scalars",
+    "callbacks.observing.observer:offer",
+    "callbacks.observing.publish:write_loggers",
+    "callbacks.trainer.outlet:folder_of",
+    "callbacks.observing.publish:numbered_observer",
+]
 
 
 def small() -> Plain:
@@ -78,12 +94,22 @@ def test_training_goes_on_and_the_next_epoch_is_measured(place, monkeypatch):
 
 
 WATCHING = [
-    "studies.passes:Passes._activation", "studies.passes:_tell", "network.watch:operands", "network.watch:is_plain",
-    "network.watch:WatchActivations._arrive", "network.watch:FollowLayers._went", "network.trace:tensors_in",
-    "network.trace:operands", "network.trace:target_of_write", "network.trace:Trace._ends", "network.flow:Flow.leaves",
-    "network.hooked:may_be_fast", "network.hooked:isolated", "callbacks.validated:_copies",
-]  # fmt: skip
-FOLLOWING = ["network.trace:Trace._see", "network.course:Course.add"]
+    "measurement.passes:Passes._activation",
+    "measurement.passes:_tell",
+    "hooks.capture:operands",
+    "hooks.capture:is_plain",
+    "hooks.capture:WatchActivations._arrive",
+    "hooks.capture:FollowLayers._went",
+    "hooks.trace:tensors_in",
+    "hooks.trace:operands",
+    "hooks.trace:target_of_write",
+    "hooks.trace:Trace._ends",
+    "hooks.layer_flow:Flow.leaves",
+    "hooks.function_mode:may_be_fast",
+    "hooks.function_mode:isolated",
+    "callbacks.trainer.validated_weights:_copies",
+]
+FOLLOWING = ["hooks.trace:Trace._see", "hooks.value_course:Course.add"]
 """These end the chains of layers, and the layers are measured where they are."""
 
 
@@ -141,7 +167,7 @@ def test_an_error_of_the_step_that_is_watched_is_the_users(monkeypatch):
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
 def test_who_wants_to_stop_is_not_held_up(monkeypatch, error):
     module = small()
-    module.__class__ = break_in_epoch_1("studies.measurement:Measurement.report", monkeypatch, error())
+    module.__class__ = break_in_epoch_1("measurement.measurement:Measurement.report", monkeypatch, error())
     with pytest.raises(SystemExit):
         fit(module, [NeuronSensitivityCallback(max_figures=0)], max_epochs=3)
 
@@ -166,7 +192,7 @@ def test_a_criterion_that_goes_wrong_does_not_end_training(observer, score):
 
 def test_a_failed_measurement_after_a_good_one_leaves_the_good_one(monkeypatch):
     module = small()
-    module.__class__ = break_in_epoch_1("studies.measurement:Measurement.report", monkeypatch, ValueError("mine"))
+    module.__class__ = break_in_epoch_1("measurement.measurement:Measurement.report", monkeypatch, ValueError("mine"))
     callback = NeuronSensitivityCallback(max_figures=0)
     with pytest.warns(UserWarning, match="epoch 1 was not measured: ValueError: mine"):
         fit(module, [callback], max_epochs=2)

@@ -70,8 +70,8 @@ class Run:
         self.module, self.callback, self.calls = Module(), guard(), []
         self.before = Probe("on_train_epoch_start", everything)
 
-        def break_it(trainer: Any, _: Any) -> None:
-            if trainer.current_epoch == epoch:
+        def break_it(trainer: Any, module: Any) -> None:
+            if trainer.current_epoch == epoch and module is self.module:  # no copy on which the epoch is tried
                 self.calls = arm(patch, trainer)
 
         callbacks = [EMAWeightAveraging(decay=0.9), self.before, Probe("on_train_epoch_start", break_it), self.callback]
@@ -201,7 +201,7 @@ class Later(L.Callback):
         self.epoch = epoch
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        if trainer.current_epoch == self.epoch:
+        if trainer.current_epoch == self.epoch and pl_module is trainer.lightning_module:  # not when it is tried
             raise Interrupted
 
 

@@ -1,6 +1,7 @@
 """What the saliency callback refuses, and what never takes training with it."""
 
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -120,9 +121,9 @@ def test_what_cannot_be_written_does_not_stop_training(tmp_path, monkeypatch, wh
     if what == "logger":
         loggers.append(Refuses())
     else:
-        (tmp_path / "lightning_logs" / "version_0").mkdir(parents=True)
-        (tmp_path / "lightning_logs" / "version_0" / "pictures").write_text("in the way")
-        loggers[0] = TensorBoardLogger(tmp_path, version=0)
+        monkeypatch.setattr(
+            "lightning_neurons.report.logging.images.save_figure", Mock(side_effect=OSError("disk full"))
+        )
     with pytest.warns(UserWarning, match=r"epoch \d was measured and not shown"):
         trainer = fit(Plain(), [SaliencyCallback()], logger=loggers, max_epochs=2)
     assert trainer.current_epoch == 2

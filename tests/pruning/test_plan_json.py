@@ -85,7 +85,7 @@ def fail(*_, **__):
     raise OSError("no space left")
 
 
-@pytest.mark.parametrize("step", ["write_text", "replace"])
+@pytest.mark.parametrize("step", ["write_bytes", "replace"])
 def test_a_save_that_fails_leaves_the_file_that_was_there(step, tmp_path, monkeypatch):
     FULL.save(tmp_path / "plan.json")
     with monkeypatch.context() as patch:

@@ -218,7 +218,7 @@ def test_a_failed_save_leaves_the_old_report_and_nothing_else(tmp_path, monkeypa
         with pytest.raises(OSError, match="no space"):
             report_of(["mean"]).save(path)
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", full)
+        patch.setattr(Path, "write_bytes", full)
         with pytest.raises(OSError, match="no space"):
             report_of(["mean"]).save(path)
     assert [p.name for p in tmp_path.iterdir()] == ["neurons.json"]
