@@ -20,7 +20,7 @@ from lightning_neurons.callbacks import (
 )
 from lightning_neurons.class_study.class_study import class_study
 from lightning_neurons.criteria import CRITERIA, Criterion, LayerView, Statistic, Summary, agreement
-from lightning_neurons.dependency.width_handlers import conform
+from lightning_neurons.dependency.conform import conform
 from lightning_neurons.errors import (
     ArgumentError,
     MeasurementError,

@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch_pruning
-from torch import nn
 from torch_pruning import _helpers
 from torch_pruning.dependency import index_mapping
 
 from lightning_neurons.dependency.layout import Table, behind, contracts, joined, name_of, parts_of, reduces, shape_of
+from lightning_neurons.layers.width_handlers import axis_of
 
 _TYPES = torch_pruning.ops.OPTYPE
 _GUESSES: dict[Any, Callable[[Any, Any], None]] = {
@@ -26,8 +26,6 @@ _GUESSES: dict[Any, Callable[[Any, Any], None]] = {
     _TYPES.EXPAND: index_mapping.update_expand_index_mapping,
     _TYPES.SLICE: index_mapping.update_slice_index_mapping,
 }
-_CHANNELS = (_TYPES.CONV, _TYPES.DEPTHWISE_CONV, _TYPES.BN, _TYPES.IN, _TYPES.GN)
-_FEATURES = (_TYPES.LINEAR, _TYPES.LN, _TYPES.EMBED, _TYPES.MHA, _TYPES.LSTM)
 _PRODUCTS = {"Mm", "Bmm", "Addmm", "Baddbmm", "Addbmm", "Mv", "Dot", "Convolution", "Cdist", "EuclideanDist"}
 _PLAIN = (ArithmeticError, AttributeError, AssertionError, LookupError, RecursionError, TypeError, ValueError)
 _Input = tuple[Any, Any, int, int]
@@ -161,7 +159,7 @@ def _in_order(nodes: Iterable[Any]) -> list[Any]:
 
 def _is_layer(node: Any) -> bool:
     """Whether a module says by itself where its neurons lie."""
-    return node.type in _CHANNELS or node.type in _FEATURES or node.type == _TYPES.PARAMETER
+    return node.type == _TYPES.PARAMETER or axis_of(node.module) is not None
 
 
 def _own_axis(node: Any) -> int | None:
@@ -173,9 +171,9 @@ def _own_axis(node: Any) -> int | None:
 
 def _neuron_axis(node: Any, ndim: int) -> int:
     """Where neurons lie in what a layer reads and makes."""
-    if isinstance(node.module, nn.modules.conv._ConvNd):
-        return ndim - 1 - len(node.module.kernel_size)
-    return 1 if node.type in _CHANNELS else ndim - 1
+    axis = axis_of(node.module)
+    assert axis is not None, "a layer says where"
+    return axis if axis >= 0 else ndim + axis
 
 
 def _inputs_of(graph: Any, node: Any) -> list[_Input] | None:

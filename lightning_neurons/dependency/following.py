@@ -19,8 +19,7 @@ from torch_pruning import _helpers
 from lightning_neurons.dependency.connections import LostError, lay_out
 from lightning_neurons.isolation.tensors import in_transform, tensors_in
 from lightning_neurons.layers.layer import public_name
-
-_READING = (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
+from lightning_neurons.layers.width_handlers import handler_of
 
 
 @dataclass
@@ -148,7 +147,7 @@ def _noted(graph: Any) -> Iterator[None]:
         graph.ran.add(module)
         if in_transform():
             graph.transformed.add(module)
-        if isinstance(module, _READING):
+        if handler_of(module) is not None:
             before = {t.grad_fn for t in tensors_in((args, kwargs))}
             stack = [t.grad_fn for t in tensors_in(output)]
             while stack:

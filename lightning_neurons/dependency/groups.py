@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from lightning_neurons.dependency.width_handlers import Role
+from lightning_neurons.layers.width_handlers import Role
 
 
 @dataclass(frozen=True)

@@ -14,16 +14,20 @@ from lightning_neurons.data.batches import tensors_of
 from lightning_neurons.dependency.connections import LostError
 from lightning_neurons.dependency.following import Arrival, build, follow
 from lightning_neurons.dependency.groups import Coupling, Group, Part
-from lightning_neurons.dependency.width_handlers import Role, is_depthwise, why_fixed
 from lightning_neurons.errors import PruningError
 from lightning_neurons.isolation.isolation import differentiable
 from lightning_neurons.layers.layer import candidates, modules_by_name, public_name
+from lightning_neurons.layers.width_handlers import (
+    Role,
+    handler_of,
+    is_depthwise,
+    keeps_statistics,
+    unknown_width,
+    why_fixed,
+)
 
 Forward = Callable[[nn.Module], Any]
 """Runs a model, or a copy of it, on some inputs."""
-
-
-_PASSING = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.PReLU)
 
 
 def find_coupling(copy: nn.Module, forward: Forward) -> Coupling:
@@ -103,7 +107,7 @@ def _norm_behind(node: Any) -> nn.Module | None:
     readers = node.outputs
     if len(readers) != 1 or len(readers[0].inputs) != 1:
         return None
-    return readers[0].module if isinstance(readers[0].module, nn.modules.batchnorm._NormBase) else None
+    return readers[0].module if keeps_statistics(readers[0].module) else None
 
 
 def _fixed_readers(node: Any, paths: Mapping[Any, str], modules: Mapping[str, nn.Module]) -> str | None:
@@ -172,9 +176,10 @@ def _units(fresh: list[int], found: list[Arrival]) -> dict[int, int]:
 def _role(module: Any, makes: bool) -> Role:
     if isinstance(module, Tensor):  # a parameter; those of TorchScript have no type of their own
         return "holds"
-    if isinstance(module, nn.Embedding):
-        return "makes"
-    if not any(True for _ in module.parameters(recurse=False)) or isinstance(module, _PASSING) or is_depthwise(module):
+    handler = handler_of(module)
+    if handler is not None and handler.role is not None:
+        return handler.role
+    if not any(True for _ in module.parameters(recurse=False)):
         return "passes"
     return "makes" if makes else "reads"
 
@@ -223,4 +228,4 @@ def _why_unseen(module: nn.Module, graph: Any) -> str:
         return "it runs inside of a transform of torch.func, such as vmap or grad, where it cannot be followed"
     if graph.get_pruner_of_module(module).get_out_channels(module) is not None:
         return "what it makes is cut off from the output, as by no_grad, detach, another library or a checkpoint"
-    return f"nobody has said how the width of {type(module).__name__} is changed"
+    return unknown_width(module)

@@ -10,6 +10,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from lightning_neurons.criteria.contract import LayerTraits
 from lightning_neurons.isolation.isolation import isolated
 from lightning_neurons.layers.layer import Layer, public_name
+from lightning_neurons.layers.width_handlers import handler_of
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -40,6 +41,7 @@ def incoming_weight(module: nn.Module, neurons: int) -> Tensor | None:
     if isinstance(module, _TRANSPOSED):
         weight = weight.reshape(module.groups, -1, neurons // module.groups, weight[0, 0].numel())
         return weight.transpose(1, 2).reshape(neurons, -1)
+    weight = weight.movedim(_making_axis(module), 0)
     return weight.flatten(1) if len(weight) == neurons else None
 
 
@@ -57,30 +59,36 @@ def neuron_weights(module: nn.Module) -> list[Tensor]:
         return []
     weight = weight.detach()
     if not isinstance(module, _TRANSPOSED):
-        return list(weight.unbind(0))
+        return list(weight.unbind(_making_axis(module)))
     inputs = weight.shape[0] // module.groups  # those of a group make the neurons of that group
     blocks = weight.split(inputs, 0)
     return [block[:, i] for block in blocks for i in range(weight.shape[1])]
 
 
-def outgoing_weight(module: nn.Module, spread: int = 1) -> Tensor | None:
+def outgoing_weight(module: Any, spread: int = 1) -> Tensor | None:
     """The weights by which a module reads each of its inputs, ``(input, weight)``.
 
     Args:
-        module: A convolution, transposed convolution or linear layer.
+        module: A layer; None if it is not known where its weights lie.
         spread: How many neighbouring inputs belong to one neuron (a flattened picture before a linear layer).
     """
-    weight = _weight_of(module)
-    if not isinstance(weight, Tensor) or not isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+    weight, handler = _weight_of(module), handler_of(module)
+    if not isinstance(weight, Tensor) or handler is None:
         return None
     weight = weight.detach()
-    if isinstance(module, nn.Linear):
-        return weight.t().reshape(weight.shape[1] // spread, -1)
-    if isinstance(module, _TRANSPOSED):
-        return weight.flatten(1)
-    # (groups, outputs, inputs, taps) of each group: an input is read by the outputs of its own group only.
-    grouped = weight.reshape(module.groups, -1, *weight.shape[1:]).flatten(3)
-    return grouped.transpose(1, 2).reshape(module.in_channels, -1)
+    if handler.unfolds and module.groups > 1:
+        # (groups, outputs, inputs, taps) of each group: an input is read by the outputs of its own group only.
+        grouped = weight.reshape(module.groups, -1, *weight.shape[1:]).flatten(3)
+        return grouped.transpose(1, 2).reshape(module.in_channels, -1)
+    if "weight" not in handler.reads:
+        return None
+    inputs = weight.movedim(handler.reads["weight"], 0)
+    return inputs.reshape(len(inputs) // spread, -1)
+
+
+def _making_axis(module: object) -> int:
+    handler = handler_of(module)
+    return 0 if handler is None else handler.makes.get("weight", 0)
 
 
 def _weight_of(module: nn.Module | None) -> Any:

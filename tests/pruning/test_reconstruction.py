@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_neurons import ArgumentError, PruningBudget, prune
-from lightning_neurons.dependency.width_handlers import axes
+from lightning_neurons.layers.width_handlers import axes
 from lightning_neurons.pruning.compensation.calibration import Calibration
 from lightning_neurons.pruning.decision import gather, score
 from lightning_neurons.pruning.planning import allocations

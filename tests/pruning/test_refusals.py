@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_neurons import ArgumentError, PruningError, UnknownNameError, describe_structure, load_pruned, prune
-from lightning_neurons.dependency.width_handlers import conform
+from lightning_neurons.dependency.conform import conform
 from tests.models import ConvNet, pictures, seeded
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_neurons.dependency.width_handlers import Role
+from lightning_neurons.layers.width_handlers import Role
 from lightning_neurons.pruning.surgery.surgery import Cut, cut
 from tests.models import ConvNet, pictures, seeded
 

@@ -14,7 +14,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_neurons.dependency.width_handlers import conform, conforming, narrowed, widened
+from lightning_neurons.dependency.conform import conform, conforming, narrowed, widened
 from lightning_neurons.errors import ArgumentError, PruningError
 
 

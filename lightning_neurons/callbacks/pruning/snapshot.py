@@ -16,7 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_neurons.callbacks.pruning.cutting import average_models
 from lightning_neurons.data.batches import map_tensors
-from lightning_neurons.dependency.width_handlers import refit, set_data
+from lightning_neurons.dependency.conform import set_data
+from lightning_neurons.layers.width_handlers import refit
 from lightning_neurons.pruning.surgery.surgery import Operation
 
 Snapshot = dict[str, Any]

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_neurons.data.batches import samples_in
 from lightning_neurons.isolation.isolation import eager
 from lightning_neurons.layers.layer import modules_by_name
+from lightning_neurons.layers.width_handlers import keeps_statistics
 from lightning_neurons.pruning.compensation.calibration import Calibration
 from lightning_neurons.pruning.compensation.trial_model import Rehearsal
 
@@ -22,11 +22,7 @@ def reestimate(rehearsal: Rehearsal, calibration: Calibration) -> dict[str, Tens
         rehearsal: The copy.
         calibration: The data; every batch counts the same.
     """
-    norms = {
-        path: module
-        for path, module in modules_by_name(rehearsal.twin).items()
-        if isinstance(module, _NormBase) and module.running_mean is not None
-    }
+    norms = {path: module for path, module in modules_by_name(rehearsal.twin).items() if keeps_statistics(module)}
     before = {path: (norm.running_mean.clone(), norm.running_var.clone()) for path, norm in norms.items()}  # type: ignore[union-attr]
     rehearsal.twin.eval()
     for norm in norms.values():

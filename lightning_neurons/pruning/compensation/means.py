@@ -8,9 +8,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from lightning_neurons.dependency.width_handlers import axes
 from lightning_neurons.errors import PruningError
 from lightning_neurons.layers.layer import modules_by_name
+from lightning_neurons.layers.width_handlers import axes
 from lightning_neurons.pruning.compensation.moments import Reduce, alone, wide
 from lightning_neurons.pruning.compensation.unfold import batched, channels
 from lightning_neurons.pruning.compensation.weight_shifts import Repair, constant_of, readers_of

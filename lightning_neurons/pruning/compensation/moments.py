@@ -11,6 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lightning_neurons.errors import PruningError
+from lightning_neurons.layers.width_handlers import axes
+from lightning_neurons.pruning.compensation.unfold import by_feature
 
 Reduce = Callable[[Tensor], Tensor]
 """Sums a tensor over processes."""
@@ -136,7 +138,7 @@ class OutputMean:
 
     def add(self, inputs: Tensor) -> None:
         """Add inputs of the layer, ``(batch, channel, *space)`` or ``(*batch, feature)``."""
-        if isinstance(self.module, nn.Linear):
+        if by_feature(self.module):
             inputs = inputs.reshape(-1, inputs.shape[-1])
         key = tuple(inputs.shape[1:])
         self.sums[key] = self.sums.get(key, 0) + inputs.sum(0, dtype=wide(inputs.device))
@@ -153,7 +155,7 @@ class OutputMean:
         Args:
             weight: In the shape of the layer's own.
         """
-        outputs = weight.shape[1] if getattr(self.module, "transposed", False) else weight.shape[0]
+        outputs = weight.shape[axes(self.module, "makes")["weight"]]
         total = torch.zeros(outputs, dtype=weight.dtype, device=weight.device)
         count = torch.zeros((), dtype=weight.dtype, device=weight.device)
         for key, picture in self.sums.items():

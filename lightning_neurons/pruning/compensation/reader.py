@@ -6,10 +6,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_neurons.dependency.width_handlers import axes
+from lightning_neurons.layers.width_handlers import axes
 from lightning_neurons.pruning.compensation.moments import Moments, OutputMean, Reduce, applied, wide
 from lightning_neurons.pruning.compensation.ridge import choose_ridge, refine
-from lightning_neurons.pruning.compensation.unfold import channels, has_patches, patches
+from lightning_neurons.pruning.compensation.unfold import by_feature, channels, has_patches, patches
 
 AT_ONCE = 2**23
 """Values of patches that are looked at together: 64 MB in float64."""
@@ -88,7 +88,7 @@ class Reader:
 
     def kept(self, inputs: Tensor) -> Tensor:
         """What stays of inputs."""
-        return inputs.index_select(-1 if isinstance(self.module, nn.Linear) else 1, self.keep)
+        return inputs.index_select(-1 if by_feature(self.module) else 1, self.keep)
 
     def solve(self, reduce: Reduce) -> tuple[Tensor, Tensor]:
         """What has to be added to the weight, zero for what goes, and to the outputs.

@@ -5,14 +5,20 @@ from typing import Any
 import torch.nn.functional as F  # noqa: N812
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from lightning_neurons.layers.width_handlers import axis_of, handler_of
 
 
 def batched(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """What a convolution or linear layer was given, with a batch axis."""
     given: Tensor = (args[0] if args else kwargs["input"]).detach()
-    axes = 2 + len(module.kernel_size) if isinstance(module, _ConvNd) else 2
-    return given.unsqueeze(0) if given.ndim < axes else given
+    axis = axis_of(module)
+    return given.unsqueeze(0) if axis is not None and given.ndim == -axis else given
+
+
+def by_feature(module: nn.Module) -> bool:
+    """Whether neurons lie on the last axis of what a layer reads, as against the first one behind the batch."""
+    return axis_of(module) == -1
 
 
 def channels(module: nn.Module, inputs: Tensor) -> Float[Tensor, "input position"]:
@@ -22,24 +28,24 @@ def channels(module: nn.Module, inputs: Tensor) -> Float[Tensor, "input position
         module: The reader.
         inputs: ``(batch, channel, *space)``, of a linear layer ``(*batch, feature)``.
     """
-    if isinstance(module, nn.Linear):
+    if by_feature(module):
         return inputs.reshape(-1, inputs.shape[-1]).T
     return inputs.transpose(0, 1).flatten(1)
 
 
 def has_patches(module: nn.Module) -> bool:
     """Whether a layer multiplies patches by its weight: a plain convolution."""
-    return isinstance(module, _ConvNd) and not isinstance(module, _ConvTransposeNd)
+    handler = handler_of(module)
+    return handler is not None and handler.unfolds
 
 
-def patches(module: nn.Module, inputs: Tensor) -> Float[Tensor, "input position"]:
+def patches(module: Any, inputs: Tensor) -> Float[Tensor, "input position"]:
     """The receptive patches of a convolution: channels times taps, at each position of its output.
 
     Args:
         module: A convolution for which ``has_patches``.
         inputs: ``(batch, channel, *space)``; channels may be fewer than the layer's.
     """
-    assert isinstance(module, _ConvNd), "asked before"
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     view = F.pad(inputs, module._reversed_padding_repeated_twice, mode=mode)
     for axis, (size, stride, dilation) in enumerate(

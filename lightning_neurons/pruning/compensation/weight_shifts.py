@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
+from lightning_neurons.layers.width_handlers import keeps_statistics
 from lightning_neurons.pruning.surgery.surgery import Cut
 
 
@@ -50,6 +50,6 @@ def constant_of(
     if getattr(modules[path], "bias", None) is not None:
         return f"{path}.bias", 1.0
     norm = modules.get(norm_behind.get(path, ""))
-    if isinstance(norm, _NormBase) and norm.running_mean is not None:
+    if keeps_statistics(norm):
         return f"{norm_behind[path]}.running_mean", -1.0
     return None

@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from lightning_neurons.dependency.width_handlers import axes
 from lightning_neurons.isolation.isolation import eager, isolated
 from lightning_neurons.layers.layer import modules_by_name
+from lightning_neurons.layers.width_handlers import axes
 from lightning_neurons.pruning.compensation.calibration import Calibration
 from lightning_neurons.pruning.compensation.moments import Moments, wide
 from lightning_neurons.pruning.compensation.reader import LARGEST

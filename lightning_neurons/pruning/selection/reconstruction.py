@@ -9,11 +9,10 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_neurons.dependency.groups import Coupling, Group
-from lightning_neurons.dependency.width_handlers import axes
 from lightning_neurons.layers.layer import modules_by_name
+from lightning_neurons.layers.width_handlers import axes, keeps_statistics
 from lightning_neurons.pruning.budget import PruningBudget
 from lightning_neurons.pruning.compensation.moments import Moments
 from lightning_neurons.pruning.compensation.ridge import FEW, RIDGE, varies
@@ -105,7 +104,7 @@ def _readings(
 def _gain(path: str, modules: Mapping[str, nn.Module], coupling: Coupling, weight: Tensor) -> Tensor:
     """What the norm layer behind a layer multiplies its outputs by, in a shape that fits its weight."""
     norm = modules.get(coupling.norm_behind.get(path, ""))
-    if not isinstance(norm, _NormBase) or norm.running_var is None:
+    if not keeps_statistics(norm) or norm.running_var is None:
         return weight.new_ones(())
     gain = (norm.running_var.detach().cpu().to(weight.dtype) + norm.eps).rsqrt()
     if norm.weight is not None:

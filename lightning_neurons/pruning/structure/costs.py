@@ -20,8 +20,8 @@ from torch.utils.flop_counter import flop_registry
 
 from lightning_neurons.data.batches import samples_in
 from lightning_neurons.dependency.groups import Group
-from lightning_neurons.dependency.width_handlers import axes
 from lightning_neurons.layers.layer import candidates, modules_by_name, public_name
+from lightning_neurons.layers.width_handlers import axes
 from lightning_neurons.pruning.structure.example import Example
 from lightning_neurons.pruning.surgery.surgery import Cut, cut
 

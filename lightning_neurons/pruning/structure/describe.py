@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from lightning_neurons.dependency.width_handlers import is_depthwise
 from lightning_neurons.layers.layer import modules_by_name
+from lightning_neurons.layers.width_handlers import is_depthwise
 from lightning_neurons.pruning.structure.example import Example
 from lightning_neurons.pruning.structure.structure import Structure, discover
 from lightning_neurons.results.whole_file import write_whole

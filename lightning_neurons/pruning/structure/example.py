@@ -13,6 +13,7 @@ from lightning_neurons.errors import PruningError, in_short
 from lightning_neurons.hooks.find_neurons import call
 from lightning_neurons.isolation.copying import copy_of, what_fails
 from lightning_neurons.isolation.isolation import eager, isolated, kept_random_state
+from lightning_neurons.layers.width_handlers import keeps_statistics
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,8 @@ def scramble(twin: nn.Module) -> None:
                 parts = [_random(parameter.shape, generator) for _ in range(2)]
                 parameter.copy_(torch.complex(*parts))
         for module in twin.modules():
-            if isinstance(module, nn.modules.batchnorm._NormBase) and module.running_mean is not None:
-                assert module.running_var is not None, "they come together"
+            if keeps_statistics(module):
+                assert module.running_mean is not None and module.running_var is not None, "they come together"
                 module.running_mean.copy_(0.3 * torch.randn(module.running_mean.shape, generator=generator))
                 module.running_var.copy_(0.5 + torch.rand(module.running_var.shape, generator=generator))
 

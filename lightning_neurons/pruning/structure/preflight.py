@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from lightning_neurons.data.batches import tensors_of
 from lightning_neurons.dependency.groups import Group
-from lightning_neurons.dependency.width_handlers import axes
 from lightning_neurons.errors import PruningError, in_short
 from lightning_neurons.layers.layer import modules_by_name
+from lightning_neurons.layers.width_handlers import axes
 from lightning_neurons.pruning.structure.example import Example, in_precision
 from lightning_neurons.pruning.surgery.surgery import Cut, cut, cuts_of
 

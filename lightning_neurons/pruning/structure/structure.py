@@ -9,10 +9,10 @@ from torch import nn
 
 from lightning_neurons.dependency.groups import Coupling, Group
 from lightning_neurons.dependency.torch_pruning_adapter import find_coupling
-from lightning_neurons.dependency.width_handlers import axes, why_fixed
 from lightning_neurons.errors import PruningError
 from lightning_neurons.isolation.isolation import isolated
 from lightning_neurons.layers.layer import candidates, modules_by_name, require_materialized, widths_of
+from lightning_neurons.layers.width_handlers import axes, handler_of, is_linear, passes, unknown_width, why_fixed
 from lightning_neurons.pruning.compensation.synchronized_forwards import calls_of
 from lightning_neurons.pruning.compensation.weight_shifts import Wiring
 from lightning_neurons.pruning.structure.blocks import blocks_of
@@ -86,8 +86,10 @@ class Structure:
 
     @cached_property
     def wiring(self) -> Wiring:
-        """The readers in the order in which they run, and the norm layers behind layers."""
-        readers = {part.path: None for group in self.groups.values() for part in group.parts if part.role == "reads"}
+        """The linear readers in the order in which they run, and the norm layers behind layers."""
+        modules = modules_by_name(self.preflight.twin)
+        reading = [part.path for group in self.groups.values() for part in group.parts if part.role == "reads"]
+        readers = [path for path in dict.fromkeys(reading) if is_linear(modules[path])]
         calls = calls_of(self.preflight.twin, readers, self.preflight.example.run)
         return Wiring(calls, dict(self.coupling.norm_behind))
 
@@ -193,7 +195,8 @@ def _norm_over(group: Group, model: nn.Module) -> str | None:
     modules = modules_by_name(model)
     for part in group.parts:
         owner = part.path.rpartition(".")[0] if part.role == "holds" else part.path
-        if isinstance(modules[owner], nn.LayerNorm | nn.RMSNorm):
+        handler = handler_of(modules[owner])
+        if handler is not None and handler.over_all:
             return f"{owner}: {type(modules[owner]).__name__} normalises over all of them, and would do so over fewer"
     return None
 
@@ -207,12 +210,8 @@ def _why_not(group: Group, modules: Mapping[str, nn.Module], tied: Mapping[str, 
         leaves = (
             [part.path] if part.role == "holds" else [f"{owner}.{leaf}" for leaf in axes(modules[owner], part.role)]
         )
-        if (
-            not leaves
-            and not isinstance(modules[owner], nn.PReLU)
-            and any(True for _ in modules[owner].parameters(False))
-        ):
-            return f"{owner}: nobody has said how the width of {type(modules[owner]).__name__} is changed"
+        if not leaves and not passes(modules[owner]) and any(True for _ in modules[owner].parameters(False)):
+            return f"{owner}: {unknown_width(modules[owner])}"
         shared = next((f"{leaf} and {tied[leaf]} are one parameter" for leaf in leaves if leaf in tied), None)
         if shared:
             return shared

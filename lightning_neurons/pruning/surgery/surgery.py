@@ -13,17 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
+from lightning_neurons.dependency.conform import set_data
 from lightning_neurons.dependency.groups import Group
-from lightning_neurons.dependency.width_handlers import Role, axes, refit, set_data
 from lightning_neurons.layers.layer import modules_by_name
+from lightning_neurons.layers.width_handlers import Role, axes, handler_of, refit
 from lightning_neurons.pruning.surgery.optimizers import fits, is_large, refill
-
-_SIZES = (
-    "in_channels", "out_channels", "groups", "in_features", "out_features", "num_features", "normalized_shape",
-    "num_embeddings", "embedding_dim", "num_parameters",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -114,12 +109,12 @@ def cut(
             for one in smaller:
                 operation.do(one.put, one.put_back)
             for module in {id(one.module): one.module for one in smaller}.values():
-                sizes = {name: getattr(module, name) for name in _SIZES if name in vars(module)}
+                handler = handler_of(module)
+                sizes = {n: getattr(module, n) for n in (handler.sizes if handler else ()) if n in vars(module)}
                 operation.do(partial(refit, module), partial(vars(module).update, sizes))
-            for norm, width in _bare_norms((model, *copies), cuts):
+            for module, size, width in _bare((model, *copies), cuts):
                 operation.do(
-                    partial(setattr, norm, "num_features", width),
-                    partial(setattr, norm, "num_features", norm.num_features),
+                    partial(setattr, module, size, width), partial(setattr, module, size, getattr(module, size))
                 )
             for state, new in states:
                 operation.do(partial(refill, state, new), partial(refill, state, dict(state)))
@@ -208,15 +203,17 @@ def _smaller(model: nn.Module, cuts: Sequence[Cut], shifts: Mapping[str, Tensor]
     return found
 
 
-def _bare_norms(models: Iterable[nn.Module], cuts: Sequence[Cut]) -> list[tuple[_NormBase, int]]:
-    """Norm layers without tensors, which know their width by an attribute alone, and what it will be."""
+def _bare(models: Iterable[nn.Module], cuts: Sequence[Cut]) -> list[tuple[nn.Module, str, int]]:
+    """Modules without tensors, such as norm layers, which know their width by an attribute alone; what it will be."""
     found = []
     for model in models:
         modules = modules_by_name(model)
         for one in cuts:
             module = modules.get(one.path)
-            if isinstance(module, _NormBase) and not axes(module, one.role):
-                found.append((module, module.num_features - len(one.places)))
+            handler = handler_of(module)
+            if module is not None and handler is not None and handler.role == "passes" and not axes(module, one.role):
+                sizes = [name for name, size in handler.sizes.items() if size == "makes"]
+                found += [(module, name, getattr(module, name) - len(one.places)) for name in sizes]
     return found
 
 

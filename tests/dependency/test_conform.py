@@ -1,116 +1,17 @@
-"""Which axis one neuron takes, what cannot be changed, and models that are given the widths of a checkpoint."""
+"""Models that are given the widths of a checkpoint."""
 
-import copy
 import random
-import re
 
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, prune
 
-from lightning_neurons.dependency.width_handlers import axes, conform, is_depthwise, refit, set_data, why_fixed
+from lightning_neurons.dependency.conform import conform, set_data
 from lightning_neurons.pruning.structure.example import Example
 from lightning_neurons.pruning.structure.structure import discover
 from lightning_neurons.pruning.surgery.surgery import cut, cuts_of
 from tests.models import NETS, CharTransformer, ConvNet, pictures, seeded
-
-BOTH, NORM = {"weight": 0, "bias": 0}, {"weight": 0, "bias": 0, "running_mean": 0, "running_var": 0}
-AXES = [
-    (nn.Linear(3, 5), BOTH, {"weight": 1}),
-    (nn.Linear(3, 5, bias=False), {"weight": 0}, {"weight": 1}),
-    (nn.Conv1d(3, 5, 2), BOTH, {"weight": 1}),
-    (nn.Conv3d(3, 5, 2, bias=False), {"weight": 0}, {"weight": 1}),
-    (nn.ConvTranspose2d(3, 5, 2), {"weight": 1, "bias": 0}, {"weight": 0}),
-    (nn.BatchNorm1d(5), NORM, NORM),
-    (nn.BatchNorm2d(5, affine=False), {"running_mean": 0, "running_var": 0}, {"running_mean": 0, "running_var": 0}),
-    (nn.InstanceNorm2d(5), {}, {}),
-    (nn.LayerNorm(5), {"weight": -1, "bias": -1}, {"weight": -1, "bias": -1}),
-    (nn.LayerNorm(5, elementwise_affine=False), {}, {}),
-    (nn.PReLU(5), {"weight": 0}, {"weight": 0}),
-    (nn.PReLU(), {}, {}),
-    (nn.Embedding(7, 5), {"weight": 1}, {"weight": 1}),
-    (nn.ReLU(), {}, {}),
-    (nn.LSTM(3, 5), {}, {}),
-    (nn.GroupNorm(1, 5), {}, {}),
-]
-
-
-@pytest.mark.parametrize("module, makes, reads", AXES, ids=lambda m: str(m) if isinstance(m, nn.Module) else "")
-def test_axes_are_those_on_which_neurons_lie(module, makes, reads):
-    assert axes(module, "makes") == axes(module, "passes") == makes
-    assert axes(module, "reads") == reads
-
-
-@pytest.mark.parametrize(
-    "module, expected",
-    [
-        (nn.Conv2d(4, 4, 3, groups=4), True),
-        (nn.Conv1d(4, 4, 3, groups=4), True),
-        (nn.Conv2d(4, 8, 3, groups=4), False),
-        (nn.Conv2d(4, 4, 3, groups=2), False),
-        (nn.Conv2d(1, 1, 3), False),
-        (nn.ConvTranspose2d(4, 4, 3, groups=4), False),
-        (nn.Linear(4, 4), False),
-    ],
-)
-def test_depthwise_means_one_filter_for_each_channel(module, expected):
-    assert is_depthwise(module) is expected
-
-
-def masked(module: nn.Module, name: str) -> nn.Module:
-    return prune.l1_unstructured(module, name, 0.5)
-
-
-FIXED = {
-    "groups of channels": (lambda: nn.GroupNorm(2, 4), "GroupNorm normalises groups"),
-    "heads": (lambda: nn.MultiheadAttention(4, 2), "splits its width into heads"),
-    "recurrent": (lambda: nn.GRU(3, 4), "GRU stacks its gates"),
-    "cell": (lambda: nn.LSTMCell(3, 4), "LSTMCell stacks its gates"),
-    "parametrized": (lambda: parametrizations.weight_norm(nn.Linear(3, 4)), "parametrized.*remove_parametrizations"),
-    "spectral": (lambda: nn.utils.spectral_norm(nn.Linear(3, 4)), "reparametrized"),
-    "masked weight": (lambda: masked(nn.Conv2d(3, 4, 3), "weight"), "has a mask"),
-    "masked bias": (lambda: masked(nn.Conv2d(3, 4, 3), "bias"), "has a mask"),
-    "two groups": (lambda: nn.Conv2d(4, 8, 3, groups=2), "groups=2 is neither dense nor depthwise"),
-    "channel multiplier": (lambda: nn.Conv2d(4, 8, 3, groups=4), "groups=4 is neither"),
-    "transposed by channel": (lambda: nn.ConvTranspose2d(4, 4, 3, groups=4), "groups=4 is neither"),
-    "layer norm of pictures": (lambda: nn.LayerNorm((4, 8, 8)), "normalises over .*more than the neurons"),
-}
-
-
-@pytest.mark.parametrize("name", FIXED)
-def test_a_width_that_cannot_be_changed_is_refused_with_a_reason(name):
-    make, reason = FIXED[name]
-    assert re.search(reason, why_fixed(make()) or "no reason")
-
-
-@pytest.mark.parametrize("module", [m for m, _, _ in AXES if not isinstance(m, nn.LSTM | nn.GroupNorm)], ids=str)
-def test_other_widths_can_be_changed(module):
-    assert why_fixed(module) is None
-
-
-RESIZED = [
-    (nn.Conv2d(3, 5, 3), (4, 2, 3, 3), {"out_channels": 4, "in_channels": 2, "groups": 1}),
-    (nn.Conv2d(6, 6, 3, groups=6), (4, 1, 3, 3), {"out_channels": 4, "in_channels": 4, "groups": 4}),
-    (nn.Conv2d(6, 4, 3, groups=2), (2, 3, 3, 3), {"out_channels": 2, "in_channels": 6, "groups": 2}),
-    (nn.ConvTranspose2d(3, 5, 2), (2, 4, 2, 2), {"out_channels": 4, "in_channels": 2}),
-    (nn.Linear(3, 5), (4, 2), {"out_features": 4, "in_features": 2}),
-    (nn.BatchNorm2d(5), (4,), {"num_features": 4}),
-    (nn.LayerNorm(5), (4,), {"normalized_shape": (4,)}),
-    (nn.Embedding(7, 5), (9, 4), {"num_embeddings": 9, "embedding_dim": 4}),
-    (nn.PReLU(5), (4,), {"num_parameters": 4}),
-]
-
-
-@pytest.mark.parametrize("module, shape, says", RESIZED, ids=lambda m: str(m) if isinstance(m, nn.Module) else "")
-def test_attributes_are_refitted_to_the_tensors(module, shape, says):
-    module = copy.deepcopy(module)
-    weight = module.weight
-    set_data(module._parameters, "weight", torch.rand(shape))
-    refit(module)
-    assert module.weight is weight
-    assert {name: getattr(module, name) for name in says} == says
 
 
 def test_new_data_keeps_the_object_and_forgets_the_old_gradient():

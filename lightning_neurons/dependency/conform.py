@@ -1,7 +1,4 @@
-"""Where a module's width lies: which axis of which tensor one neuron takes, and the attributes that say the same.
-
-Everything that makes a model narrower, or fits it to the widths in a checkpoint, goes through these two tables.
-"""
+"""Give a model the widths of a checkpoint, so that it can be loaded."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,106 +6,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
-from torch.nn.utils import parametrize
 
 from lightning_neurons.errors import ArgumentError
-
-Role = Literal["makes", "passes", "reads", "holds"]
-"""What a module does with a neuron: it makes it, hands it on one by one (a norm layer, a depthwise convolution), reads
-it, or is itself a parameter that holds one entry for it."""
-
-_MASKED = (
-    "weight_orig",
-    "bias_orig",
-    "weight_g",
-    "weight_v",
-    "weight_bar",
-)  # of torch.nn.utils.prune, weight_norm, spectral_norm
-
-
-def is_depthwise(module: nn.Module) -> bool:
-    """Whether a convolution has one filter for each channel."""
-    if not isinstance(module, _ConvNd) or isinstance(module, _ConvTransposeNd):
-        return False
-    return module.groups > 1 and module.groups == module.in_channels == module.out_channels
-
-
-def axes(module: nn.Module, role: Role) -> dict[str, int]:
-    """For each tensor of a module, the axis on which its neurons lie in this role.
-
-    Example:
-        >>> axes(nn.Conv2d(3, 8, 3), "makes"), axes(nn.Linear(4, 2), "reads")
-        ({'weight': 0, 'bias': 0}, {'weight': 1})
-    """
-    found: dict[str, int] = {}
-    if isinstance(module, nn.Embedding):
-        found = {"weight": 1}
-    elif isinstance(module, nn.LayerNorm):
-        found = {"weight": -1, "bias": -1}
-    elif isinstance(module, nn.PReLU):
-        found = {"weight": 0} if module.num_parameters > 1 else {}  # else one slope for all
-    elif isinstance(module, _NormBase):
-        found = {"weight": 0, "bias": 0, "running_mean": 0, "running_var": 0}
-    elif isinstance(module, _ConvTransposeNd):
-        found = {"weight": 0} if role == "reads" else {"weight": 1, "bias": 0}
-    elif isinstance(module, _ConvNd | nn.Linear):
-        reads = {} if is_depthwise(module) else {"weight": 1}  # one filter for each channel reads that channel alone
-        found = reads if role == "reads" else {"weight": 0, "bias": 0}
-    tensors = {**module._parameters, **module._buffers}
-    return {name: axis for name, axis in found.items() if tensors.get(name) is not None}
-
-
-def why_fixed(module: nn.Module) -> str | None:
-    """Why a module's width cannot be changed, or None if it can."""
-    kind = type(module).__name__
-    if isinstance(module, torch.jit.ScriptModule):
-        return "it is TorchScript, which nobody can look into"
-    if isinstance(module, nn.GroupNorm):
-        return f"{kind} normalises groups of channels together, and would do so over other groups"
-    if isinstance(module, nn.MultiheadAttention):
-        return f"{kind} splits its width into heads"
-    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
-        return f"{kind} stacks its gates in one tensor"
-    if parametrize.is_parametrized(module):
-        return f"its {kind} is parametrized: make it permanent first (parametrize.remove_parametrizations)"
-    if any(hasattr(module, name) for name in _MASKED):
-        return f"its {kind} has a mask or a reparametrized weight: make it permanent first (prune.remove, remove_...)"
-    if isinstance(module, _ConvNd) and module.groups > 1 and not is_depthwise(module):
-        return f"{kind} with groups={module.groups} is neither dense nor depthwise"
-    if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) != 1:
-        return f"{kind} normalises over {tuple(module.normalized_shape)}, more than the neurons"
-    return None
-
-
-def refit(module: nn.Module) -> None:
-    """Make a module's attributes say what its tensors are."""
-    weight = getattr(module, "weight", None)
-    if weight is not None and is_lazy(weight):
-        return
-    reference = weight if weight is not None else getattr(module, "running_mean", None)
-    if not isinstance(reference, Tensor):
-        return
-    shape = tuple(reference.shape)
-    if isinstance(module, _ConvNd):
-        if is_depthwise(module):
-            module.groups = shape[0]
-        narrow, wide = shape[0], shape[1] * module.groups
-        transposed = isinstance(module, _ConvTransposeNd)
-        module.out_channels, module.in_channels = (wide, narrow) if transposed else (narrow, wide)
-    elif isinstance(module, nn.Linear):
-        module.out_features, module.in_features = shape
-    elif isinstance(module, _NormBase):
-        module.num_features = shape[0]
-    elif isinstance(module, nn.LayerNorm):
-        module.normalized_shape = shape
-    elif isinstance(module, nn.Embedding):
-        module.num_embeddings, module.embedding_dim = shape
-    elif isinstance(module, nn.PReLU):
-        module.num_parameters = reference.numel()
+from lightning_neurons.layers.width_handlers import axes, passes, refit, why_fixed
 
 
 def conform(model: nn.Module, state: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -177,8 +79,7 @@ def narrowed(model: nn.Module, state: Mapping[str, Any], role: Literal["makes", 
     """
     found: dict[str, None] = {}
     for name, module, leaf, shape in _misfits(model, state, ""):
-        passes = isinstance(module, _NormBase | nn.LayerNorm | nn.PReLU) or is_depthwise(module)
-        axis = None if passes else axes(module, role).get(leaf)
+        axis = None if passes(module) else axes(module, role).get(leaf)
         if axis is not None and shape[axis] < getattr(module, leaf).shape[axis]:
             found[name.rpartition(".")[0] or type(module).__name__] = None
     return list(found)

@@ -1,0 +1,270 @@
+"""How the neurons of each layer type lie in its tensors and attributes: one record a type.
+
+Everything that makes a model narrower, counts what that saves, or fits a model to a checkpoint asks the record of a
+module's type. ``register_prunable`` adds the records of other types.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeGuard
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+
+Role = Literal["makes", "passes", "reads", "holds"]
+"""What a module does with a neuron: it makes it, hands it on one by one (a norm layer, a depthwise convolution), reads
+it, or is itself a parameter that holds one entry for it."""
+
+Size = Literal["makes", "reads"] | Callable[[Any], object]
+"""What an attribute says: how many neurons a module makes or reads, or what a function finds in the module."""
+
+_MASKED = (
+    "weight_orig",
+    "bias_orig",
+    "weight_g",
+    "weight_v",
+    "weight_bar",
+)  # of torch.nn.utils.prune, weight_norm, spectral_norm
+
+
+def _nothing(module: Any) -> None:
+    return None
+
+
+@dataclass(frozen=True, eq=False)
+class WidthHandler:
+    """How neurons lie in the modules of a type.
+
+    Attributes:
+        makes: By tensor, the axis of the neurons that a module makes or hands on.
+        reads: By tensor, the axis of the neurons of other layers that it reads, if it makes others of them.
+        sizes: By attribute, which width it says.
+        axis: Finds where neurons lie in the inputs and outputs of a module; None if it treats every value alike.
+        role: What it does with all neurons; None if it makes some and reads others.
+        linear: Whether its outputs are linear in what it reads, by its ``weight``.
+        unfolds: Whether that weight is multiplied by receptive patches, as in a plain convolution.
+        over_all: Whether it normalises over all neurons together.
+        fixed: Says why the width of a module cannot be changed, or None.
+    """
+
+    makes: Mapping[str, int] = field(default_factory=dict)
+    reads: Mapping[str, int] = field(default_factory=dict)
+    sizes: Mapping[str, Size] = field(default_factory=dict)
+    axis: Callable[[Any], int] | None = None
+    role: Literal["makes", "passes"] | None = None
+    linear: bool = False
+    unfolds: bool = False
+    over_all: bool = False
+    fixed: Callable[[Any], str | None] = _nothing
+
+    def axes(self, role: Role) -> Mapping[str, int]:
+        """By tensor, the axis on which neurons lie in a role."""
+        return self.reads if role == "reads" and self.role is None else self.makes
+
+
+def _channels(module: Any) -> int:
+    return 1
+
+
+def _features(module: Any) -> int:
+    return -1
+
+
+def _before_taps(module: Any) -> int:
+    return -1 - len(module.kernel_size)  # there may be no batch
+
+
+def _grouped(module: Any) -> str | None:
+    if module.groups == 1:
+        return None
+    return f"{type(module).__name__} with groups={module.groups} is neither dense nor depthwise"
+
+
+def _over_more(module: Any) -> str | None:
+    shape = tuple(module.normalized_shape)
+    return None if len(shape) == 1 else f"{type(module).__name__} normalises over {shape}, more than the neurons"
+
+
+def _always(reason: str) -> Callable[[Any], str]:
+    return lambda module: f"{type(module).__name__} {reason}"
+
+
+_FIRST = {"weight": 0, "bias": 0}
+_CONVOLUTION = WidthHandler(
+    makes=_FIRST,
+    reads={"weight": 1},
+    sizes={"out_channels": "makes", "in_channels": lambda module: module.weight.shape[1] * module.groups},
+    axis=_before_taps,
+    linear=True,
+    unfolds=True,
+    fixed=_grouped,
+)
+_DEPTHWISE = WidthHandler(
+    makes=_FIRST,
+    sizes={"out_channels": "makes", "in_channels": "makes", "groups": "makes"},
+    axis=_before_taps,
+    role="passes",
+    linear=True,
+    unfolds=True,
+)
+_TRANSPOSED = WidthHandler(
+    makes={"weight": 1, "bias": 0},
+    reads={"weight": 0},
+    sizes={"in_channels": "reads", "out_channels": lambda module: module.weight.shape[1] * module.groups},
+    axis=_before_taps,
+    linear=True,
+    fixed=_grouped,
+)
+_LINEAR = WidthHandler(
+    makes=_FIRST,
+    reads={"weight": 1},
+    sizes={"out_features": "makes", "in_features": "reads"},
+    axis=_features,
+    linear=True,
+)
+_RECURRENT = WidthHandler(axis=_features, fixed=_always("stacks its gates in one tensor"))
+_SLOPES = WidthHandler(makes={"weight": 0}, sizes={"num_parameters": "makes"}, role="passes")
+_ONE_SLOPE = WidthHandler(role="passes")
+
+HANDLERS: dict[type[nn.Module], WidthHandler] = {
+    _ConvNd: _CONVOLUTION,
+    _ConvTransposeNd: _TRANSPOSED,
+    nn.Linear: _LINEAR,
+    nn.Embedding: WidthHandler(
+        makes={"weight": 1},
+        sizes={"embedding_dim": "makes", "num_embeddings": lambda module: module.weight.shape[0]},
+        axis=_features,
+        role="makes",
+    ),
+    _NormBase: WidthHandler(
+        makes={**_FIRST, "running_mean": 0, "running_var": 0},
+        sizes={"num_features": "makes"},
+        axis=_channels,
+        role="passes",
+    ),
+    nn.LayerNorm: WidthHandler(
+        makes={"weight": -1, "bias": -1},
+        sizes={"normalized_shape": lambda module: tuple(module.weight.shape)},
+        axis=_features,
+        role="passes",
+        over_all=True,
+        fixed=_over_more,
+    ),
+    nn.RMSNorm: WidthHandler(role="passes", over_all=True),
+    nn.GroupNorm: WidthHandler(
+        axis=_channels,
+        role="passes",
+        fixed=_always("normalises groups of channels together, and would do so over other groups"),
+    ),
+    nn.PReLU: _SLOPES,
+    nn.MultiheadAttention: WidthHandler(axis=_features, fixed=_always("splits its width into heads")),
+    nn.RNNBase: _RECURRENT,
+    nn.RNNCellBase: _RECURRENT,
+}
+"""The record of each type; subclasses have that of their nearest base."""
+
+
+def handler_of(module: object) -> WidthHandler | None:
+    """The record of a module's type or its nearest base, or None if nobody has said how its width is changed."""
+    found = next((HANDLERS[t] for t in type(module).__mro__ if t in HANDLERS), None)
+    if found is _CONVOLUTION and _is_by_channel(module):
+        return _DEPTHWISE
+    if found is _SLOPES and getattr(module, "num_parameters", 1) == 1:  # one slope for all neurons
+        return _ONE_SLOPE
+    return found
+
+
+def _is_by_channel(module: Any) -> bool:
+    return bool(module.groups > 1 and module.groups == module.in_channels == module.out_channels)
+
+
+def is_depthwise(module: object) -> bool:
+    """Whether a convolution has one filter for each channel."""
+    return handler_of(module) is _DEPTHWISE
+
+
+def passes(module: object) -> bool:
+    """Whether a module hands neurons on one by one."""
+    handler = handler_of(module)
+    return handler is not None and handler.role == "passes"
+
+
+def is_linear(module: object) -> bool:
+    """Whether what a module puts out is linear in what it reads, by its ``weight``."""
+    handler = handler_of(module)
+    return handler is not None and handler.linear
+
+
+def keeps_statistics(module: object) -> TypeGuard[_NormBase]:
+    """Whether it is a norm layer with a running mean and variance for each neuron."""
+    return isinstance(module, _NormBase) and module.running_mean is not None
+
+
+def axis_of(module: object) -> int | None:
+    """Where neurons lie in what a module reads and makes; None if that is not known, or if it treats all alike.
+
+    Example:
+        >>> axis_of(nn.Linear(2, 3)), axis_of(nn.Conv2d(2, 3, 1)), axis_of(nn.ReLU())
+        (-1, -3, None)
+    """
+    handler = handler_of(module)
+    return None if handler is None or handler.axis is None else handler.axis(module)
+
+
+def axes(module: nn.Module, role: Role) -> dict[str, int]:
+    """For each tensor of a module, the axis on which its neurons lie in this role.
+
+    Example:
+        >>> axes(nn.Conv2d(3, 8, 3), "makes"), axes(nn.Linear(4, 2), "reads")
+        ({'weight': 0, 'bias': 0}, {'weight': 1})
+    """
+    handler = handler_of(module)
+    tensors = {**module._parameters, **module._buffers}
+    found = {} if handler is None else handler.axes(role)
+    return {name: axis for name, axis in found.items() if tensors.get(name) is not None}
+
+
+def width(module: nn.Module, role: Role) -> int | None:
+    """How many neurons a module makes, hands on or reads, as its tensors say; None if none of them does.
+
+    Example:
+        >>> width(nn.Linear(4, 2), "makes"), width(nn.Linear(4, 2), "reads"), width(nn.ReLU(), "makes")
+        (2, 4, None)
+    """
+    return next((getattr(module, name).shape[axis] for name, axis in axes(module, role).items()), None)
+
+
+def unknown_width(module: object) -> str:
+    """Say why the width of a module without a record cannot be changed."""
+    return f"nobody has said how the width of {type(module).__name__} is changed"
+
+
+def why_fixed(module: nn.Module) -> str | None:
+    """Why a module's width cannot be changed, or None if it can."""
+    kind, handler = type(module).__name__, handler_of(module)
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is TorchScript, which nobody can look into"
+    reason = None if handler is None else handler.fixed(module)
+    if reason is not None:
+        return reason
+    if parametrize.is_parametrized(module):
+        return f"its {kind} is parametrized: make it permanent first (parametrize.remove_parametrizations)"
+    if any(hasattr(module, name) for name in _MASKED):
+        return f"its {kind} has a mask or a reparametrized weight: make it permanent first (prune.remove, remove_...)"
+    return None
+
+
+def refit(module: nn.Module) -> None:
+    """Make a module's attributes say what its tensors are."""
+    handler = handler_of(module)
+    tensors = [getattr(module, name) for name in axes(module, "makes")]
+    if handler is None or not tensors or any(map(is_lazy, tensors)):
+        return
+    found = {name: size(module) if callable(size) else width(module, size) for name, size in handler.sizes.items()}
+    for name, value in found.items():
+        if value is not None:  # else the tensor is computed from others
+            setattr(module, name, value)
