@@ -31,6 +31,7 @@ from lightning_neurons.errors import (
 from lightning_neurons.feature_visualization.maximize import maximize_activation
 from lightning_neurons.hooks.find_neurons import find_neurons
 from lightning_neurons.layers.layer import Layer
+from lightning_neurons.layers.prunable import register_prunable
 from lightning_neurons.layers.registry import register_layer
 from lightning_neurons.measurement.measure import logit, measure, predicted_logit
 from lightning_neurons.pruning.budget import PruningBudget
@@ -87,5 +88,6 @@ __all__ = [
     "pruned_widths",
     "randomization_check",
     "register_layer",
+    "register_prunable",
     "saliency",
 ]

@@ -10,6 +10,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
 from lightning_neurons.errors import ArgumentError
+from lightning_neurons.layers.prunable import check_prunable
 from lightning_neurons.layers.width_handlers import axes, passes, refit, why_fixed
 
 
@@ -28,7 +29,8 @@ def conform(model: nn.Module, state: Mapping[str, Any], prefix: str = "") -> lis
         The names of the tensors that were given another size. Their values are undefined until they are loaded.
 
     Raises:
-        ArgumentError: If ``model`` is no module, or ``state`` no state dict.
+        ArgumentError: If ``model`` is no module, or ``state`` no state dict, or if ``register_prunable`` was told what
+            is not true of one of its modules.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -42,6 +44,7 @@ def conform(model: nn.Module, state: Mapping[str, Any], prefix: str = "") -> lis
         raise ArgumentError.of("model", type(model).__name__, "a module")
     if not isinstance(state, Mapping):
         raise ArgumentError.of("state", type(state).__name__, "a state dict, that is tensors by name")
+    check_prunable(model)
     changed = list(_misfits(model, state, prefix))
     for _, module, leaf, shape in changed:
         tensor = getattr(module, leaf)

@@ -7,16 +7,15 @@ and a neuron are followed: there are finitely many of them.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
-import torch
 import torch_pruning
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch_pruning import _helpers
 
 from lightning_neurons.dependency.connections import LostError, lay_out
+from lightning_neurons.dependency.nodes import open_modules, plain, register
 from lightning_neurons.isolation.tensors import in_transform, tensors_in
 from lightning_neurons.layers.layer import public_name
 from lightning_neurons.layers.width_handlers import handler_of
@@ -55,6 +54,7 @@ def build(model: nn.Module, run: Callable[[nn.Module], Any], outputs: Callable[[
     graph = torch_pruning.DependencyGraph()
     graph.model, graph.verbose, graph.ignored_params = model, False, []
     graph._module2name = {module: name for name, module in model.named_modules()}
+    register(graph)
     graph._param_to_name, graph.unwrapped_parameters = graph._detect_unwrapped_parameters(None)
     graph.ran, graph.inside, graph.products, graph.reductions = set(), set(), set(), set()
     graph.transformed, graph.used = set(), set()
@@ -64,65 +64,11 @@ def build(model: nn.Module, run: Callable[[nn.Module], Any], outputs: Callable[[
         made.append(run(copy))
         return made[0]
 
-    with _plain(model), _noted(graph), _Uses(model, graph.used):
+    with plain(model), _noted(graph), _Uses(model, graph.used):
         graph.module2node = graph._trace(model, (), forward, output_transform=outputs)
     graph._build_dependency(graph.module2node)
     lay_out(graph)
     return graph
-
-
-def _open_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules of a model that one can look into: not those that are TorchScript."""
-    return [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
-
-
-@contextmanager
-def _plain(model: nn.Module) -> Iterator[None]:
-    """Let modules leave one node by which the graph knows them; inside, some lay axes out as one."""
-    whole = {nn.Linear.forward: _linear, nn.modules.instancenorm._InstanceNorm.forward: _norm}
-    modules = _open_modules(model)
-    changed = [m for m in modules if type(m).forward in whole and "forward" not in vars(m)]
-    for module in changed:
-        module.forward = partial(whole[type(module).forward], module)
-    # A function that works in place on a view replaces the node that the view's module has left.
-    handles = [m.register_forward_hook(_out_of_view) for m in modules if not any(True for _ in m.children())]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module in changed:
-            del module.forward
-
-
-class _Linear(torch.autograd.Function):
-    """A linear map in one node; a forward may ask for its gradient, and for that of it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return nn.functional.linear(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        (x, weight), gradient = ctx.saved_tensors, gradients[0]
-        rows = gradient.reshape(-1, gradient.shape[-1])
-        bias = rows.sum(0) if ctx.needs_input_grad[2] else None
-        return gradient @ weight, rows.T @ x.reshape(-1, x.shape[-1]), bias
-
-
-def _linear(module: Any, input: Tensor) -> Any:
-    if in_transform():
-        return nn.functional.linear(input, module.weight, module.bias)
-    return _Linear.apply(input, module.weight, module.bias)  # type: ignore[no-untyped-call]
-
-
-def _norm(module: nn.Module, input: Tensor) -> Tensor:
-    return input * 1.0
-
-
-def _out_of_view(module: nn.Module, inputs: Any, output: Any) -> Any:
-    return output.clone() if isinstance(output, Tensor) and output._is_view() else output
 
 
 class _Uses(TorchFunctionMode):
@@ -156,7 +102,7 @@ def _noted(graph: Any) -> Iterator[None]:
                     graph.inside.add(function)
                     stack.extend(f for f, _ in function.next_functions)
 
-    handles = [m.register_forward_hook(end, with_kwargs=True) for m in _open_modules(graph.model)]
+    handles = [m.register_forward_hook(end, with_kwargs=True) for m in open_modules(graph.model)]
     try:
         yield
     finally:

@@ -19,8 +19,8 @@ Role = Literal["makes", "passes", "reads", "holds"]
 """What a module does with a neuron: it makes it, hands it on one by one (a norm layer, a depthwise convolution), reads
 it, or is itself a parameter that holds one entry for it."""
 
-Size = Literal["makes", "reads"] | Callable[[Any], object]
-"""What an attribute says: how many neurons a module makes or reads, or what a function finds in the module."""
+Size = Literal["makes", "passes", "reads"] | Callable[[Any], object]
+"""What an attribute says: how many neurons a module makes, hands on or reads, or what a function finds in it."""
 
 _MASKED = (
     "weight_orig",
@@ -48,6 +48,7 @@ class WidthHandler:
         linear: Whether its outputs are linear in what it reads, by its ``weight``.
         unfolds: Whether that weight is multiplied by receptive patches, as in a plain convolution.
         over_all: Whether it normalises over all neurons together.
+        registered: Whether it is the record of a type that the package does not know by itself.
         fixed: Says why the width of a module cannot be changed, or None.
     """
 
@@ -59,6 +60,7 @@ class WidthHandler:
     linear: bool = False
     unfolds: bool = False
     over_all: bool = False
+    registered: bool = False
     fixed: Callable[[Any], str | None] = _nothing
 
     def axes(self, role: Role) -> Mapping[str, int]:
@@ -105,7 +107,7 @@ _CONVOLUTION = WidthHandler(
 )
 _DEPTHWISE = WidthHandler(
     makes=_FIRST,
-    sizes={"out_channels": "makes", "in_channels": "makes", "groups": "makes"},
+    sizes={"out_channels": "passes", "in_channels": "passes", "groups": "passes"},
     axis=_before_taps,
     role="passes",
     linear=True,
@@ -127,7 +129,7 @@ _LINEAR = WidthHandler(
     linear=True,
 )
 _RECURRENT = WidthHandler(axis=_features, fixed=_always("stacks its gates in one tensor"))
-_SLOPES = WidthHandler(makes={"weight": 0}, sizes={"num_parameters": "makes"}, role="passes")
+_SLOPES = WidthHandler(makes={"weight": 0}, sizes={"num_parameters": "passes"}, role="passes")
 _ONE_SLOPE = WidthHandler(role="passes")
 
 HANDLERS: dict[type[nn.Module], WidthHandler] = {
@@ -142,7 +144,7 @@ HANDLERS: dict[type[nn.Module], WidthHandler] = {
     ),
     _NormBase: WidthHandler(
         makes={**_FIRST, "running_mean": 0, "running_var": 0},
-        sizes={"num_features": "makes"},
+        sizes={"num_features": "passes"},
         axis=_channels,
         role="passes",
     ),
@@ -238,9 +240,14 @@ def width(module: nn.Module, role: Role) -> int | None:
     return next((getattr(module, name).shape[axis] for name, axis in axes(module, role).items()), None)
 
 
+def size_of(module: nn.Module, size: Size) -> object:
+    """What an attribute should say; None if no tensor of the module tells."""
+    return size(module) if callable(size) else width(module, size)
+
+
 def unknown_width(module: object) -> str:
     """Say why the width of a module without a record cannot be changed."""
-    return f"nobody has said how the width of {type(module).__name__} is changed"
+    return f"nobody has said how the width of {type(module).__name__} is changed; register_prunable can"
 
 
 def why_fixed(module: nn.Module) -> str | None:
@@ -264,7 +271,7 @@ def refit(module: nn.Module) -> None:
     tensors = [getattr(module, name) for name in axes(module, "makes")]
     if handler is None or not tensors or any(map(is_lazy, tensors)):
         return
-    found = {name: size(module) if callable(size) else width(module, size) for name, size in handler.sizes.items()}
+    found = {name: size_of(module, size) for name, size in handler.sizes.items()}
     for name, value in found.items():
         if value is not None:  # else the tensor is computed from others
             setattr(module, name, value)

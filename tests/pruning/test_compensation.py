@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_neurons import prune
+from lightning_neurons.layers.layer import modules_by_name
 from lightning_neurons.pruning.compensation.means import InputMeans, fold_means
 from lightning_neurons.pruning.compensation.weight_shifts import readers_of
 from lightning_neurons.pruning.surgery.surgery import Cut, cut
@@ -203,7 +204,7 @@ def test_readers_are_those_of_what_goes_and_only_they_are_given_something():
     net = seeded(ConvNet)
     cuts = [Cut("conv1", "makes", GONE), Cut("bn1", "passes", GONE), Cut("conv2", "reads", GONE)]
     means = {"conv2": torch.arange(6.0).double()}
-    assert readers_of(cuts) == {"conv2": GONE}
+    assert readers_of(cuts, modules_by_name(net)) == {"conv2": GONE}
     repair = fold_means(net, cuts, means, {"conv1": "bn1", "conv2": "bn2"})
     assert set(repair.shifts) == {"conv2.bias"}
     expected = net.conv2.weight[:, 1].sum((1, 2)) * 1 + net.conv2.weight[:, 4].sum((1, 2)) * 4

@@ -12,6 +12,7 @@ from torch import nn
 
 from lightning_neurons.errors import check_choice
 from lightning_neurons.isolation.isolation import eager, isolated
+from lightning_neurons.layers.layer import modules_by_name
 from lightning_neurons.pruning.compensation.calibration import Calibration
 from lightning_neurons.pruning.compensation.layerwise import least_squares
 from lightning_neurons.pruning.compensation.means import InputMeans, fold_means
@@ -46,7 +47,7 @@ def _nothing(model: nn.Module, cuts: Sequence[Cut], calibration: Calibration, wi
 
 
 def _means(model: nn.Module, cuts: Sequence[Cut], calibration: Calibration, wiring: Wiring) -> Repair:
-    found = InputMeans(model, readers_of(cuts))
+    found = InputMeans(model, readers_of(cuts, modules_by_name(model)))
     with isolated(model), eager():
         model.eval()
         for batch in calibration.batches:

@@ -19,7 +19,13 @@ from lightning_neurons.pruning.compensation.reader import Reader
 from lightning_neurons.pruning.compensation.synchronized_forwards import Lockstep
 from lightning_neurons.pruning.compensation.trial_model import Rehearsal
 from lightning_neurons.pruning.compensation.unfold import batched
-from lightning_neurons.pruning.compensation.weight_shifts import Repair, Wiring, constant_of, readers_of
+from lightning_neurons.pruning.compensation.weight_shifts import (
+    Repair,
+    Wiring,
+    constant_of,
+    readers_of,
+    without_compensation,
+)
 from lightning_neurons.pruning.surgery.surgery import Cut
 
 _WALKS = 32
@@ -46,7 +52,8 @@ def least_squares(
         wiring: How the model's layers follow one another.
         patchwise: Whether convolutions are solved over whole receptive patches, instead of over channels.
     """
-    gone, modules = readers_of(cuts), modules_by_name(model)
+    modules = modules_by_name(model)
+    gone = readers_of(cuts, modules)
     calls, run, reduce = wiring.calls, calibration.run, calibration.reduce
     constants = {path: constant_of(path, modules, wiring.norm_behind) for path in gone}
     readers = {
@@ -54,7 +61,8 @@ def least_squares(
         for path in calls
         if path in gone
     }
-    notes = [f"{path} is not compensated: it did not run" for path in gone if path not in calls]
+    notes = without_compensation(cuts, modules)
+    notes += [f"{path} is not compensated: it did not run" for path in gone if path not in calls]
     shifts: dict[str, Tensor] = {}
     rehearsal = Rehearsal(model, cuts)
     with isolated(model), eager(), torch.no_grad():

@@ -13,7 +13,7 @@ from lightning_neurons.layers.layer import modules_by_name
 from lightning_neurons.layers.width_handlers import axes
 from lightning_neurons.pruning.compensation.moments import Reduce, alone, wide
 from lightning_neurons.pruning.compensation.unfold import batched, channels
-from lightning_neurons.pruning.compensation.weight_shifts import Repair, constant_of, readers_of
+from lightning_neurons.pruning.compensation.weight_shifts import Repair, constant_of, readers_of, without_compensation
 from lightning_neurons.pruning.surgery.surgery import Cut
 
 
@@ -86,8 +86,9 @@ def fold_means(
         means: By reader, the mean of each of its inputs.
         norm_behind: By layer, the norm layer that alone reads it.
     """
-    modules, shifts, notes = modules_by_name(model), {}, []
-    for path, places in readers_of(cuts).items():
+    modules, shifts = modules_by_name(model), {}
+    notes = without_compensation(cuts, modules)
+    for path, places in readers_of(cuts, modules).items():
         lost = contribution(modules[path], places, means[path])
         where = constant_of(path, modules, norm_behind)
         if where is None:

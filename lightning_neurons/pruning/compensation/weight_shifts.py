@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from lightning_neurons.layers.width_handlers import keeps_statistics
+from lightning_neurons.layers.width_handlers import is_linear, keeps_statistics
 from lightning_neurons.pruning.surgery.surgery import Cut
 
 
@@ -35,9 +35,18 @@ class Wiring:
     norm_behind: Mapping[str, str]
 
 
-def readers_of(cuts: Sequence[Cut]) -> dict[str, tuple[int, ...]]:
-    """The modules that read neurons that go, and the places of those among their inputs."""
-    return {one.path: one.places for one in cuts if one.role == "reads"}
+def readers_of(cuts: Sequence[Cut], modules: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:
+    """The linear modules that read neurons that go, and the places of those among their inputs."""
+    return {one.path: one.places for one in cuts if one.role == "reads" and is_linear(modules[one.path])}
+
+
+def without_compensation(cuts: Sequence[Cut], modules: Mapping[str, nn.Module]) -> list[str]:
+    """Which other modules read neurons that go, as notes."""
+    return [
+        f"{one.path} is not compensated: it is not known whether {type(modules[one.path]).__name__} is linear"
+        for one in cuts
+        if one.role == "reads" and not is_linear(modules[one.path])
+    ]
 
 
 def constant_of(

@@ -212,7 +212,7 @@ def _bare(models: Iterable[nn.Module], cuts: Sequence[Cut]) -> list[tuple[nn.Mod
             module = modules.get(one.path)
             handler = handler_of(module)
             if module is not None and handler is not None and handler.role == "passes" and not axes(module, one.role):
-                sizes = [name for name, size in handler.sizes.items() if size == "makes"]
+                sizes = [name for name, size in handler.sizes.items() if size == "passes"]
                 found += [(module, name, getattr(module, name) - len(one.places)) for name in sizes]
     return found
 
