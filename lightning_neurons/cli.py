@@ -1,4 +1,4 @@
-"""The command line: ``python -m lightning_neurons demo`` and ``... report``."""
+"""Command line: ``python -m lightning_neurons demo`` and ``... report``."""
 
 import sys
 from collections.abc import Sequence

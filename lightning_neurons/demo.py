@@ -1,4 +1,4 @@
-"""The demo: real pictures of digits, a small network, the callback, and what it found."""
+"""Demo on handwritten digits: a small network, the callback, and its report."""
 
 import sys
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ _TRAINING_PICTURES = 1400
 
 
 class DigitsNet(nn.Module):
-    """Two convolutions and two linear layers for pictures of 8 x 8 pixels."""
+    """Two convolutions and two linear layers for images of 8 x 8 pixels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class DigitsNet(nn.Module):
         self.fc1, self.fc2 = nn.Linear(32 * 4, 64), nn.Linear(64, 10)
 
     def forward(self, pictures: Tensor) -> Tensor:
-        """``(batch, 1, 8, 8)`` to logits ``(batch, 10)``."""
+        """Compute logits ``(batch, 10)`` of images ``(batch, 1, 8, 8)``."""
         x = nn.functional.max_pool2d(torch.relu(self.norm1(self.conv1(pictures))), 2)
         x = nn.functional.max_pool2d(torch.relu(self.norm2(self.conv2(x))), 2)
         logits: Tensor = self.fc2(torch.relu(self.fc1(x.flatten(1))))
@@ -36,7 +36,7 @@ class DigitsNet(nn.Module):
 
 
 class DigitsModule(L.LightningModule):
-    """An ordinary LightningModule; nothing in it knows of the callback."""
+    """An ordinary LightningModule, with no code for the callback."""
 
     def __init__(self, learning_rate: float = 2e-3) -> None:
         super().__init__()
@@ -44,25 +44,25 @@ class DigitsModule(L.LightningModule):
         self.net = DigitsNet()
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Cross entropy."""
+        """Return the cross entropy."""
         loss = nn.functional.cross_entropy(self.net(batch[0]), batch[1])
         self.log("train_loss", loss, prog_bar=True)
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Cross entropy and accuracy."""
+        """Log cross entropy and accuracy."""
         logits = self.net(batch[0])
         loss = nn.functional.cross_entropy(logits, batch[1])
         self.log_dict({"val_loss": loss, "val_acc": (logits.argmax(1) == batch[1]).float().mean()}, prog_bar=True)
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW with its defaults."""
+        """Return AdamW with its defaults."""
         return torch.optim.AdamW(self.parameters(), self.hparams["learning_rate"])
 
 
 def digits(batch_size: int = 64) -> tuple[DataLoader[tuple[Tensor, ...]], DataLoader[tuple[Tensor, ...]]]:
-    """scikit-learn's bundled 1,797 handwritten digits: training and validation data."""
+    """Return dataloaders of scikit-learn's bundled 1,797 handwritten digits: for training and validation."""
     bunch = load_digits()
     pictures = torch.tensor(bunch.images, dtype=torch.float32).unsqueeze(1) / 16
     labels = torch.tensor(bunch.target)
@@ -77,7 +77,7 @@ def demo(seed: int = 0, epochs: int = 5, output_dir: Path = Path("neurons_demo")
 
     Args:
         seed: Same seed, same numbers.
-        epochs: How many epochs to train.
+        epochs: Number of epochs to train.
         output_dir: Where the TensorBoard run, neurons.json and report.html go.
 
     Returns:

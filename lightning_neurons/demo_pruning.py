@@ -1,4 +1,4 @@
-"""The demo of pruning: a cut in the middle of training that is made up for, next to plain ones of the same size."""
+"""Demo of pruning: a cut in the middle of training with compensation and recovery, and plain cuts of the same size."""
 
 from pathlib import Path
 from statistics import fmean
@@ -26,11 +26,11 @@ WAYS: dict[str, dict[str, Any]] = {
         "recovery_epochs": RECOVERY,
     },
 }
-"""How neurons are chosen, and what is done for the accuracy."""
+"""Arguments of the callback for each way of choosing neurons, and of compensation and recovery."""
 
 
 def demo_pruning(share: float, seed: int = 0, epochs: int = 5, output_dir: Path = Path("neurons_demo")) -> Table:
-    """Train on handwritten digits, cut while training goes on, train on, and compare with plain cuts.
+    """Train on handwritten digits, cut during training, train on, and compare with plain cuts.
 
     Args:
         share: The share of multiply-accumulate operations that may stay.

@@ -1,4 +1,4 @@
-"""What can go wrong, and how it is said: every message names the argument, what came, and what would work.
+"""Exceptions and checks of arguments; every message names the argument, its value, and allowed values.
 
 ::
 
@@ -25,7 +25,7 @@ class ArgumentError(ValueError):
 
     @classmethod
     def of(cls, name: str, got: object, allowed: str) -> "ArgumentError":
-        """The one form of these messages: ``name`` is the argument, ``allowed`` what would work."""
+        """Build the error with the common message: ``name`` is the argument, ``allowed`` what would work."""
         return cls(f"{name}={got!r} is not allowed: expected {allowed}" + ("" if allowed.endswith("?") else "."))
 
 
@@ -34,7 +34,7 @@ class UnknownNameError(ArgumentError):
 
     @classmethod
     def among(cls, name: str, got: str, known: Iterable[str]) -> "UnknownNameError":
-        """Name what is known, the nearest first."""
+        """Build the error with the known names in its message, the nearest first."""
         known = list(known)
         near = nearest(got, known)
         hint = f" Did you mean {', '.join(map(repr, near))}?" if near else ""
@@ -55,11 +55,11 @@ class PruningError(RuntimeError):
 
 
 class MissingPackageError(ImportError):
-    """A package that only this needs is not installed; the message says how to install it."""
+    """An optional package is not installed; the message says how to install it."""
 
 
 def in_short(error: BaseException) -> str:
-    r"""An error of somebody else's code in one line.
+    r"""Return an error's type and the first line of its message.
 
     Example:
         >>> in_short(RuntimeError("shapes differ\n  and more"))
@@ -69,7 +69,7 @@ def in_short(error: BaseException) -> str:
 
 
 def nearest(got: str, known: Collection[str], count: int = 3) -> list[str]:
-    """The ``count`` names most like ``got``; a pattern's wildcards are left out of the comparison.
+    """Return the ``count`` names most like ``got``; a pattern's wildcards are left out of the comparison.
 
     Example:
         >>> nearest("net.cov1", ["net.conv1", "net.conv2", "head"], count=1)
@@ -79,7 +79,7 @@ def nearest(got: str, known: Collection[str], count: int = 3) -> list[str]:
 
 
 def is_number(value: object) -> bool:
-    """Whether it is a real number, of Python or numpy; True and False are not."""
+    """Return True for a real number, of Python or numpy; True and False are none."""
     return isinstance(value, Real) and not isinstance(value, bool)
 
 

@@ -54,14 +54,14 @@ ACTIVATION_CRITERIA: tuple[str, ...] = (
     "constant",
     "saturated",
 )
-"""What one forward can tell: the default of the statistics callback."""
+"""Criteria of one forward: the default of the statistics callback."""
 
 GRADIENT_CRITERIA: tuple[str, ...] = ("gradient", "taylor", "taylor_fo", "fisher", "second_order")
-"""What one backward to the activations adds: with the above, the default of the sensitivity callback."""
+"""Criteria that need one backward to the activations: with the above, the default of the sensitivity callback."""
 
 PREFERRED_CRITERIA: tuple[str, ...] = ("taylor", "fisher", "second_order_ggn", "second_order", "taylor_fo")
-"""What rankings go by unless told otherwise, the first that was measured: all of them see deadness, and the first agree
-best with what happens when a neuron is really switched off."""
+"""Criteria that rankings use by default, the first that was measured: all of them see deadness, and the first agree
+best with the measured change of the loss when a neuron is switched off."""
 
 
 def main_criterion(criteria: Iterable[Criterion]) -> str | None:
@@ -82,7 +82,7 @@ def main_criterion(criteria: Iterable[Criterion]) -> str | None:
 
 
 def resolve(criteria: Iterable[str | Criterion], *, name: str = "criteria") -> tuple[Criterion, ...]:
-    """Criteria by name or as they are, each once.
+    """Return criteria by name or as they are, each once.
 
     Raises:
         ArgumentError: If nothing is given, a name is unknown (the nearest are named), something is neither a name nor a

@@ -1,4 +1,4 @@
-"""How strongly and how often a neuron fires. Higher is more active, which is not the same as more important.
+"""Criteria of activity: strength and frequency of firing. Higher is more active, not the same as more important.
 
 Means are over samples *and* positions. ``E`` below is that mean.
 """

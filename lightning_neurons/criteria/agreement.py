@@ -1,4 +1,4 @@
-"""How far two rankings of the same neurons agree."""
+"""Agreement of two rankings of the same neurons."""
 
 import math
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The contract: what a criterion is, what it is given, what it owes.
+"""Interface of criteria: statistics over a stream, and criteria that make scores of their sums.
 
 A **statistic** reduces one batch: ``observe`` gives one number per sample and neuron. What it gives is added over the
 calls of the layer within the batch, passed through ``per_sample``, and added (or maximised) over samples. Sums merge
@@ -51,7 +51,7 @@ class Statistic:
 
 @dataclass(frozen=True)
 class LayerTraits:
-    """What a criterion may know of a layer besides its values.
+    """Properties of a layer that a criterion may use, besides its values.
 
     Attributes:
         name: The layer's path.
@@ -59,7 +59,7 @@ class LayerTraits:
         rectified: Whether that function makes every value zero or positive with zeros where it is silent.
         bounds: Lower and upper bound of a saturating function, or None.
         incoming: The layer's weights, neuron axis first, or None if it has none.
-        outgoing: The weights that read each neuron, or None where the readers are not layers.
+        outgoing: The weights of downstream layers for each neuron, or None where something else reads it.
         norm_scale: The scale of the normalisation layer directly behind, or None.
     """
 
@@ -74,14 +74,14 @@ class LayerTraits:
 
 @dataclass(frozen=True)
 class Summary:
-    """The stream's sums for one layer: what a criterion's ``score`` is given.
+    """The sums over the stream for one layer: the argument of a criterion's ``score``.
 
     Attributes:
-        traits: What is known of the layer.
+        traits: The properties of the layer.
         totals: By name of the statistic, float64 sums (or maxima) over all samples.
-        samples: By need, how many samples were finite and have been counted.
-        values: How many single values (samples x positions) lie behind the activation statistics.
-        left_out: How many samples were left out because their activation was NaN or infinite.
+        samples: By need, the number of finite samples, which have been counted.
+        values: Number of single values (samples x positions) behind the activation statistics.
+        left_out: Number of samples left out because their activation was NaN or infinite.
         near_zero: Maps a threshold in activation units to the share of values with ``|a|`` at most that.
     """
 
@@ -93,33 +93,33 @@ class Summary:
     near_zero: Callable[[float], Float[Tensor, " neuron"]] | None = None
 
     def total(self, statistic: Statistic) -> Float[Tensor, " neuron"]:
-        """The sum (or maximum) itself."""
+        """Return the sum (or maximum) itself."""
         return self.totals[statistic.name]
 
     def per_sample(self, statistic: Statistic) -> Float[Tensor, " neuron"]:
-        """The mean over samples; NaN where no finite sample was seen."""
+        """Return the mean over samples; NaN where no finite sample was seen."""
         return self.total(statistic) / self.samples[statistic.needs]
 
     def per_value(self, statistic: Statistic) -> Float[Tensor, " neuron"]:
-        """The mean over samples and positions; NaN where no finite value was seen."""
+        """Return the mean over samples and positions; NaN where no finite value was seen."""
         assert self.values is not None, "values are counted wherever activations are"
         return self.total(statistic) / self.values
 
 
 def mean_over_values(summary: Summary, statistic: Statistic) -> Float[Tensor, " neuron"]:
-    """A score that is the mean of one statistic over samples and positions."""
+    """Return the mean of one statistic over samples and positions as the score."""
     return summary.per_value(statistic)
 
 
 def mean_over_samples(summary: Summary, statistic: Statistic) -> Float[Tensor, " neuron"]:
-    """A score that is the mean of one statistic over samples."""
+    """Return the mean of one statistic over samples as the score."""
     return summary.per_sample(statistic)
 
 
 def known_deadness(
     deadness: Float[Tensor, "*any neuron"], left_out: Int[Tensor, " neuron"]
 ) -> Float[Tensor, "*any neuron"]:
-    """``deadness`` with NaN for 1 where samples were left out: what was silent in the others may have fired in those.
+    """Replace deadness 1 by NaN where samples were left out, as the neuron may have fired in those.
 
     Example:
         >>> import torch
@@ -130,7 +130,7 @@ def known_deadness(
 
 
 def accept_every_layer(traits: LayerTraits) -> str | None:
-    """The refusal of a criterion that has none."""
+    """Return None: the ``refuse`` of a criterion that is defined for every layer."""
     return None
 
 
@@ -140,10 +140,10 @@ class Criterion:
 
     Attributes:
         name: The key in results.
-        statistics: What has to be summed over the stream; empty for rules that read weights only.
+        statistics: The statistics to sum over the stream; empty for rules that use weights only.
         score: From sums to scores. Pure.
         kind: ``"importance"``: higher is more important. ``"deadness"``: in [0, 1], 1 is dead.
-        refuse: Why a layer cannot be judged by this rule and what to use instead, or None.
+        refuse: Returns the reason why a layer has no score by this rule and what to use instead, or None.
         histogram: Whether the rule reads ``Summary.near_zero``.
         in_loss_units: Whether scores of different layers are comparable as they are, so that normalising them layer by
             layer before a global ranking would destroy information.
@@ -159,11 +159,11 @@ class Criterion:
 
     @property
     def needs(self) -> frozenset[Need]:
-        """The kinds of pass over the data that this rule takes."""
+        """The kinds of pass over the data that this rule needs."""
         return frozenset(s.needs for s in self.statistics)
 
     def judge(self, summary: Summary) -> Tensor:
-        """``score``, and of deadness what is known: NaN for a neuron that may have fired where it was not finite."""
+        """Compute ``score``; deadness is NaN for a neuron that may have fired in samples that were not finite."""
         found = self.score(summary)
         if self.kind == "importance" or summary.left_out is None:
             return found

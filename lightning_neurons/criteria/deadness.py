@@ -1,4 +1,4 @@
-"""What "dead" means: five measures in [0, 1] where 1 is dead, and how sure "never" is.
+"""Five measures of deadness in [0, 1], where 1 is dead, and a confidence bound for neurons that never fired.
 
 A neuron that was silent in all finite samples while others were NaN or infinite may have fired in those: it is unknown
 (NaN), by each of these measures.
@@ -41,7 +41,7 @@ CONSTANT_TOLERANCE = 1e-3
 """Standard deviation over root mean square below which a neuron counts as constant. float32 sums resolve about 5e-4."""
 
 SILENT = 0.01
-"""What counts as silent everywhere, unless another threshold is asked for: a share of the layer's root mean square."""
+"""Default threshold of silence everywhere: a share of the layer's root mean square."""
 
 
 def check_threshold(value: float, name: str = "threshold") -> float:
@@ -74,7 +74,7 @@ def near_zero(threshold: float = SILENT, *, relative: bool = True) -> Criterion:
 
 
 def near_zero_share(summary: Summary, *, threshold: float, relative: bool) -> Float[Tensor, " neuron"]:
-    """See ``near_zero``."""
+    """Compute the score of ``near_zero``."""
     assert summary.near_zero is not None, "counted wherever a criterion asks for it"
     assert summary.values is not None, "counted wherever activations are"
     limit = threshold * layer_rms(summary) if relative else threshold
@@ -101,14 +101,14 @@ def exact_at_the_end(
     limit: float,
     values: Int[Tensor, " neuron"],
 ) -> Float[Tensor, " neuron"]:
-    """Make 1 mean *never*: a sampled share may miss the one position where a neuron fires."""
+    """Return shares that are 1 only for neurons that never fire: sampled positions may miss the one where they do."""
     seldom = torch.minimum(share, 1 - 1 / values.clamp_min(2).double())
     dead = torch.where(largest <= limit, torch.ones_like(share), seldom)
     return torch.where(values > 0, dead, torch.full_like(share, math.nan))
 
 
 def refuse_unless_rectified(traits: LayerTraits) -> str | None:
-    """APoZ counts exact zeros, which only rectifiers make."""
+    """Return the reason to refuse a layer without a rectifier, as APoZ counts exact zeros; else None."""
     if traits.rectified:
         return None
     function = f"{traits.activation} makes" if traits.activation else "no activation function makes"
@@ -143,7 +143,7 @@ def dormant(tau: float = 0.025) -> Criterion:
 
 
 def is_dormant(summary: Summary, *, tau: float) -> Float[Tensor, " neuron"]:
-    """See ``dormant``."""
+    """Compute the score of ``dormant``."""
     score = dormant_score(summary)
     return torch.where(score.isnan(), score, (score <= tau).double())
 
@@ -162,14 +162,14 @@ def constant(tolerance: float = CONSTANT_TOLERANCE) -> Criterion:
 
 
 def is_constant(summary: Summary, *, tolerance: float) -> Float[Tensor, " neuron"]:
-    """See ``constant``."""
+    """Compute the score of ``constant``."""
     spread = variance(summary)
     still = spread <= tolerance**2 * summary.per_value(SQUARES)
     return torch.where(spread.isnan(), spread, still.double())
 
 
 def near_bound(view: LayerView) -> Float[Tensor, "batch neuron"]:
-    """Counts values within 0.05 of either bound of the activation function."""
+    """Count values within 0.05 of either bound of the activation function."""
     assert view.bounds is not None, "other layers are refused"
     low, high = view.bounds
     a = view.activation
@@ -180,7 +180,7 @@ NEAR_BOUND = Statistic("near_bound", near_bound)
 
 
 def refuse_unless_bounded(traits: LayerTraits) -> str | None:
-    """Only functions with two bounds can saturate."""
+    """Return the reason to refuse a layer whose activation function has no two bounds, or None."""
     if traits.bounds is not None:
         return None
     return f"{traits.name!r} does not end in a sigmoid- or tanh-like function; use 'near_zero' or 'constant'"
@@ -196,7 +196,7 @@ SATURATED = Criterion(
 
 
 def never_fired_bound(samples: Int[Tensor, " neuron"]) -> Float[Tensor, " neuron"]:
-    """95 % upper bound on the firing rate of a neuron that fired in none of ``samples`` samples: the rule of three.
+    """Return the 95 % upper bound on the firing rate of a neuron that fired in none of ``samples``: the rule of three.
 
     Example:
         >>> never_fired_bound(torch.tensor([300]))

@@ -1,4 +1,4 @@
-"""What the weights alone say of a neuron. Data-free; biases are left out."""
+"""Criteria of the weights alone. Data-free; biases are left out."""
 
 from functools import partial
 from typing import Literal
@@ -20,7 +20,7 @@ def weight_norm(summary: Summary, *, side: Side, order: int) -> Float[Tensor, " 
 
 
 def refuse_without_weight(traits: LayerTraits, *, side: Side) -> str | None:
-    """Layers without weights, and activations that something else than a layer reads."""
+    """Return the reason to refuse a layer without such weights, or None."""
     if getattr(traits, side) is not None:
         return None
     if side == "incoming":
@@ -38,7 +38,7 @@ def norm_scale(summary: Summary) -> Float[Tensor, " neuron"]:
 
 
 def refuse_without_norm(traits: LayerTraits) -> str | None:
-    """Layers that no normalisation with a scale per neuron follows."""
+    """Return the reason to refuse a layer that no normalisation with a scale per neuron follows, or None."""
     if traits.norm_scale is not None:
         return None
     return f"no normalisation layer with a scale follows {traits.name!r}; use 'weight_l2'"

@@ -1,4 +1,4 @@
-"""From scores to an order, and from an order to a choice.
+"""Ranking and selection of neurons by scores.
 
 Orders are from most to least important. Ties keep the order of the neurons; NaN (not measured) comes last.
 """
@@ -18,7 +18,7 @@ Normalization = Literal["none", "sum", "l2"]
 
 
 def order(scores: Float[Tensor, " neuron"]) -> Int[Tensor, " neuron"]:
-    """Indices from the most to the least important neuron; stable, NaN last.
+    """Return indices from the most to the least important neuron; stable, NaN last.
 
     Example:
         >>> order(torch.tensor([0.1, float("nan"), 0.7, 0.1])).tolist()
@@ -71,7 +71,7 @@ def select(
     threshold: float | None = None,
     cumulative: float | None = None,
 ) -> Bool[Tensor, " neuron"]:
-    """The important neurons, by exactly one rule. NaN is never chosen.
+    """Return a mask of the important neurons, by exactly one rule. NaN is never chosen.
 
     Args:
         scores: Higher is more important.
@@ -120,7 +120,7 @@ def _how_many(scores: Tensor, share: float | None, count: int | None, cumulative
 
 
 def effective_number(scores: Float[Tensor, " neuron"]) -> float:
-    """How many neurons share the layer's importance: exp of the entropy of |score| / sum.
+    """Compute the effective number of important neurons: exp of the entropy of |score| / sum.
 
     The number of neurons if all score alike, 1 if one holds everything, 0 if all score zero. Source: the effective
     rank of Roy and Vetterli 2007, on scores instead of singular values.
@@ -137,7 +137,7 @@ def effective_number(scores: Float[Tensor, " neuron"]) -> float:
 
 
 def share_of_top(scores: Float[Tensor, " neuron"], share: float = 0.1) -> float:
-    """The part of the layer's importance (sum of |score|) that its top ``share`` of neurons holds.
+    """Return the part of the layer's importance (sum of |score|) that its top ``share`` of neurons holds.
 
     Example:
         >>> share_of_top(torch.tensor([8.0, 1.0, 1.0]), 0.3)

@@ -1,4 +1,4 @@
-"""How neurons divide their attention between classes, and how classes share neurons.
+"""Class selectivity of neurons, and overlap of classes' neurons.
 
 Selectivity describes; it does not say what matters. Morcos et al. 2018 found that it hardly predicts the effect of an
 ablation, and Leavitt and Morcos 2020 that training against it costs no accuracy.
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def class_selectivity(activity: Float[Tensor, "klass neuron"]) -> Float[Tensor, " neuron"]:
-    """The class selectivity index of each neuron, in [0, 1] (Morcos et al. 2018, arXiv:1803.06959).
+    """Compute the class selectivity index of each neuron, in [0, 1] (Morcos et al. 2018, arXiv:1803.06959).
 
     ``(highest - rest) / (highest + rest)`` of the mean activity for the class that excites the neuron the most and the
     mean over the other classes. 0: all alike; 1: one class only; NaN: dead.
@@ -37,7 +37,7 @@ def class_selectivity(activity: Float[Tensor, "klass neuron"]) -> Float[Tensor, 
 
 
 def class_entropy(importance: Float[Tensor, "klass neuron"]) -> Float[Tensor, " neuron"]:
-    """The entropy of each neuron's importance over classes, in [0, 1]: 1 serves all alike, 0 serves one.
+    """Compute the entropy of each neuron's importance over classes, in [0, 1]: 1 serves all alike, 0 serves one.
 
     Importance below 0 counts as 0; a neuron without any has no entropy (NaN).
 
@@ -55,14 +55,14 @@ def class_entropy(importance: Float[Tensor, "klass neuron"]) -> Float[Tensor, " 
 
 
 def reuse(members: Mapping[str, Bool[Tensor, "klass neuron"]]) -> tuple[Tensor, Tensor]:
-    """The Jaccard index between the neuron sets of every two classes, and what sets drawn at random would have.
+    """Compute the Jaccard index between the neuron sets of every two classes, and that of sets drawn at random.
 
     Random sets have the same sizes in each layer. How many neurons of a layer two of them share follows the
     hypergeometric distribution; over layers those are added, and the mean of the index is taken over the sum. For one
     wide layer and sets of a share ``p`` each, that is about ``p / (2 - p)``.
 
     Args:
-        members: By layer, which neurons belong to each class.
+        members: By layer, masks of the neurons that belong to each class.
 
     Returns:
         Observed and chance, ``(class, class)`` each.
@@ -83,13 +83,13 @@ def reuse(members: Mapping[str, Bool[Tensor, "klass neuron"]]) -> tuple[Tensor, 
 
 @lru_cache(maxsize=2**16)
 def _shared_in_layer(one: int, other: int, width: int) -> Any:
-    """The distribution of how many neurons two random sets of a layer share."""
+    """Return the distribution of the number of neurons that two random sets of a layer share."""
     return stats.hypergeom.pmf(np.arange(min(one, other) + 1), width, one, other)
 
 
 @lru_cache(maxsize=2**16)
 def _expected(first: tuple[int, ...], second: tuple[int, ...], widths: tuple[int, ...]) -> float:
-    """The mean Jaccard index of random sets with so many neurons in each layer; NaN of two empty ones."""
+    """Return the mean Jaccard index of random sets with so many neurons in each layer; NaN of two empty ones."""
     shared = np.ones(1)
     for one, other, width in zip(first, second, widths, strict=True):
         shared = np.convolve(shared, _shared_in_layer(one, other, width))
@@ -101,7 +101,7 @@ def _expected(first: tuple[int, ...], second: tuple[int, ...], widths: tuple[int
 
 
 def shared_by(members: Mapping[str, Bool[Tensor, "klass neuron"]]) -> Int[Tensor, " count"]:
-    """How many neurons belong to 0, 1, 2, ... classes.
+    """Count the neurons that belong to 0, 1, 2, ... classes.
 
     Example:
         >>> shared_by({"fc": torch.tensor([[True, True, False], [True, False, False]])}).tolist()

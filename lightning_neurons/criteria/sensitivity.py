@@ -1,4 +1,4 @@
-"""How much the loss depends on a neuron, from gradients with respect to its activation.
+"""Criteria of sensitivity: dependence of the loss on a neuron, from gradients with respect to its activation.
 
 Notation: ``a`` activation, ``g`` the derivative of the loss *summed over the batch* with respect to ``a``, ``u`` the
 gate gradient of one sample, ``u = sum over space of a * g``: the derivative by a factor on the neuron. ``E`` is the

@@ -1,4 +1,4 @@
-"""One layer's values in one batch, and their reductions over space.
+"""Values of one layer in one batch, and their reductions over space.
 
 Shape words, used in the whole package: ``batch`` (samples), ``neuron`` (output channels or features), ``space``
 (positions: pixels, tokens; one for a linear layer on vectors). Reductions over space give ``(batch, neuron)`` and are
@@ -15,12 +15,12 @@ from torch import Tensor
 
 
 def at_least_float32(values: Tensor) -> Tensor:
-    """Half precision sums overflow and stall; everything else is kept as it is."""
+    """Convert half precision to float32, as its sums overflow and stall; everything else is kept as it is."""
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
 _LITTLE = 2**13
-"""So few values are summed in float64 as fast as in float32: the calls are the cost."""
+"""Number of values that are summed in float64 as fast as in float32: the calls are the cost."""
 
 LARGEST_SQUARES = 1e290
 """Sums of squares over space end here: values beyond 1e154 have no square in float64, and are finite all the same."""
@@ -33,7 +33,7 @@ _SCRATCH: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
 
 def scratch_like(values: Tensor) -> Tensor:
-    """Memory for a passing result of the shape of ``values``, the same each time if it is much.
+    """Return memory for a temporary result of the shape of ``values``, the same each time if it is large.
 
     Fresh memory of the size of an activation comes from the operating system page by page, which takes longer than to
     compute what goes into it.
@@ -48,18 +48,18 @@ def scratch_like(values: Tensor) -> Tensor:
 
 
 def fitting(values: Tensor) -> Tensor:
-    """``values`` in the type in which they are summed."""
+    """Convert ``values`` to the type in which they are summed."""
     little = values.numel() <= _LITTLE and values.device.type != "mps"  # float64 does not exist on Apple's GPUs
     return values.double() if little else at_least_float32(values)
 
 
 def over_space(values: Float[Tensor, "batch neuron space"]) -> Float[Tensor, "batch neuron"]:
-    """Sum over space; never a view, since the model may overwrite its values before the batch is over."""
+    """Sum over space; the result is never a view, as the model may overwrite its values before the batch is over."""
     return values.squeeze(-1).clone() if values.shape[-1] == 1 else values.sum(-1)
 
 
 def sum_of_squares(values: Float[Tensor, "batch neuron space"]) -> Float[Tensor, "batch neuron"]:
-    """Sum of squares over space."""
+    """Return the sum of squares over space."""
     if values.shape[-1] == 1:
         return values.squeeze(-1).square()
     if values.dtype == torch.float64:
@@ -74,7 +74,7 @@ def sum_of_squares(values: Float[Tensor, "batch neuron space"]) -> Float[Tensor,
 
 
 class LayerView:
-    """What a statistic may look at: the activation of one layer in one batch and, if asked for, its gradient.
+    """The input of a statistic: the activation of one layer in one batch and, if asked for, its gradient.
 
     Args:
         activation: Values after the normalisation, activation function and dropout that follow the layer.
@@ -136,7 +136,7 @@ class LayerView:
 
     @cached_property
     def positive(self) -> Float[Tensor, "batch neuron"]:
-        """How many values are greater than zero."""
+        """The number of values greater than zero."""
         if self.activation.shape[-1] == 1:
             return (self.total if self.rectified else self.total.clamp_min(0)).sign()
         if not self.rectified:
@@ -177,14 +177,14 @@ class LayerView:
         return sum_of_squares(self.gradient)
 
     def in_double(self) -> "LayerView":
-        """The same values in float64."""
+        """Return the same values in float64."""
         slopes = (None if one is None else one.double() for one in (self._gradient, self._inner))
         return LayerView(self.activation.double(), *slopes, rectified=self.rectified, bounds=self.bounds)
 
     def went_out_of_range(self) -> bool:
-        """Whether float32 was too narrow for any of the sums that have been asked for: they have to be made again.
+        """Return True if any of the sums so far is out of float32's range, so that they must be computed in float64.
 
-        A sum that is NaN counts as well. Other devices than the CPU are not asked: to look would wait for them.
+        A sum that is NaN counts as well. Always False on other devices than the CPU, as the test would wait for them.
         """
         if self.activation.dtype != torch.float32 or self.activation.device.type != "cpu":
             return False
@@ -205,7 +205,7 @@ def _slopes_hold(sums: list[Tensor]) -> bool:
 
 
 def _holds(sizes: Tensor, squares: Tensor | None) -> bool:
-    """Whether sums of values, whose magnitudes are ``sizes``, and sums of their squares lie where float32 is exact."""
+    """Return True if sums, of magnitudes ``sizes``, and sums of squares lie in the range where float32 is exact."""
     if squares is None:
         return math.isfinite(sizes.sum())
     # |a| > 1e15 a^2 where the squares are too small, and the difference is infinite where they are too large.

@@ -18,11 +18,11 @@ from lightning_neurons.metrics import histogram
 
 @dataclass(eq=False, slots=True)
 class Batch:
-    """What one layer gave in one batch.
+    """The statistics of one layer in one batch.
 
     Attributes:
         rows: One number per sample and neuron for each statistic; one more may follow that shows what is not finite.
-        positions: How many values of each neuron lie behind them.
+        positions: Number of values of each neuron behind a number.
         sampled: The values that the histogram counts; empty without one.
         targets: The class of each sample, if classes are kept apart.
     """
@@ -34,22 +34,22 @@ class Batch:
 
     @property
     def samples(self) -> int:
-        """Number of samples."""
+        """The number of samples."""
         return self.rows[0].shape[0]
 
     @property
     def form(self) -> tuple[Any, ...]:
-        """What layers must share to be added together: samples, values for the histogram, and types."""
+        """The key of layers that can be added together: samples, values for the histogram, and types."""
         return self.samples, sum(s.shape[-1] for s in self.sampled), self.rows[0].dtype
 
 
 @dataclass(eq=False)
 class Waiting:
-    """What has been observed and not been added yet.
+    """Statistics that have been observed and not been added to the sums yet.
 
     Attributes:
-        batches: By layer and need, what the layer gave in this batch so far.
-        numbers: How many numbers wait.
+        batches: By layer and need, the statistics of the current batch so far.
+        numbers: Number of values that wait.
     """
 
     batches: dict[tuple[str, Need], Batch] = field(default_factory=dict)
@@ -57,19 +57,19 @@ class Waiting:
 
 
 Place = slice | Tensor
-"""Where something lies on an axis; a slice wherever possible, because indexing by a tensor takes ten times longer."""
+"""Index on an axis; a slice wherever possible, because indexing by a tensor takes ten times longer."""
 
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Where the numbers of several layers of one form go.
+    """The indices, in the sums, of several layers of one form.
 
     Attributes:
-        statistics: What was observed, sums first.
+        statistics: The statistics that are observed, sums first.
         sums: Rows of ``totals``, one for each sum.
         maxima: Rows of ``maxima``, one for each maximum.
         neurons: Places of the neurons of all layers on the neuron axis.
-        positions: How many values lie behind each neuron's numbers.
+        positions: Number of values behind each neuron's numbers.
         bins: The first bin of each neuron's histogram, if all histograms lie one behind the other; ``(neuron, 1, 1)``.
     """
 
@@ -81,7 +81,7 @@ class Group:
     bins: Int[Tensor, "neuron 1 1"]
 
     def at(self, rows: Place) -> tuple[Any, ...]:
-        """The index of ``rows`` of these neurons in a state of ``(class, statistic, neuron)``."""
+        """Return the index of ``rows`` of these neurons in a state of ``(class, statistic, neuron)``."""
         if isinstance(rows, Tensor) and isinstance(self.neurons, Tensor):
             rows = rows[:, None]
         return slice(None), rows, self.neurons
@@ -94,14 +94,14 @@ def group_of(
     positions: Sequence[int],
     device: torch.device,
 ) -> Group:
-    """Where the numbers of several layers go.
+    """Return the indices, in the sums, of several layers.
 
     Args:
-        statistics: What is observed, sums first.
-        rows: What the rows of ``totals`` and ``maxima`` hold.
-        places: Where the neurons of each layer lie.
-        positions: How many values lie behind the numbers of each layer.
-        device: Where the sums live.
+        statistics: The statistics that are observed, sums first.
+        rows: The statistics in the rows of ``totals`` and ``maxima``.
+        places: The neurons of each layer on the neuron axis.
+        positions: Number of values behind the numbers of each layer.
+        device: The device of the sums.
     """
     with torch.inference_mode(False):
         sums, maxima = ([of.index(s) for s in statistics if s in of] for of in rows)
@@ -126,7 +126,7 @@ def _place(indices: Sequence[int], device: torch.device) -> Place:
 
 
 def joined(statistics: Sequence[Statistic], held: Batch, new: Batch) -> Batch:
-    """One sample's numbers over several calls of a layer."""
+    """Reduce each sample's numbers over several calls of a layer."""
     reducers = [torch.maximum if s.reduce == "max" else torch.add for s in statistics]
     reducers += [torch.add] * (len(new.rows) - len(reducers))
     rows = [reduce(a, b) for reduce, a, b in zip(reducers, held.rows, new.rows, strict=True)]
@@ -136,7 +136,7 @@ def joined(statistics: Sequence[Statistic], held: Batch, new: Batch) -> Batch:
 def transformed(
     statistics: Sequence[Statistic], batches: Sequence[Batch], device: torch.device
 ) -> Float[Tensor, "statistic batch neuron"]:
-    """The layers side by side, each sample's numbers passed through ``per_sample``, in float64: it may square them."""
+    """Join layers side by side and apply ``per_sample`` to each sample's numbers, in float64: it may square them."""
     stack = torch.cat([torch.stack(b.rows).to(device) for b in batches], 2)
     if any(s.per_sample is not None for s in statistics):
         stack = stack.double()
@@ -147,7 +147,7 @@ def transformed(
 
 
 def finite_rows(rows: Float[Tensor, "statistic batch neuron"]) -> Bool[Tensor, "batch neuron"] | None:
-    """Where all statistics are finite; None for everywhere. To look would wait for a GPU, so there it is never None."""
+    """Return a mask of finite statistics, or None if all are; never None on a GPU, where the test would wait for it."""
     finite = rows.sum(0).isfinite()
     return None if finite.device.type == "cpu" and bool(finite.all()) else finite
 
@@ -193,7 +193,7 @@ def finite_samples(
     finite: Bool[Tensor, "batch neuron"] | None,
     index: Int[Tensor, " batch"] | None,
 ) -> int | Int[Tensor, "class neuron"]:
-    """How many samples of a batch of ``shape`` were finite, for counts by class and neuron."""
+    """Count the finite samples of a batch of ``shape``, by class and neuron."""
     if index is None:
         return shape[0] if finite is None else finite.sum(0, keepdim=True)
     seen = counts.new_ones(shape) if finite is None else finite.long()

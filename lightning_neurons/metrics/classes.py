@@ -1,4 +1,4 @@
-"""Keeping classes apart: how many there are becomes known as targets come."""
+"""Sums by class, which grow as targets with new classes come."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ PER_CLASS_LIMIT = 2 * 2**30
 
 
 def class_index(layers: Sequence[str], rows: int, targets: Tensor | None) -> Int[Tensor, " batch"]:
-    """The class of each sample of some layers.
+    """Return the class of each sample of some layers.
 
     Raises:
         MeasurementError: If there is not one for each.
@@ -28,7 +28,7 @@ def class_index(layers: Sequence[str], rows: int, targets: Tensor | None) -> Int
 
 
 def with_room(states: Mapping[str, Tensor], classes: int) -> dict[str, Tensor]:
-    """States with a leading axis of ``classes`` classes; new classes start from nothing.
+    """Return states enlarged to ``classes`` classes on the first axis; new classes start without any samples.
 
     Raises:
         MeasurementError: If they would take too much memory.

@@ -17,7 +17,7 @@ PARTS = 64
 """Bins per power of two."""
 
 RELATIVE_ERROR = 1 / (2 * PARTS + 1)
-"""How far a value can be from the representative of its bin: 0.78 %."""
+"""Largest relative distance of a value from the representative of its bin: 0.78 %."""
 
 _LOWEST_POWER, _HIGHEST_POWER = -20, 12
 LOWEST, HIGHEST = 2.0**_LOWEST_POWER, 2.0**_HIGHEST_POWER
@@ -37,7 +37,7 @@ _MAGNITUDE_MASK = 0x7FFFFFFF
 
 @cache
 def positions(space: int) -> Int[Tensor, " position"]:
-    """Which positions are counted: the same in every sample, so that the result does not depend on how a stream is cut.
+    """Return the positions that are counted: the same in every sample, so that the result does not depend on batches.
 
     Rows (of a square picture) are spread evenly, columns by a golden-ratio sequence.
 
@@ -59,14 +59,14 @@ def positions(space: int) -> Int[Tensor, " position"]:
 
 
 def sampled(values: Float[Tensor, "batch neuron space"]) -> Float[Tensor, "batch neuron position"]:
-    """A copy of the values at the positions that are counted."""
+    """Return a copy of the values at the positions that are counted."""
     chosen = positions(values.shape[-1])
     whole = chosen.shape[0] == values.shape[-1]
     return values.clone() if whole else values.index_select(-1, chosen.to(values.device))
 
 
 def bin_index(values: Float[Tensor, "..."]) -> Int[Tensor, "..."]:
-    """The bin of each value's magnitude, int32. NaN and infinity land in the last bin: leave them out by weight.
+    """Return the bin of each value's magnitude, int32. NaN and infinity get the last bin: leave them out by weight.
 
     Example:
         >>> bin_index(torch.tensor([0.0, -1e-9, 1e9])).tolist() == [0, 0, BINS - 1]
@@ -77,7 +77,7 @@ def bin_index(values: Float[Tensor, "..."]) -> Int[Tensor, "..."]:
 
 
 def representatives() -> Float[Tensor, " bin"]:
-    """One magnitude per bin, within 0.78 % of every value in an inner bin; 0 and infinity outside."""
+    """Return one magnitude per bin, within 0.78 % of every value in an inner bin; 0 and infinity outside."""
     power = torch.arange(_LOWEST_POWER, _HIGHEST_POWER, dtype=torch.float64).exp2()
     edges = power[:, None] * (1 + torch.arange(PARTS + 1, dtype=torch.float64) / PARTS)
     low, high = edges[:, :-1], edges[:, 1:]
@@ -86,7 +86,7 @@ def representatives() -> Float[Tensor, " bin"]:
 
 
 def share_at_most(counts: Int[Tensor, "neuron bin"], limit: float) -> Float[Tensor, " neuron"]:
-    """The share of counted values whose magnitude is at most ``limit``; NaN where nothing was counted.
+    """Return the share of counted values whose magnitude is at most ``limit``; NaN where nothing was counted.
 
     Values within 1 % of ``limit`` may fall on either side.
     """
@@ -95,7 +95,7 @@ def share_at_most(counts: Int[Tensor, "neuron bin"], limit: float) -> Float[Tens
 
 
 def folded(counts: Int[Tensor, "neuron bin"], parts: int) -> Int[Tensor, " bar"]:
-    """All neurons' counts in coarser bars: what counts as zero, ``parts`` bars to a power of two, what is above.
+    """Sum all neurons' counts in coarser bars: the zeros, ``parts`` bars to a power of two, and all above.
 
     Example:
         >>> folded(torch.ones(2, BINS, dtype=torch.int64), parts=1)[:3].tolist()
@@ -106,7 +106,7 @@ def folded(counts: Int[Tensor, "neuron bin"], parts: int) -> Int[Tensor, " bar"]
 
 
 def folded_edges(parts: int) -> Float[Tensor, " edge"]:
-    """The magnitudes between which the inner bars of ``folded`` lie: one more than there are inner bars.
+    """Return the edges of the inner bars of ``folded``: one more than there are inner bars.
 
     Example:
         >>> folded_edges(1)[[0, 20, -1]].tolist() == [LOWEST, 1.0, HIGHEST]

@@ -1,4 +1,4 @@
-"""Whether the sums of a measurement fit into memory, asked before anything has been spent."""
+"""Memory that the sums of a measurement need, checked before it begins."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,14 +15,14 @@ _LIMITS = {"/sys/fs/cgroup/memory.max": "/sys/fs/cgroup/memory.current"}
 
 
 def bytes_per_neuron(criteria: Sequence[Criterion]) -> int:
-    """What the sums of one neuron take, without classes."""
+    """Return the number of bytes that the sums of one neuron take, without classes."""
     statistics = {s.name for c in criteria for s in c.statistics}
     counts = 2 * len(NEEDS) + 1  # samples and those left out by need, and values
     return 8 * (len(statistics) + counts + (BINS if any(c.histogram for c in criteria) else 0))
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """How much memory is free on a device; None where nobody knows."""
+    """Return the number of free bytes on a device; None where it is not known."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     found = [_number(limit) - _number(taken) for limit, taken in _LIMITS.items() if _number(limit) and _number(taken)]
@@ -35,7 +35,7 @@ def available_bytes(device: torch.device) -> int | None:
 
 
 def _number(path: str) -> int:
-    """What is in a file, 0 if that is no number."""
+    """Read a number from a file; 0 if it has none."""
     try:
         return int(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -47,8 +47,8 @@ def require_room(widths: Mapping[str, int], criteria: Sequence[Criterion], devic
 
     Args:
         widths: Number of neurons by layer.
-        criteria: What is to be measured.
-        device: Where the sums are to live.
+        criteria: The criteria to measure.
+        device: The device of the sums.
 
     Raises:
         MeasurementError: If they take more memory than is free.

@@ -1,4 +1,4 @@
-"""Any criteria, of all layers at once, over a stream and across processes.
+"""Metric of criteria, for all layers at once, over a stream and across processes.
 
 The neurons of all layers lie side by side on one axis, so that six states are enough: memory is O(neurons), and merging
 processes takes six reductions. Sums are float64, counts int64. A leading axis separates classes (or has one entry).
@@ -27,13 +27,13 @@ _BY_CLASS = ("totals", "maxima", "samples", "values", "nonfinite", "histogram")
 
 
 class StreamingCriteria(Metric):
-    """Sums the statistics of ``criteria`` over everything that ``update`` is given.
+    """A metric that sums the statistics of ``criteria`` over all updates, and computes scores from the sums.
 
     Samples with a NaN or infinite statistic are left out, neuron by neuron, and counted in ``nonfinite``.
 
     Args:
         widths: Number of neurons by layer.
-        criteria: What will be asked for.
+        criteria: The criteria to compute.
         per_class: Whether to keep classes apart; ``update`` then needs targets.
 
     Example:
@@ -81,7 +81,7 @@ class StreamingCriteria(Metric):
             self._add(name, shape, torch.zeros(1, dtype=torch.int64), "sum")
 
     def _add(self, name: str, shape: tuple[int, ...], value: Tensor, reduce: str) -> None:
-        """A state that holds ``value`` everywhere; what it is reset to takes no memory."""
+        """Add a state that holds ``value`` everywhere; its default for ``reset`` takes no memory."""
         self.add_state(name, value, reduce)
         self._defaults[name] = value.expand(shape)
         # What nobody has written to costs nothing: the operating system gives zeros page by page.
@@ -90,7 +90,7 @@ class StreamingCriteria(Metric):
         )
 
     def _unwrap(self) -> None:
-        """Take ``update`` and ``compute`` from the class again.
+        """Remove the wrapped ``update`` and ``compute`` from the object, so that those of the class are used.
 
         torchmetrics keeps wrapped ones in the object, which then refers to itself: its sums would stay in memory until
         Python looks for circles.
@@ -103,7 +103,7 @@ class StreamingCriteria(Metric):
         self._unwrap()
 
     def describe(self, traits: LayerTraits, *, calls: int = 1) -> None:
-        """Say what a layer is, before its first update; the values of all its ``calls`` belong to the same sample."""
+        """Set the traits of a layer before its first update; values of all its ``calls`` belong to the same sample."""
         layer = traits.name
         self.traits[layer] = traits
         self._groups.clear()
@@ -125,14 +125,14 @@ class StreamingCriteria(Metric):
     def update(
         self, layer: str, view: LayerView, need: Need = "activation", targets: Int[Tensor, " batch"] | None = None
     ) -> None:
-        """Take one call of one layer; ``finish_batch`` adds it. No GPU is waited for unless classes are kept apart."""
+        """Observe one call of a layer; ``finish_batch`` adds it. No GPU is waited for unless classes are kept apart."""
         with torch.no_grad():
             self.hold(layer, view, need, targets)
 
     def hold(
         self, layer: str, view: LayerView, need: Need = "activation", targets: Int[Tensor, " batch"] | None = None
     ) -> None:
-        """As ``update``, without the bookkeeping of torchmetrics, which would take longer than the work."""
+        """Do as ``update``, without the bookkeeping of torchmetrics, which would take longer than the work."""
         statistics, counted = self._statistics[layer, need], need == "activation" and self.histogram.shape[1] > 0
         if not statistics and not counted:
             return
@@ -161,7 +161,7 @@ class StreamingCriteria(Metric):
             waiting.numbers = 0
 
     def finish_batch(self) -> None:
-        """Add what the layers gave in this batch, all of them together."""
+        """Add the statistics of this batch to the sums, all layers together."""
         self._update_count += 1
         batches, self._waiting.batches, self._waiting.numbers = self._waiting.batches, {}, 0
         self._add_all(batches)
@@ -214,7 +214,7 @@ class StreamingCriteria(Metric):
         return index
 
     def grow(self, classes: int) -> None:
-        """Make room for ``classes`` classes; refuses what would take too much memory."""
+        """Enlarge the sums to ``classes`` classes; refuse if they would take too much memory."""
         if classes <= len(self.totals):
             return
         states = {name: getattr(self, name) for name in _BY_CLASS}
@@ -222,7 +222,7 @@ class StreamingCriteria(Metric):
             setattr(self, name, state)
 
     def summary(self, layer: str, klass: int | None = None) -> Summary:
-        """The sums of one layer, over all classes or of one."""
+        """Return the sums of one layer, over all classes or of one."""
         place, chosen = self.places[layer], slice(None) if klass is None else slice(klass, klass + 1)
         totals = self.totals[chosen, :, place].sum(0)
         maxima = self.maxima[chosen, :, place]
@@ -243,19 +243,19 @@ class StreamingCriteria(Metric):
         return histogram.share_at_most(counts[0] if len(counts) == 1 else counts.sum(0), limit)
 
     def magnitudes(self, layer: str) -> Int[Tensor, "neuron bin"]:
-        """How often each neuron of a layer had which magnitude; no copy where there are no classes."""
+        """Return the histogram of each neuron of a layer over bins of magnitude; a view where there are no classes."""
         counts = self.histogram[:, self.places[layer]]
         return counts[0] if len(counts) == 1 else counts.sum(0)
 
     def compute(self) -> dict[str, dict[str, Tensor]]:
-        """``scores``, after merging processes if ``sync_on_compute`` asks for it."""
+        """Return ``scores``, after merging processes if ``sync_on_compute`` asks for it."""
         with self.sync_context(
             dist_sync_fn=self.dist_sync_fn, should_sync=self._to_sync, should_unsync=self._should_unsync
         ):
             return self.scores()
 
     def scores(self) -> dict[str, dict[str, Tensor]]:
-        """By criterion and layer; layers that a criterion refuses, or that never ran, are left out."""
+        """Compute scores by criterion and layer; layers that a criterion refuses, or that never ran, are left out."""
         self.finish_batch()
         return {
             c.name: {n: c.judge(self.summary(n)) for n in self.traits if n not in self.refused[c.name]}
@@ -263,12 +263,12 @@ class StreamingCriteria(Metric):
         }
 
     def reset(self) -> None:
-        """Forget everything that was added, and what waits to be."""
+        """Reset all sums, and drop statistics that wait to be added."""
         self._waiting = Waiting()
         super().reset()
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
-        """Add the sums of a metric of the same layers and criteria, and what it knows of the layers."""
+        """Add the sums of a metric of the same layers and criteria, and take over its traits of layers."""
         self.finish_batch()
         if isinstance(incoming_state, StreamingCriteria):
             incoming_state.finish_batch()
@@ -280,7 +280,7 @@ class StreamingCriteria(Metric):
         self._computed = None
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
-        """As torchmetrics does it, after every process has made room for the classes of all."""
+        """Synchronise as torchmetrics does, after every process has enlarged its sums to the classes of all."""
         self.finish_batch()
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if self.per_class and distributed and not self._is_synced:

@@ -1,1 +1,1 @@
-"""From a report to what people look at. Every series that is logged stands in ``report/logging/tags.py``."""
+"""Tables, figures, HTML pages and logger series of results. ``report/logging/tags.py`` lists every series."""

@@ -1,4 +1,4 @@
-"""The former place of the figures of a class study, which are in ``report.figures`` now."""
+"""Deprecated module: the figures of a class study are in ``report.figures`` now."""
 
 import warnings
 

@@ -1,4 +1,4 @@
-"""The numbers that people look at, from a report: one row per layer. Every output shows the same."""
+"""Key numbers of a report, one row per layer, which every output shows."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,11 +18,11 @@ THRESHOLDS = (0.001, 0.01, 0.05, 0.1, 0.5)
 
 @dataclass(frozen=True)
 class LayerRow:
-    """What one line of a table says of a layer.
+    """The numbers of one layer in a table.
 
     Attributes:
-        layer: Its path.
-        neurons: How many it has.
+        layer: The layer's path.
+        neurons: Its number of neurons.
         dead: How many never fired; None if deadness was not measured, or is known of none.
         dormant: How many are tau-dormant; None if not measured or known.
         constant: How many never change; None if not measured or known.
@@ -47,7 +47,7 @@ class LayerRow:
 
 
 def layer_rows(report: NeuronReport, shown: int = 3) -> list[LayerRow]:
-    """One row per layer that ran, in the order of the model; ``shown`` neurons at each end of the ranking."""
+    """Return one row per layer that ran, in the model's order, with ``shown`` neurons at each end of the ranking."""
     scores = report.importance() if report.scores else {}
     rows = []
     for name, counts in report.counts.items():
@@ -74,30 +74,30 @@ def layer_rows(report: NeuronReport, shown: int = 3) -> list[LayerRow]:
 
 
 def _ranked(report: NeuronReport, scores: Tensor, layer: str) -> list[int]:
-    """The neurons of a layer that were measured, best first."""
+    """Return the neurons of a layer that were measured, most important first."""
     places = best_first(scores, dead_in({(layer,): scores}, report.deadness))
     return places[~scores[places].isnan()].tolist()
 
 
 def counted(rows: Sequence[LayerRow], measure: str) -> int | None:
-    """How many neurons of some layers are dead (or what ``measure`` says); None if it is known of none."""
+    """Count the neurons of some layers that are dead (or what ``measure`` names); None if it is known of none."""
     found = [count for row in rows if (count := getattr(row, measure)) is not None]
     return sum(found) if found else None
 
 
 def known_share(rows: Sequence[LayerRow], measure: str) -> float:
-    """The same as a share of the neurons of which it is known; NaN if there are none."""
+    """Return the count as a share of the neurons of which it is known; NaN if there are none."""
     return share(counted(rows, measure) or 0, sum(row.known[measure] for row in rows))
 
 
 def effective_share(rows: Sequence[LayerRow]) -> float:
-    """The effective number of important neurons as a share of all; of the layers of which it is known."""
+    """Return the effective number of important neurons as a share of all, over layers of which it is known."""
     known = [row for row in rows if not math.isnan(row.effective)]
     return sum(row.effective for row in known) / sum(row.neurons for row in known) if known else math.nan
 
 
 def in_words(rows: Sequence[LayerRow], measure: str) -> str:
-    """The same for a table: ``"-"`` if it is known of none, and how many are not known if some are."""
+    """Format the count for a table: ``"-"`` if it is known of none, and how many are unknown if some are."""
     count = counted(rows, measure)
     if count is None:
         return "-"
@@ -106,7 +106,7 @@ def in_words(rows: Sequence[LayerRow], measure: str) -> str:
 
 
 def what_is_ranked(report: NeuronReport) -> str:
-    """What a ranking over all layers leaves out, and what counts as one in it; nothing if there is no such thing."""
+    """Describe the layers that a ranking over all layers leaves out, and neurons that are one entry; empty if none."""
     outputs = [layer.name for layer in report.layers if layer.output and layer.name in report.counts]
     words = (
         [f"the model's outputs ({', '.join(outputs)}) are left out"] if 0 < len(outputs) < len(report.counts) else []
@@ -117,5 +117,5 @@ def what_is_ranked(report: NeuronReport) -> str:
 
 
 def share(part: int, whole: int) -> float:
-    """``part`` of ``whole``; NaN of nothing."""
+    """Return ``part / whole``; NaN if ``whole`` is 0."""
     return part / whole if whole else math.nan

@@ -1,1 +1,1 @@
-"""What a measurement found, as frozen values."""
+"""Results of measurements and studies, as frozen values."""

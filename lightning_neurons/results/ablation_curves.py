@@ -1,4 +1,4 @@
-"""What happens without sets of neurons."""
+"""Results of ablations of sets of neurons."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ class JointAblation:
 
     Attributes:
         loss: Mean loss of the unchanged model.
-        samples: How many samples it was measured on.
+        samples: Number of samples it was measured on.
         delta_loss: For each set, the mean loss without it, minus the mean loss.
         standard_error: Of ``delta_loss`` over samples.
         neurons: The sets, by layer.

@@ -1,4 +1,4 @@
-"""What happens without each neuron: the result of an ablation study."""
+"""Result of an ablation study: the change of the loss without each neuron."""
 
 import json
 import math
@@ -40,7 +40,7 @@ class AblationReport:
 
     Attributes:
         loss: Mean loss of the unchanged model over the samples.
-        samples: How many samples it was measured on.
+        samples: Number of samples it was measured on.
         delta_loss: By layer, ``(neuron,)``: mean loss with the neuron off, minus mean loss.
         standard_error: By layer, ``(neuron,)``: of ``delta_loss`` over samples.
         per_class: By layer, ``(class, neuron)``: the same over the samples of a class; empty unless asked for.
@@ -52,8 +52,8 @@ class AblationReport:
         undecided: By layer, the neurons of which a study with a budget could not say whether they are among the least
             important.
         runs: Forwards that the study took, in units of one forward over all samples; parts of forwards count in full.
-        settings: What was asked for.
-        notes: What the reader should know.
+        settings: The settings of the study.
+        notes: Notes on the data and the limits of the numbers.
 
     Example:
         >>> import torch
@@ -78,7 +78,7 @@ class AblationReport:
     notes: tuple[str, ...] = ()
 
     def ranking(self, layer: str | None = None) -> list[AblatedNeuron]:
-        """Neurons from the one whose loss hurts most to the one whose loss hurts least (or helps).
+        """Rank neurons from the one whose removal raises the loss most to the one whose removal raises it least.
 
         Args:
             layer: Rank within this layer; None ranks all measured neurons together.
@@ -98,7 +98,7 @@ class AblationReport:
         return sorted(rows, key=lambda row: -row.delta_loss)
 
     def save(self, path: str | Path) -> None:
-        """Write it as JSON, whole or not at all."""
+        """Write the report as JSON, whole or not at all."""
         document = {"format": FORMAT, "version": VERSION, **{f.name: getattr(self, f.name) for f in fields(self)}}
         write_whole(path, json.dumps(plain(document), allow_nan=False))
 
@@ -129,7 +129,7 @@ _DIMENSIONS = {
     "delta_metrics": 1,
     "per_class_metrics": 2,
 }
-"""How many axes the tensors of a report have."""
+"""Number of axes of the tensors in a report."""
 
 
 def _by_layer(entries: Mapping[str, Any], dimensions: int) -> dict[str, Tensor]:
@@ -140,7 +140,7 @@ def _by_layer(entries: Mapping[str, Any], dimensions: int) -> dict[str, Tensor]:
 
 
 def _check_widths(values: Mapping[str, Any]) -> None:
-    """Every number belongs to a neuron."""
+    """Check that every number belongs to a neuron."""
     widths = {layer: len(deltas) for layer, deltas in values["delta_loss"].items()}
     groups = [values[name] for name in ("standard_error", "per_class", "per_class_error")]
     groups += [*values["delta_metrics"].values(), *values["per_class_metrics"].values()]

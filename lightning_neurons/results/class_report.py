@@ -1,4 +1,4 @@
-"""Which neurons serve which classes: the result of a class study."""
+"""Result of a class study: the neurons that serve each class."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from lightning_neurons.results.whole_file import write_whole
 
 
 class ClassAccuracy(NamedTuple):
-    """How well one model does, seen from one class.
+    """The accuracy of one model, with respect to one class.
 
     Attributes:
         model: ``"whole"``; ``"subnetwork"``: only the class's neurons; ``"ablation"``: all but those;
@@ -42,19 +42,19 @@ class ClassAccuracy(NamedTuple):
 
 @dataclass(frozen=True)
 class ClassReport:
-    """Neurons by class, and what they are worth.
+    """Neurons by class, and the accuracy of their sub-networks.
 
     Attributes:
         classes: The classes that were studied.
-        class_counts: How many samples each of them had.
+        class_counts: Number of samples of each of them.
         importance: By layer, ``(class, neuron)``: mean activation, another score, or the measured change of the class's
             loss without the neuron.
         members: By layer, ``(class, neuron)``: whether the neuron belongs to the class's sub-network.
         selectivity: By layer, ``(neuron,)``: the class selectivity index of mean magnitudes of activations. It
             describes; it is not importance. Over all classes that have samples.
-        accuracies: Each model, seen from each class.
-        settings: What was asked for.
-        notes: What the reader should know.
+        accuracies: Each model, with respect to each class.
+        settings: The settings of the study.
+        notes: Notes on the data and the limits of the numbers.
         entropy: By layer, ``(neuron,)``: the entropy of its importance over all those classes, in [0, 1]; 0 serves one.
     """
 
@@ -75,16 +75,16 @@ class ClassReport:
 
     @property
     def jaccard_chance(self) -> Float[Tensor, "klass klass"]:
-        """What random sets of the same sizes would have; ``jaccard`` minus this is 0 where classes share by chance."""
+        """The overlap of random sets of the same sizes; ``jaccard`` minus this is 0 where classes share by chance."""
         return reuse(self.members)[1]
 
     @property
     def shared_by(self) -> Int[Tensor, " count"]:
-        """How many neurons belong to 0, 1, 2, ... classes."""
+        """The number of neurons that belong to 0, 1, 2, ... classes."""
         return shared_by(self.members)
 
     def subnetwork(self, classes: int | Sequence[int]) -> dict[str, list[int]]:
-        """The neurons of a class, or of any of several, by layer.
+        """Return the neurons of a class, or of any of several, by layer.
 
         Raises:
             ArgumentError: If a class was not studied.
@@ -96,12 +96,12 @@ class ClassReport:
         return {name: m[rows].any(0).nonzero().flatten().tolist() for name, m in self.members.items()}
 
     def outside(self, classes: int | Sequence[int]) -> dict[str, list[int]]:
-        """The neurons of the studied layers that belong to none of the classes: what their sub-network lacks."""
+        """Return the neurons of the studied layers that belong to none of the classes, by layer."""
         inside = self.subnetwork(classes)
         return {name: sorted({*range(m.shape[1])} - {*inside[name]}) for name, m in self.members.items()}
 
     def row(self, klass: int) -> int:
-        """Where a class stands in the rows of ``importance`` and ``members``.
+        """Return the row of a class in ``importance`` and ``members``.
 
         Raises:
             ArgumentError: If it was not studied.
@@ -111,7 +111,7 @@ class ClassReport:
         return self.classes.index(klass)
 
     def accuracy(self, model: str, klass: int) -> ClassAccuracy:
-        """One row of ``accuracies``.
+        """Return one row of ``accuracies``.
 
         Raises:
             ArgumentError: If there is none.
@@ -123,7 +123,7 @@ class ClassReport:
         return found[0]
 
     def save(self, path: str | Path) -> None:
-        """Write it as JSON, whole or not at all; NaN becomes null."""
+        """Write the report as JSON, whole or not at all; NaN becomes null."""
         document = {
             "format": "lightning_neurons classes",
             "version": 1,

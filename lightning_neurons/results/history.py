@@ -1,4 +1,4 @@
-"""What changed from one measurement to the next: who died, who revived, who stays dead, how stable the ranking is."""
+"""History of measurements: neurons that died, revived or stay dead, and the stability of the ranking."""
 
 import json
 import math
@@ -57,7 +57,7 @@ class HistoryEntry:
 
     @property
     def mean_stability(self) -> float:
-        """Mean over layers that have a stability; NaN if none has."""
+        """The mean over layers that have a stability; NaN if none has."""
         known = [s for s in self.stability.values() if not math.isnan(s)]
         return sum(known) / len(known) if known else math.nan
 
@@ -71,7 +71,7 @@ class NeuronHistory:
 
     Attributes:
         entries: The measurements that are kept.
-        measured: How many there have been.
+        measured: Number of measurements so far.
     """
 
     entries: list[HistoryEntry] = field(default_factory=list)
@@ -130,7 +130,7 @@ class NeuronHistory:
         )
 
     def persistently_dead(self, measurements: int | None = None) -> dict[str, list[int]]:
-        """Neurons that were dead in each of the last ``measurements`` (all if None), by layer.
+        """Return neurons that were dead in each of the last ``measurements`` (all if None), by layer.
 
         A layer whose width changed in between has none.
 
@@ -138,7 +138,7 @@ class NeuronHistory:
             measurements: At most ``RECENT`` (100), or as many as there have been.
 
         Raises:
-            ArgumentError: If some of so many measurements have been let go of.
+            ArgumentError: If some of so many measurements are not kept any more.
         """
         if measurements in (None, self.measured):
             return {name: [*neurons] for name, neurons in self._always_dead.items()}
@@ -153,7 +153,7 @@ class NeuronHistory:
         return math.nan if before is None or len(before) != len(scores) else agreement(before, scores).spearman
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values and tensors, which ``torch.load(weights_only=True)`` accepts."""
+        """Return plain values and tensors, which ``torch.load(weights_only=True)`` accepts."""
         return {
             "entries": [
                 {n: dict(v) if isinstance(v, Mapping) else v for n, v in vars(e).items()} for e in self.entries
@@ -164,7 +164,7 @@ class NeuronHistory:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where ``state_dict`` left off."""
+        """Restore the history that ``state_dict`` returned."""
         entries = [HistoryEntry(**entry) for entry in state["entries"]]
         scores = {name: torch.as_tensor(scores) for name, scores in state["scores"].items()}
         self.__init__(entries, scores, state.get("measured", 0), dict(state.get("always_dead", {})))  # type: ignore[misc]
@@ -211,7 +211,7 @@ def _check_neurons(neurons: Mapping[str, list[int]], widths: Mapping[str, int]) 
 
 
 def _unchanged(entries: Sequence[HistoryEntry], last: HistoryEntry) -> list[str]:
-    """Layers whose deadness was measured in each of ``entries``, with as many neurons as in the ``last``."""
+    """Return layers whose deadness was measured in each of ``entries``, with as many neurons as in the ``last``."""
     return [n for n in last.dead if all(n in e.dead and e.widths[n] == last.widths[n] for e in entries)]
 
 

@@ -1,4 +1,4 @@
-"""Everything worth seeing of one neuron on one card."""
+"""Card of one neuron."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class NeuronCard:
-    """A neuron, or an output class: what excites it, and its numbers.
+    """A neuron, or an output class: images and samples that excite it, and its numbers.
 
     Attributes:
         name: What is shown, such as ``"net.conv2 7"`` or ``"class 4"``.

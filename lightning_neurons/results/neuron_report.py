@@ -1,4 +1,4 @@
-"""What a measurement found: one frozen value that says all, with the questions people ask of it as methods."""
+"""Result of a measurement as one frozen value, with rankings and selections as methods."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ Scope = Literal["layer", "global"]
 
 @dataclass(frozen=True, eq=False)
 class LayerCounts:
-    """What the numbers of one layer rest on.
+    """Counts of the data behind the numbers of one layer.
 
     Attributes:
         samples: Samples that were finite and have been counted, by neuron.
@@ -58,10 +58,10 @@ class NeuronReport:
         per_class: By criterion and layer, ``(class, neuron)``; NaN where a class had no samples. Empty if not asked
             for.
         class_counts: Samples by class.
-        counts: By layer, what the numbers rest on.
+        counts: By layer, counts of the data behind the numbers.
         refused: By criterion and layer, why a layer could not be judged and what to use instead.
-        settings: How it was measured; plain values.
-        notes: What a reader should know, such as which samples were used.
+        settings: The settings of the measurement; plain values.
+        notes: Notes on the data and the limits of the numbers, such as which samples were used.
         epoch: Epoch of the measurement, or None outside training.
         step: Optimizer steps so far, or None outside training.
     """
@@ -99,12 +99,12 @@ class NeuronReport:
         return {} if measure is None else self.deadness_by[measure]
 
     def dead(self, layer: str) -> Bool[Tensor, " neuron"]:
-        """Which neurons of a layer never fired; False for those of which it is not known, see ``unknown``."""
+        """Return a mask of the neurons of a layer that never fired; False where that is not known, see ``unknown``."""
         silent: Tensor = self._layer(self.deadness, layer)
         return silent == 1
 
     def unknown(self, layer: str) -> Bool[Tensor, " neuron"]:
-        """Which neurons of a layer may be dead or alive.
+        """Return a mask of the neurons of a layer that may be dead or alive.
 
         No finite sample made them fire, and others, NaN or infinite, were left out; or there was no sample at all.
         """
@@ -112,17 +112,17 @@ class NeuronReport:
         return silent.isnan()
 
     def dormant(self, layer: str) -> Bool[Tensor, " neuron"]:
-        """Which neurons of a layer are tau-dormant; all False where it was not measured."""
+        """Return a mask of the tau-dormant neurons of a layer; all False where that was not measured."""
         measured = self.deadness_by.get("dormant", {}).get(layer)
         nobody = torch.zeros_like(self._layer(self.counts, layer).samples, dtype=torch.bool)
         return nobody if measured is None else measured == 1
 
     def never_fired_bound(self, layer: str) -> Float[Tensor, " neuron"]:
-        """95 % upper bound on the share of samples in which a neuron fires that never did: 3 / samples."""
+        """Return the 95 % upper bound on the share of samples in which a neuron fires that never did: 3 / samples."""
         return never_fired_bound(self._layer(self.counts, layer).samples)
 
     def deadness_at(self, threshold: float, *, relative: bool = True) -> dict[str, Tensor]:
-        """Deadness at any threshold, read off the histograms after the run.
+        """Compute deadness at any threshold, from the histograms, after the run.
 
         Args:
             threshold: In units of each layer's root mean square if ``relative``, else in activation units.
@@ -148,7 +148,7 @@ class NeuronReport:
         return found
 
     def importance(self, criterion: str | None = None, normalize_by: Normalization | None = None) -> dict[str, Tensor]:
-        """Scores by layer, higher more important, normalised; deadness measures count as 1 - deadness.
+        """Return scores by layer, higher more important, normalised; deadness measures count as 1 - deadness.
 
         Args:
             criterion: Any measured criterion; the main one if None.
@@ -173,7 +173,7 @@ class NeuronReport:
         normalize: Normalization | None = None,
         include_outputs: bool = False,
     ) -> list[RankedNeuron]:
-        """Neurons from the most to the least important; of equal scores those that fire first, then the model's order.
+        """Rank neurons from the most to the least important; of equal ones, those that fire come first.
 
         Over all layers, neurons that are summed into one residual stream are one entry (see ``RankedNeuron.twins``),
         and the model's outputs are left out unless there is nothing else.
@@ -205,7 +205,7 @@ class NeuronReport:
         cumulative: float | None = None,
         include_outputs: bool = False,
     ) -> dict[str, list[int]]:
-        """The important neurons by layer, by exactly one of ``share``, ``count``, ``threshold``, ``cumulative``.
+        """Select the important neurons by layer, by exactly one of ``share``, ``count``, ``threshold``, ``cumulative``.
 
         Args:
             criterion: Any measured criterion; the main one if None.
@@ -243,7 +243,7 @@ class NeuronReport:
         return found
 
     def to_frame(self) -> Any:
-        """A pandas DataFrame, one row per neuron: layer, neuron, every score and deadness measure.
+        """Return a pandas DataFrame, one row per neuron: layer, neuron, every score and deadness measure.
 
         Raises:
             ModuleNotFoundError: If pandas is not installed.

@@ -1,4 +1,4 @@
-"""What happens when weights are shifted: the result of a perturbation study."""
+"""Result of a perturbation study: the loss with shifted weights."""
 
 import json
 import math
@@ -17,7 +17,7 @@ class Perturbed(NamedTuple):
         name: The parameter; of one neuron, with its index, such as ``"conv1.weight[3]"``.
         loss: Mean loss while its weights were shifted.
         delta_loss: The same minus the mean loss of the unchanged model.
-        neuron: Which neuron of the layer, or None for the whole parameter.
+        neuron: The neuron's index, or None for the whole parameter.
     """
 
     name: str
@@ -32,10 +32,10 @@ class PerturbationReport:
 
     Attributes:
         loss: Mean loss of the unchanged model.
-        samples: How many samples it was measured on.
+        samples: Number of samples it was measured on.
         rows: One for each perturbation.
-        settings: What was asked for.
-        notes: What the reader should know.
+        settings: The settings of the study.
+        notes: Notes on the data and the limits of the numbers.
 
     Example:
         >>> rows = (Perturbed("a.weight", 1.5, 0.5), Perturbed("b.weight", math.nan, math.nan))
@@ -50,11 +50,11 @@ class PerturbationReport:
     notes: tuple[str, ...]
 
     def ranking(self) -> list[Perturbed]:
-        """Rows from the highest to the lowest loss; ties keep the model's order, what is not finite comes last."""
+        """Rank rows from the highest to the lowest loss; ties keep the model's order, NaN and infinity come last."""
         return sorted(self.rows, key=lambda row: -row.loss if math.isfinite(row.loss) else math.inf)
 
     def save(self, path: str | Path) -> None:
-        """Write the ranking as JSON, whole or not at all; what is not finite becomes null or a word."""
+        """Write the ranking as JSON, whole or not at all; NaN becomes null, infinity a word."""
         document = {
             "format": "lightning_neurons perturbation",
             "version": 1,

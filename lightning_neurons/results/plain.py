@@ -1,4 +1,4 @@
-"""Plain values for JSON, which knows no NaN, no infinity and no tensor; and tensors from them."""
+"""Conversion to plain values for JSON, which has no NaN, no infinity and no tensor, and back."""
 
 import math
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ _WORDS = ("inf", "-inf")
 
 
 def plain(value: Any) -> Any:
-    """Tensors as lists, keys as words, NaN as null, infinities as words.
+    """Convert a value for JSON: tensors to lists, keys to strings, NaN to null, infinities to words.
 
     Example:
         >>> plain({3: torch.tensor([1.0, float("nan")]), "high": float("inf")})
@@ -29,7 +29,7 @@ def plain(value: Any) -> Any:
 
 
 def number(value: Any) -> float:
-    """The number that ``plain`` made null or a word.
+    """Return the number that ``plain`` made null or a word.
 
     Raises:
         ValueError: If it is something else.
@@ -46,7 +46,7 @@ def number(value: Any) -> float:
 
 
 def floats(values: Any) -> Tensor:
-    """The tensor that ``plain`` made a list of."""
+    """Return the tensor that ``plain`` made a list of."""
 
     def numbers(value: Any) -> Any:
         return [numbers(v) for v in value] if isinstance(value, list) else number(value)

@@ -1,4 +1,4 @@
-"""What pruning has done so far, as plain values: one entry per cut, for figures and reports."""
+"""History of pruning as plain values, one entry per cut, for figures and reports."""
 
 import json
 from collections.abc import Mapping
@@ -17,14 +17,14 @@ class PruningPoint:
     """One cut.
 
     Attributes:
-        epoch: At whose beginning it was made.
+        epoch: The epoch at whose beginning it was made.
         removed: Neurons removed.
         parameters: Parameters after it.
         macs: Multiply-accumulate operations per sample after it.
         before: The monitored metric at the validation before it, or None.
         cut: The same right after it, on kept samples, or None.
         after: The same at the next validation, or None.
-        taken_back: Whether the model before it has come back.
+        taken_back: Whether it was undone.
     """
 
     epoch: int
@@ -63,7 +63,7 @@ class PruningHistory:
     points: tuple[PruningPoint, ...] = field(default=())
 
     def save(self, path: str | Path) -> None:
-        """Write it as JSON, whole or not at all."""
+        """Write the history as JSON, whole or not at all."""
         document = {"format": FORMAT, "version": VERSION, **asdict(self)}
         write_whole(path, json.dumps(plain(document), allow_nan=False))
 

@@ -1,4 +1,4 @@
-"""Neurons of several layers in one order: what counts as one entry, and what is no candidate.
+"""Rankings of neurons over several layers: neurons that are one entry, and neurons that are left out.
 
 Channel ``i`` of every layer that writes into a residual stream can only be removed together, so those *twins* are one
 entry, with the mean of their scores, as pruning scores them. What makes the model's output is no candidate.
@@ -35,12 +35,12 @@ class RankedNeuron(_Place):
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """All layers of the entry."""
+        """The layers of the entry."""
         return (self.layer, *self.twins)
 
     @property
     def where(self) -> str:
-        """The layers, in words."""
+        """The layers, as a text."""
         others = (f"{len(self.twins)} more",) if len(self.twins) > 2 else self.twins
         return " + ".join((self.layer, *others))
 
@@ -50,12 +50,12 @@ Entries = Mapping[tuple[str, ...], Float[Tensor, " neuron"]]
 
 
 def each_alone(scores: Mapping[str, Tensor]) -> Entries:
-    """Every layer by itself."""
+    """Return every layer as an entry of its own."""
     return {(name,): values for name, values in scores.items()}
 
 
 def merged(scores: Mapping[str, Tensor], layers: Iterable[Layer], *, include_outputs: bool) -> Entries:
-    """All layers together: twins as one entry, and no outputs unless nothing else is there.
+    """Return the entries of all layers together: twins as one, and no outputs unless there is nothing else.
 
     Args:
         scores: By layer.
@@ -75,7 +75,7 @@ def merged(scores: Mapping[str, Tensor], layers: Iterable[Layer], *, include_out
 
 
 def dead_in(entries: Entries, deadness: Mapping[str, Tensor]) -> Bool[Tensor, " neuron"]:
-    """Which neurons of the entries, one entry behind the other, never fire in any of their layers."""
+    """Return a mask of the neurons that never fire in any of their layers, over all entries one after the other."""
     parts = [torch.zeros(0, dtype=torch.bool)]
     for group, values in entries.items():
         silent = [deadness[name] == 1 for name in group if name in deadness]
@@ -84,7 +84,7 @@ def dead_in(entries: Entries, deadness: Mapping[str, Tensor]) -> Bool[Tensor, " 
 
 
 def best_first(scores: Float[Tensor, " neuron"], dead: Bool[Tensor, " neuron"]) -> Int[Tensor, " neuron"]:
-    """Indices from the most to the least important; of equal scores, those that fire first; NaN last.
+    """Return indices from the most to the least important; of equal scores, those that fire first; NaN last.
 
     Example:
         >>> best_first(torch.tensor([0.0, 0.0, 2.0]), torch.tensor([True, False, False])).tolist()
@@ -95,7 +95,7 @@ def best_first(scores: Float[Tensor, " neuron"], dead: Bool[Tensor, " neuron"]) 
 
 
 def ranked(entries: Entries, deadness: Mapping[str, Tensor]) -> list[RankedNeuron]:
-    """The neurons of all entries, from the most to the least important."""
+    """Return the neurons of all entries, from the most to the least important."""
     owners = [(group, i) for group, values in entries.items() for i in range(len(values))]
     scores = torch.cat([torch.zeros(0), *entries.values()])
     found = []
@@ -107,7 +107,7 @@ def ranked(entries: Entries, deadness: Mapping[str, Tensor]) -> list[RankedNeuro
 
 
 def chosen(entries: Entries, mask: Bool[Tensor, " neuron"]) -> dict[str, list[int]]:
-    """By layer, the neurons of the entries that a mask over all of them picks, one entry behind the other."""
+    """Return, by layer, the neurons that a mask over all entries, one after the other, selects."""
     parts = mask.split([len(values) for values in entries.values()])
     neurons = zip(entries, (part.nonzero().flatten().tolist() for part in parts), strict=True)
     return {name: list(indices) for group, indices in neurons for name in group}

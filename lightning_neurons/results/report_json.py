@@ -1,4 +1,4 @@
-"""A report as JSON and back, bit by bit: floats are written in full, NaN as null, histograms packed."""
+"""Writing a report as JSON and reading it back bit by bit: floats in full, NaN as null, histograms compressed."""
 
 import base64
 import json
@@ -23,7 +23,7 @@ FORMAT, VERSION = "lightning_neurons report", 1
 
 
 def rows(report: Any) -> list[dict[str, Any]]:
-    """One flat record per neuron, in the order of the model; measures that a layer refuses are NaN."""
+    """Return one flat record per neuron, in the order of the model; measures that a layer refuses are NaN."""
     measures = {**report.scores, **report.deadness_by}
     by_layer = {
         name: {m: values[name].tolist() for m, values in measures.items() if name in values} for name in report.counts
@@ -36,7 +36,7 @@ def rows(report: Any) -> list[dict[str, Any]]:
 
 
 def neurons(report: Any) -> list[dict[str, Any]]:
-    """One readable entry per neuron: deadness, importance, and all that lies behind them."""
+    """Return one readable entry per neuron: layer, index, deadness and importance."""
     deadness, importance = report.deadness, report.importance() if report.scores else {}
     return [
         {
@@ -71,7 +71,7 @@ def save(report: Any, path: str | Path) -> None:
 
 
 def load(path: str | Path, counts_type: Callable[..., Any]) -> dict[str, Any]:
-    """The fields of a report.
+    """Read the fields of a report.
 
     Raises:
         ArgumentError: If the file is no report, or of a newer version.
@@ -98,7 +98,7 @@ def _fields(document: dict[str, Any], counts_type: Callable[..., Any]) -> dict[s
 
 
 def _consistent(found: dict[str, Any]) -> dict[str, Any]:
-    """The fields, if every number belongs to a neuron.
+    """Return the fields, if every number belongs to a neuron.
 
     Raises:
         ValueError: If not.
@@ -140,7 +140,7 @@ def _read_layer(entry: dict[str, Any]) -> Layer:
 def _read_link(
     kind: Any, function: str, module: str | None, rectified: bool = False, steps: Sequence[Any] = ()
 ) -> Link:
-    """Also from a file of a version that kept three entries of a link."""
+    """Read a link, also from a file of a version that kept three entries of it."""
     return Link(kind, function, module, rectified, tuple((name, tuple(reads)) for name, reads in steps))
 
 
@@ -163,7 +163,7 @@ def _read_counts(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _unpacked(entry: Mapping[str, Any], width: int) -> Tensor:
-    """A histogram; what is packed is not unpacked any further than a histogram of so many neurons is large."""
+    """Decompress a histogram, up to the size that a histogram of so many neurons has."""
     rows, bins = typed(tuple[int, int], entry["shape"], "histogram")
     if rows not in (0, width) or not 0 <= bins <= BINS:
         raise ValueError(f"a histogram of {width} neurons does not have {rows} rows and {bins} bins")

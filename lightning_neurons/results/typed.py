@@ -1,4 +1,4 @@
-"""Values of a JSON document, checked by the annotations of what is made of them: such files come from anywhere."""
+"""Conversion of JSON values by type annotations, with checks: such files come from anywhere."""
 
 import types
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from lightning_neurons.results.plain import number
 
 
 def typed(kind: Any, value: Any, where: str) -> Any:
-    """The value that an annotation asks for; lists become tuples, and words the numbers that ``plain`` wrote so.
+    """Convert a value to the type of an annotation; words become the infinities that ``plain`` wrote so.
 
     Args:
         kind: A plain type, ``Any``, a union, a ``Literal``, a list, tuple or mapping of such, or a dataclass.

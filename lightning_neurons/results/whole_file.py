@@ -1,6 +1,6 @@
-"""Files that are there whole or not at all, on this machine or elsewhere, and JSON documents of a format of ours.
+"""Files that are written whole or not at all, local or remote, and JSON documents with format and version.
 
-What has a protocol (``s3://``, ``memory://``) is reached as Lightning reaches it: by fsspec.
+Addresses with a protocol (``s3://``, ``memory://``) are opened with fsspec, as in Lightning.
 """
 
 import json
@@ -18,11 +18,11 @@ from fsspec.core import url_to_fs
 from lightning_neurons.errors import ArgumentError
 
 Place = Path | str
-"""A path on this machine, or the address of something elsewhere."""
+"""A local path, or a remote address."""
 
 
 def place_of(path: str | Path) -> Place:
-    """A path, or the address as it is if it has a protocol.
+    """Return a path, or the address as it is if it has a protocol.
 
     Example:
         >>> place_of("s3://bucket/run"), place_of("file:///tmp/run") == Path("/tmp/run")
@@ -33,7 +33,7 @@ def place_of(path: str | Path) -> Place:
 
 
 def inside(folder: str | Path, *names: str) -> Place:
-    """Something in a folder.
+    """Join a folder and names.
 
     Example:
         >>> inside("s3://bucket/run/", "pictures", "a.png")
@@ -44,7 +44,7 @@ def inside(folder: str | Path, *names: str) -> Place:
 
 
 def write_whole(path: str | Path, content: str | bytes) -> None:
-    """Write so that a reader never finds half a document: to a file beside ``path`` first.
+    """Write a file so that no process ever reads half of it: to another file first, which then replaces it.
 
     A link stays a link, a file keeps its mode, and what is no plain file (a pipe, a device) is written to as it is.
     """
@@ -72,7 +72,7 @@ def write_whole(path: str | Path, content: str | bytes) -> None:
 
 
 def read_text(path: str | Path) -> str:
-    """What a file says.
+    """Read a text file.
 
     Raises:
         OSError: If there is none, or it cannot be read.
@@ -85,7 +85,7 @@ def read_text(path: str | Path) -> str:
 
 
 def is_there(path: str | Path) -> bool:
-    """Whether there is such a file or folder."""
+    """Return True if there is such a file or folder."""
     place = place_of(path)
     if isinstance(place, Path):
         return place.exists()
@@ -94,7 +94,7 @@ def is_there(path: str | Path) -> bool:
 
 
 def remove(path: str | Path) -> None:
-    """Remove a file, if it is there."""
+    """Remove a file, if it exists."""
     place = place_of(path)
     if isinstance(place, Path):
         place.unlink(missing_ok=True)
@@ -105,7 +105,7 @@ def remove(path: str | Path) -> None:
 
 @contextmanager
 def on_this_machine(folder: str | Path, *subfolders: str) -> Iterator[Path]:
-    """The folder itself, or a copy of the documents in one that lies elsewhere, and of all in some folders of it."""
+    """Yield a local folder; of a remote one, a copy of its JSON files, and of all files in some subfolders."""
     place = place_of(folder)
     if isinstance(place, Path):
         yield place
@@ -125,7 +125,7 @@ def on_this_machine(folder: str | Path, *subfolders: str) -> Iterator[Path]:
 
 @contextmanager
 def reading_document(path: str | Path, form: str, version: int, writer: str) -> Iterator[dict[str, Any]]:
-    """Read a JSON document; what goes wrong with its contents, here or inside, is said of the file.
+    """Read a JSON document; errors in its contents, here or inside the context, name the file.
 
     Args:
         path: The file.

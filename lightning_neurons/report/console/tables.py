@@ -20,7 +20,7 @@ def print_report(report: NeuronReport, history: NeuronHistory | None = None, con
 
 
 def table(report: NeuronReport) -> Table:
-    """One line per layer: neurons, dead, dormant, the ends of the ranking, and how unequal importance is."""
+    """Return one line per layer: neurons, dead, dormant, the ends of the ranking, and how unequal importance is."""
     when = "" if report.epoch is None else f" after epoch {report.epoch}"
     result = Table(
         title=f"Neurons{when}", caption=f"importance: {escape(report.main_criterion)}" if report.scores else None
@@ -42,7 +42,7 @@ def table(report: NeuronReport) -> Table:
 
 
 def changes(history: NeuronHistory | None) -> list[str]:
-    """Who died and who revived since the measurement before."""
+    """Return a line on the neurons that died or revived since the last measurement; none without one."""
     if history is None or len(history) < 2:
         return []
     last = history.entries[-1]
@@ -56,7 +56,7 @@ def changes(history: NeuronHistory | None) -> list[str]:
 
 
 def remarks(report: NeuronReport) -> list[str]:
-    """What the numbers rest on, and what could not be measured."""
+    """Return lines on the data behind the numbers, and on layers and values that were not measured."""
     lines = list(report.notes)
     if report.scores and report.main_criterion == "gradient":
         lines.append("gradient does not see deadness (a dead ReLU has one at its output); compare taylor or fisher")

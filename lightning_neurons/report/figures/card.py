@@ -1,4 +1,4 @@
-"""The card of a neuron, as a figure."""
+"""Card of a neuron, as a figure."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ _TOP_PICTURES = 8
 
 
 def neuron_card(card: NeuronCard) -> Any:
-    """A neuron on one page: the picture made to excite it, the samples that excite it most, and its numbers."""
+    """Draw the card of a neuron: the image made to excite it, the samples that excite it most, and its numbers."""
     shown = min(len(card.pictures), _TOP_PICTURES)
     columns = min(max(shown, 1), _TOP_PICTURES // 2)
     widths = [2.6 * (card.maximized is not None), 1.45 * columns * (shown > 0), 2.6 * bool(card.numbers)]

@@ -1,4 +1,4 @@
-"""Which figures of a measurement are shown in loggers, the most telling first."""
+"""Choice of the figures of a measurement for loggers, the most telling first."""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -17,7 +17,7 @@ from lightning_neurons.results.neuron_report import NeuronReport
 
 
 def report_figures(report: NeuronReport, history: NeuronHistory, most: int) -> Iterator[tuple[str, Any]]:
-    """Tags and figures, drawn one by one as they are asked for.
+    """Yield tags and figures, drawn one by one as they are asked for.
 
     Args:
         report: The measurement.

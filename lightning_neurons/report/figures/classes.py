@@ -1,4 +1,4 @@
-"""Figures of a class study: who matters for whom, who shares what, and what sub-networks can do."""
+"""Figures of a class study: importance by class, neurons shared by classes, and accuracy of sub-networks."""
 
 import math
 from collections.abc import Callable
@@ -23,7 +23,7 @@ _BARS = {
 
 
 def importance_by_class(report: ClassReport) -> Any:
-    """A heat map for each layer: classes down, neurons across, in order of the class that they matter most for."""
+    """Draw a heat map for each layer: classes down, neurons across, in order of the class that they matter most for."""
     layers = list(report.importance)
     count = min(len(layers), _MOST_LAYERS)
     shown = [layers[i * len(layers) // count] for i in range(count)]
@@ -52,7 +52,7 @@ def importance_by_class(report: ClassReport) -> Any:
 
 
 def reuse_matrix(report: ClassReport) -> Any:
-    """How many neurons every two classes share beyond chance (Jaccard index minus its chance level)."""
+    """Draw the overlap of every two classes' neurons beyond chance (Jaccard index minus its chance level)."""
     figure = new_figure(6, 5)
     axes = figure.subplots()
     excess = (report.jaccard - report.jaccard_chance).fill_diagonal_(math.nan)
@@ -68,7 +68,7 @@ def reuse_matrix(report: ClassReport) -> Any:
 
 
 def selectivity_histogram(report: ClassReport) -> Any:
-    """The class selectivity index over living neurons; it describes, and is not importance."""
+    """Draw a histogram of the class selectivity index of living neurons; it describes, and is not importance."""
     figure = new_figure(6, 4)
     axes = figure.subplots()
     found = torch.cat(list(report.selectivity.values()))
@@ -81,7 +81,7 @@ def selectivity_histogram(report: ClassReport) -> Any:
 
 
 def accuracy_bars(report: ClassReport) -> Any:
-    """Accuracy on each class's own samples (above) and on the others (below), of every kind of model."""
+    """Draw accuracy on each class's own samples (above) and on the others (below), of every kind of model."""
     kinds = [kind for kind in _BARS if any(row.model == kind for row in report.accuracies)]
     figure = new_figure(min(max(8, 0.9 * len(report.classes)), 16), 6.5)
     upper, lower = figure.subplots(2, 1, sharex=True)
@@ -106,7 +106,7 @@ def accuracy_bars(report: ClassReport) -> Any:
 
 
 def sharing_graph(report: ClassReport) -> Any:
-    """Classes on a circle: the larger, the more neurons of its own; lines where two share more than by chance."""
+    """Draw classes on a circle: the larger, the more neurons of its own; lines where two share more than by chance."""
     figure = new_figure(6, 6)
     axes = figure.subplots()
     count = len(report.classes)
@@ -136,7 +136,7 @@ def sharing_graph(report: ClassReport) -> Any:
 
 
 def _ticks(put: Callable[..., Any], report: ClassReport, *, most: int, **style: Any) -> None:
-    """At most so many classes along an axis."""
+    """Label an axis with classes, at most ``most`` of them."""
     step = -(-len(report.classes) // most)
     put(range(0, len(report.classes), step), report.classes[::step], **style)
 

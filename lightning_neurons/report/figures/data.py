@@ -1,4 +1,4 @@
-"""What figures of one measurement show, as numbers."""
+"""Numbers behind the figures of one measurement."""
 
 import math
 from typing import Any
@@ -15,11 +15,11 @@ from lightning_neurons.results.ablation_report import AblationReport
 from lightning_neurons.results.neuron_report import LayerCounts, NeuronReport
 
 BAR = math.log10(2) / 4
-"""How wide a bar of magnitudes is: four to a power of two."""
+"""Width of a bar of magnitudes in log10: four to a power of two."""
 
 
 def layer_counts(report: NeuronReport, layer: str) -> LayerCounts:
-    """What is known of a layer.
+    """Return the counts of a layer.
 
     Raises:
         UnknownNameError: If it was not measured.
@@ -30,13 +30,13 @@ def layer_counts(report: NeuronReport, layer: str) -> LayerCounts:
 
 
 def silence_threshold(report: NeuronReport, counts: LayerCounts) -> float:
-    """What counts as silent, in activation units; 0 if nothing but zero does, or it is not known."""
+    """Return the largest magnitude that counts as silent, in activation units; 0 if only zero does, or if unknown."""
     unit = counts.rms if report.settings.get("relative_threshold", True) else 1.0
     return float(report.settings.get("threshold", 0)) * (unit or 0.0)
 
 
 def magnitude_shares(counts: LayerCounts) -> tuple[float, Any, Any]:
-    """The share of zeros; and of equally wide bars, from the lowest used to the highest, left edges (log10) and shares.
+    """Return the share of zeros, and of equally wide bars, lowest used to highest, the left edges (log10) and shares.
 
     The fine bins, which are not equally wide in logarithms, are cut where bars end.
     """
@@ -52,7 +52,7 @@ def magnitude_shares(counts: LayerCounts) -> tuple[float, Any, Any]:
 
 
 def silent_shares(report: NeuronReport, layer: str | None, thresholds: Any) -> Tensor:
-    """``NeuronReport.deadness_at`` for many thresholds at once, ``(threshold, neuron)``, without unknown neurons.
+    """Compute ``NeuronReport.deadness_at`` at many thresholds, as ``(threshold, neuron)``, without unknown neurons.
 
     Args:
         report: A measurement.
@@ -80,7 +80,7 @@ def silent_shares(report: NeuronReport, layer: str | None, thresholds: Any) -> T
 def scored_and_measured(
     report: NeuronReport, ablation: AblationReport, criterion: str | None = None
 ) -> dict[str, Tensor]:
-    """By layer, scores and magnitudes of the measured change of loss, ``(2, neuron)``, of neurons that have both."""
+    """Return, by layer, scores and magnitudes of the measured change of loss, ``(2, neuron)``, of neurons with both."""
     scores, found = report.importance(criterion, "none"), {}
     for layer, delta in ablation.delta_loss.items():
         if layer in scores and len(delta) == len(scores[layer]):
@@ -90,7 +90,7 @@ def scored_and_measured(
 
 
 def is_signal(values: Tensor) -> bool:
-    """Whether a sample is one or a few lines, not a picture: at most 16 rows, and four times as many columns.
+    """Return True if a sample is a signal of one or a few rows, not an image: at most 16, and 4 times as many columns.
 
     Example:
         >>> is_signal(torch.zeros(50)), is_signal(torch.zeros(12, 500)), is_signal(torch.zeros(8, 8))
@@ -100,25 +100,25 @@ def is_signal(values: Tensor) -> bool:
 
 
 def finite(values: Tensor) -> Tensor:
-    """Ready to be drawn: on the CPU, with zero for what is NaN or infinite."""
+    """Return values on the CPU with zero for NaN and infinity, ready to be drawn."""
     return values.detach().cpu().float().nan_to_num(0, 0, 0)
 
 
 def as_channels(values: Tensor) -> Tensor:
-    """A picture as ``(channel, height, width)``; of a volume ``(channel, depth, height, width)`` the middle slice."""
+    """Return an image as ``(channel, height, width)``; of ``(channel, depth, height, width)``, the middle slice."""
     while values.ndim > 3:
         values = values[:, values.shape[1] // 2]
     return values if values.ndim == 3 else values[None]
 
 
 def summed_channels(values: Tensor) -> Tensor:
-    """A saliency map without its channels: ``(height, width)``, or ``(length,)`` of signals and tokens."""
+    """Sum a saliency map over its channels, to ``(height, width)``, or ``(length,)`` of signals and tokens."""
     plain = finite(values)
     return plain.reshape(-1, plain.shape[-1]).sum(0) if is_signal(plain) else as_channels(plain).sum(0)
 
 
 def tiled(weight: Tensor) -> Tensor:
-    """Filters ``(out, in, height, width)``, means over ``in``, side by side with gaps of NaN; a matrix as it is."""
+    """Tile filters ``(out, in, height, width)``, means over ``in``, with gaps of NaN; a matrix stays as it is."""
     if not weight.numel():
         return torch.full((1, 1), torch.nan)
     if weight.ndim < 4:

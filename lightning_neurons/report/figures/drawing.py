@@ -33,12 +33,12 @@ MISSING_MATPLOTLIB = "figures need matplotlib, which is not installed: pip insta
 
 
 def can_draw() -> bool:
-    """Whether matplotlib is installed."""
+    """Return True if matplotlib is installed."""
     return importlib.util.find_spec("matplotlib") is not None
 
 
 def new_figure(width: float, height: float) -> Any:
-    """An empty figure, in inches.
+    """Make an empty figure; sizes are in inches.
 
     Raises:
         MissingPackageError: If matplotlib is not installed.
@@ -51,7 +51,7 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def given_or_new(axes: Any, width: float, height: float) -> Any:
-    """The axes given, or those of a new figure of this size in inches.
+    """Return the axes given, or those of a new figure of this size in inches.
 
     Raises:
         MissingPackageError: If there are none and matplotlib is not installed.
@@ -60,7 +60,7 @@ def given_or_new(axes: Any, width: float, height: float) -> Any:
 
 
 def shortened(text: str, most: int) -> str:
-    r"""At most ``most`` characters of a text that nobody has chosen for a figure, shown as they are, not as formulas.
+    r"""Shorten a text, such as a layer's name, to ``most`` characters, and escape it for matplotlib.
 
     Names of layers tell more at their end, so the beginning goes.
 
@@ -72,7 +72,7 @@ def shortened(text: str, most: int) -> str:
 
 
 def put_title(axes: Any, name: str, rest: str) -> None:
-    """Write ``name`` and what there is to say of it above the axes; the name is shortened to fit."""
+    """Write ``name`` and a remark above the axes; the name is shortened to fit."""
     characters = int(axes.bbox.width / axes.figure.dpi * 72 / (0.55 * _TITLE_SIZE))
     axes.set_title(f"{shortened(name, max(characters - len(rest), 8))}{rest}", fontsize=_TITLE_SIZE)
 
@@ -98,7 +98,7 @@ def log_where_positive(axes: Any, which: Literal["x", "y"], values: Tensor) -> t
 
 
 def say_instead(axes: Any, text: str) -> Any:
-    """Write in the middle why there is nothing to draw; returns the axes."""
+    """Write the reason why there is nothing to draw into the middle of the axes; return them."""
     axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes, fontsize=_TITLE_SIZE)
     axes.set_xticks([])
     axes.set_yticks([])
@@ -107,14 +107,14 @@ def say_instead(axes: Any, text: str) -> Any:
 
 @contextmanager
 def any_letters() -> Iterator[None]:
-    """Say nothing of letters in names of layers that the font has not got: boxes stand for them."""
+    """Suppress matplotlib's warnings of letters in names of layers that the font lacks: it draws boxes for them."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         yield
 
 
 def save_figure(figure: Any, path: Where) -> Where:
-    """Write a figure as PNG; returns where."""
+    """Write a figure as PNG; return its path."""
     packed = io.BytesIO()
     with any_letters():
         figure.savefig(packed, dpi=120, format="png")

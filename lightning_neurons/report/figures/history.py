@@ -34,11 +34,11 @@ _METRICS = {
 
 
 def magnitude_history(history: NeuronHistory, layer: str, axes: Any = None) -> Any:
-    """How often a layer's activations had which magnitude, one column per measurement; zeros are the lowest row.
+    """Draw the histogram of a layer's activation magnitudes, one column per measurement; zeros are the lowest row.
 
     Args:
         history: The measurements; one that lacks the layer leaves a gap.
-        layer: Which layer.
+        layer: The layer's path.
         axes: Where to draw; None makes a figure.
 
     Raises:
@@ -79,7 +79,7 @@ def magnitude_history(history: NeuronHistory, layer: str, axes: Any = None) -> A
 
 
 def dead_history(history: NeuronHistory, axes: Any = None) -> Any:
-    """The share of dead neurons by layer, first layer at the top, one column per measurement."""
+    """Draw the share of dead neurons by layer, first layer at the top, one column per measurement."""
     layers = list(dict.fromkeys(name for entry in history.entries for name in entry.dead))
     axes = given_or_new(axes, 6.5, min(1.4 + 0.18 * max(len(layers), 5), 13))
     _epochs(axes, history.entries)
@@ -101,7 +101,7 @@ def dead_history(history: NeuronHistory, axes: Any = None) -> Any:
 
 
 def pruning_progress(history: PruningHistory, axes: Any = None) -> Any:
-    """How much of the model is left, and what each cut did to the monitored metric (on the right)."""
+    """Draw the share of parameters and MACs left after each cut, and the monitored metric around it (on the right)."""
     axes = given_or_new(axes, 6.5, 4.2)
     axes.set_xlabel("epoch")
     axes.set_ylabel("left of the model [%]")
@@ -135,7 +135,7 @@ def pruning_progress(history: PruningHistory, axes: Any = None) -> Any:
 
 
 def _metric(axes: Any, history: PruningHistory) -> tuple[list[Any], list[str]]:
-    """The metric around every cut, joined by a line; what the legend needs."""
+    """Draw the metric around every cut, joined by a line; return handles and labels for the legend."""
     epochs = sorted({point.epoch for point in history.points})
     apart = 0.25 * min(np.diff(epochs), default=1)
     for point in history.points:
@@ -157,25 +157,25 @@ def _measured(point: PruningPoint) -> list[tuple[int, float]]:
 
 
 def _dead_share(entry: HistoryEntry, layer: str) -> float:
-    """In per cent of the neurons of which it is known; NaN where it is known of none."""
+    """Return the share of dead neurons in per cent of those of which it is known; NaN where there are none."""
     known = entry.widths[layer] - len(entry.unknown.get(layer, [])) if layer in entry.dead else 0
     return 100 * len(entry.dead[layer]) / known if known else math.nan
 
 
 def _places(entries: Sequence[HistoryEntry]) -> list[int] | None:
-    """The epochs, or None where they do not tell the measurements apart."""
+    """Return the epochs, or None if several measurements have the same."""
     epochs = [entry.epoch for entry in entries if entry.epoch is not None]
     return epochs if len(epochs) == len(entries) and epochs == sorted(set(epochs)) else None
 
 
 def _epochs(axes: Any, entries: Sequence[HistoryEntry]) -> None:
-    """Label the lower axis."""
+    """Label the lower axis with epochs, or numbers of measurements."""
     axes.set_xlabel("measurement" if _places(entries) is None else "epoch")
     axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
 
 
 def _edges(entries: Sequence[HistoryEntry]) -> Any:
-    """Where columns end: halfway between two measurements."""
+    """Return the edges of the columns: halfway between two measurements."""
     at = np.asarray(_places(entries) or range(len(entries)), dtype=float)
     if len(at) == 1:
         return np.array([at[0] - 0.5, at[0] + 0.5])

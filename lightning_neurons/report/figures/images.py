@@ -1,4 +1,4 @@
-"""Pictures: samples, what networks look at in them, filters, and what excites a neuron."""
+"""Figures of images: samples, saliency maps, activation maps, filters, and images that excite neurons."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +18,7 @@ _COLUMNS = 6
 
 
 def picture(image: Float[Tensor, "*shape"], axes: Any, *, value_range: tuple[float, float] | None = None) -> Any:
-    """Show one sample: as a picture, or as lines if it is a signal.
+    """Draw one sample: as an image, or as lines if it is a signal.
 
     Args:
         image: ``(height, width)`` or ``(channel, height, width)``: three channels are colours, the mean of any other
@@ -44,7 +44,7 @@ def picture(image: Float[Tensor, "*shape"], axes: Any, *, value_range: tuple[flo
 
 
 def attribution(values: Float[Tensor, "*shape"], axes: Any, *, absolute: bool = False) -> Any:
-    """Show how much each place of a sample adds (orange) or takes away (purple); channels are summed.
+    """Draw an attribution: how much each place of a sample adds (orange) or takes away (purple), summed over channels.
 
     Args:
         values: As ``picture`` takes them; or ``(token,)``, drawn as bars.
@@ -78,7 +78,7 @@ def saliency_rows(
     *,
     absolute: bool = False,
 ) -> Any:
-    """One row per sample: the picture, its attribution, and both together; each attribution has its own scale.
+    """Draw one row per sample: the image, its attribution, and both together; each attribution has its own scale.
 
     Args:
         images: Samples as ``picture`` takes them; None for tokens, of which only the attribution is shown. Signals
@@ -114,7 +114,7 @@ def saliency_rows(
 
 
 def activation_overlay(image: Tensor, maps: Sequence[Tensor] | Tensor, titles: Sequence[str]) -> Any:
-    """A picture and, beside it, where neurons are active in it, all on the same scale.
+    """Draw an image and, beside it, the activation maps of neurons over it, all on the same scale.
 
     Args:
         image: As ``picture`` takes it.
@@ -152,7 +152,7 @@ def activation_overlay(image: Tensor, maps: Sequence[Tensor] | Tensor, titles: S
 
 
 def filters_before_after(before: Tensor, after: Tensor, axes: Sequence[Any] | None = None) -> Any:
-    """A layer's weights before and after, as small pictures (means over inputs) or a matrix; one scale for both.
+    """Draw a layer's weights before and after, as small images (means over inputs) or a matrix; one scale for both.
 
     Args:
         before: ``(out, in, height, width)``, or ``(out, in)`` of a linear layer.
@@ -182,7 +182,7 @@ def filters_before_after(before: Tensor, after: Tensor, axes: Sequence[Any] | No
 
 
 def maximized_images(images: Sequence[Tensor] | Tensor, titles: Sequence[str]) -> Any:
-    """Pictures in [0, 1] with a title each, of one line or several, side by side.
+    """Draw images in [0, 1] side by side, each with a title of one line or several.
 
     Returns:
         The figure.
@@ -211,13 +211,13 @@ def _colors(limit: float, absolute: bool) -> dict[str, Any]:
 
 
 def _limit(values: Tensor) -> float:
-    """The 99th percentile of magnitudes, so that one bright pixel does not darken all others; their maximum if 0."""
+    """Return the 99th percentile of magnitudes (their maximum if 0): one bright pixel does not darken all others."""
     magnitudes = values.abs().flatten().sort().values
     return float(magnitudes[int(0.99 * (len(magnitudes) - 1))]) or float(magnitudes[-1]) or 1.0
 
 
 def _overlay(axes: Any, image: Tensor, values: Tensor, *, absolute: bool, limit: float | None = None) -> Any:
-    """Lay a map over a grey picture, the stronger the less transparent; it is stretched to the picture's size."""
+    """Draw a map over a grey image, the stronger the less transparent; it is stretched to the image's size."""
     grey = as_channels(finite(image)).mean(0)[None]
     # Dark purple could not be seen on black.
     picture(grey if absolute else 0.4 + 0.6 * grey, axes, value_range=(0, 1))

@@ -1,4 +1,4 @@
-"""Figures of one measurement: how strong activations are, who is dead, who matters, and whether criteria are right.
+"""Figures of one measurement: magnitudes of activations, deadness, importance, and criteria against ablation.
 
 Every function draws on the axes that it is given, or on those of a new figure, and returns them.
 """
@@ -32,7 +32,7 @@ _CURVE_THRESHOLDS = 25
 
 
 def activation_histogram(report: NeuronReport, layer: str, axes: Any = None) -> Any:
-    """How often a layer's activations have which magnitude, with zeros apart, and what counts as silent.
+    """Draw the histogram of a layer's activation magnitudes, with zeros apart, and the threshold of silence.
 
     A bar of zeros that would dwarf the others is cut off; its label says how high it is.
 
@@ -69,7 +69,7 @@ def activation_histogram(report: NeuronReport, layer: str, axes: Any = None) -> 
 
 
 def deadness_curve(report: NeuronReport, layer: str | None = None, axes: Any = None) -> Any:
-    """How many neurons would be dead, or silent in 99 % of values, if the threshold were another.
+    """Draw the share of neurons that would be dead, or silent in 99 % of values, at other thresholds.
 
     Args:
         report: A measurement with ``near_zero``.
@@ -105,7 +105,7 @@ def deadness_curve(report: NeuronReport, layer: str | None = None, axes: Any = N
 
 
 def deadness_grid(report: NeuronReport, layer: str, axes: Any = None) -> Any:
-    """One cell per neuron, row by row: the brighter the deader; crosses are dead, blank cells unknown.
+    """Draw one cell per neuron, row by row: the brighter the deader; crosses are dead, blank cells unknown.
 
     Raises:
         UnknownNameError: If deadness of the layer was not measured.
@@ -136,7 +136,7 @@ def deadness_grid(report: NeuronReport, layer: str, axes: Any = None) -> Any:
 def importance_bars(
     report: NeuronReport, criterion: str | None = None, layer: str | None = None, shown: int = 20, axes: Any = None
 ) -> Any:
-    """The most and the least important neurons with their scores; all of them if there are few.
+    """Draw bars of the most and the least important neurons' scores; all of them if there are few.
 
     Args:
         report: A measurement.
@@ -177,7 +177,7 @@ def importance_bars(
 
 
 def sensitivity_by_layer(report: NeuronReport, criterion: str | None = None, axes: Any = None) -> Any:
-    """How scores are distributed over the neurons of each layer: median, 10 to 90 %, extremes; layers as in the model.
+    """Draw the distribution of scores in each layer: median, 10 to 90 %, extremes; layers in the model's order.
 
     Args:
         report: A measurement.
@@ -214,7 +214,7 @@ def sensitivity_by_layer(report: NeuronReport, criterion: str | None = None, axe
 def agreement_scatter(
     report: NeuronReport, ablation: AblationReport, criterion: str | None = None, axes: Any = None
 ) -> Any:
-    """Each neuron's score against what really happens to the loss without it, where that was measured.
+    """Draw each neuron's score against the measured change of the loss without it.
 
     Args:
         report: A measurement.

@@ -14,7 +14,7 @@ from lightning_neurons.results.neuron_report import NeuronReport
 
 
 def deadness(run: RunFolder, *, drawing: bool) -> Section:
-    """What another threshold would say, and how layers compare."""
+    """Return the section: dead neurons at other thresholds, and layers compared."""
     parts: list[Part] = []
     if any(len(silent) for silent in run.report.deadness_by.get("near_zero", {}).values()):
         figures = (threshold_figure(run.report),) if drawing else ()

@@ -22,7 +22,7 @@ _SIGNATURES = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg",
 
 
 def media_type(start: bytes) -> str | None:
-    """What a picture is, by its first 16 bytes; None for anything else.
+    """Return the media type of an image, by its first 16 bytes; None for anything else.
 
     Example:
         >>> media_type(b"GIF89a"), media_type(b"<script>")
@@ -34,20 +34,20 @@ def media_type(start: bytes) -> str | None:
 
 
 def embedded_file(path: Path, alt: str, title: str = "", caption: str = "") -> Picture:
-    """A picture from a file."""
+    """Return an image file as a part of the page."""
     data = path.read_bytes()
     return Picture(_uri(data, media_type(data[:16]) or "image/png"), alt, title, caption)
 
 
 def new_axes(width: float, height: float) -> Any:
-    """The axes of an empty figure, in inches."""
+    """Return the axes of an empty figure of this size in inches."""
     figure = new_figure(width, height)
     figure.set_layout_engine("tight", pad=0.5)  # faster than the other one, which is for several axes
     return figure.subplots()
 
 
 def embedded_figure(figure: Any, alt: str, title: str = "") -> Picture:
-    """A matplotlib figure.
+    """Return a matplotlib figure as a part of the page.
 
     Args:
         figure: The figure.

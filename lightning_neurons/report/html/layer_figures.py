@@ -1,4 +1,4 @@
-"""The figures of one layer, each with what it shows in words."""
+"""Figures of one layer, each with a description in words."""
 
 from lightning_neurons.metrics.histogram import representatives
 from lightning_neurons.report.figures import history as history_figures
@@ -15,7 +15,7 @@ _BARS = 12
 
 
 def layer_figures(report: NeuronReport, history: NeuronHistory | None, layer: str) -> list[Picture]:
-    """All that can be drawn of a layer."""
+    """Return all figures that can be drawn of a layer."""
     found = []
     if report.counts[layer].histogram.any():
         found.append(_magnitudes(report, layer))

@@ -9,7 +9,7 @@ from lightning_neurons.results.neuron_report import NeuronReport
 
 
 def layer_pages(run: RunFolder, *, drawing: bool) -> Section:
-    """A page for each layer, in the order of the model."""
+    """Return a page for each layer, in the order of the model."""
     pages = tuple(_page(run, row, place, drawing) for place, row in enumerate(layer_rows(run.report)))
     lead = "One page for each layer, in the order of the model."
     return Section("pages", "Layer by layer", lead, (LayerPages(pages),) * bool(pages))
@@ -46,7 +46,7 @@ def _facts(report: NeuronReport, row: LayerRow) -> dict[str, str]:
 
 
 def _place(report: NeuronReport, name: str) -> dict[str, str]:
-    """Where the layer lies in the model."""
+    """Return facts on the layer's place in the model: its type, downstream layers and layers summed with it."""
     layer = next((layer for layer in report.layers if layer.name == name), None)
     if layer is None:
         return {}

@@ -1,4 +1,4 @@
-"""Pictures that lie beside a run, and the lists that say what they show."""
+"""Images in the folder of a run, and the JSON lists that describe them."""
 
 import json
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from lightning_neurons.results.plain import number
 
 @dataclass(frozen=True)
 class ListedPicture:
-    """A picture in the gallery.
+    """An image in the gallery.
 
     Attributes:
         path: The file.
@@ -28,7 +28,7 @@ class ListedPicture:
 
 @dataclass(frozen=True)
 class ListedCard:
-    """The picture of a neuron.
+    """The image of a neuron.
 
     Attributes:
         path: The file.
@@ -44,7 +44,7 @@ class ListedCard:
 
 
 def read_pictures(path: Path, notes: list[str]) -> tuple[ListedPicture, ...]:
-    """The pictures that a list names; those that cannot be shown make a note instead.
+    """Read the images that a list names; those that cannot be shown make a note instead.
 
     Raises:
         ArgumentError: If it is no such list.
@@ -56,7 +56,7 @@ def read_pictures(path: Path, notes: list[str]) -> tuple[ListedPicture, ...]:
 
 
 def read_cards(path: Path, notes: list[str]) -> tuple[ListedCard, ...]:
-    """The neurons that a list names; those whose pictures cannot be shown make a note instead.
+    """Read the neurons that a list names; those whose images cannot be shown make a note instead.
 
     Raises:
         ArgumentError: If it is no such list.
@@ -87,7 +87,7 @@ def _entries(path: Path, notes: list[str]) -> list[tuple[dict[str, Any], Path]]:
 
 
 def _unfit(folder: Path, name: str) -> str:
-    """Why a picture cannot be shown; empty if it can."""
+    """Return the reason why an image cannot be shown; empty if it can."""
     try:
         file = (folder / name).resolve()
         # Whoever opens the page must not get a file that its author did not put there.

@@ -15,7 +15,7 @@ _SHOWN = 20
 
 
 def overview(run: RunFolder) -> Section:
-    """Key numbers and what the reader should know."""
+    """Return the section of key numbers and notes."""
     lines = list(remarks(run.report))
     if run.notes:
         lines.append(
@@ -65,7 +65,7 @@ _COLUMNS = (
 
 
 def layers(report: NeuronReport) -> Section:
-    """One row for each layer, in the order of the model."""
+    """Return the section with one row for each layer, in the order of the model."""
     rows = layer_rows(report)
     total = [_count(sum(row.neurons for row in rows)), *(_judged(rows, name) for name in _JUDGED)]
     table = Table(
@@ -92,7 +92,7 @@ def _cells(row: LayerRow, place: int) -> tuple[Cell, ...]:
 
 
 def rankings(report: NeuronReport) -> Section:
-    """The neurons that matter most and least, over all layers."""
+    """Return the section of the neurons that matter most and least, over all layers."""
     if not report.scores:
         return Section("rankings", "Rankings", "", ())
     ranking = report.ranking()
@@ -120,7 +120,7 @@ def rankings(report: NeuronReport) -> Section:
 
 
 def title_of(directory: Path) -> str:
-    """How the page is called."""
+    """Return the title of the page."""
     return f"Neurons of {directory.resolve().name or directory}"
 
 

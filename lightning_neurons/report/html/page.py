@@ -1,4 +1,4 @@
-"""The page: one HTML file with all that lies in the folder of a run."""
+"""Page of a run: one HTML file with all results in its folder."""
 
 import base64
 import hashlib
@@ -21,7 +21,7 @@ _NO_FIGURES = "Figures are left out, as matplotlib is not installed: pip install
 
 
 def write_html(directory: str | Path, path: str | Path | None = None) -> Place:
-    """Write everything that lies in the folder of a run as one HTML file, which loads nothing from anywhere.
+    """Write all results in the folder of a run as one HTML file, which loads nothing from anywhere.
 
     Args:
         directory: The folder; neurons.json must be there, all else may.
@@ -44,7 +44,7 @@ def write_html(directory: str | Path, path: str | Path | None = None) -> Place:
 
 
 def html_of(run: RunFolder) -> str:
-    """The text of the page."""
+    """Return the page as HTML."""
     environment = Environment(
         loader=PackageLoader("lightning_neurons.report.html"),
         autoescape=True,
@@ -102,11 +102,11 @@ def _words(value: object) -> str:
 
 
 def _source(environment: Environment, name: str) -> str:
-    """A file that goes into the page as it is."""
+    """Read a file that goes into the page as it is."""
     assert environment.loader is not None, "given above"
     return environment.loader.get_source(environment, name)[0]
 
 
 def _hash(source: str) -> str:
-    """By which the page's policy knows its own script and style, so that no other can run."""
+    """Return the hash by which the page's content security policy allows its own script and style, and no other."""
     return f"sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}"

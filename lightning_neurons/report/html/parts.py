@@ -1,4 +1,4 @@
-"""What the page is made of: plain values, each shown by the template in ``templates/parts`` that its ``kind`` names."""
+"""Parts of the page as plain values, each shown by the template in ``templates/parts`` that its ``kind`` names."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -58,13 +58,13 @@ class Table:
 
     @property
     def legend(self) -> tuple[tuple[str, str], ...]:
-        """Headings that need words, with those words."""
+        """Headings that need an explanation, with it."""
         return tuple((column.heading, column.meaning) for column in self.columns if column.meaning)
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture inside the page.
+    """An image inside the page.
 
     Attributes:
         uri: All of it, as a ``data:`` address.
@@ -86,7 +86,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Side:
-    """Parts beside each other where the page is wide enough."""
+    """Parts side by side where the page is wide enough."""
 
     kind: ClassVar[str] = "side"
     parts: "tuple[Part, ...]"
@@ -102,7 +102,7 @@ class Words:
 
 @dataclass(frozen=True)
 class Facts:
-    """Names and what they stand for.
+    """Names and their values.
 
     Attributes:
         title: Shown above; may be empty.
@@ -141,7 +141,7 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Card:
-    """One neuron: its picture and numbers.
+    """One neuron: its image and numbers.
 
     Attributes:
         name: Which neuron.
@@ -158,7 +158,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Cards:
-    """Neurons beside each other."""
+    """Neurons side by side."""
 
     kind: ClassVar[str] = "cards"
     cards: tuple[Card, ...]
@@ -183,7 +183,7 @@ class LayerPage:
 
 @dataclass(frozen=True)
 class LayerPages:
-    """One for each layer."""
+    """The pages of all layers."""
 
     kind: ClassVar[str] = "layers"
     pages: tuple[LayerPage, ...]
@@ -194,7 +194,7 @@ Part = Table | Picture | Side | Words | Facts | Tiles | Cards | LayerPages
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page that the navigation names.
+    """A section of the page, listed in its navigation.
 
     Attributes:
         place: Its id.

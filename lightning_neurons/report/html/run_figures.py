@@ -1,4 +1,4 @@
-"""The figures of a whole run, each with what it shows in words."""
+"""Figures of a whole run, each with a description in words."""
 
 import math
 
@@ -20,14 +20,14 @@ _WIDTH = 4.9
 
 
 def threshold_figure(report: NeuronReport) -> Picture:
-    """How many neurons would be dead at other thresholds."""
+    """Return the figure of dead neurons at other thresholds."""
     alt = f"Dead neurons of all layers by threshold {dead_by_threshold(report)}."
     axes = figures.deadness_curve(report, axes=new_axes(_WIDTH, 3.3))
     return embedded_figure(axes.figure, alt, "Deadness by threshold")
 
 
 def layer_comparisons(report: NeuronReport, history: NeuronHistory | None) -> list[Picture]:
-    """Sensitivity by layer, and dead neurons by layer over the run."""
+    """Return the figures of sensitivity by layer, and of dead neurons by layer over the run."""
     found = [_layers(report)] if report.scores else []
     if history is not None and len(history) > 1 and any(history.entries[-1].dead):
         found.append(_dead(history))
@@ -55,12 +55,12 @@ def _dead(history: NeuronHistory) -> Picture:
 
 
 def _height(layers: int) -> float:
-    """Of a figure with a line for each layer."""
+    """Return the height in inches of a figure with a line for each layer."""
     return min(2 + 0.2 * layers, 14)
 
 
 def agreement_figure(report: NeuronReport, ablation: AblationReport) -> Picture | None:
-    """The main criterion against the measured change of the loss; None if no neuron has both."""
+    """Return the figure of the main criterion against the measured change of the loss; None if no neuron has both."""
     scores = report.importance()
     pairs = [(scores[n], d) for n, d in ablation.delta_loss.items() if n in scores and len(scores[n]) == len(d)]
     if not pairs:
@@ -79,7 +79,7 @@ def agreement_figure(report: NeuronReport, ablation: AblationReport) -> Picture 
 
 
 def pruning_figure(pruning: PruningHistory) -> Picture:
-    """Sizes and the monitored metric after each cut."""
+    """Return the figure of sizes and the monitored metric after each cut."""
     left = ", ".join(percent(point.macs / max(pruning.macs, 1)) for point in pruning.points)
     alt = f"Progress over {len(pruning.points)} cuts; multiply-accumulate operations left after each: {left}."
     metrics = [point.after for point in pruning.points if point.after is not None]

@@ -1,4 +1,4 @@
-"""What lies in the folder of a run."""
+"""Results in the folder of a run."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -23,7 +23,7 @@ _DEPTH = 3
 
 @dataclass(frozen=True, eq=False)
 class RunFolder:
-    """A run, as far as it has been written down.
+    """The results of a run, as far as they are in its folder.
 
     Attributes:
         directory: The folder.
@@ -51,7 +51,7 @@ class RunFolder:
 
     @classmethod
     def read(cls, directory: str | Path) -> "RunFolder":
-        """Read a folder; only neurons.json must be there.
+        """Read a folder; only neurons.json is required.
 
         Raises:
             ArgumentError: If it is not, or is broken; names the nearest folder that has one.
@@ -86,7 +86,7 @@ def _report(folder: Path) -> NeuronReport:
 
 
 def _nearest(folder: Path) -> Path | None:
-    """The folder that has a report, the fewest levels below; the newest of several."""
+    """Return the folder with a report that is the fewest levels below; the newest of several."""
     for depth in range(1, _DEPTH + 1):
         found = [path for path in folder.glob("*/" * depth + "neurons.json") if path.is_file()]
         if found:
@@ -95,7 +95,7 @@ def _nearest(folder: Path) -> Path | None:
 
 
 def _optional(path: Path, load: Callable[[Path], Found], notes: list[str]) -> Found | None:
-    """What a file says, or None; a file that is there and cannot be read makes a note."""
+    """Load a file; None if there is none. One that cannot be read makes a note."""
     if not path.exists():
         return None
     try:

@@ -1,4 +1,4 @@
-"""Sections on what else lies in the folder: ablation, pruning, classes, pictures."""
+"""Sections on the other results in the folder: ablation, pruning, classes, images."""
 
 import math
 
@@ -15,7 +15,7 @@ _SHOWN = 10
 
 
 def cards(run: RunFolder) -> Section:
-    """Neurons that stand out, with what excites them."""
+    """Return the section of neurons that stand out, with images that excite them."""
     shown = tuple(
         Card(
             card.name,
@@ -31,7 +31,7 @@ def cards(run: RunFolder) -> Section:
 
 
 def gallery(run: RunFolder) -> Section:
-    """Pictures that were saved with the run."""
+    """Return the section of images that were saved with the run."""
     pictures = tuple(
         embedded_file(p.path, p.caption or p.title or p.path.name, p.title, p.caption) for p in run.gallery
     )
@@ -39,7 +39,7 @@ def gallery(run: RunFolder) -> Section:
 
 
 def agreement(run: RunFolder, *, drawing: bool) -> Section:
-    """What switching neurons off does, and whether the main criterion knew."""
+    """Return the section on ablation: the change of the loss without neurons, and the main criterion against it."""
     title, found = "Agreement with ablation", run.ablation
     if found is None:
         return Section("ablation", title, "", ())
@@ -75,7 +75,7 @@ def _ablated(caption: str, rows: list[AblatedNeuron]) -> Table:
 
 
 def pruning(run: RunFolder, *, drawing: bool) -> Section:
-    """What was cut, when, and what it cost."""
+    """Return the section on pruning: the cuts, and the metric and sizes after them."""
     title, found = "Pruning", run.pruning
     if found is None or not found.points:
         return Section("pruning", title, "", ())
@@ -151,7 +151,7 @@ _MODELS = {
 
 
 def classes(run: RunFolder) -> Section:
-    """What the neurons of each class can do alone, and what the network can do without them."""
+    """Return the section on classes: accuracy of each class's neurons alone, and of the network without them."""
     title = "Classes"
     if not run.classes:
         return Section("classes", title, "", ())

@@ -1,4 +1,4 @@
-"""Numbers as words of the page."""
+"""Formatting of numbers for the page."""
 
 import math
 
@@ -10,7 +10,7 @@ from lightning_neurons.results.neuron_report import NeuronReport
 
 
 def percent(share: float) -> str:
-    """A share for people; ``"-"`` for NaN.
+    """Format a share in per cent; ``"-"`` for NaN.
 
     Example:
         >>> percent(0.131), percent(0.004), percent(0.00001), percent(math.nan)
@@ -24,7 +24,7 @@ def percent(share: float) -> str:
 
 
 def real(value: float) -> str:
-    """Three digits; ``"-"`` for NaN.
+    """Format a number with three digits; ``"-"`` for NaN.
 
     Example:
         >>> real(0.012345), real(math.nan), real(1234.5)
@@ -34,7 +34,7 @@ def real(value: float) -> str:
 
 
 def whole(count: int | None) -> str:
-    """A count with separated thousands; ``"-"`` for None.
+    """Format a count with separated thousands; ``"-"`` for None.
 
     Example:
         >>> whole(12345), whole(None)
@@ -44,7 +44,7 @@ def whole(count: int | None) -> str:
 
 
 def many(count: int, one: str, several: str = "") -> str:
-    """A count and its noun.
+    """Format a count and its noun, in the plural where needed.
 
     Example:
         >>> many(1, "layer"), many(2, "layer"), many(2, "class", "classes")
@@ -54,7 +54,7 @@ def many(count: int, one: str, several: str = "") -> str:
 
 
 def dead_by_threshold(report: NeuronReport, layer: str | None = None) -> str:
-    """How many neurons of a layer, or of all, are dead at several thresholds, in the units of the report's own."""
+    """List the numbers of dead neurons of a layer, or of all, at several thresholds, in the report's unit."""
     silent = silent_shares(report, layer, np.array(THRESHOLDS))
     words = ", ".join(f"{int((found == 1).sum())} at {t:g}" for t, found in zip(THRESHOLDS, silent, strict=True))
     relative = report.settings.get("relative_threshold", True)

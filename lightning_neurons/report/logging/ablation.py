@@ -40,7 +40,7 @@ def write_ablation(
 
 
 def ablation_scalars(report: AblationReport, agreement: OracleAgreement) -> dict[str, float]:
-    """The scalar series; those without a value (NaN) are left out."""
+    """Return the scalar series; those without a value (NaN) are left out."""
     found = {
         "ablation/loss": report.loss,
         "ablation/agreement": agreement.same_data,
@@ -51,7 +51,7 @@ def ablation_scalars(report: AblationReport, agreement: OracleAgreement) -> dict
 
 
 def ranking_page(report: AblationReport) -> str:
-    """Both ends of the ranking, as Markdown."""
+    """Return both ends of the ranking, as Markdown."""
     rows = [
         (f"`{row.layer}`", row.neuron, f"{row.delta_loss:+.4g}", f"{row.standard_error:.2g}") for row in _ends(report)
     ]
@@ -63,7 +63,7 @@ def ranking_page(report: AblationReport) -> str:
 def print_ablation(
     report: AblationReport, agreement: OracleAgreement, criterion: str, console: Console | None = None
 ) -> None:
-    """Print both ends of the ranking, and how far the criterion can be trusted."""
+    """Print both ends of the ranking, and the agreement of the criterion with it."""
     console = console or Console()
     found = Table(title="Loss without a neuron", caption=f"loss with all of them: {report.loss:.4g}")
     found.add_column("layer", overflow="fold")

@@ -1,4 +1,4 @@
-"""Which neurons get a card, what stands on it, and where it is shown."""
+"""Choice of neurons for cards, the cards' contents, and their output to loggers and files."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ _TOP_PICTURES = 6
 
 
 class Chosen(NamedTuple):
-    """A neuron, and why it is shown."""
+    """A neuron, and the reason why it is shown."""
 
     layer: str
     neuron: int
@@ -28,7 +28,7 @@ class Chosen(NamedTuple):
 
 
 def chosen_neurons(report: NeuronReport, died: Mapping[str, Sequence[int]], each: int) -> list[Chosen]:
-    """The most important, the least important and the newly dead neurons, ``each`` of a kind, none twice.
+    """Choose the most important, the least important and the newly dead neurons, ``each`` of a kind, none twice.
 
     Args:
         report: A measurement.
@@ -54,7 +54,7 @@ def neuron_cards(
     report: NeuronReport | None,
     inputs: Float[Tensor, "picture ..."],
 ) -> tuple[NeuronCard, ...]:
-    """A card for each neuron.
+    """Make a card for each neuron.
 
     Args:
         found: Of which the last rows are the neurons'.
@@ -98,7 +98,7 @@ def show_maximized(
     name: str,
     apart: str = "",
 ) -> None:
-    """Show the pictures of the first ``count`` rows in loggers, and keep them in the folder of a run.
+    """Show the images of the first ``count`` rows in loggers, and keep them in the folder of a run.
 
     Args:
         loggers: Lightning loggers.

@@ -13,7 +13,7 @@ PICTURES, CARDS = "pictures.json", "cards.json"
 
 
 def can_show(loggers: Sequence[Any]) -> bool:
-    """Whether any of the loggers takes figures or images."""
+    """Return True if any of the loggers takes figures or images."""
     return any(hasattr(logger, "log_image") or hasattr(_experiment(logger), "add_figure") for logger in loggers)
 
 
@@ -28,7 +28,7 @@ def show_figure(loggers: Sequence[Any], tag: str, figure: Any, step: int) -> Non
 
 
 def as_pixels(figure: Any) -> Any:
-    """A figure as an array ``(height, width, 3)`` of bytes."""
+    """Render a figure as an array ``(height, width, 3)`` of bytes."""
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # optional, and slow to import
 
@@ -39,7 +39,7 @@ def as_pixels(figure: Any) -> Any:
 
 
 def keep_picture(directory: Place, name: str, figure: Any, title: str, caption: str) -> None:
-    """Write a figure into the folder of pictures, in place of one of the same name, and into its list."""
+    """Write a figure into the folder of images, in place of one of the same name, and into its list."""
     save_figure(figure, inside(directory, FOLDER, f"{name}.png"))
     entry = {"file": f"{name}.png", "title": title, "caption": caption}
     listed = inside(directory, FOLDER, PICTURES)
@@ -48,7 +48,7 @@ def keep_picture(directory: Place, name: str, figure: Any, title: str, caption: 
 
 
 def keep_cards(directory: Place, cards: Sequence[tuple[Any, Mapping[str, Any]]], group: str) -> None:
-    """Write cards into the folder of pictures, in place of all of this group that were there.
+    """Write cards into the folder of images, in place of all of this group that were there.
 
     Args:
         directory: Of the run.

@@ -1,4 +1,4 @@
-"""The custom-scalars page of TensorBoard: curves that belong together, in one chart.
+"""Custom-scalars page of TensorBoard: curves that belong together, in one chart.
 
 TensorBoard shows the last page that a run has laid out; ours is added to the user's, and never hides it.
 """
@@ -41,7 +41,7 @@ _TAG = "custom_scalars__config__"
 
 @dataclass
 class _Shown:
-    """What of a run's event files has been read: how far, and the last page that was laid out."""
+    """The state of reading a run's event files: the offset in each, and the last page found."""
 
     read: dict[str, int] = field(default_factory=dict)
     page: bytes | None = None
@@ -51,7 +51,7 @@ _SHOWN: "WeakKeyDictionary[Any, _Shown]" = WeakKeyDictionary()
 
 
 def write_layout(loggers: Sequence[Any]) -> None:
-    """Lay the page out in each logger that has one, unless the last that was laid out has all of ours."""
+    """Write the page to each TensorBoard logger, unless the last page there has all of our charts."""
     for logger in loggers:
         experiment: Any = getattr(logger, "experiment", None)
         if not hasattr(experiment, "add_custom_scalars"):
@@ -68,7 +68,7 @@ def write_layout(loggers: Sequence[Any]) -> None:
 
 
 def _charts(page: Layout) -> dict[str, dict[str, list[Any]]]:
-    """A page as ``add_custom_scalars`` takes it."""
+    """Return a page as ``add_custom_scalars`` takes it."""
     return {category.title: {chart.title: _chart(chart) for chart in category.chart} for category in page.category}
 
 
@@ -79,7 +79,7 @@ def _chart(chart: Any) -> list[Any]:
 
 
 def _page(charts: dict[str, dict[str, list[Any]]]) -> Layout | None:
-    """What ``add_custom_scalars`` makes of charts; None if it does not take them."""
+    """Return the page that ``add_custom_scalars`` makes of charts; None if it does not take them."""
     try:
         return Layout.FromString(custom_scalars(charts).value[0].tensor.string_val[0])
     except AssertionError:  # several margins in one chart
@@ -87,7 +87,7 @@ def _page(charts: dict[str, dict[str, list[Any]]]) -> Layout | None:
 
 
 def _read_on(shown: _Shown, folder: str) -> None:
-    """Find the last page in the event files of a folder, from where they were read before."""
+    """Find the last page in the event files of a folder, reading from the offsets reached before."""
     files, name = url_to_fs(folder)
     for path in sorted(files.find(name, maxdepth=1)):
         if "tfevents" not in path:
@@ -102,7 +102,7 @@ def _read_on(shown: _Shown, folder: str) -> None:
 
 
 def _events(file: Any) -> Iterator[tuple[bytes, int]]:
-    """The whole records of an event file, and where each ends: a length and its checksum, the data and its checksum."""
+    """Yield whole records of an event file and their end offsets: length and checksum, then data and checksum."""
     end = file.tell()
     while len(head := file.read(12)) == 12:
         (length,) = struct.unpack("<Q", head[:8])

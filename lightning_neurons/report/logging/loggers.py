@@ -1,4 +1,4 @@
-"""A report in the Trainer's loggers: scalars in each of them, histograms and a page of text where they can be shown.
+"""Output of a report to the Trainer's loggers: scalars to all, histograms and a page of text where they can be shown.
 
 The series are listed in ``tags.py``. Each is written by itself: what a logger refuses does not keep it from the others.
 """
@@ -49,7 +49,7 @@ def write_loggers(
 def _writes(
     logger: Any, values: dict[str, float], report: NeuronReport, entry: HistoryEntry, step: int, suffix: str
 ) -> Iterator[Callable[[], Any]]:
-    """All that goes to one logger."""
+    """Yield the calls that write a report to one logger."""
     yield lambda: logger.log_metrics(values, step=step)
     experiment: Any = None
 
@@ -65,7 +65,7 @@ def _writes(
 
 
 def scalars(report: NeuronReport, entry: HistoryEntry) -> dict[str, float]:
-    """All scalar series; those that have no value yet (NaN) are left out."""
+    """Return all scalar series; those that have no value yet (NaN) are left out."""
     rows = layer_rows(report)
     found = {
         "neurons/dead_share": known_share(rows, "dead"),
@@ -111,7 +111,7 @@ BUCKETS = 60
 
 
 def spread(values: torch.Tensor) -> dict[str, Any]:
-    """A histogram of numbers of any size and sign, as TensorBoard takes it.
+    """Return the histogram of numbers of any size and sign, as TensorBoard takes it.
 
     TensorBoard's own bins begin at 1e-12. These grow by a tenth from the smallest magnitude to the largest, or by more
     where that would make more than ``BUCKETS`` of them; zeros have a bucket of their own.
@@ -140,7 +140,7 @@ def spread(values: torch.Tensor) -> dict[str, Any]:
 
 
 def _edges(magnitudes: torch.Tensor) -> torch.Tensor:
-    """Limits of buckets that grow evenly, the first at the smallest magnitude and the last at the largest."""
+    """Return limits of buckets that grow by a factor, from the smallest magnitude to the largest."""
     if not len(magnitudes):
         return magnitudes
     low, high = magnitudes.min(), magnitudes.max()
@@ -152,11 +152,11 @@ def _edges(magnitudes: torch.Tensor) -> torch.Tensor:
 
 
 def log_magnitudes(histogram: torch.Tensor, parts: int = 4) -> dict[str, Any]:
-    """A layer's histogram of log10 magnitudes, ``parts`` bars to a power of two, as TensorBoard takes it.
+    """Return a layer's histogram of log10 magnitudes, ``parts`` bars to a power of two, as TensorBoard takes it.
 
     Args:
         histogram: Counts of ``(neuron, bin)``.
-        parts: How fine the picture is. Zeros are drawn in the lowest bar.
+        parts: Bars to a power of two. Zeros are drawn in the lowest bar.
     """
     counts = histogram.sum(0)
     middle = representatives()

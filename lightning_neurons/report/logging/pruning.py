@@ -1,4 +1,4 @@
-"""What pruning has done: series for loggers, and the tables at the end."""
+"""Output of pruning: series for loggers, and the tables at the end."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from lightning_neurons.results.pruning_history import PruningHistory, PruningPoi
 
 
 def pruning_history(rounds: Rounds, monitor: str | None) -> PruningHistory | None:
-    """What has been done so far, as plain values; None before the model has been looked at."""
+    """Return the cuts so far as plain values; None before the model's structure is known."""
     dense = rounds.dense
     if dense is None:
         return None
@@ -28,12 +28,12 @@ def pruning_history(rounds: Rounds, monitor: str | None) -> PruningHistory | Non
 
 
 def start_scalars(dense: Dense) -> dict[str, float]:
-    """The series of a model before any cut."""
+    """Return the series of a model before any cut."""
     return _sizes(dense.parameters, dense.macs, dense.widths)
 
 
 def round_scalars(made: PruningRound, widths: Mapping[str, int]) -> dict[str, float]:
-    """The series of one cut; what was not measured is left out.
+    """Return the series of one cut; what was not measured is left out.
 
     Args:
         made: The cut.
@@ -48,7 +48,7 @@ def round_scalars(made: PruningRound, widths: Mapping[str, int]) -> dict[str, fl
 
 
 def taken_back_scalars(rounds: Rounds) -> dict[str, float]:
-    """The series of a model to which an earlier state has come back."""
+    """Return the series of a model in which an earlier state was restored."""
     cost, widths = rounds.plan.cost, rounds.widths()
     dense = rounds.dense
     assert dense is not None, "a round has been made"
@@ -76,7 +76,7 @@ def print_rounds(
     *,
     undone: Sequence[PruningRound] = (),
 ) -> None:
-    """Print what every round has done, the widths of layers that have changed, and what was left alone."""
+    """Print every round, the widths of layers that have changed, and the layers that were not cut."""
     console = console or Console()
     console.print(rounds_table(done, dense, monitor, undone))
     console.print(widths_table(dense.widths, widths))
@@ -87,7 +87,7 @@ def print_rounds(
 def rounds_table(
     done: Sequence[PruningRound], dense: Dense, monitor: str | None, undone: Sequence[PruningRound] = ()
 ) -> Table:
-    """One line per round, also for those that were taken back."""
+    """Return one line per round, also for those that were undone."""
     table = Table(title="Pruning", caption=_caption(monitor))
     for heading in ("epoch", "removed", "params", "MACs", "ms"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -110,7 +110,7 @@ def rounds_table(
 
 
 def widths_table(before: Mapping[str, int], after: Mapping[str, int]) -> Table:
-    """One line per layer that has become narrower."""
+    """Return one line per layer that has become narrower."""
     table = Table(title="Neurons")
     table.add_column("layer", overflow="fold")
     table.add_column("before", justify="right")

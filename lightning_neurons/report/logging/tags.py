@@ -92,7 +92,7 @@ TAGS = (
 
 
 def kind_of(name: str) -> str | None:
-    """The kind of the series that ``name`` belongs to, or None if it is in no family of the table.
+    """Return the kind of the series that ``name`` belongs to, or None if it is in no family of the table.
 
     Example:
         >>> kind_of("scores/fisher/net.conv1"), kind_of("loss")
@@ -102,7 +102,7 @@ def kind_of(name: str) -> str | None:
 
 
 def with_suffix(name: str, suffix: str) -> str:
-    """A series of another callback of the same kind.
+    """Return the name of a series with a suffix on its group, as of another callback of the same kind.
 
     Example:
         >>> with_suffix("neurons/dead_share", "_2"), with_suffix("saliency", "_2"), kind_of("neurons_2/dead_share")

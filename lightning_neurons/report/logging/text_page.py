@@ -1,4 +1,4 @@
-"""The page of text in TensorBoard: the table, the ranking over all layers, and deadness by threshold."""
+"""Page of text in TensorBoard: the table, the ranking over all layers, and deadness by threshold."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -12,7 +12,7 @@ _SHOWN = 20
 
 
 def markdown(report: NeuronReport, entry: HistoryEntry) -> str:
-    """Everything that fits on one page, as Markdown."""
+    """Return the page as Markdown."""
     parts = [_layers(report), _changes(report, entry)]
     if report.scores:
         parts.append(_ranking(report))
@@ -88,7 +88,7 @@ def _thresholds(report: NeuronReport) -> str:
 
 
 def table(heading: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table in Markdown."""
+    """Return a table in Markdown."""
     lines = [heading, ["---"] * len(heading), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
