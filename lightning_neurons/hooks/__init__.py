@@ -1,1 +1,1 @@
-"""Watching a forward: where each neuron gets its final value, capturing and changing it."""
+"""Watch a forward: find where each neuron gets its final value, capture it and change it."""

@@ -1,4 +1,4 @@
-"""Delivers activations, and their gradients, while a model runs. Opened and closed as a context; nothing stays behind.
+"""Deliver activations, and their gradients, while a model runs; a context that leaves no hook behind.
 
 The chains are known (``trace.py``), so the last link is recognised as it happens: nothing is stored that is not needed,
 and a statistic is taken before anybody can overwrite the value.
@@ -25,12 +25,12 @@ from lightning_neurons.layers.layer import Layer, Link
 
 Deliver = Callable[[str, Tensor], None]
 DeliverGradient = Callable[[str, Tensor, Tensor, Tensor | None], None]
-"""Layer, activation, gradient, and what gradients that the forward took itself add to the derivative by a factor."""
+"""A function of layer, activation, gradient, and a derivative by a factor (see ``WatchGradients``) or None."""
 
 
 @dataclass(eq=False, slots=True)
 class _Way:
-    """One call of a layer, on its way through the links that are left."""
+    """The links of a layer's call that its output has not passed yet."""
 
     name: str
     links: tuple[Link, ...]
@@ -43,7 +43,7 @@ class _Way:
 
 
 class FollowLayers(HookedMode):
-    """Follows each watched layer's output through its chain and hands the last value to ``_arrive``."""
+    """A mode that follows each layer's output through its chain and hands the last value to ``_arrive``."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class FollowLayers(HookedMode):
         self._functions = frozenset(MAY_COPY).union(*(FORMS[name] for link in links for name, _ in link.steps))
         self._calls: dict[str, int] = {}
         self.unknown: set[str] = set()
-        """Layers that did not run as they were seen to: their activation points have to be found again."""
+        """Layers that did not run as they were traced: their activation points have to be found again."""
 
     def _after_runs(self) -> Iterable[tuple[nn.Module, After]]:
         self._calls.clear()
@@ -80,7 +80,7 @@ class FollowLayers(HookedMode):
         self._waiting.clear()
 
     def _counts(self, value: Tensor) -> bool:
-        """Whether these are numbers of the network that can be taken."""
+        """Return whether a tensor holds numbers of this network that can be read."""
         return is_plain(value)
 
     def _layer_hook(self, name: str, weights: Weights) -> After:
@@ -110,7 +110,7 @@ class FollowLayers(HookedMode):
     def _see(
         self, func: Callable[..., Any], call: Callable[[], Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """A call may read what is on its way: it is the next step, or a copy, or not what the layer was seen to do."""
+        """Follow a call that may read a followed tensor: as its next step, as a copy, or otherwise, which ends it."""
         given = operands(func, args, kwargs)
         known = [self._waiting.get(id(unhooked(tensor))) for tensor in given]
         read = [found for found in known if found is not None]
@@ -161,16 +161,16 @@ class FollowLayers(HookedMode):
         self._waiting[id(value)] = way, number
 
     def _arrive(self, name: str, value: Tensor) -> Tensor:
-        """Take the value at the activation point; returns what the model goes on with."""
+        """Take the value at the activation point and return the one with which the model goes on."""
         raise NotImplementedError
 
 
 class WatchActivations(FollowLayers):
-    """While active, hands ``(layer, activation)`` to ``deliver`` at each activation point.
+    """A mode that hands ``(layer, activation)`` to ``deliver`` at each activation point.
 
     Args:
-        layers: What ``trace.py`` found.
-        modules: Their modules.
+        layers: The layers as ``trace.py`` found them, by name.
+        modules: The module of each layer that is watched.
         deliver: Called in the middle of the model's forward; must not change the value.
         fast: See ``HookedMode``.
         of_others: See ``HookedMode``.
@@ -195,7 +195,7 @@ class WatchActivations(FollowLayers):
 
 
 class StepDifferentiates(BaseException):
-    """The forward takes gradients of its own, which need what has been left out of it."""
+    """The signal of a forward that takes gradients of its own, for which parameters or hooks had been left out."""
 
 
 def _told_if_alive(watch: "weakref.ref[WatchGradients]", number: int, gradient: Tensor) -> Tensor | None:
@@ -205,7 +205,7 @@ def _told_if_alive(watch: "weakref.ref[WatchGradients]", number: int, gradient: 
 
 
 class WatchGradients(FollowLayers):
-    """While active, makes the forward differentiable with respect to the activations.
+    """A mode that makes the forward differentiable with respect to the activations.
 
     Freeze the parameters first: a backward then costs a forward instead of two, and stores nothing for them.
     ``backward`` hands ``(layer, activation, gradient, None)`` to ``deliver``, the last layer first, and lets go of each
@@ -218,14 +218,14 @@ class WatchGradients(FollowLayers):
     those alone.
 
     Args:
-        layers: What ``trace.py`` found.
-        modules: Their modules.
-        deliver: Told each activation and its gradient.
-        deliver_activation: If given, told every activation in the forward already.
+        layers: The layers as ``trace.py`` found them, by name.
+        modules: The module of each layer that is watched.
+        deliver: Called with each activation and its gradient.
+        deliver_activation: If given, called with every activation during the forward already.
         is_plain: Whether the forward is expected to take no gradients but those by tensors of its own: parameters are
             frozen and backward hooks left out. Else it runs as its author wrote it.
-        told: How many activations ``deliver_activation`` knows already, from a forward that was broken off.
-        weights: Is told what may overwrite the model's weights.
+        told: Number of activations that ``deliver_activation`` got already, from a forward that was broken off.
+        weights: Is shown each call before it runs, as it may overwrite the model's weights.
 
     Raises:
         StepDifferentiates: In the middle of the forward, if ``is_plain`` turns out to be wrong.
@@ -254,11 +254,11 @@ class WatchGradients(FollowLayers):
 
     @property
     def told(self) -> int:
-        """How many activations ``deliver_activation`` knows."""
+        """The number of activations that ``deliver_activation`` has received."""
         return max(self._arrived, self._told)
 
     def choose_hooks(self, hooks: list[Hook]) -> list[Hook]:
-        """What modules are to see in place of their backward hooks."""
+        """Return the backward hooks that modules are to run in place of their own."""
         if self._is_plain:
             self._leaves_hooks_out |= bool(hooks)
             return []
@@ -299,7 +299,7 @@ class WatchGradients(FollowLayers):
     def passed(self, number: int, gradient: Tensor) -> Tensor | None:
         """Take a gradient that has reached an activation; return a factor to go on with, or None."""
         if self._is_ours and number in self._factors:
-            self._late[number] = gradient  # until all is known
+            self._late[number] = gradient  # delivered when its factor's gradient is known
         elif self._is_ours:
             self._delivered = True
             name, activation = self._held.pop(number)
@@ -314,12 +314,12 @@ class WatchGradients(FollowLayers):
         """Run the backward of ``loss``, a scalar summed over the batch; no ``.grad`` is touched.
 
         Returns:
-            Whether the loss depends on any activation.
+            True if the loss depends on any activation.
         """
         self._is_ours = True
         try:
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Full backward hook is firing")  # it is not: none hears of this
+                warnings.filterwarnings("ignore", "Full backward hook is firing")  # no hook of the user's does
                 found = torch.autograd.grad(loss, [self._root, *self._factors.values()], allow_unused=True)
             for number, by_factor in zip(self._factors, found[1:], strict=True):
                 gradient, (name, activation) = self._late.get(number), self._held.pop(number)

@@ -1,7 +1,7 @@
-"""Which torch functions may be steps on the way from a layer to its activation point.
+"""Torch functions that may be steps on the way from a layer to its activation point.
 
 Activation functions are often written out: ``x * torch.sigmoid(x)``, ``x[x < 0] = 0``. What they are made of are
-elementwise functions, functions that lay values out anew, and functions that only look at a tensor's form. Each is
+elementwise functions, functions that change the layout, and functions that only use a tensor's shape and type. Each is
 known here under all names by which ``torch`` dispatches it: ``torch.mul``, ``x.mul_``, ``2 * x``, ``x *= 2``.
 """
 
@@ -25,7 +25,7 @@ _TO_PYTHON = (Tensor.__bool__, Tensor.__float__, Tensor.__int__)
 
 
 def _named(names: str) -> dict[Callable[..., Any], str]:
-    """The functions of these names, on tensors and in modules, in place and as operators."""
+    """Return the functions of these names, on tensors and in modules, in place and as operators, with their names."""
     places = ((name, getattr(o, form.format(name), None)) for name, form, o in product(names.split(), _FORMS, _OWNERS))
     found = {f: name for name, f in reversed(list(places)) if callable(f) and f not in _TO_PYTHON}
     packets = [f for f in found if isinstance(f, torch._ops.OpOverloadPacket)]
@@ -33,7 +33,7 @@ def _named(names: str) -> dict[Callable[..., Any], str]:
 
 
 def _getter(name: str) -> Callable[..., Any]:
-    """What ``torch`` dispatches when an attribute of a tensor is read."""
+    """Return the function that ``torch`` dispatches when an attribute of a tensor is read."""
     return getattr(Tensor, name).__get__  # type: ignore[no-any-return]
 
 
@@ -67,13 +67,13 @@ MOVES: dict[Callable[..., Any], str] = {
     _getter("T"): "T",
     _getter("mT"): "mT",
 }
-"""Functions that lay a tensor's values out anew."""
+"""Functions that change the layout of a tensor, but not its values."""
 
 COPIES: dict[Callable[..., Any], str] = _named("bfloat16 clone contiguous cpu cuda double float half to type type_as")
-"""Functions that hand a tensor's values on as they are, in other memory or as another kind of number."""
+"""Functions that copy a tensor or convert its type."""
 
 DETACHES: dict[Callable[..., Any], str] = {Tensor.detach: "detach", torch.detach: "detach", _getter("data"): "data"}
-"""Functions whose result has the same values, and through which no gradient comes back."""
+"""Functions whose result has the same values and passes no gradient back."""
 
 SET, GET = Tensor.__setitem__, Tensor.__getitem__
 
@@ -88,7 +88,7 @@ STEPS: dict[Callable[..., Any], str] = {
     SET: "setitem",
     GET: "getitem",
 }
-"""Everything that may be a step, and what to call it."""
+"""The functions that may be steps, each with its name."""
 
 ELEMENTWISE = frozenset(_ARITHMETIC | _POINTWISE | _RECIPROCAL) | {f for f, kind in LINKS.items() if kind != "norm"}
 """Functions whose every value depends on nothing but the operands' values in the same place."""
@@ -96,7 +96,7 @@ ELEMENTWISE = frozenset(_ARITHMETIC | _POINTWISE | _RECIPROCAL) | {f for f, kind
 FORMS: dict[str, frozenset[Callable[..., Any]]] = {
     name: frozenset(f for f, other in STEPS.items() if other == name) for name in set(STEPS.values())
 }
-"""By name, all functions of that name."""
+"""The functions that share a name, by name."""
 
 CREATES = frozenset(
     _named(
@@ -104,14 +104,14 @@ CREATES = frozenset(
         "new_tensor new_zeros"
     )
 )
-"""Functions that look at a tensor's form alone and make another one."""
+"""Functions that make a tensor after the shape and type of another one, whatever its values."""
 
 LOOKS = (
     frozenset(_named("detach isfinite isinf isnan isneginf isposinf requires_grad_ retain_grad"))
     | CREATES
     | DETACHES.keys()
 )
-"""Functions that are no reading: debugging and logging look at values in passing."""
+"""Functions that do not count as a use of a value: debugging and logging call them in passing."""
 
 WORKS: dict[Callable[..., Any], str] = {
     **_POINTWISE,
@@ -119,7 +119,7 @@ WORKS: dict[Callable[..., Any], str] = {
     **{function: function.__name__.strip("_") for function, kind in LINKS.items() if kind == "activation"},
     **_named("bucketize glu index_put masked_scatter searchsorted"),
 }
-"""Functions that do more to values than to scale and shift them."""
+"""Functions that do more to values than scale and shift them."""
 
 TEARS: dict[Callable[..., Any], str] = {
     **MOVES,
@@ -133,10 +133,10 @@ TEARS: dict[Callable[..., Any], str] = {
     Tensor.__iter__: "unbind",
     GET: "getitem",
 }
-"""Functions behind which a layer's values are still its own, though perhaps not all of them, or in other places."""
+"""Functions whose result still holds a layer's own values, though perhaps not all of them, or in other places."""
 
 JOINS = frozenset(_named("cat column_stack concat concatenate dstack hstack stack vstack").values())
-"""Names of those that lay values side by side."""
+"""Names of the functions that join tensors along an axis."""
 MIXES = frozenset(
     _named(
         "addbmm addmm addmv baddbmm bilinear bmm cdist chain_matmul conv1d conv2d conv3d conv_transpose1d "
@@ -144,19 +144,19 @@ MIXES = frozenset(
         "scaled_dot_product_attention tensordot"
     )
 )
-"""Functions that are sums of products: what they make of a layer's values is none of its neurons' own."""
+"""Functions that sum products: no value of their result belongs to a single neuron of what they read."""
 
 REDUCES: dict[Callable[..., Any], str] = _named(
     "amax amin cummax cummin cumprod cumsum kthvalue log_softmax logcumsumexp logsumexp max mean median min norm "
     "normalize prod quantile softmax softmin sort std sum topk var"
 )
-"""Functions that make values of several neurons, or of several places, one of another."""
+"""Functions whose result depends on the values of several neurons, or of several positions, at once."""
 
 _FORM_OF_SECOND = frozenset(f for f, name in STEPS.items() if name in {"reshape_as", "to", "type_as", "view_as"})
 
 
 def operands(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
-    """The tensors whose values a call reads, or writes into.
+    """Return the tensors whose values a call reads, or writes into.
 
     Example:
         >>> mask, x = torch.tensor([True, False]), torch.ones(2)
@@ -174,11 +174,11 @@ def operands(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[
 
 
 MAY_COPY = COPIES.keys() | FORMS["view_as"]
-"""Functions that may hand on values as they are, in their places."""
+"""Functions that may hand values on unchanged and in the same places."""
 
 
 def is_copied(function: Callable[..., Any], given: Sequence[Tensor], made: Tensor) -> bool:
-    """Whether a call hands values on as they are, in their places: a copy, or a view as itself."""
+    """Return whether a call hands values on unchanged and in the same places: a copy, or a view of the same shape."""
     return function in COPIES or (function in MAY_COPY and made.shape == given[0].shape)
 
 
@@ -202,31 +202,31 @@ class Step:
 
     @property
     def values(self) -> tuple[int, ...]:
-        """The numbers of the values that it reads."""
+        """The numbers of the values that the call reads, without its constants."""
         return tuple(number for number in self.reads if number is not None)
 
     def operands(self) -> list[Tensor]:
-        """The tensors that it reads, constants as well."""
+        """Return the tensors that the call reads, constants as well."""
         return operands(self.function, self.args, self.kwargs)
 
     @property
     def name(self) -> str:
-        """What its function is called in ``STEPS``."""
+        """The name of the function in ``STEPS``."""
         return STEPS[self.function]
 
     @property
     def title(self) -> str:
-        """What to call it by what it does."""
+        """The name of the function for reports: that of the activation function it computes, if it is one."""
         return function_name(self.function, self.args, self.kwargs) if self.function in LINKS else self.name
 
     @property
     def is_move(self) -> bool:
-        """Whether it hands values on as they are."""
+        """True if the call reshapes, detaches or indexes values without changing them."""
         return self.function in MOVES or self.function in DETACHES or self.function is GET
 
     @property
     def kind(self) -> Kind:
-        """What kind of link it makes, alone."""
+        """The kind of link that the call makes on its own."""
         divides_by_it = "div" in self.name and self.reads[0] is None
         affine = self.name in ARITHMETIC and len(self.values) == 1 and not divides_by_it
         return LINKS.get(self.function, "affine" if affine else "activation")

@@ -1,4 +1,4 @@
-"""Which tensors in a forward do not depend on the batch: parameters, buffers, what is made of them or of nothing."""
+"""Tensors in a forward that do not depend on the batch: parameters, buffers and what is computed from them alone."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -12,7 +12,7 @@ _FEW = 64
 
 
 class Constants:
-    """Follows what calls make of constants alone."""
+    """The constants of a forward: the model's own tensors and what calls compute from those alone."""
 
     def __init__(self) -> None:
         self._known: dict[int, Tensor] = {}  # ids stay unique while the tensors live
@@ -20,7 +20,7 @@ class Constants:
         self._overwritten: set[int] = set()
 
     def add_model(self, model: nn.Module) -> None:
-        """Parameters, buffers and tensors that are plain attributes of modules."""
+        """Add parameters, buffers and tensors that are plain attributes of modules."""
         for module in model.modules():
             plain = (v for v in vars(module).values() if not isinstance(v, list | tuple | dict) or len(v) <= _FEW)
             for tensor in (*module._parameters.values(), *module._buffers.values(), *tensors_in(list(plain))):
@@ -28,11 +28,11 @@ class Constants:
                     self.add(tensor)
 
     def add(self, tensor: Tensor) -> None:
-        """Take note of a constant."""
+        """Add a constant."""
         self._known[id(tensor)] = tensor
 
     def has(self, tensor: Tensor) -> bool:
-        """Whether a tensor is a constant; a single number that no call has made of the batch is taken for one."""
+        """Return whether a tensor is a constant; a scalar that was not computed from the batch is taken for one."""
         if isinstance(tensor, nn.Parameter):
             return True
         if id(tensor) in self._known:
@@ -40,13 +40,13 @@ class Constants:
         return tensor.ndim == 0 and id(tensor) not in self._of_data
 
     def fit(self, given: Sequence[Tensor], places: Sequence[Place | None]) -> bool:
-        """Whether all that has no place is a constant, or a number for each neuron that no call has made of the batch.
+        """Return whether all other operands are constants, or hold one number per neuron that is not from the batch.
 
         What lies on the neurons' axis alone is the same for all samples: a mean of the data, in a global variable.
 
         Args:
-            given: What a call reads.
-            places: Where neurons lie in it, None for what is none of the layer's values.
+            given: The tensors that a call reads.
+            places: For each of them, where the layer's neurons lie; None if it holds none of the layer's values.
         """
         value, place = next((t, p) for t, p in zip(given, places, strict=True) if p is not None)
         others = [tensor for tensor, p in zip(given, places, strict=True) if p is None]
@@ -60,7 +60,7 @@ class Constants:
         return is_along and -back < value.ndim and (tensor.ndim < value.ndim or len(value) > 1)
 
     def see(self, given: Iterable[Tensor], made: Any, target: Tensor | None) -> None:
-        """A call has made something of what it was given, perhaps by writing into ``target``."""
+        """Record a call: whether its result, or the ``target`` it wrote into, is computed from constants alone."""
         given = list(given)
         constant = all(self.has(tensor) for tensor in given)
         is_open = all(id(t) not in self._of_data and (self.has(t) or _is_vector(t)) for t in given)

@@ -1,4 +1,4 @@
-"""Finding the neurons of a model: the entry point for people; callbacks learn the same while they watch."""
+"""Find the neurons of a model with one forward; the callbacks find them while they watch the training."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,9 +1,9 @@
-"""A mode that sees calls of torch functions, and runs of modules, exactly as long as it is active.
+"""A mode that sees calls of torch functions, and runs of modules, as long as it is active.
 
 Nothing is attached to a module, but to one that has hooks already: torch's hooks for all modules look for those that
 are meant. So a copy that is made meanwhile is another module, and what pickles or compiles a module finds it as it is.
 Where it is a user's own run that is watched, the mode steps aside around modules with a fast path
-(``isolation/fast_paths.py``): they run as if nobody looked, and once more to be looked at.
+(``isolation/fast_paths.py``): they run unwatched, and once more to be watched.
 """
 
 from collections.abc import Callable, Iterable
@@ -22,21 +22,21 @@ from lightning_neurons.isolation.model_state import random_state, set_random_sta
 from lightning_neurons.isolation.tensors import in_transform, tensors_in, unheard
 
 Before = Callable[[nn.Module, Any], None]
-"""Is told a module and its inputs before the module runs."""
+"""A function that is called with a module and its inputs before the module runs."""
 
 After = Callable[[nn.Module, Any, Any], Any]
-"""Is told a module, its inputs and its output, None if it failed; returns another output, or None."""
+"""A function of a module, its inputs and its output (None if it failed), that returns another output or None."""
 
 
 class HookedMode(TorchFunctionMode):
-    """Common base: what is hooked when it is entered is unhooked when it is left, or cannot be entered.
+    """A mode that hooks modules when it is entered and unhooks them when it is left, or cannot be entered.
 
     Args:
-        fast: The modules with a fast path, where the run is a user's; none where it is our own, and nobody minds.
-        of_others: Whether the run is a user's, who must not notice if looking at it goes wrong.
+        fast: The modules with a fast path if the run is the user's; none if it is our own, where they may be slow.
+        of_others: Whether the run is the user's, which has to go on if watching it fails.
 
     Attributes:
-        failure: Why the run could not be looked at to its end, or None.
+        failure: The exception that ended the watching, or None.
     """
 
     def __init__(self, fast: Iterable[nn.Module] = (), *, of_others: bool = False) -> None:
@@ -54,19 +54,19 @@ class HookedMode(TorchFunctionMode):
         self._is_second = False  # whether that module is running once more
 
     def _before_runs(self) -> Iterable[tuple[nn.Module, Before]]:
-        """Whom to tell that a module runs, each module once."""
+        """Return the modules, each once, and the function to call before each runs."""
         return ()
 
     def _after_runs(self) -> Iterable[tuple[nn.Module, After]]:
-        """Whom to tell that a module has run, each module once."""
+        """Return the modules, each once, and the function to call after each has run."""
         return ()
 
     def _looks_into(self, module: nn.Module) -> bool:
-        """Whether a module with a fast path has to be run again to be looked at."""
+        """Return whether a module with a fast path has to be run again, slowly, to be watched."""
         return True
 
     def _goes_on(self, seen: Tensor, output: Tensor) -> None:
-        """What was seen in the second run, the model goes on with as ``output``."""
+        """Record that the model goes on with ``output``, which the second, watched run computed as ``seen``."""
 
     def __enter__(self) -> Self:
         try:
@@ -125,11 +125,11 @@ class HookedMode(TorchFunctionMode):
     def _tell(self, function: Callable[..., Any], module: nn.Module, *given: Any) -> Any:
         if self._aside not in (None, module):
             return None
-        with torch._C.DisableTorchFunction():  # what is asked and computed in here is none of anybody's calls
+        with torch._C.DisableTorchFunction():  # no mode counts the calls made in here
             return self._safely(function, module, *given)
 
     def _safely(self, look: Callable[..., Any], *given: Any) -> Any:
-        """Look at something, unless that has gone wrong before; a user's run goes on if it does."""
+        """Call ``look``, unless watching has failed before; in a user's run, keep its exception."""
         if not self._of_others:
             return look(*given)
         try:
@@ -141,7 +141,7 @@ class HookedMode(TorchFunctionMode):
     def _looked_at(
         self, look: Callable[..., Any], func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """What a call gives, or what ``look`` makes of it; it is given the function, and how to call it once."""
+        """Return what ``look`` makes of a call; it gets the function, and an object that makes the call once."""
         call = _Call(func, args, kwargs)
         if not self._of_others:
             return look(func, call, args, kwargs)
@@ -154,7 +154,7 @@ class HookedMode(TorchFunctionMode):
             return call.out if call.is_done else func(*args, **kwargs)
 
     def _step_aside(self, module: nn.Module) -> None:
-        """Around a module with a fast path, unless it is slow anyway: under a mode of the user's, for example."""
+        """Leave the mode while a module takes its fast path, unless a mode of the user's makes it slow anyway."""
         if self._aside is not None or self._is_second:
             return
         if torch._C._len_torch_function_stack() == 1 and may_be_fast(module):
@@ -162,7 +162,7 @@ class HookedMode(TorchFunctionMode):
             super().__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def _come_back(self, inputs: Any, *ended: Any) -> None:
-        """Be active again. ``ended`` are the keyword arguments and the output; None alone, if the module failed."""
+        """Enter the mode again; ``ended`` is the keyword arguments and the output, None alone if the module failed."""
         module, random = self._aside, self._random
         assert module is not None, "who steps aside knows where"
         self._aside = self._random = None
@@ -186,7 +186,7 @@ class HookedMode(TorchFunctionMode):
 
 
 class _Call:
-    """A call that is made once."""
+    """A function call that is made once and keeps its result."""
 
     def __init__(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._func, self._args, self._kwargs = func, args, kwargs
@@ -201,7 +201,7 @@ class _Call:
 
 
 class _Hook:
-    """A hook on one module. In a copy of the module, and in a file, it is one that does nothing."""
+    """A hook on one module; in a copy of the module, and in a file, it does nothing."""
 
     def __init__(self, module: nn.Module, function: Callable[..., Any]) -> None:
         self._module, self._function = module, function

@@ -1,4 +1,4 @@
-"""A node in autograd's graph behind a value: the identity, which tells what gradient passes through it."""
+"""An identity in autograd's graph that reports the gradient which passes through it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,12 +11,12 @@ Passed = Callable[[Tensor], Tensor | None]
 
 
 def gated(value: Tensor, root: Tensor, passed: Passed) -> Tensor:
-    """Put a gate behind a value; who holds the tensor already goes on through the gate as well.
+    """Put a gate behind a tensor, in place: all who use the tensor from now on go through the gate.
 
     Args:
-        value: What is passed on. It need not require a gradient.
+        value: The tensor; it need not require a gradient.
         root: A leaf that requires a gradient; a backward that asks for its gradient reaches all its gates.
-        passed: Told the gradient in every backward that comes through; may return a factor to go on with.
+        passed: Called with the gradient in every backward that comes through; may return a factor for it.
 
     Returns:
         The same tensor; a copy where autograd refuses to go on with the same one.
@@ -32,7 +32,7 @@ def gated(value: Tensor, root: Tensor, passed: Passed) -> Tensor:
         value = value.clone()  # nothing may be done to a leaf in place
     try:
         return _passed_through(value, root, passed)
-    except RuntimeError:  # so are views of several at once, or from within no_grad
+    except RuntimeError:  # nor to one of several views made at once, nor to a view made in no_grad
         return _passed_through(value.clone(), root, passed)
 
 

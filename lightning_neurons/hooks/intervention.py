@@ -1,4 +1,4 @@
-"""Switching neurons off in a running model: their values are replaced where they are final, and shapes stay.
+"""Switch neurons off in a running model: their values are replaced at the activation point, and shapes stay.
 
 What is put in their place is ``"zero"``, the neuron's ``"mean"`` over data, or, with ``"resample"``, its values on
 another sample of the batch, which keeps their distribution (Chan et al. 2022, "causal scrubbing", do so for circuits).
@@ -19,7 +19,7 @@ from lightning_neurons.layers.sample_axis import time_first
 Replacement = Literal["zero", "mean", "resample"]
 
 NewValues = Callable[[Tensor], Tensor]
-"""From the values of the chosen neurons to what takes their place, of the same shape."""
+"""A function from the values of the chosen neurons to those that replace them, of the same shape."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Edit:
     """A change of some neurons of one layer.
 
     Attributes:
-        axis: Where the neurons lie in the activation.
-        neurons: Which are changed.
-        values: From their values to the new ones.
+        axis: Axis of the neurons in the activation.
+        neurons: Indices of the neurons that are changed.
+        values: Function from their values to the new ones.
     """
 
     axis: int
@@ -37,36 +37,36 @@ class Edit:
     values: NewValues
 
     def write(self, activation: Tensor) -> Tensor:
-        """Change an activation in place; returns what the values were."""
+        """Change an activation in place and return the values before."""
         axis = self.axis % activation.ndim
         before = activation.index_select(axis, self.neurons)
         activation.index_copy_(axis, self.neurons, self.values(before))
         return before
 
     def put(self, activation: Tensor) -> None:
-        """Change an activation in place, when nobody asks what it was."""
+        """Change an activation in place without keeping the values before."""
         if self.values is torch.zeros_like:
             activation.index_fill_(self.axis % activation.ndim, self.neurons, 0)
         else:
             self.write(activation)
 
     def undo(self, activation: Tensor, before: Tensor) -> None:
-        """Put back what ``write`` returned."""
+        """Put back the values that ``write`` returned."""
         activation.index_copy_(self.axis % activation.ndim, self.neurons, before)
 
     def changes(self, activation: Tensor) -> bool:
-        """Whether it would change anything at all."""
+        """Return whether the edit would change any value of an activation."""
         values = activation.index_select(self.axis % activation.ndim, self.neurons)
         return not torch.equal(values, self.values(values))
 
 
 class Silence(FollowLayers):
-    """While active, the model runs with some neurons changed at every call of their layer.
+    """A mode in which the model runs with some neurons changed at every call of their layer.
 
     Args:
-        layers: What ``trace.py`` found.
-        modules: The layers that are changed.
-        edits: By layer, how.
+        layers: The layers as ``trace.py`` found them, by name.
+        modules: The modules by layer.
+        edits: The edit of each layer that is changed.
     """
 
     def __init__(
@@ -90,15 +90,18 @@ def edit_of(
     means: Float[Tensor, " neuron"] | None = None,
     shuffle: Int[Tensor, " batch"] | None = None,
 ) -> Edit:
-    """How to switch some neurons of a layer off.
+    """Return the edit that switches some neurons of a layer off.
 
     Args:
         layer: The layer.
-        neurons: Which of its neurons.
-        replacement: What takes their place.
-        device: Where the activations are.
+        neurons: Indices of the neurons.
+        replacement: Kind of values that replace theirs.
+        device: Device of the activations.
         means: Mean activation of every neuron of the layer, for ``"mean"``.
         shuffle: For each sample, another one of the batch, for ``"resample"``.
+
+    Returns:
+        The edit, with its tensors on ``device``.
     """
     index = torch.as_tensor(neurons, dtype=torch.int64, device=device)
     if replacement == "mean":

@@ -1,4 +1,4 @@
-"""What becomes of layers' values: which layers no other layer reads, and which are summed into one residual stream.
+"""Flow of values between layers: layers that no other layer reads, and layers summed into one residual stream.
 
 Fed by ``trace.py`` with every call of one forward. A tensor remembers the layers that it comes from with no other layer
 in between, and, as long as each neuron stays a channel of its own, the stream that it is part of. Tensors are held
@@ -20,7 +20,7 @@ Call = tuple[str, int]
 """A layer and the number of its call."""
 
 _WEIGHTS: Call = "", 0
-"""Stands for a parameter that mixes what it is combined with: a layer in all but name."""
+"""The origin of weight matrices: a product with one is a linear map that is no module."""
 
 _ADDITIONS = frozenset({"add", "add_", "__add__", "__radd__", "__iadd__"})
 _JOINS = _ADDITIONS | {"cat", "concat", "concatenate"}
@@ -33,14 +33,14 @@ _RESHAPES = frozenset({"flatten", "view", "reshape", "unflatten", "squeeze", "un
 
 
 class _Stream(NamedTuple):
-    """Which stream a tensor's channels belong to, by one of its layers, and the axis that they lie on."""
+    """The residual stream of a tensor's channels, named by one of its layers, and the axis of the channels."""
 
     layer: str
     axis: int
 
 
 class Flow:
-    """Follows values through one forward; ask ``outputs`` and ``twins`` afterwards."""
+    """The flow of values through one forward; ask ``outputs`` and ``twins`` afterwards."""
 
     def __init__(self) -> None:
         self._nearest: Any = WeakIdKeyDictionary()
@@ -51,11 +51,11 @@ class Flow:
         self._arrived: set[Call] = set()  # in a result or a single number, such as the loss
 
     def enters(self, layer: str, inputs: Any) -> None:
-        """A layer is about to read its inputs."""
+        """Record that a layer is about to read its inputs."""
         self._read |= {call for t in tensors_in(inputs) for call in self._nearest.get(t, ()) if call[0] != layer}
 
     def leaves(self, layer: str, output: Any, axis: int) -> None:
-        """A layer has made its output, with its neurons on ``axis``."""
+        """Record the output of a layer, whose neurons lie on ``axis``."""
         self._root.setdefault(layer, layer)
         call = layer, self._calls.get(layer, 0)
         self._calls[layer] = call[1] + 1
@@ -66,11 +66,11 @@ class Flow:
             self._streams[output] = _Stream(layer, axis % output.ndim)
 
     def arrives(self, result: Any) -> None:
-        """A module that is made of others, and part of no other, has returned."""
+        """Record the result of an outermost module that has submodules."""
         self._arrived |= {call for tensor in tensors_in(result) for call in self._nearest.get(tensor, ())}
 
     def goes_on_as(self, seen: Tensor, output: Tensor) -> None:
-        """The model goes on with another tensor of the same values."""
+        """Record that the model goes on with another tensor of the same values."""
         for known in (self._nearest, self._streams):
             if seen in known:
                 known[output] = known[seen]
@@ -78,7 +78,7 @@ class Flow:
     def passes(
         self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], out: Any, target: Tensor | None
     ) -> None:
-        """A function outside of the layers has been called; ``target`` is what it has written into, if anything."""
+        """Record a call of a function outside of the layers; ``target`` is the tensor that it wrote into, if any."""
         keeps = getattr(func, "__name__", "") in _ELEMENTWISE or func in LINKS
         given = [t for t in tensors_in((args, kwargs)) if not (keeps and isinstance(t, nn.Parameter))]
         origins = [self._origin(tensor) for tensor in given]
@@ -99,9 +99,9 @@ class Flow:
                 self._streams[tensor] = stream
 
     def outputs(self) -> frozenset[str]:
-        """The layers that make the model's output: those that no other layer reads, and whose values arrive.
+        """Return the layers of the model's output: those that no other layer reads, and whose values reach its result.
 
-        Where each is read, as when predictions are fed back, those whose last call is not; none if that is all of them.
+        If every layer is read, as when predictions are fed back, those whose last call is not; none if that is all.
         """
         unread = {call for call in self._last_calls() if call in self._arrived - self._read}
         never = {name for name, _ in unread if all((name, i) not in self._read for i in range(self._calls[name]))}
@@ -109,12 +109,12 @@ class Flow:
         return frozenset(found if len(found) < len(self._calls) else ())
 
     def is_lost(self, layer: str) -> bool:
-        """Whether what some call of a layer has made was seen to go nowhere."""
+        """Return whether the values of some call of a layer reach neither another layer nor the model's result."""
         calls = {(layer, number) for number in range(self._calls.get(layer, 0))}
         return not calls <= self._read | self._arrived
 
     def twins(self, layer: str) -> tuple[str, ...]:
-        """The other layers whose values are added to those of this one, neuron by neuron, in the order of their run."""
+        """Return the other layers whose values are added to this one's, neuron by neuron, in the order of their run."""
         root = self._find(layer) if layer in self._root else None
         return tuple(other for other in self._root if other != layer and self._find(other) == root)
 
@@ -168,15 +168,18 @@ def axis_behind(
     out: Tensor,
     axis: int,
 ) -> int | None:
-    """Where the neurons of ``source`` lie in ``out``; None if each is not a channel of its own any more.
+    """Return the axis on which the neurons of ``source`` lie in the result of a call.
 
     Args:
-        func: What was called.
+        func: The function that was called.
         args: Its arguments.
         kwargs: Its keyword arguments.
-        source: What it read.
-        out: What it gave.
-        axis: Where the neurons lie in ``source``.
+        source: The tensor that it read.
+        out: Its result.
+        axis: Axis of the neurons in ``source``.
+
+    Returns:
+        The axis of ``out``, or None if each neuron is not a channel of its own there.
 
     Example:
         >>> x = torch.zeros(2, 5, 3, 3)

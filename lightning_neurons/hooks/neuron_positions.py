@@ -1,4 +1,4 @@
-"""Where the neurons of a layer lie in what a call makes of their values, if each value there is one neuron's own."""
+"""Position of a layer's neurons in the result of a call, if each value there belongs to one neuron."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,11 +13,11 @@ from lightning_neurons.layers.registry import LINKS
 
 @dataclass(frozen=True)
 class Place:
-    """Where and what the values of a layer's neurons are.
+    """The position of a layer's neurons in a tensor, and the stage of the chain that the tensor has reached.
 
     Attributes:
-        axis: Where the neurons lie; None where a mask has picked values out of their places.
-        stage: 0, 1 behind a norm, 2 behind an activation function or a part of one.
+        axis: Axis of the neurons; None where a mask has picked values out of their places.
+        stage: 0 for the layer's output, 1 after a norm, 2 after an activation function or a part of one.
     """
 
     axis: int | None
@@ -32,15 +32,18 @@ def place_behind(
     made: Tensor,
     affine: bool,
 ) -> Place | None:
-    """Where the neurons lie in what a call has made; None if the call is no step.
+    """Find where the neurons lie in the result of a call.
 
     Args:
-        function: What was called.
+        function: The function that was called.
         args: Its arguments.
         kwargs: Its keyword arguments.
         given: The tensors that it read, with the places of those that are the layer's values.
-        made: What it made.
+        made: Its result.
         affine: Whether it only scales and shifts.
+
+    Returns:
+        Axis and stage of the result, or None if the call is no step of a chain.
     """
     own = [(tensor, place) for tensor, place in given if place is not None]
     first = given[0][1]
@@ -65,7 +68,7 @@ def place_behind(
 
 
 def _picks(args: Sequence[Any], given: Sequence[tuple[Tensor, Place | None]]) -> bool:
-    """Whether ``x[mask]`` picks values by a mask of the same layer."""
+    """Return whether ``x[mask]`` picks values by a mask of the same layer."""
     places = [place for _, place in given]
     return len(given) == 2 and None not in places and _is_mask(args[1], args[0])
 
@@ -75,7 +78,7 @@ def _is_mask(mask: Any, tensor: Tensor) -> bool:
 
 
 def _set(args: Sequence[Any], given: Sequence[tuple[Tensor, Place | None]]) -> Place | None:
-    """``x[mask] = ...``, with a mask, and perhaps with values, of the same layer."""
+    """Return the place behind ``x[mask] = ...`` if the mask, and the values if they vary, are of the same layer."""
     mask = given[1][1] if len(given) > 1 else None
     if mask is None or mask.axis is None or not _is_mask(args[1], args[0]):
         return None
@@ -88,7 +91,7 @@ def _set(args: Sequence[Any], given: Sequence[tuple[Tensor, Place | None]]) -> P
 def axis_behind(
     function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], axis: int, made: Tensor
 ) -> int | None:
-    """The neuron axis behind a function that lays values out anew; None if neurons are no axis of their own there.
+    """Return the neuron axis after a change of layout; None if the neurons have no axis of their own there.
 
     Example:
         >>> x = torch.zeros(2, 3, 4)
@@ -101,7 +104,7 @@ def axis_behind(
     neurons = source.shape[axis]
     if neurons < 2 or made.numel() != source.numel():
         return None
-    # The same is done with a tensor without memory of its own but along the neuron axis.
+    # The same function runs on a tensor that has memory along the neuron axis alone.
     strides = [0] * source.ndim
     strides[axis] = 1
     form = torch.empty(neurons, dtype=torch.int8, device="cpu").as_strided(source.shape, strides)

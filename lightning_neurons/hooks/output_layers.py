@@ -1,4 +1,4 @@
-"""Which layers make a model's output, which only lead to it, and which do not.
+"""The layers that make a model's output, and those that only lead to it.
 
 One forward in which every tensor carries the layers that it comes from: nearest, those with no other layer in between,
 and all of them.
@@ -14,13 +14,13 @@ from lightning_neurons.hooks.function_mode import After, HookedMode
 from lightning_neurons.isolation.tensors import Weights, address_of, has_weights, tensors_in, version_of, weights_of
 
 Origin = tuple[frozenset[str], frozenset[str]]
-"""The nearest layers, and all layers."""
+"""The layers with no other layer in between, and all layers, from which a tensor comes."""
 
 _NOWHERE: Origin = frozenset(), frozenset()
 
 
 class Origins(HookedMode):
-    """Enter it around a forward; ``of`` then tells where a result comes from.
+    """A mode around a forward; ``of`` then tells from which layers a result comes.
 
     Args:
         modules: The layers, by name.
@@ -46,7 +46,7 @@ class Origins(HookedMode):
         return [(module, partial(self._made, name, weights_of(module))) for name, module in self._modules.items()]
 
     def of(self, result: Any) -> Origin:
-        """Where the tensors in a result come from."""
+        """Return the layers from which the tensors in a result come."""
         tensors = list(tensors_in(result))
         found = [self._known.get(id(tensor), _NOWHERE) for tensor in tensors]
         found += [self._written.get(address_of(tensor), _NOWHERE) for tensor in tensors]

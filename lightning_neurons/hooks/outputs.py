@@ -1,4 +1,4 @@
-"""Looking into what a model puts out: the logits, wherever they stand."""
+"""The logits in a model's output, whatever its form."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,10 +9,13 @@ from lightning_neurons.data.batches import tensors_of
 
 
 def logits_in(output: Any) -> Tensor | None:
-    """The logits in an output: it itself, what is called so in it, or its only floating-point tensor; None if none is.
+    """Find the logits in an output: itself, its entry ``logits``, or its only floating-point tensor.
 
     Args:
         output: A tensor, mapping, dataclass or any object with tensors as attributes.
+
+    Returns:
+        The tensor, or None if there is none, or more than one that could be meant.
 
     Example:
         >>> import torch

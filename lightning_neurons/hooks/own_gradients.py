@@ -1,4 +1,4 @@
-"""Code that uses autograd itself, inside a forward that is differentiated from outside.
+"""Backwards inside a forward that is itself differentiated afterwards.
 
 A validation step may take gradients of its own (an attack, a penalty, forces), a network may carry backward hooks (a
 monitor of gradients), and parts of it may be checkpointed. The backward of the loss must find the whole graph, and no
@@ -20,28 +20,28 @@ from lightning_neurons.isolation.tensors import tensors_in
 Hook = Callable[..., Any]
 
 BACKWARDS = frozenset({torch.autograd.grad, torch.autograd.backward, Tensor.backward})
-"""What a mode sees of a backward."""
+"""The functions by which a mode sees a backward."""
 
 
 _REQUIRES = frozenset({Tensor.requires_grad_, Tensor.requires_grad.__set__})  # type: ignore[attr-defined]
 
 
 def needs_parameters(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a call of one of ``BACKWARDS`` runs otherwise while no parameter requires a gradient."""
+    """Return whether a call of one of ``BACKWARDS`` gives something else while all parameters are frozen."""
     inputs = args[1] if func is torch.autograd.grad else kwargs.get("inputs")
     tensors = [*tensors_in(inputs)]
     return not tensors or not all(t.requires_grad for t in (*tensors, *tensors_in(args[0])))
 
 
 def retaining(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call one of ``BACKWARDS`` so that the graph can be gone through again."""
+    """Call one of ``BACKWARDS`` and keep the graph, so that it can be differentiated again."""
     return func(*args, **{**kwargs, "retain_graph": True})
 
 
 class RetainedGraphs(TorchFunctionMode):
-    """While active, no backward frees its graph, which another one may share.
+    """A mode in which no backward frees its graph, which another one may share.
 
-    Who makes a tensor require a gradient finds that in it, although the tensor may be no leaf here.
+    A tensor that is made to require a gradient keeps its ``.grad``, although it may be no leaf here.
     """
 
     def __torch_function__(
@@ -57,9 +57,9 @@ class RetainedGraphs(TorchFunctionMode):
 
 @contextmanager
 def backward_hooks(choose: Callable[[list[Hook]], list[Hook]] = lambda hooks: []) -> Iterator[None]:
-    """Let modules that are called meanwhile see other backward hooks than theirs; by default none.
+    """Replace the backward hooks of modules that are called meanwhile; by default there are none.
 
-    Those of all modules, the global ones, and those that are registered meanwhile.
+    This holds for global hooks and for those that are registered meanwhile as well.
     """
     hooks_of: Any = nn.Module._get_backward_hooks
     pre_hooks_of: Any = nn.Module._get_backward_pre_hooks
@@ -76,17 +76,17 @@ def backward_hooks(choose: Callable[[list[Hook]], list[Hook]] = lambda hooks: []
 
 
 def unhooked(tensor: Any) -> Any:
-    """The tensor that the backward hook of a module has wrapped into another one, or the tensor itself."""
+    """Return the tensor that the backward hook of a module has wrapped into another one, or the tensor itself."""
     if not isinstance(tensor, Tensor):
         return tensor
-    with torch._C.DisableTorchFunction():  # nobody reads it by this
+    with torch._C.DisableTorchFunction():  # to ask is no call of the model's
         made_by, base = tensor.grad_fn, tensor._base
         is_wrapped = made_by is not None and made_by.name() == "BackwardHookFunctionBackward"
         return base if is_wrapped and base is not None and base.shape == tensor.shape else tensor
 
 
 def functions_running() -> int:
-    """How many autograd functions are running; nobody can look into one that differentiates itself."""
+    """Return the number of custom autograd functions that are running; calls inside of one cannot be followed."""
     # What starts them is a function of Python in some versions of torch only; their forward is one in all.
     functions = (inspect.unwrap(kind.forward) for kind in _subclasses(torch.autograd.Function))
     forwards = {getattr(function, "__code__", None) for function in functions}
@@ -105,7 +105,7 @@ def _subclasses(kind: Any) -> Iterator[Any]:
 
 @contextmanager
 def direct_checkpoints() -> Iterator[None]:
-    """Run checkpointed functions once and directly: in a second run of theirs, nothing could be followed."""
+    """Run checkpointed functions once and directly: a second run of theirs could not be followed."""
 
     def generator(*args: Any, **kwargs: Any) -> Iterator[None]:
         yield
@@ -124,7 +124,7 @@ class _Direct:
 
 @contextmanager
 def kept_gradients(model: nn.Module) -> Iterator[None]:
-    """The parameters have no gradients yet; afterwards they have those of before."""
+    """Set the gradients of all parameters to None, and put them back afterwards."""
     kept = [(parameter, parameter.grad) for parameter in model.parameters()]
     for parameter, _ in kept:
         parameter.grad = None
@@ -137,7 +137,7 @@ def kept_gradients(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def shared_graph(model: nn.Module) -> Iterator[None]:
-    """What a model computes inside can be differentiated afterwards, whatever it differentiates itself.
+    """Keep all that a model computes meanwhile differentiable, whatever it differentiates itself.
 
     No backward hook fires, no graph is freed, no gradient of a parameter changes, and nothing is checkpointed.
     """
@@ -149,7 +149,7 @@ def shared_graph(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _replaced(owner: Any, **values: Any) -> Iterator[None]:
-    """Other attributes of a class or module of torch."""
+    """Replace attributes of a class or module of torch for a while."""
     kept = {name: vars(owner)[name] for name in values}
     for name, value in values.items():
         setattr(owner, name, value)

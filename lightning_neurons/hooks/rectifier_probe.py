@@ -1,6 +1,6 @@
-"""Whether an activation function that is written out makes every value zero or positive, as ReLU does.
+"""Test of whether an activation function that is written out gives zero or positive values only, as ReLU does.
 
-It is tried: its steps run again on a range of values, for every neuron.
+Its steps run again on a range of values, for every neuron.
 """
 
 from collections.abc import Iterable, Mapping
@@ -18,13 +18,13 @@ _LEAST_ZEROS = 3  # a square is zero at zero alone
 
 
 def rectifies(steps: Mapping[int, Step], start: int, first: Tensor, axis: int, last: Tensor) -> bool:
-    """Whether steps make every value zero or positive, and exactly zero over some range, for each neuron.
+    """Return whether steps make every value zero or positive, and exactly zero over some range, for each neuron.
 
     Args:
         steps: The steps, by the number of the value that each makes.
         start: The number of the value that they begin with.
         first: That value.
-        axis: Where its neurons lie.
+        axis: Axis of its neurons.
         last: The value that they end with.
     """
     axis %= first.ndim
@@ -54,7 +54,7 @@ def _can_run_all(steps: Iterable[Step]) -> bool:
 
 
 def _is_passed_over(step: Step) -> bool:
-    """Whether a step only lays values out anew, which changes nothing for one that is tried alone."""
+    """Return whether a step only changes the layout, which does nothing to a value that is tested alone."""
     return step.is_move and step.function is not GET
 
 
@@ -82,7 +82,7 @@ def _run(steps: Mapping[int, Step], start: int, first: Tensor, probe: Tensor, ax
 
 
 def _in_one_place(constant: Tensor, first: Tensor, probe: Tensor, axis: int) -> Tensor:
-    """A constant for one position of each neuron; the other positions must have the same.
+    """Return a constant for one position of each neuron; the other positions must have the same.
 
     Raises:
         ValueError: If they do not.

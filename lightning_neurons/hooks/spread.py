@@ -1,4 +1,4 @@
-"""Where each neuron's values are behind a pooling or layout function, so that its readers can be told."""
+"""Number of entries that a neuron fills after a pooling or layout function, by which downstream layers read it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,15 +17,18 @@ def spread_behind(
     axis: int,
     spread: int,
 ) -> int:
-    """How many neighbouring entries of the neuron axis of ``out`` belong to one neuron; 0 if it cannot be said.
+    """Return the number of neighbouring entries on the neuron axis of ``out`` that belong to one neuron.
 
     Args:
-        function: A function that hands neurons on (``families.PASSING``).
+        function: A function that hands neurons on (``registry.PASSING``).
         args: Its arguments, the tensor that it reads first.
         kwargs: Its keyword arguments.
-        out: What it gave.
-        axis: The neuron axis of what it read: 1 for channels, -1 for features.
-        spread: How many entries belonged to one neuron in what it read.
+        out: Its result.
+        axis: Neuron axis of the tensor that it read: 1 for channels, -1 for features.
+        spread: Number of entries per neuron in the tensor that it read.
+
+    Returns:
+        Entries per neuron; 0 if that is unknown.
     """
     source: Tensor = args[0] if args else kwargs["input"]
     if source.ndim < 2 or out.ndim < 2 or source.shape[0] != out.shape[0]:

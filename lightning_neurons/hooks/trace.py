@@ -1,10 +1,10 @@
-"""Where each layer's neurons get their final value: follow the identity of tensors through one forward.
+"""Activation points of all layers, found by following the identity of tensors through one forward.
 
 Static tracing fails on too many real models, and module hooks alone miss functional, shared and in-place activations.
 A ``TorchFunctionMode`` sees every call. A chain runs from a layer through one normalisation and whatever elementwise
 functions follow, as long as all operands come from the layer's one value or from constants: parameters, buffers and
 numbers. A branch that does not reunite, a residual sum or a concatenation ends it. An in-place call makes a new value
-although the tensor stays the same object. What becomes of one output is kept in ``value_course.py``.
+although the tensor stays the same object. The values computed from one output are kept in ``value_course.py``.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -34,13 +34,13 @@ _Reads = list[tuple[Course, int] | None]
 
 
 class Trace(HookedMode):
-    """Records, while it is active, how the values of ``layers`` are passed on.
+    """A mode that records how the values of ``layers`` are passed on.
 
     Values are kept (and copied before they are overwritten) until ``close``, so that the final ones can be handed out
     afterwards: the first batch is observed although the chains were not known when it ran.
 
     Args:
-        model: Whose modules give the links their names.
+        model: The model that runs, whose modules give the links their names.
         layers: The layers to follow, by public name.
         fast: See ``HookedMode``.
         of_others: See ``HookedMode``.
@@ -89,10 +89,10 @@ class Trace(HookedMode):
             self._flow.passes(torch.jit.ScriptFunction, args, kwargs, out, None)
 
     def _watched(self) -> Iterator[tuple[str, nn.Module, str | None]]:
-        """Every module with its path, and its name if it is a layer."""
+        """Yield every module with its path, and its name if it is a layer."""
         names = {id(module): name for name, module in self._layers.items()}
         for path, module in self._model.named_modules():
-            if not isinstance(module, torch.jit.ScriptModule):  # nobody can look into it
+            if not isinstance(module, torch.jit.ScriptModule):  # it cannot be looked into
                 yield path, module, names.get(id(module))
 
     def _starts(self, path: str, layer: str | None) -> Before:
@@ -147,7 +147,7 @@ class Trace(HookedMode):
     def _follow(
         self, func: Callable[..., Any], call: Callable[[], Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        if in_transform():  # what goes on in there is not followed, but that it reads a value
+        if in_transform():  # its inside is not followed, only that it reads a value
             self._read_unseen((args, kwargs), TRANSFORM)
             return call()
         if func in LOOKS:
@@ -161,7 +161,7 @@ class Trace(HookedMode):
         out = call()
         try:
             self._note_call(func, args, kwargs, given, reads, out, target)
-        except Exception:  # noqa: BLE001 (arguments that nobody thought of: the chain ends, and the model goes on)
+        except Exception:  # noqa: BLE001 (unexpected arguments: the chain ends, and the model goes on)
             self._ends_here(func, reads, out)
         return out
 
@@ -182,12 +182,12 @@ class Trace(HookedMode):
         if is_copy or not any(True for _ in tensors_in(made)):
             return  # .shape and the like read nothing
         if target is None and func not in STEPS and args and out is args[0]:
-            return  # what had nothing to do
+            return  # the call returned its input as it was
         self._see(func, args, kwargs, given, reads, made)
         self._constants.see(given, made, target)
 
     def _ends_here(self, func: Callable[..., Any], reads: _Reads, made: Any) -> None:
-        """A call that is no step has read values."""
+        """Record that a call which is no step of a chain has read values."""
         for found in reads:
             if found is not None:
                 name = getattr(func, "__name__", "a function").strip("_")
@@ -219,7 +219,7 @@ class Trace(HookedMode):
         return out
 
     def _copied(self, source: Tensor, made: Tensor) -> bool:
-        """A copy, or the very same tensor, is the value that it is a copy of; unless numbers were rounded."""
+        """Record a copy, or the very same tensor, as the value that it was made from; False if numbers were rounded."""
         if made is source:
             return True
         if source.is_floating_point() != made.is_floating_point() and source.dtype != torch.bool:
@@ -241,7 +241,7 @@ class Trace(HookedMode):
         reads: _Reads,
         made: Any,
     ) -> None:
-        """Take note of a call: a step, or one that only reads values."""
+        """Record a call that makes a step, or that only reads values."""
         carriers = {id(t): self._carried[id(t)] for t in given if id(t) in self._carried}
         courses = {id(found[0]): found[0] for found in reads if found is not None}
         alone = len(courses) == 1 and isinstance(made, Tensor) and is_plain(made)
@@ -253,7 +253,7 @@ class Trace(HookedMode):
         self._carry(func, args, kwargs, carriers, made, value)
 
     def _torn(self, func: Callable[..., Any], given: list[Tensor], reads: _Reads, made: Any) -> None:
-        """Follow pieces of one layer's values as long as the model runs; a detached one is looked at in passing."""
+        """Follow pieces of one layer's values until the model has returned."""
         if self._inside:
             return
         values = [None if found is None or self._is_over(found[0]) else found[0].values[found[1]] for found in reads]
@@ -261,7 +261,7 @@ class Trace(HookedMode):
         self._pieces.see(func, list(zip(given, values, constants, strict=True)), made)
 
     def _is_over(self, course: Course) -> bool:
-        """Whether the model has returned: what a loss makes of its output is no part of it."""
+        """Return whether the model has returned, so that later calls, such as those of the loss, are no part of it."""
         return course.in_model and not self._modules
 
     def _step(
@@ -274,7 +274,7 @@ class Trace(HookedMode):
         made: Tensor,
         course: Course,
     ) -> Value | None:
-        """What a call has made, if of the values of one output and of constants alone; else None."""
+        """Return the value that a call makes of one layer's output and constants alone; None if it does otherwise."""
         if func not in STEPS or functions_running() != course.depth:
             return None
         if self._is_over(course) and func not in LINKS:
@@ -300,7 +300,7 @@ class Trace(HookedMode):
         made: Any,
         value: Value | None,
     ) -> None:
-        """Take note of whose neurons a tensor still carries, pooled or laid out anew, and of who reads them."""
+        """Record which neurons a tensor still carries after pooling or a change of layout, and what reads them."""
         source = unhooked(args[0] if args else kwargs.get("input"))
         spread = 0
         if isinstance(made, Tensor):
@@ -339,13 +339,13 @@ class Trace(HookedMode):
             return
         own = self._now.get(id(target))
         if func in LINKS and own is not None and own[0].goes_on_alone(own[1]):
-            return  # the value that is overwritten lives on in the next link
+            return  # the next link holds the value that is overwritten
         is_aside = own is not None and own[0].values[own[1]].is_aside
         for course in (course for calls in self._calls.values() for course in calls):
             course.keep_before_write(target, is_aside=is_aside)
 
     def found(self) -> dict[str, Layer]:
-        """What has been learnt, by layer; layers that did not run have no calls and a note that says so."""
+        """Return the traced layers, by name; layers that did not run have no calls and a note that says so."""
         outputs = self._flow.outputs()
         return {
             name: replace(self._layer(name, module), output=name in outputs, twins=self._flow.twins(name))
@@ -374,11 +374,11 @@ class Trace(HookedMode):
         )
 
     def in_order(self) -> list[str]:
-        """The layers that ran, in the order in which they ran first."""
+        """Return the layers that ran, in the order in which they ran first."""
         return list(self._calls)
 
     def activations(self) -> Iterator[tuple[str, Tensor]]:
-        """The final value of every call of every layer."""
+        """Yield the name and the final value of every call of every layer."""
         for name, calls in self._calls.items():
             axis = common_axis(calls)
             for course in calls:

@@ -1,7 +1,7 @@
-"""Where a layer's values go in pieces: split, stacked or laid out so that a chain cannot follow them.
+"""Values of a layer that go on in pieces: split, stacked or laid out so that a chain cannot follow them.
 
-Not to know the way would be no harm, if nothing more happened to the values. What works on the pieces as an activation
-function does, is noted: the neuron's value is then not what its users take it for.
+That is harmless as long as the pieces are only passed on. A function that changes them, as an activation function does,
+is noted: downstream layers then read other values than those that are reported for the neuron.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -18,7 +18,7 @@ from lightning_neurons.layers.registry import PASSING
 
 
 class _Piece(NamedTuple):
-    """Of which value a tensor is a piece; ``torn`` is what tore it off, empty for the value itself."""
+    """A value of which a tensor is a piece; ``torn`` names the function that made the piece, empty for the whole."""
 
     value: Value
     torn: str = ""
@@ -26,18 +26,18 @@ class _Piece(NamedTuple):
 
 
 class Pieces:
-    """Follows pieces through one forward, outside of layers."""
+    """The pieces of layers' values in one forward, outside of layers."""
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[Tensor, _Piece]] = {}  # ids stay unique while the tensors live
 
     def see(self, func: Callable[..., Any], given: Sequence[tuple[Tensor, Value | None, bool]], made: Any) -> None:
-        """A call that is no step of a chain has read values of one layer, or pieces of them.
+        """Record a call that is no step of a chain and reads values of one layer, or pieces of them.
 
         Args:
-            func: What was called.
-            given: The tensors that it read, whose value each is, if any, and whether it is a constant.
-            made: What it made.
+            func: The function that was called.
+            given: The tensors that it read, each with the value that it is, if any, and whether it is a constant.
+            made: Its result.
         """
         found = [self._piece(tensor, value) for tensor, value, _ in given]
         pieces = [piece for piece in found if piece is not None]
@@ -74,7 +74,7 @@ class Pieces:
                 self._add(results, _Piece(pieces[0].value, torn or _name(func)))
 
     def copies(self, source: Tensor, made: Tensor) -> None:
-        """A copy is a piece of what its source is a piece of."""
+        """Record that a copy is a piece of the same value as its source."""
         self._known.pop(id(made), None)
         if id(source) in self._known:
             self._known[id(made)] = made, self._known[id(source)][1]
@@ -94,14 +94,14 @@ class Pieces:
 
 
 def _blurs(func: Callable[..., Any], given: Sequence[tuple[Tensor, Value | None, bool]]) -> bool:
-    """Whether a function is a convolution that works on each neuron alone, with numbers that nobody trains."""
+    """Return whether a function is a depthwise convolution with fixed weights."""
     weights = [tensor for tensor, _, constant in given[1:2] if constant and not isinstance(tensor, nn.Parameter)]
     is_alone = any(w.ndim > 2 and w.shape[1] == 1 and len(w) == given[0][0].shape[1 - w.ndim] for w in weights)
     return is_alone and _name(func).startswith("conv")
 
 
 def _keeps_all(func: Callable[..., Any], given: Iterable[Tensor], results: Iterable[Tensor], value: Value) -> bool:
-    """Whether a function of no known kind may hand on every number of a value: it has no weights, and makes as many."""
+    """Return whether a function that is not listed may keep all numbers: it has no weights, and makes as many."""
     is_pool = func in PASSING and func is not F.pad
     if is_pool or func in MIXES or any(isinstance(tensor, nn.Parameter) for tensor in given):
         return False
@@ -114,7 +114,7 @@ def _name(func: Callable[..., Any]) -> str:
 
 
 def _take_note(pieces: Sequence[_Piece], *names: str) -> None:
-    """In words, unless detached values are only looked at in passing."""
+    """Note in words the functions that worked on the values, unless those are detached and go nowhere."""
     if all(piece.value.is_aside for piece in pieces):
         return
     words = " and then to ".join(dict.fromkeys(name for name in names if name))

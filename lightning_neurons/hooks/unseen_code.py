@@ -1,4 +1,4 @@
-"""Code that a mode of Python cannot look into, and what a report says of a layer whose values go there."""
+"""Code that no torch function mode can follow, and the words by which a report describes it."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,10 +23,10 @@ LEAVES = frozenset({
 
 @contextmanager
 def script_functions(tell: Callable[[Any, Any, Any], None]) -> Iterator[None]:
-    """Hear of calls of functions in TorchScript, which no mode is told of.
+    """Report calls of functions in TorchScript, which no mode sees.
 
     Args:
-        tell: Is given the arguments, the keyword arguments and what came of them.
+        tell: Called with the arguments, the keyword arguments and the result of each.
     """
     kind: Any = torch.jit.ScriptFunction
     run = kind.__call__

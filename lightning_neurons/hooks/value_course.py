@@ -1,4 +1,4 @@
-"""What becomes of a layer's output in one call: the values that are made of it alone, and where they reunite.
+"""Values computed from a layer's output in one call: which depend on it alone, and where its branches reunite.
 
 The output is value 0. Each step makes another value, of earlier ones of the same course and of constants. A value to
 which everything before it leads, and nothing else, is where the chain may end: the last such one is the activation
@@ -22,19 +22,19 @@ from lightning_neurons.layers.registry import RECTIFIERS
 
 @dataclass(eq=False)
 class Value:
-    """What a layer made, or a step behind it.
+    """An output of a layer, or the result of a step after it.
 
     Attributes:
-        tensor: It.
-        place: Where its neurons lie, and behind what.
-        step: What made it; None for the layer's output.
-        uses: The numbers of the values that are made of it.
+        tensor: The tensor.
+        place: Where its neurons lie, and the stage of the chain.
+        step: The call that made it; None for the layer's output.
+        uses: The numbers of the values that are computed from it.
         outside: Names of functions that read it and are no steps.
-        readers: The layers that read it, each with how many of its inputs belong to one neuron.
-        foreign: Whether something reads it that is neither a layer nor on the way to one.
-        pooled: Names of activation functions that read it behind a pooling function.
-        torn: In words, what works on parts of it, or on what is laid side by side, where it could not be followed.
-        is_aside: Whether it is made of detached values alone: of no account, unless the model goes on with it.
+        readers: The layers that read it, each with the number of its inputs that belong to one neuron.
+        foreign: Whether a call reads it that is neither a layer nor leads to one.
+        pooled: Names of activation functions that read it after a pooling function.
+        torn: The functions, in words, that work on parts of it, or on it joined to others, and could not be followed.
+        is_aside: Whether it is computed from detached values alone: ignored, unless the model goes on with it.
         is_entered: Whether a layer reads it.
         is_taken_out: Whether its numbers have been handed to code outside of torch.
     """
@@ -54,12 +54,12 @@ class Value:
 
 
 class Course:
-    """One call of a layer.
+    """The values that are computed from one call of a layer.
 
     Args:
-        output: What the layer made.
-        axis: Where its neurons lie.
-        depth: How many autograd functions were running.
+        output: The layer's output.
+        axis: Axis of its neurons.
+        depth: Number of autograd functions that were running.
         in_model: Whether a module around the layer was running.
     """
 
@@ -68,7 +68,7 @@ class Course:
         self.values = [Value(output, Place(axis))]
 
     def add(self, tensor: Tensor, place: Place, step: Step) -> Value:
-        """Take note of a step."""
+        """Add the value that a step makes."""
         is_aside = step.function in DETACHES or all(self.values[number].is_aside for number in step.values)
         made = Value(tensor, place, step, is_aside=is_aside)
         for number in set(step.values):
@@ -77,14 +77,14 @@ class Course:
         return made
 
     def take_out(self, number: int) -> None:
-        """Take note that the numbers of a value, detached or not, have left torch."""
+        """Record that the numbers of a value, detached or not, have left torch."""
         value = self.values[number]
         value.is_taken_out = True
         for read in value.step.values if value.step is not None and value.is_aside else ():
             self.take_out(read)
 
     def keep_before_write(self, target: Tensor, *, is_aside: bool) -> None:
-        """Copy the values that somebody is about to write into, perhaps through a detached one."""
+        """Copy the values that a call is about to overwrite, perhaps through a detached one."""
         for value in self.values:
             if share_memory(value.tensor, target):
                 value.tensor = value.tensor.clone()
@@ -92,7 +92,7 @@ class Course:
                     value.outside.append(DATA)
 
     def points(self) -> Iterator[int]:
-        """The values where the chain may end, from the layer's output on."""
+        """Yield the values where the chain may end, from the layer's output on."""
         reach, counts = 0, self._of_account()
         for number, value in enumerate(self.values):
             if not counts[number]:
@@ -105,12 +105,12 @@ class Course:
             reach = max(reach, *uses)
 
     def uses(self, number: int) -> list[int]:
-        """The values that are made of a value, and that the model goes on with."""
+        """Return the values that are computed from a value, and that the model goes on with."""
         counts = self._of_account()
         return [use for use in self.values[number].uses if counts[use]]
 
     def _of_account(self) -> list[bool]:
-        """By value, whether the model goes on with it: logging looks at detached values and throws them away."""
+        """Return for each value whether the model goes on with it, and not only logging, which reads detached ones."""
         counts = [not value.is_aside or value.is_entered for value in self.values]
         for number in reversed(range(len(counts))):
             step = self.values[number].step
@@ -119,7 +119,7 @@ class Course:
         return counts
 
     def _may_end(self, number: int) -> bool:
-        """Whether samples and neurons lie in their places; what only lays values out anew is behind the end."""
+        """Return whether samples and neurons lie in their places; a mere change of layout after that does not count."""
         value = self.values[number]
         if value.place.axis is None or not value.tensor.is_floating_point():
             return False
@@ -128,17 +128,17 @@ class Course:
         return not (value.step is not None and value.step.is_move and self._may_end(self._before_moves(number)))
 
     def _before_moves(self, number: int) -> int:
-        """The value that has been laid out anew."""
+        """Return the value before all changes of layout that end in this one."""
         step = self.values[number].step
         return self._before_moves(step.values[0]) if step is not None and step.is_move else number
 
     def goes_on_alone(self, number: int) -> bool:
-        """Whether nothing has read a value yet, and all before it lead to it."""
+        """Return whether nothing has read a value yet, and all values before lead to it."""
         value = self.values[number]
         return not value.uses and not value.outside and number in self.points()
 
     def end(self, axis: int | None = None) -> Value:
-        """The value at the activation point; with ``axis``, the last that has its neurons there."""
+        """Return the value at the activation point; with ``axis``, the last that has its neurons on that axis."""
         return self.values[self._ends(axis)[-1]]
 
     def _ends(self, axis: int | None) -> list[int]:
@@ -148,7 +148,7 @@ class Course:
         return points
 
     def chain(self, axis: int | None = None) -> tuple[Link, ...]:
-        """The links up to the activation point; see ``end``."""
+        """Return the links up to the activation point; see ``end``."""
         points = self._ends(axis)
         return tuple(self._link(first, last) for first, last in pairwise(points))
 
@@ -167,13 +167,13 @@ class Course:
         )
 
     def _steps(self, first: int, last: int) -> dict[int, Step]:
-        """The steps between two values, by the number of the value that each makes."""
+        """Return the steps between two values, by the number of the value that each makes."""
         counts = self._of_account()
         numbered = [(number, self.values[number].step) for number in range(first + 1, last + 1) if counts[number]]
         return {number: step for number, step in numbered if step is not None}
 
     def _rectified(self, last: int) -> bool:
-        """Whether the value is known to be zero or positive, and exactly zero where it is silent."""
+        """Return whether a value is known to be zero or positive, and exactly zero where the neuron is silent."""
         end, made = self.values[last], self.values[self._before_moves(last)]
         if made.step is not None and made.step.title in RECTIFIERS:
             return True
@@ -183,7 +183,7 @@ class Course:
         return end.place.stage == 2 and axis is not None and rectifies(steps, start, first, axis, end.tensor)
 
     def note(self, axis: int | None = None) -> str:
-        """What a user should know of how the values go on, if that looks like more of the neurons' own; else empty."""
+        """Return a warning if values are changed after the activation point in ways that were not followed; else ""."""
         end = self._ends(axis)[-1]
         value = self.values[end]
         following = self._functions_behind(end)
@@ -206,7 +206,7 @@ class Course:
         return ""
 
     def _functions_behind(self, end: int) -> list[str]:
-        """The first functions that work on a value, behind whatever lays it out anew."""
+        """Return the first functions that compute on a value, after any change of layout."""
         found = []
         for number in self.uses(end):
             step = self.values[number].step
@@ -216,7 +216,7 @@ class Course:
 
 
 def common_axis(calls: Sequence[Course]) -> int | None:
-    """None if the neurons lie on the same axis at the ends of all calls; else the axis of the layer's output."""
+    """Return None if the neurons lie on one axis at the ends of all calls; else the axis of the layer's output."""
     axes = {course.end().place.axis for course in calls}
     return calls[0].values[0].place.axis if len(axes) > 1 else None
 
@@ -226,7 +226,7 @@ def _lies_first(value: Value) -> bool:
 
 
 def _name(parts: Sequence[Step]) -> str:
-    """A short name: ``"mul(sigmoid)"`` for ``x * sigmoid(1.702 * x)``."""
+    """Return a short name: ``"mul(sigmoid)"`` for ``x * sigmoid(1.702 * x)``."""
     last, inner = parts[-1].title, list(dict.fromkeys(step.title for step in parts[:-1]))
     telling = [name for name in inner if name not in ARITHMETIC] or inner
     return f"{last}({', '.join(telling)})" if telling else last

@@ -1,4 +1,4 @@
-"""What criteria may know of a layer: its weights, neuron axis first, and those that read it."""
+"""Weights of a layer, neuron axis first, and of the downstream layers that read it, for the criteria."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +16,7 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def traits_of(layer: Layer, modules: Mapping[str, nn.Module]) -> LayerTraits:
-    """Everything that criteria may know of ``layer``, one of the ``modules`` of a model by their path."""
+    """Return all that criteria may know of ``layer``; ``modules`` are those of the model, by path."""
     readers = [outgoing_weight(modules[name], spread) for name, spread in layer.readers or ()]
     outgoing = None
     if readers and all(r is not None and len(r) == layer.neurons for r in readers):
@@ -33,7 +33,7 @@ def traits_of(layer: Layer, modules: Mapping[str, nn.Module]) -> LayerTraits:
 
 
 def incoming_weight(module: nn.Module, neurons: int) -> Tensor | None:
-    """The weights that make each neuron, ``(neuron, weight)``; None if the module has no such tensor."""
+    """Return the incoming weights, ``(neuron, weight)``; None if the module has no such tensor."""
     weight = _weight_of(module)
     if not isinstance(weight, Tensor) or weight.ndim < 2:
         return None
@@ -46,7 +46,7 @@ def incoming_weight(module: nn.Module, neurons: int) -> Tensor | None:
 
 
 def neuron_weights(module: nn.Module) -> list[Tensor]:
-    """For each neuron, the weights that make it, as a view into the layer's own; none where it has no such tensor.
+    """Return each neuron's incoming weights as a view into the layer's own; empty if the layer has no such tensor.
 
     Example:
         >>> layer = nn.Linear(2, 3)
@@ -66,11 +66,14 @@ def neuron_weights(module: nn.Module) -> list[Tensor]:
 
 
 def outgoing_weight(module: Any, spread: int = 1) -> Tensor | None:
-    """The weights by which a module reads each of its inputs, ``(input, weight)``.
+    """Return the weights by which a module reads each of its inputs.
 
     Args:
-        module: A layer; None if it is not known where its weights lie.
-        spread: How many neighbouring inputs belong to one neuron (a flattened picture before a linear layer).
+        module: A layer that reads others.
+        spread: Number of neighbouring inputs that belong to one neuron (a flattened image before a linear layer).
+
+    Returns:
+        The weights, ``(neuron, weight)``, or None if no record says where the module's weights lie.
     """
     weight, handler = _weight_of(module), handler_of(module)
     if not isinstance(weight, Tensor) or handler is None:
@@ -92,7 +95,7 @@ def _making_axis(module: object) -> int:
 
 
 def _weight_of(module: nn.Module | None) -> Any:
-    """A module's weight. Where it is computed at every reading, that may go on from state to state in training mode."""
+    """Return a module's weight; a parametrized one is computed in evaluation mode, which changes no state."""
     if module is None or not is_parametrized(module, "weight"):
         return getattr(module, "weight", None)
     with isolated(module), torch.no_grad():

@@ -1,1 +1,1 @@
-"""Layers: which modules make neurons, their names, and where their neurons lie."""
+"""Layers: the module types that have neurons, their names, and the axis of their neurons."""

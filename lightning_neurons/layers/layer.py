@@ -1,4 +1,4 @@
-"""What is known of one layer, and the choice of layers by name and type."""
+"""A record of one layer, and the choice of layers by name and type."""
 
 import fnmatch
 from collections.abc import Sequence
@@ -15,16 +15,16 @@ Pattern = str | type[nn.Module]
 
 @dataclass(frozen=True)
 class Link:
-    """One step between a layer and its readers.
+    """A step between a layer and the downstream layers that read it.
 
     Attributes:
         kind: ``"norm"``, ``"activation"``, ``"dropout"``, or ``"affine"`` for a scale or shift that is written out.
         function: The function that ran, such as ``"relu"`` or ``"batch_norm"``; of an activation function that is
             written out, the last that ran, and those inside: ``"mul(sigmoid)"``.
         module: Path of the module that called it, or None for a functional call.
-        rectified: Whether values behind it are zero or positive, and exactly zero where the neuron is silent.
-        steps: The calls that it is made of: the name of each function and which values it reads. 0 is what enters the
-            link, 1 what the first call makes, and so on.
+        rectified: Whether its values are zero or positive, and exactly zero where the neuron is silent.
+        steps: The calls that it consists of: the name of each function and the values that it reads. 0 is the value
+            that enters the link, 1 the result of the first call, and so on.
     """
 
     kind: Kind
@@ -39,22 +39,22 @@ class Link:
 
 @dataclass(frozen=True)
 class Layer:
-    """A module that makes neurons, and where they get their final value.
+    """A module that has neurons, and the point where they get their final value.
 
     Attributes:
         name: Path in the model.
         type: Name of the module's class.
-        neurons: How many it has.
-        axis: Where they lie at the activation point: 1 for channels, -1 for features, unless the chain lays them out
-            anew, as a LayerNorm over the channels of pictures does.
-        chain: What follows the layer before anybody reads it; the activation point is behind the last link.
+        neurons: Number of neurons.
+        axis: Axis of the neurons at the activation point: 1 for channels, -1 for features, unless the chain changes the
+            layout, as a LayerNorm over the channels of images does.
+        chain: The links between the layer and those that read it; the activation point is after the last one.
         chains: The same for each call in one forward; ``chain`` is the first.
-        readers: Paths of the layers that read the activation, each with how many of its inputs belong to one neuron;
-            None where something else reads it too, such as a residual sum.
-        rows_per_sample: How many entries of the first axis of its output one sample makes, where that is known and
-            not 1: tokens or windows folded into the batch.
-        note: What a user should know: why the layer was not seen, for example.
-        output: Whether it makes the model's output: no other layer reads what it makes.
+        readers: Paths of the downstream layers that read the activation, each with the number of its inputs that belong
+            to one neuron; None where something else reads it too, such as a residual sum.
+        rows_per_sample: Number of entries on the first axis of its output that belong to one sample, where that is
+            known and not 1: tokens or windows folded into the batch.
+        note: A hint for the user, such as the reason why the layer was not seen.
+        output: Whether it makes the model's output: no other layer reads its values.
         twins: The other layers of its residual stream: their values are added to its own, neuron by neuron, so that
             neuron ``i`` of all of them can only be removed together.
     """
@@ -72,22 +72,22 @@ class Layer:
 
     @property
     def calls(self) -> int:
-        """How often the layer ran in one forward; 0 if it did not."""
+        """The number of times that the layer ran in one forward; 0 if it did not."""
         return len(self.chains)
 
     @property
     def chain(self) -> tuple[Link, ...]:
-        """The links behind the layer's first call."""
+        """The links after the layer's first call."""
         return self.chains[0] if self.chains else ()
 
     @property
     def activation(self) -> str | None:
-        """The activation function behind the layer, or None; several, where one follows the other."""
+        """The activation function after the layer, or None; several, where one follows the other."""
         return " > ".join(link.function for link in self.chain if link.kind == "activation") or None
 
     @property
     def rectified(self) -> bool:
-        """Whether every call's values end in a rectifier."""
+        """True if the values of every call end in a rectifier."""
         ends = self._ends()
         return bool(ends) and all(end is not None and (end.rectified or end.function in RECTIFIERS) for end in ends)
 
@@ -98,23 +98,23 @@ class Layer:
         return found.pop() if len(found) == 1 else None
 
     def _ends(self) -> list[Link | None]:
-        """The last link of each call, dropout aside."""
+        """Return the last link of each call, dropout aside."""
         chains = [[link for link in chain if link.kind != "dropout"] for chain in self.chains]
         return [chain[-1] if chain else None for chain in chains]
 
     @property
     def activation_point(self) -> str:
-        """The way to the activation point in words, such as ``"conv1 > batch_norm (bn1) > relu"``."""
+        """The links up to the activation point in words, such as ``"conv1 > batch_norm (bn1) > relu"``."""
         return " > ".join([self.name, *map(str, self.chain)])
 
 
 def public_name(path: str) -> str:
-    """A module's path without what ``torch.compile`` puts into it."""
+    """Return a module's path without the parts that ``torch.compile`` adds."""
     return ".".join(part for part in path.split(".") if part != "_orig_mod")
 
 
 def calling_module(model: nn.Module, running: Sequence[str]) -> str | None:
-    """The module that calls a function, if it has no modules of its own and is no layer; else a bigger one does.
+    """Return the path of the module that calls a function, if it has no submodules and is no layer, else None.
 
     Args:
         model: The model.
@@ -126,12 +126,12 @@ def calling_module(model: nn.Module, running: Sequence[str]) -> str | None:
 
 
 def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules by their path, without what ``torch.compile`` puts into it."""
+    """Return the modules by path, without the parts that ``torch.compile`` adds."""
     return {public_name(path): module for path, module in model.named_modules()}
 
 
 def widths_of(model: nn.Module) -> dict[str, int]:
-    """Neurons by layer, in the order of the model.
+    """Return the number of neurons of each layer, in the order of the model.
 
     Example:
         >>> widths_of(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)))
@@ -141,10 +141,10 @@ def widths_of(model: nn.Module) -> dict[str, int]:
 
 
 def candidates(model: nn.Module, patterns: Sequence[Pattern] | None = None) -> dict[str, nn.Module]:
-    """The modules that make neurons, by path, in the order of the model; all of them or those that match.
+    """Return the modules that have neurons, by path, in the order of the model; all of them or those that match.
 
     Args:
-        model: Where to look.
+        model: The model to search.
         patterns: Paths with wildcards (``"net.layer1.*"``), names of classes (``"Conv2d"``) or module types.
 
     Raises:
@@ -183,7 +183,7 @@ def require_materialized(model: nn.Module) -> None:
 
 
 def lazy_path(model: nn.Module) -> str | None:
-    """The first module that is lazy and has not seen a batch, or None."""
+    """Return the path of the first module that is lazy and has not seen a batch, or None."""
     for path, module in model.named_modules():
         if any(is_lazy(t) for t in (*module._parameters.values(), *module._buffers.values()) if t is not None):
             return str(path)

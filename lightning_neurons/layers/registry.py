@@ -1,4 +1,4 @@
-"""Which modules make neurons, and which functions may stand between a layer and its readers.
+"""The module types that have neurons, and the functions that may stand between a layer and the next.
 
 ``LAYER_FAMILIES`` can be extended by ``register_layer``. The function tables hold what ``torch`` dispatches when a
 module or a functional call runs, so that ``nn.ReLU()``, ``F.relu`` and ``x.relu_()`` are all seen.
@@ -19,11 +19,11 @@ Kind = Literal["norm", "affine", "activation", "dropout"]
 
 @dataclass(frozen=True)
 class LayerFamily:
-    """How to count and find the neurons of a module type.
+    """A way to count and find the neurons of a module type.
 
     Attributes:
-        neurons: Number of neurons of a module.
-        axis: Where the neurons lie in its output: 1 for channels, -1 for features.
+        neurons: Function from a module to its number of neurons.
+        axis: Axis of the neurons in its output: 1 for channels, -1 for features.
     """
 
     neurons: Callable[[Any], int]
@@ -52,7 +52,7 @@ def register_layer(module_type: type[nn.Module], *, neurons: Callable[[Any], int
 
     Args:
         module_type: A subclass of ``nn.Module`` whose forward returns one tensor.
-        neurons: Number of neurons of a module of this type.
+        neurons: Function from a module of this type to its number of neurons.
         axis: The neuron axis of its output: 1 for channels, -1 for features.
 
     Raises:
@@ -80,12 +80,12 @@ def register_layer(module_type: type[nn.Module], *, neurons: Callable[[Any], int
 
 
 def family_of(module: nn.Module) -> LayerFamily | None:
-    """The family of the module's own type or its nearest base, or None if it makes no neurons."""
+    """Return the family of the module's own type or its nearest base, or None if it has no neurons."""
     return next((LAYER_FAMILIES[t] for t in type(module).__mro__ if t in LAYER_FAMILIES), None)
 
 
 def widths_of(modules: Mapping[str, nn.Module]) -> dict[str, int]:
-    """Number of neurons by layer."""
+    """Return the number of neurons of each layer."""
     return {name: family.neurons(module) for name, module in modules.items() if (family := family_of(module))}
 
 
@@ -115,7 +115,7 @@ LINKS: dict[Callable[..., Any], Kind] = {
     **dict.fromkeys(_RECTIFIERS | _SIGMOIDS | _TANHS | _SMOOTH, "activation"),
     **dict.fromkeys(_DROPOUTS, "dropout"),
 }
-"""Functions that may follow a layer, by kind. What they are written out with is in ``hooks/chain_functions.py``."""
+"""Kinds of the functions that may follow a layer; see ``hooks/chain_functions.py`` for those written out."""
 
 RECTIFIERS = frozenset(f.__name__ for f in _RECTIFIERS) - {"threshold"}
 """Names of functions that make every value zero or positive. A threshold may set another value than zero."""
@@ -124,11 +124,11 @@ BOUNDS: dict[str, tuple[float, float]] = {
     **{f.__name__: (0.0, 1.0) for f in _SIGMOIDS},
     **{f.__name__: (-1.0, 1.0) for f in _TANHS - {F.hardtanh, F.hardtanh_}},
 }
-"""Names of functions that saturate at two fixed bounds. (``hardtanh`` has bounds of the caller's choice.)"""
+"""Bounds of the functions that saturate at two fixed values. (``hardtanh`` has bounds of the caller's choice.)"""
 
 
 def function_name(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """The name of a function by what it does: ``nn.ReLU6`` calls ``hardtanh`` with a lower bound of 0."""
+    """Return the name of a function by its effect: ``nn.ReLU6`` calls ``hardtanh`` with a lower bound of 0."""
     if function in (F.hardtanh, F.hardtanh_):
         low = args[1] if len(args) > 1 else kwargs.get("min_val", -1.0)
         return "relu6" if low == 0 else "hardtanh"
@@ -143,4 +143,4 @@ PASSING: frozenset[Callable[..., Any]] = frozenset({
     torch.flatten, _T.flatten, _T.view, _T.reshape, torch.reshape, _T.squeeze, torch.squeeze,
     _T.mean, torch.mean, _T.contiguous, F.pad, torch.nn.functional.interpolate,
 })  # fmt: skip
-"""Functions that hand each neuron on as it is, pooled or laid out anew."""
+"""Functions after which each neuron is still on its own: they pool its values or change the layout."""

@@ -1,4 +1,4 @@
-"""From a layer's output to ``(batch, neuron, space)``."""
+"""A layer's output in the form ``(batch, neuron, space)``."""
 
 from jaxtyping import Float
 from torch import Tensor
@@ -7,18 +7,21 @@ from torch import Tensor
 def samples_first(
     values: Float[Tensor, "..."], axis: int, batch_size: int | None = None, rows_per_sample: int | None = None
 ) -> Float[Tensor, "batch neuron space"]:
-    """Bring a layer's output into the form that statistics read; views wherever possible.
+    """Bring a layer's output into the form that statistics read, as a view wherever possible.
 
     Samples are the first axis, unless its length is not ``batch_size``: then the second axis of features, if it has
     that length (models that put time first), or equal parts of the first axis (tokens or windows folded into the
-    batch), make the samples. Where neither fits, such as pictures cut into uneven crops, every entry of the first axis
+    batch), make the samples. Where neither fits, such as images cut into uneven crops, every entry of the first axis
     counts as a sample.
 
     Args:
         values: A layer's output, or its gradient.
         axis: The neuron axis.
         batch_size: Number of samples in the batch, if known.
-        rows_per_sample: What decides where both fit; see ``Layer``.
+        rows_per_sample: Rows of a sample, which decides where both fit; see ``Layer``.
+
+    Returns:
+        The values as ``(batch, neuron, space)``; space is 1 for values without further axes.
 
     Example:
         >>> import torch
@@ -40,10 +43,10 @@ def samples_first(
 
 
 def time_first(values: Float[Tensor, "..."], axis: int, batch_size: int) -> bool:
-    """Whether the second axis may be the samples: only features can lie behind (time, batch)."""
+    """Return whether the second axis may be the samples: only features can lie behind (time, batch)."""
     return axis % values.ndim > 1 and values.shape[0] != batch_size == values.shape[1]
 
 
 def is_ambiguous(values: Float[Tensor, "..."], axis: int, batch_size: int) -> bool:
-    """Whether the shape alone does not tell (time, batch) from windows folded into the batch."""
+    """Return whether the shape may mean both (time, batch) and windows folded into the batch."""
     return bool(batch_size) and time_first(values, axis, batch_size) and values.shape[0] % batch_size == 0
