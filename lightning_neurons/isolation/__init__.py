@@ -1,1 +1,1 @@
-"""Running a user's code again without a trace: states, copies, and what code can reach."""
+"""Run a user's code again without changing anything: states, copies, and all that the code can reach."""

@@ -1,7 +1,7 @@
-"""What a mutable thing holds: kept, compared, and put back into the same object.
+"""Contents of mutable objects: kept, compared, and put back into the same object.
 
-Nothing here asks a thing for its hash or for equality: those may be anybody's code (the hash of a metric holds its
-states), and a thing is changed only where something has changed it.
+Nothing here calls an object's hash or equality: those may be the user's code (the hash of a metric depends on its
+states), and an object is written to only if its content has changed.
 """
 
 import types
@@ -21,16 +21,16 @@ _MISSING: Any = object()
 
 
 class Content:
-    """What one thing held when this was made."""
+    """The content of one object at the time when this was made."""
 
     __slots__ = ()
 
     def has_changed(self) -> bool:
-        """Whether the thing holds something else now."""
+        """Return whether the object's content is another one now."""
         return not self._is_same()
 
     def put_back(self) -> bool:
-        """Give the thing what it held; returns whether that was possible, or not needed."""
+        """Put the content back into the object; return False if that was needed and not possible."""
         return self._is_same() or self._refill()
 
     def _is_same(self) -> bool:
@@ -135,11 +135,11 @@ class Values(Content):
 
 
 class Numbers(Content):
-    """The values of a tensor, which memory it is, its ``.grad`` and whether it requires one.
+    """The values of a tensor, its memory, its ``.grad`` and whether it requires one.
 
     Args:
         thing: A tensor.
-        copied: Whether to keep a copy of the values; else a change of them is noticed and cannot be undone.
+        copied: Whether to keep a copy of the values; else a change of them is noticed but cannot be undone.
     """
 
     __slots__ = ("_alias", "_asks", "_copy", "_grad", "_is_leaf", "_sum", "_thing", "_version")
@@ -152,11 +152,11 @@ class Numbers(Content):
         self._grad = thing.grad if self._is_leaf else None
 
     def has_changed(self) -> bool:
-        """Whether it was written into, also where the values are the same again."""
+        """Return whether the tensor was written into, also where the values are the same again."""
         return version_of(self._thing) != self._version or not self._is_same()
 
     def put_back(self) -> bool:
-        """Give the tensor its values; those of another device without waiting to compare them."""
+        """Put the values back; those on an accelerator without waiting to compare them."""
         is_near = self._copy is None or self._alias.device.type == "cpu"
         return (is_near and self._is_same()) or self._refill()
 
@@ -195,7 +195,7 @@ class Numbers(Content):
 
 
 class Version(Content):
-    """How often a tensor was written into whose values are not in one piece of memory (sparse, nested, quantized)."""
+    """The number of writes into a tensor that is not one piece of memory (sparse, nested, quantized)."""
 
     __slots__ = ("_thing", "_version")
 
@@ -210,11 +210,11 @@ class Version(Content):
 
 
 class Place(Content):
-    """One place that holds a value, or nothing: an attribute in a slot, a cell of a closure, a name of a module.
+    """A place that holds a value, or nothing: an attribute in a slot, a cell of a closure, a name of a module.
 
     Args:
-        get: Gives the value; raises AttributeError, LookupError or ValueError where there is none.
-        put: Takes the value.
+        get: Returns the value; raises AttributeError, LookupError or ValueError where there is none.
+        put: Sets the value.
         clear: Empties the place.
     """
 
@@ -242,7 +242,7 @@ class Place(Content):
 
 
 class Body(Content):
-    """What stands in the body of a class."""
+    """The attributes of a class."""
 
     __slots__ = ("_body", "_thing")
 
@@ -264,11 +264,11 @@ class Body(Content):
 
 
 class Mark(Content):
-    """A state that is asked for and, where that is possible, set.
+    """A state that is read by one function and, where possible, set by another.
 
     Args:
-        get: Gives the state, as a tensor or as something whose text tells it from others.
-        put: Sets it; None where nothing can.
+        get: Returns the state, as a tensor or as an object whose ``repr`` tells it from others.
+        put: Sets it; None where that is impossible.
     """
 
     __slots__ = ("_get", "_put", "_state")
@@ -288,7 +288,7 @@ class Mark(Content):
 
 
 def of_cell(cell: types.CellType) -> Place:
-    """What a closure holds."""
+    """Return the place of a closure's variable."""
     return Place(
         lambda: cell.cell_contents,
         lambda value: setattr(cell, "cell_contents", value),
@@ -297,26 +297,26 @@ def of_cell(cell: types.CellType) -> Place:
 
 
 def of_name(names: dict[str, Any], name: str) -> Place:
-    """What a module calls by a name."""
+    """Return the place of a module's global variable."""
     return Place(lambda: names[name], lambda value: names.__setitem__(name, value), lambda: names.pop(name, None))
 
 
 def of_variable(variable: "ContextVar[Any]") -> Place:
-    """What a context variable holds; it cannot be emptied again."""
+    """Return the place of a context variable, which cannot be emptied again."""
     return Place(variable.get, variable.set, lambda: None)
 
 
 def of_slot(thing: Any, slot: types.MemberDescriptorType) -> Place:
-    """An attribute that has a slot."""
+    """Return the place of an attribute that has a slot."""
     return Place(lambda: slot.__get__(thing), lambda value: slot.__set__(thing, value), lambda: slot.__delete__(thing))
 
 
 def _are(now: Collection[Any], then: list[Any]) -> bool:
-    """Whether there are the same objects, in the same order."""
+    """Return whether there are the same objects, in the same order."""
     return len(now) == len(then) and all(map(is_, now, then))
 
 
 def _sum_of(tensor: Tensor) -> int | None:
-    """A number that nearly every change of the values changes: the sum of their bits as integers."""
+    """Return the sum of a tensor's bits as integers, which nearly every change of its values changes."""
     kind = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(tensor.element_size())
     return None if kind is None else int(tensor.view(kind).sum())

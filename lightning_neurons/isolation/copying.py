@@ -1,4 +1,4 @@
-"""Copying a model whole: functions that hold parts of it hold those of the copy, and kept values lose their graphs."""
+"""Deep copies of a model: functions that hold parts of it hold those of the copy, and kept values lose their graphs."""
 
 import copy
 import functools
@@ -17,24 +17,27 @@ from lightning_neurons.layers.layer import public_name
 
 _COLLECTIONS = (list, tuple, set, frozenset, deque)
 _HELD = (*_COLLECTIONS, dict, Tensor, types.FunctionType, types.MethodType, functools.partial)
-"""What a function may hold that another run of it can change; of anything else it keeps the original."""
-_MOST = 200_000  # things; to copy more would not end either
+"""Types of values in a closure that are copied, as another run can change them; the copy shares all others."""
+_MOST = 200_000  # objects; a deep copy of more would take too long as well
 _MOST_SHARED = 100  # each of them costs another copy
 
 
 def copy_of(model: nn.Module, *, shared: bool = False) -> nn.Module:
-    """A deep copy, on which running leaves no trace in the original.
+    """Return a deep copy, on which running leaves no trace in the original.
 
     Unlike ``copy.deepcopy``, it takes hooks and other functions along that hold a part of the model or a container in
     their closure or defaults, the user's hooks on gradients of parameters, and values that a forward or a step has left
-    behind, a list of losses for example. What does not let itself be copied, a lock for example, is shared.
+    behind, a list of losses for example. Objects that cannot be copied, a lock for example, are shared.
 
     Args:
         model: Any module.
         shared: Whether the copy has the same parameters and buffers, so that only its modules are copied.
 
+    Returns:
+        The copy, in the same mode and on the same device.
+
     Raises:
-        Exception: What something in it raises that does not let itself be copied.
+        Exception: The error of a part that can neither be copied nor shared.
 
     Example:
         >>> net = nn.Linear(2, 3)
@@ -61,20 +64,20 @@ def copy_of(model: nn.Module, *, shared: bool = False) -> nn.Module:
 
 
 def hooked_parameters(model: nn.Module) -> list[str]:
-    """Paths of the parameters that have hooks of the user's own on their gradients."""
+    """Return the paths of the parameters that have hooks of the user's own on their gradients."""
     final = finally_hooked_parameters(model)
     names = ((public_name(name), parameter) for name, parameter in model.named_parameters())
     return [name for name, parameter in names if _gradient_hooks(parameter) or name in final]
 
 
 def finally_hooked_parameters(model: nn.Module) -> list[str]:
-    """Those with hooks that run when a gradient is complete, in which an optimizer may step; copies have none."""
+    """Return the paths of parameters with post-accumulate hooks, which may run an optimizer; copies lack them."""
     hooks = {name: getattr(p, "_post_accumulate_grad_hooks", None) or {} for name, p in model.named_parameters()}
     return [public_name(name) for name, found in hooks.items() if _of_users(found.values())]
 
 
 def what_fails(model: nn.Module) -> str:
-    """The path of the innermost module that does not let itself be copied; "" if that is the model itself."""
+    """Return the path of the innermost module that cannot be copied; "" if that is the model itself."""
     for path, module in reversed(list(model.named_modules())):
         try:
             copy_of(module)
@@ -107,7 +110,7 @@ def _copy(model: nn.Module, own: Mapping[int, Any], functions: Iterable[types.Fu
 
 
 def _gradient_hooks(parameter: Tensor) -> list[Any]:
-    """The user's hooks on the gradient of a parameter."""
+    """Return the user's hooks on the gradient of a parameter."""
     return _of_users((parameter._backward_hooks or {}).values())
 
 
@@ -118,7 +121,7 @@ def _of_users(hooks: Iterable[Any]) -> list[Any]:
 def _empty(
     function: types.FunctionType, cells: Mapping[int, tuple[types.CellType, types.CellType]]
 ) -> types.FunctionType:
-    """The same function with nothing in its closure yet, as what it holds may hold the function; cells are shared."""
+    """Return the same function with empty cells for its closure, which may hold the function itself."""
     closure = None if function.__closure__ is None else tuple(cells[id(cell)][1] for cell in function.__closure__)
     made = types.FunctionType(function.__code__, function.__globals__, function.__name__, None, closure)
     made.__qualname__, made.__module__, made.__doc__ = function.__qualname__, function.__module__, function.__doc__
@@ -133,7 +136,7 @@ def _held(value: Any, memo: dict[int, Any]) -> Any:
 
 
 def _reachable(model: nn.Module) -> Iterator[Any]:
-    """Tensors, and functions that hold something, as far as a copy goes."""
+    """Yield tensors, and functions that hold values, as far as a deep copy goes."""
     seen: dict[int, Any] = {}  # alive, so that ids stay unique
     todo: list[Any] = [model]
     while todo and len(seen) < _MOST:
@@ -169,7 +172,7 @@ def _inside(thing: Any) -> list[Any]:
     if isinstance(thing, functools.partial):
         return [thing.func, *thing.args, *thing.keywords.values()]
     if hasattr(type(thing), "__deepcopy__") and not isinstance(thing, nn.Module):
-        return []  # it knows itself what a copy is
+        return []  # it defines its own copies
     state = getattr(thing, "__dict__", {})
     if isinstance(thing, nn.Module) and "_trainer" in state:  # a copy belongs to no Trainer
         state = {name: value for name, value in state.items() if name != "_trainer"}

@@ -1,7 +1,7 @@
-"""Weights that a step exchanges while it runs, such as averages that stand in for them: ``parameter.data.copy_(...)``.
+"""Weights that a step exchanges while it runs, for averages of them for example: ``parameter.data.copy_(...)``.
 
-Autograd does not notice, and its backward would go through the weights that are there when it runs. It has to be those
-that the forward has used.
+Autograd does not notice, and its backward would use the weights that are there when it runs. It has to be those that
+the forward has used.
 """
 
 from collections.abc import Callable
@@ -15,17 +15,17 @@ from lightning_neurons.isolation.tensors import address_of, tensors_in
 from lightning_neurons.isolation.writes import target_of_write
 
 _EXCHANGES = frozenset({Tensor.data.__set__, Tensor.set_})  # type: ignore[attr-defined]
-"""Give a tensor other memory."""
+"""Functions that give a tensor other memory."""
 
 
 class MovingWeights:
-    """Sees writes into a model's weights during one forward, and keeps for its backward what they overwrite.
+    """A watch on writes into a model's weights during one forward, which keeps for its backward what they overwrite.
 
     Args:
-        model: Whose weights.
+        model: The model.
 
     Attributes:
-        have_moved: Whether any has been written into.
+        have_moved: Whether any of its weights has been written into or exchanged.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -35,7 +35,7 @@ class MovingWeights:
         self.have_moved = False
 
     def before(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A call is about to run."""
+        """Check whether a call is about to write into weights, and copy first what autograd has saved of them."""
         if func in _EXCHANGES:
             if address_of(args[0]) in self._addresses:
                 self.have_moved = True
@@ -49,7 +49,7 @@ class MovingWeights:
                     kept.tensor = kept.tensor.clone()
 
     def keeping(self) -> AbstractContextManager[None]:
-        """What autograd stores inside of the weights, it will find as it was."""
+        """Return a context in which autograd saves weights so that its backward finds them unchanged."""
         return torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
 
     def _pack(self, tensor: Tensor) -> "Tensor | _Kept":

@@ -1,8 +1,7 @@
-"""Modules of torch that compute in another way when nobody looks: transformer encoders and attention.
+"""Modules of torch with a fused path in evaluation mode: transformer encoders and attention.
 
-In evaluation they take a fused path, but only if no ``TorchFunctionMode`` is active and no hook is on a module inside.
-It rounds differently, and an encoder that is given a padding mask then gives zeros at padded positions, while its
-slow path gives other numbers there.
+They take it only if no ``TorchFunctionMode`` is active and no hook is on a module inside. That path rounds differently,
+and an encoder with a padding mask gives zeros at padded positions, while its slow path gives other numbers there.
 """
 
 import sys
@@ -19,12 +18,12 @@ _ENCODER = nn.TransformerEncoder.forward.__code__
 
 
 def fast_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules that have a fast path, those inside of others as well."""
+    """Return the modules that have a fast path, those inside of others as well."""
     return [module for module in model.modules() if isinstance(module, _TYPES)]
 
 
 def may_be_fast(module: nn.Module) -> bool:
-    """Whether a module with a fast path, or one inside, may take it now; what else counts can only make it slow."""
+    """Return whether a module with a fast path, or one inside, may take it; other conditions can only rule it out."""
     if not torch.backends.mha.get_fastpath_enabled() or torch.is_autocast_enabled():
         return False
     return any(not inner.training for inner in fast_modules(module))
@@ -32,7 +31,7 @@ def may_be_fast(module: nn.Module) -> bool:
 
 @contextmanager
 def only_forward_hooks(module: nn.Module, kind: type) -> Iterator[None]:
-    """Run a module again without telling those who collect what it and its parts give, but for one type of hook."""
+    """Remove all forward hooks of a module and its parts for a while, except those of one type."""
     kept = [(m, m._forward_hooks) for m in module.modules() if m._forward_hooks]
     for owner, hooks in kept:
         owner._forward_hooks = OrderedDict((key, hook) for key, hook in hooks.items() if isinstance(hook, kind))
@@ -45,7 +44,7 @@ def only_forward_hooks(module: nn.Module, kind: type) -> Iterator[None]:
 
 @contextmanager
 def zero_padding(model: nn.Module) -> Iterator[None]:
-    """Let encoders give zeros at padded positions on their slow path too, where the fast one would: one function."""
+    """Make encoders give zeros at padded positions on their slow path too, where the fast one would."""
     handles = []
     for encoder in model.modules():
         if isinstance(encoder, nn.TransformerEncoder) and getattr(encoder, "use_nested_tensor", False):
@@ -60,7 +59,7 @@ def zero_padding(model: nn.Module) -> Iterator[None]:
 
 
 class _ZeroPadding:
-    """A hook behind an encoder's last layer. In a copy of it, and in a file, it is one that does nothing."""
+    """A hook on an encoder's last layer; in a copy of it, and in a file, it does nothing."""
 
     def __init__(self, encoder: nn.TransformerEncoder) -> None:
         self._encoder = encoder
@@ -75,7 +74,7 @@ class _ZeroPadding:
         return output.masked_fill(padded.unsqueeze(-1), 0.0)
 
     def _runs(self, layer: nn.Module) -> bool:
-        """Whether it is torch's own forward of the encoder that runs the layer, and whether it could be fast."""
+        """Return whether torch's own forward of the encoder runs the layer, and might take the fast path."""
         encoder = self._encoder
         if layer is not encoder.layers[-1] or encoder.layers[0].training or not may_be_fast(encoder):
             return False
@@ -89,4 +88,4 @@ class _ZeroPadding:
 
 
 NOTHING = (nullcontext(), "__exit__")
-"""Where a hook is found that takes anything, does nothing, and can be loaded from a file without this package."""
+"""Object and attribute of a hook that does nothing, and can be loaded from a file without this package."""

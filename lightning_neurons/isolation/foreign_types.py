@@ -1,4 +1,4 @@
-"""Types of other people's whose objects hold others, and types whose objects only run forwards."""
+"""Classes of Python and of libraries whose instances hold other objects, and classes of iterators."""
 
 import argparse
 import itertools
@@ -14,7 +14,7 @@ HOLDERS: tuple[type, ...] = (
     types.SimpleNamespace, argparse.Namespace, UserDict, UserList, ChainMap, queue.Queue, LRScheduler,
     weakref.WeakSet, weakref.WeakKeyDictionary, weakref.WeakValueDictionary,
 )  # fmt: skip
-"""What they hold are their attributes."""
+"""Classes whose content is in their attributes."""
 
 _EMPTY: tuple[Any, ...] = ([], (), {}, {}.values(), {}.items(), set(), "", b"", range(0))
 ITERATORS: tuple[type, ...] = (
@@ -22,4 +22,4 @@ ITERATORS: tuple[type, ...] = (
     enumerate, zip, map, filter, reversed, itertools.count, itertools.cycle, itertools.repeat, itertools.chain,
     itertools.islice, itertools.product, itertools.permutations, itertools.combinations, itertools.accumulate,
 )  # fmt: skip
-"""How far they have come cannot be set."""
+"""Iterators, whose position cannot be set."""

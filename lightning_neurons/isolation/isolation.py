@@ -1,6 +1,6 @@
-"""Running somebody's code a second time without leaving a trace.
+"""Contexts that run the user's code a second time and leave no trace.
 
-Everything that a forward or a validation step may change is put aside and put back: what can be reached from the model
+Everything that a forward or a validation step may change is kept and put back: what can be reached from the model
 (``reachable.py``), such as modes, weights, buffers, metrics and attributes, and random states.
 """
 
@@ -22,11 +22,11 @@ from lightning_neurons.isolation.model_state import ModelState
 
 @contextmanager
 def isolated(model: nn.Module, *others: Any) -> Iterator[None]:
-    """Leave ``model``, what its code can reach, and random states as they were.
+    """Keep ``model``, all that its code can reach, and random states, and put them back afterwards.
 
     Args:
         model: The model.
-        others: Objects that its code can reach on other ways than from the model.
+        others: Objects that its code can reach in other ways than from the model.
 
     Raises:
         MeasurementError: If weights were changed that are too many to keep a copy of.
@@ -43,10 +43,10 @@ def isolated(model: nn.Module, *others: Any) -> Iterator[None]:
 
 @contextmanager
 def returning_to(state: ModelState) -> Iterator[None]:
-    """Run code in a state and go back to it; as often as wanted, if nothing else changes the model.
+    """Run code in a state and return to it afterwards; may be used again while nothing else changes the model.
 
     Args:
-        state: Of the model that the code runs.
+        state: State of the model that the code runs.
 
     Raises:
         MeasurementError: If weights were changed that are too many to keep a copy of.
@@ -61,7 +61,7 @@ def returning_to(state: ModelState) -> Iterator[None]:
 
 @contextmanager
 def kept_optimizers() -> Iterator[None]:
-    """Give every optimizer that steps meanwhile its state back, and what it moves, wherever it is held."""
+    """Keep the state of every optimizer that steps meanwhile, and its parameters, and put them back afterwards."""
     kept: dict[int, tuple[Optimizer, ModelState]] = {}
 
     def keep(optimizer: Optimizer, *_: Any) -> None:
@@ -80,14 +80,14 @@ def kept_optimizers() -> Iterator[None]:
 
 @contextmanager
 def differentiable() -> Iterator[None]:
-    """Gradients, also inside ``no_grad`` and ``inference_mode``; compiled code runs eagerly, so that hooks fire."""
+    """Enable gradients, also inside ``no_grad`` and ``inference_mode``, and run compiled code eagerly, for hooks."""
     with torch.inference_mode(False), torch.enable_grad(), eager():
         yield
 
 
 @contextmanager
 def eager() -> Iterator[None]:
-    """Hooks added after the first compiled call never fire; run what is compiled without its compilation."""
+    """Run compiled code eagerly: hooks that are added after its first call would never fire."""
     if "torch._dynamo" not in sys.modules:  # nothing has been compiled, and loading the compiler takes seconds
         yield
         return
@@ -97,7 +97,7 @@ def eager() -> Iterator[None]:
 
 @contextmanager
 def unremarked_hooks(model: nn.Module) -> Iterator[None]:
-    """Where a part is compiled, torch warns that hooks for all modules hear of it twice; ours do not mind."""
+    """Suppress torch's warning that global hooks fire twice on compiled modules, which ours allow for."""
     if not any(hasattr(module, "_orig_mod") for module in model.modules()):
         yield
         return
@@ -108,7 +108,7 @@ def unremarked_hooks(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter requires a gradient meanwhile."""
+    """Freeze all parameters for a while."""
     trained = [p for p in model.parameters() if p.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)
@@ -121,7 +121,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def kept_random_state(model: nn.Module) -> Iterator[None]:
-    """Put the random state of torch (the model's devices), numpy and Python back."""
+    """Keep the random states of torch (on the model's devices), numpy and Python, and put them back."""
     devices = {t.device.index for t in model.parameters() if t.is_cuda} if torch.cuda.is_initialized() else set()
     python, array = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=sorted(d for d in devices if d is not None)):

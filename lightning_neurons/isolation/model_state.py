@@ -1,4 +1,4 @@
-"""The state of a model: whatever running it may change, to be compared with what a run leaves, or to be put back."""
+"""The state of a model: all that a run may change, to be compared with what it leaves, or to be put back."""
 
 import copy
 import gc
@@ -28,7 +28,7 @@ class ModelState:
 
     Args:
         model: The model, or an optimizer, which has a state as well.
-        others: Objects that its code can reach on other ways.
+        others: Objects that its code can reach in other ways.
 
     Example:
         >>> import torch
@@ -51,14 +51,17 @@ class ModelState:
         self._weights: list[str] = []
 
     def has_changed(self) -> bool:
-        """Whether anything has changed, or the random numbers of Python or numpy. Substitutes have to stand before."""
+        """Return whether anything has changed, the random states of Python and numpy included.
+
+        Substitutes count as a change, so they have to be in place before the state is taken.
+        """
         if self._random != _random_of_others() or any(self._reach.empty):
             return True
         with torch.no_grad():
             return any(content.has_changed() for content, _ in self._reach.contents)
 
     def substitute(self) -> None:
-        """Let other objects stand for those that could not be put back.
+        """Replace objects that could not be put back by others for a while.
 
         Metrics get empty states (their own may be long), and tensors of inference mode become normal ones.
         """
@@ -77,7 +80,7 @@ class ModelState:
                 vars(metric).update(_update_count=0, _computed=None, _forward_cache=None)
 
     def put_back(self) -> None:
-        """Make everything as it was, as far as that is possible."""
+        """Put everything back, as far as that is possible."""
         for thing in self._reach.empty:
             thing.clear()
         with torch.inference_mode(False), torch.no_grad():
@@ -86,7 +89,7 @@ class ModelState:
                     (self._weights if isinstance(content, Numbers) else self._lost).append(name_of(path))
 
     def complain(self) -> None:
-        """Say in a warning, once, what could not be put back.
+        """Warn, once, of what could not be put back.
 
         Raises:
             MeasurementError: If weights were changed that are too many to keep a copy of.
@@ -104,10 +107,10 @@ class ModelState:
 
 
 class Refusing:
-    """Stands for an iterator of which there can be no copy (a generator, what runs over a DataLoader), or its method.
+    """A substitute for an iterator that cannot be copied (a generator, that of a DataLoader), or for its method.
 
     Args:
-        name: Where that is.
+        name: Path of the iterator, for the message.
     """
 
     def __init__(self, name: str) -> None:
@@ -117,11 +120,11 @@ class Refusing:
         return self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Where it is the method that was bound."""
+        """Refuse, if the substitute stands for a bound method."""
         return self.__next__()
 
     def __next__(self) -> Any:
-        """Leave the real one where it is.
+        """Refuse, so that the real iterator stays where it is.
 
         Raises:
             MeasurementError: Always.
@@ -139,7 +142,7 @@ class Refusing:
 
 @contextmanager
 def _without_collector() -> Iterator[None]:
-    """Many small objects are made, and none to be collected: the collector would look at all there are, for long."""
+    """Switch garbage collection off: many small objects are made, and it would scan all of them again and again."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -165,7 +168,7 @@ def _substitute_of(value: Any) -> Any:
 
 
 def _copied(value: Any) -> Any:
-    """A copy that runs on its own: of an iterator of another kind it would hold the same things that run."""
+    """Return a copy that runs on its own; refuse iterators of other types, whose copies share what they run over."""
     if not isinstance(value, ITERATORS):
         raise TypeError(f"{type(value).__name__} may share what it runs over with its copy")
     return copy.copy(value)
@@ -176,12 +179,12 @@ def _random_of_others() -> tuple[Any, bytes]:
 
 
 def random_state() -> tuple[Tensor, list[Tensor]]:
-    """The state of torch's random numbers, of the CPU and of every GPU in use."""
+    """Return the random state of torch, on the CPU and on every GPU in use."""
     return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
 
 def set_random_state(state: tuple[Tensor, list[Tensor]]) -> None:
-    """Go back to a state of torch's random numbers."""
+    """Set the random state of torch."""
     torch.set_rng_state(state[0])
     if state[1]:
         torch.cuda.set_rng_state_all(state[1])

@@ -1,15 +1,15 @@
-"""Where something was found: what holds it, what holds that, and so on up to the model."""
+"""The path to an object: its holder, the holder of that, and so on up to the model."""
 
 import types
 from collections import deque
 from typing import Any
 
 Path = tuple[Any, Any, "Path"] | None
-"""What holds a thing, under which key, and the path to that."""
+"""The holder of an object, its key there, and the path to the holder."""
 
 
 def name_of(path: Path) -> str:
-    """A path as code would write it."""
+    """Return a path as code would write it."""
     parts: list[str] = []
     while path is not None:
         _, key, path = path
@@ -21,7 +21,7 @@ def name_of(path: Path) -> str:
 
 
 def put_at(path: Path, value: Any) -> None:
-    """Let a value stand where another one has been found."""
+    """Replace the object at a path by another one."""
     assert path is not None, "a root is no value that moves"
     holder, key, above = path
     if isinstance(holder, tuple):
@@ -41,7 +41,7 @@ def put_at(path: Path, value: Any) -> None:
 
 
 def _get(path: Path, otherwise: Any) -> Any:
-    """What stands now where a tuple has been found: that, or another with a substitute in it already."""
+    """Return the tuple at a path as it is now, perhaps with a substitute in it already."""
     if path is None:
         return otherwise
     holder, key, _ = path

@@ -1,8 +1,8 @@
-"""Whatever code of the user's can reach from a model and change: found by walking from object to object.
+"""All that the user's code can reach from a model and change, found by walking from object to object.
 
 The walk goes through modules, containers, objects of the user's own classes, the bodies of those classes, and what
 their functions hold in closures, defaults and the names of their module that they use. It never goes into PyTorch,
-Lightning or numpy, nor into datasets, and it asks no object for its hash or for equality.
+Lightning or numpy, nor into datasets, and it calls no object's hash or equality.
 """
 
 import contextvars
@@ -32,7 +32,7 @@ from lightning_neurons.isolation.paths import Path
 from lightning_neurons.isolation.user_code import Users, names_in
 
 _ORDINARY = {Tensor, nn.Parameter, nn.Buffer}
-_MOST = 200_000  # things; to look at more would take longer than the step
+_MOST = 200_000  # objects; to visit more would take longer than the step
 _BOUND = {types.MethodType, types.BuiltinMethodType, types.MethodWrapperType}
 _COPIED_BYTES = 2**30  # of parameters, and of everything else
 _METRIC_RESULTS = {"_computed", "_forward_cache", "_cache"}
@@ -41,16 +41,16 @@ _Visit = Callable[["Reach", Any, Path], None]
 
 
 class Reach:
-    """The mutable things that code can reach from some objects, with what they hold now.
+    """The mutable objects that code can reach from some objects, with their content now.
 
     Args:
-        roots: Where the walk begins. What belongs to the packages of the first one's class is taken for the user's.
+        roots: Objects where the walk begins. The packages of the first one's class count as the user's.
 
     Attributes:
-        contents: What everything holds, each with the path to it.
-        metrics: The metrics of torchmetrics. What their states hold is not in ``contents``: give them other states.
-        movable: The paths to tensors and iterators for which a substitute has to stand while code runs.
-        is_whole: Whether everything has been looked at.
+        contents: The content of each object, with the path to it.
+        metrics: The metrics of torchmetrics. Their states are not in ``contents``: give them other states.
+        movable: The tensors and iterators that need a substitute while code runs, each with its path.
+        is_whole: Whether all objects have been visited.
     """
 
     def __init__(self, roots: Iterable[Any]) -> None:
@@ -74,34 +74,34 @@ class Reach:
         self.is_whole = not self._todo
 
     def keep(self, content: Content, path: Path) -> None:
-        """Add what a thing holds."""
+        """Add the content of an object."""
         self.contents.append((content, path))
 
     def go(self, holder: Any, items: Iterable[tuple[Any, Any]], path: Path) -> None:
-        """Visit what something holds later on."""
+        """Queue the objects that another one holds for a visit."""
         visits = self._visits
         for key, value in items:
             kind = type(value)
             if (visits[kind] if kind in visits else self._visit_of(kind)) is None:
                 continue
             if (kind is OrderedDict or kind is dict or kind is set) and not value:
-                self.empty.append(value)  # most of a module's
+                self.empty.append(value)  # as most dicts of a module are
                 continue
             moves = any(self._visit_of(type(one)) is _movable for one in _runs(value))
             moves = moves or (isinstance(value, Tensor) and _is_replaced(holder, value))
             if moves:
                 self.movable.append((value, (holder, key, path)))
-            if not moves or isinstance(value, Tensor):  # somebody may hold a tensor who is not found
+            if not moves or isinstance(value, Tensor):  # a holder of the tensor may not be found
                 self._todo.append((value, (holder, key, path)))
 
     def may_copy(self, tensor: Tensor) -> bool:
-        """Whether the values of one more tensor may be copied."""
+        """Return whether the values of one more tensor may be copied."""
         kind = isinstance(tensor, nn.Parameter)
         self._copied[kind] += tensor.nbytes
         return self._copied[kind] <= _COPIED_BYTES
 
     def add_name(self, module: dict[str, Any], name: str, path: Path) -> None:
-        """Keep what a module calls by a name, and visit it."""
+        """Add a global variable of a module, and visit its value."""
         if (id(module), name) not in self._names:
             self._names.add((id(module), name))
             self.keep(contents.of_name(module, name), (module, name, path))
@@ -126,11 +126,11 @@ class Reach:
 
 @functools.lru_cache(maxsize=64)
 def _known_of(kind: type) -> tuple[Users, dict[type, _Visit | None]]:
-    """What walks from a model of a class have found out about types."""
+    """Return what walks from a model of this class share: the user's packages, and how each type is visited."""
     return Users(kind), {}
 
 
-# -- what is visited how
+# -- the visits of each type
 
 
 def _attributes(reach: Reach, thing: Any, path: Path) -> None:
@@ -187,14 +187,14 @@ def _tensor(reach: Reach, thing: Tensor, path: Path) -> None:
 
 
 def _is_replaced(holder: Any, tensor: Tensor) -> bool:
-    """Whether a copy stands for a tensor meanwhile: buffers and attributes do not even get another version then."""
+    """Return whether a copy stands in for a tensor meanwhile, so that a buffer keeps even its version."""
     if tensor.is_inference():
         return True
     return isinstance(holder, dict) and not isinstance(tensor, nn.Parameter) and not tensor.requires_grad
 
 
 def _wraps(thing: Tensor) -> bool:
-    """Whether a tensor is one of another class around other tensors, which may be anywhere."""
+    """Return whether a tensor is of a class that wraps other tensors, which may be anywhere."""
     return type(thing).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
@@ -269,12 +269,12 @@ def _stream(reach: Reach, thing: Any, path: Path) -> None:
 
 
 def _movable(reach: Reach, thing: Any, path: Path) -> None:
-    """An iterator: how far it has come cannot be set, so that a copy has to run, or none where there can be no copy."""
+    """Add an iterator: its position cannot be set, so that a copy has to run, or nothing if there can be none."""
     reach.movable.append((thing, path))
 
 
 def _runs(thing: Any) -> tuple[Any, ...]:
-    """What a call of a thing moves on, if that is an iterator: its own object cannot be exchanged in a bound method."""
+    """Return the objects that a call moves on if they are iterators; a bound method's own cannot be exchanged."""
     if type(thing) in _BOUND:
         return (thing.__self__,)
     return thing.args if type(thing) is functools.partial else (thing,)
@@ -302,7 +302,7 @@ def _variable(reach: Reach, thing: "contextvars.ContextVar[Any]", path: Path) ->
 
 
 def _cache(reach: Reach, thing: Any, path: Path) -> None:
-    """A function that keeps its results; what another run adds can be dropped only where there was nothing."""
+    """Keep a cache of results empty if it was; other entries that a run adds cannot be dropped."""
     if not thing.cache_info().currsize:
         reach.keep(contents.Mark(lambda: thing.cache_info().currsize, lambda _: thing.cache_clear()), path)
     for held in gc.get_referents(thing):
@@ -310,7 +310,7 @@ def _cache(reach: Reach, thing: Any, path: Path) -> None:
 
 
 def _optimizer(reach: Reach, thing: torch.optim.Optimizer, path: Path) -> None:
-    """Not its state, which is large: only a step of its own changes that, see ``kept_optimizers``."""
+    """Visit an optimizer, but not its large state: only a step of its own changes that, see ``kept_optimizers``."""
     reach.keep(contents.Entries(vars(thing)), path)
     reach.go(thing, [("param_groups", thing.param_groups)], path)
 
@@ -327,7 +327,7 @@ def _class(reach: Reach, thing: type, path: Path) -> None:
 
 
 def _runs_apart(name: str) -> bool:
-    """Whether a function of this name is not called by a step."""
+    """Return whether a function of this name is not called by a step."""
     apart = ("__init__", "setup", "teardown", "prepare_data", "__doc__", "__annotations__")
     return name in apart or name.endswith("_dataloader") or name.startswith(("configure_", "on_"))
 

@@ -1,4 +1,4 @@
-"""What a copy of a model shares with it: things that do not let themselves be copied, such as locks and connections."""
+"""Objects that a copy of a model shares with it, as they cannot be copied, such as locks and connections."""
 
 import copy
 import csv
@@ -21,14 +21,17 @@ _HOPELESS = (MemoryError, RecursionError, torch.OutOfMemoryError)
 
 
 def refused_in(error: Exception, users: Users) -> Any:
-    """The thing that a deep copy can do without after it has failed, or None.
+    """Find the object that a failed deep copy may share with the original.
 
-    It is the outermost that is neither a part of the model, nor a container or an object of the user's: what holds a
-    lock, a queue with its threads for example, cannot do with half of itself.
+    It is the outermost that is neither a part of the model, nor a container or an object of the user's: a queue that
+    holds a lock, for example, is shared as a whole.
 
     Args:
-        error: What ``copy.deepcopy`` has raised.
-        users: Tells what is the user's.
+        error: The error that ``copy.deepcopy`` has raised.
+        users: Tells which classes are the user's.
+
+    Returns:
+        The object, or None if the copy cannot do without.
 
     Example:
         >>> import queue
@@ -49,9 +52,9 @@ def refused_in(error: Exception, users: Users) -> Any:
 
 
 def stand_in_for(thing: Any) -> Any:
-    """What a copy has in the place of a thing that cannot be copied.
+    """Return the object that takes the place of one that cannot be copied.
 
-    What is written to a file by a copy is dropped, and an iterator is not drawn from; anything else is shared.
+    A file becomes one whose text is dropped, and an iterator one that refuses; anything else is shared.
     """
     if isinstance(thing, io.IOBase):
         return _sink(thing) if not thing.closed and thing.writable() else thing

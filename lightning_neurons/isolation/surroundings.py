@@ -1,4 +1,4 @@
-"""What somebody's code does beside the model: what it says, the environment, an object that gives it data."""
+"""Effects of the user's code outside of the model: output, files, the environment, an object that gives it data."""
 
 import builtins
 import io
@@ -15,12 +15,12 @@ import torch
 from lightning_neurons.isolation.contents import Content, Entries, Items, Members
 
 _FEW = 1000
-"""Entries of a list that are looked at: more are data, and nothing that a step collects."""
+"""Limit for the length of a list that is kept: a longer one holds data, nothing that a step collects."""
 
 
 @contextmanager
 def silent() -> Iterator[None]:
-    """What this thread prints or logs is not heard: it has been said in the first run. Other threads are."""
+    """Drop what this thread prints or logs, as the first run has done so already; other threads are heard."""
     out, err, handle = sys.stdout, sys.stderr, logging.Logger.handle
     me = threading.get_ident()
 
@@ -36,13 +36,13 @@ def silent() -> Iterator[None]:
     finally:
         sys.stdout, sys.stderr = out, err
         logging.Logger.handle = handle  # type: ignore[method-assign]
-        for stream in others:  # somebody may hold on to them
+        for stream in others:  # references to them may remain
             stream.unheard = None
 
 
 @contextmanager
 def writing_nothing() -> Iterator[None]:
-    """What this thread writes to files that it opens or saves meanwhile is dropped. What other threads write is not."""
+    """Drop what this thread writes to files that it opens or saves meanwhile; other threads write as usual."""
     real, save, me = builtins.open, torch.save, threading.get_ident()
 
     def open_other(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
@@ -67,14 +67,14 @@ class _Others:
     """A stream that drops what one thread writes.
 
     Attributes:
-        unheard: That thread; None if all are heard.
+        unheard: Identifier of that thread; None if no thread is dropped.
     """
 
     def __init__(self, stream: Any, unheard: int | None) -> None:
         self._stream, self.unheard = stream, unheard
 
     def write(self, text: str) -> int:
-        """Write, unless it comes from that thread."""
+        """Write a text, unless it comes from that thread."""
         return len(text) if threading.get_ident() == self.unheard else self._stream.write(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
@@ -88,7 +88,7 @@ class _Others:
 
 @contextmanager
 def kept_environment() -> Iterator[None]:
-    """Environment variables are afterwards as they were."""
+    """Keep the environment variables and put them back."""
     kept = dict(os.environ)
     try:
         yield
@@ -101,7 +101,7 @@ def kept_environment() -> Iterator[None]:
 
 @contextmanager
 def kept_attributes(thing: Any) -> Iterator[None]:
-    """The attributes of an object, and the few things that lists, dicts and sets among them hold, come back."""
+    """Keep the attributes of an object, and the contents of short lists, dicts and sets among them; put them back."""
     attributes = getattr(thing, "__dict__", {})
     kept = [Entries(attributes), *(_of(value) for value in attributes.values() if type(value) in _OF)]
     try:

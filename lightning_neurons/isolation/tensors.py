@@ -1,4 +1,4 @@
-"""The tensors in arguments and results of torch functions."""
+"""Tensors in arguments and results of torch functions, their memory and versions."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 
 def tensors_in(tree: Any) -> Iterator[Tensor]:
-    """The tensors in arguments or results of a torch function."""
+    """Yield the tensors in arguments or results of a torch function."""
     if isinstance(tree, Tensor):
         yield tree
     elif isinstance(tree, list | tuple):
@@ -24,7 +24,7 @@ def tensors_in(tree: Any) -> Iterator[Tensor]:
 
 
 def map_tensors_in(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same structure with every tensor changed."""
+    """Return the same structure with every tensor changed."""
     if isinstance(tree, Tensor):
         return change(tree)
     if isinstance(tree, torch.Size) or not isinstance(tree, list | tuple | dict):
@@ -42,7 +42,7 @@ def _tuple_like(tree: tuple[Any, ...], parts: list[Any]) -> Any:
 
 
 def address_of(tensor: Tensor) -> int:
-    """Which memory a tensor is a view of; one that has none to ask for (sparse, empty, transformed) is its own."""
+    """Return the address of a tensor's storage; a number of its own if it has none (sparse, empty, transformed)."""
     try:
         address = tensor.untyped_storage().data_ptr()
     except RuntimeError:
@@ -51,11 +51,11 @@ def address_of(tensor: Tensor) -> int:
 
 
 Weights = tuple[tuple[Tensor, int], ...]
-"""Parameters, and which memory each has."""
+"""Parameters, each with the address of its memory."""
 
 
 def weights_of(module: nn.Module) -> Weights:
-    """What a module computes with."""
+    """Return the parameters with which a module computes."""
     owners = module.modules() if module._modules else (module,)
     parameters = [p for owner in owners for p in owner._parameters.values() if p is not None]
     with torch._C.DisableTorchFunction():
@@ -66,9 +66,9 @@ def weights_of(module: nn.Module) -> Weights:
 
 
 def has_weights(module: nn.Module, weights: Weights) -> bool:
-    """Whether a module computes with the same parameters, or the same memory: otherwise it is another network.
+    """Return whether a module has the same parameters, or the same memory: otherwise it is another network.
 
-    ``functional_call`` gives it other parameters; ``parameter.data = ...`` gives its own ones other numbers.
+    ``functional_call`` gives it other parameters; ``parameter.data = ...`` gives its own parameters other memory.
     """
     now = weights_of(module)
     if len(now) != len(weights):
@@ -77,24 +77,24 @@ def has_weights(module: nn.Module, weights: Weights) -> bool:
 
 
 def in_transform() -> bool:
-    """Whether a transform of ``torch.func``, or ``torch.jit.trace``, is going on: what runs then is no plain call."""
+    """Return whether a transform of ``torch.func``, or ``torch.jit.trace``, is active: its calls are no plain ones."""
     return peek_interpreter_stack() is not None or torch._C._get_tracing_state() is not None
 
 
 def unwrapped(tensor: Tensor) -> Tensor:
-    """The tensor that transforms of ``torch.func`` have wrapped, or the tensor itself."""
+    """Return the tensor that transforms of ``torch.func`` have wrapped, or the tensor itself."""
     while is_functorch_wrapped_tensor(tensor):
         tensor = get_unwrapped(tensor)
     return tensor
 
 
 def unheard() -> AbstractContextManager[None]:
-    """No ``TorchDispatchMode`` of the user's, such as a counter of operations, hears what is computed inside."""
+    """Return a context in which no ``TorchDispatchMode`` of the user's, such as a counter of operations, is active."""
     return _disable_current_modes() if torch._C._len_torch_dispatch_stack() else nullcontext()
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor holds numbers that can be read: it is dense, and no part of a transform, also in forward mode.
+    """Return whether a tensor holds numbers that can be read: dense, and in no transform, nor in forward mode.
 
     Example:
         >>> is_plain(torch.ones(2)), is_plain(torch.ones(2, device="meta"))
@@ -114,12 +114,12 @@ def is_plain(tensor: Tensor) -> bool:
 
 
 def version_of(tensor: Tensor) -> int:
-    """A number that changes when the tensor is written into; inference tensors cannot be."""
+    """Return a number that changes when the tensor is written into; inference tensors have none and get -1."""
     return -1 if tensor.is_inference() else tensor._version
 
 
 def same_tensors(first: Any, second: Any, tolerance: float = 0.0) -> bool:
-    """Whether two results have the same tensors, bit for bit unless tolerated; NaN is the same as NaN."""
+    """Return whether two results have equal tensors, exactly or within a tolerance; NaN is equal to NaN."""
     one, other = list(tensors_in(first)), list(tensors_in(second))
     if len(one) != len(other) or any(a.shape != b.shape for a, b in zip(one, other, strict=True)):
         return False

@@ -1,4 +1,4 @@
-"""Whose code something is: only what the user has written is looked into."""
+"""Ownership of code: only what the user has written is searched."""
 
 import dis
 import enum
@@ -14,10 +14,10 @@ _DATA = {"Dataset", "DataLoader", "Sampler", "LightningDataModule", "Trainer", "
 
 
 class Users:
-    """What is the user's: all that does not come with Python, is no framework, and was not installed.
+    """The user's code: all that does not come with Python, is no framework, and was not installed.
 
     Args:
-        kind: The class of the user's model; the packages that it comes from are the user's too.
+        kind: The class of the user's model; its packages count as the user's too.
     """
 
     def __init__(self, kind: type) -> None:
@@ -25,7 +25,7 @@ class Users:
         self._known: dict[str, bool] = {}
 
     def wrote(self, module: str | None) -> bool:
-        """Whether a module, by name, is the user's."""
+        """Return whether a module, by name, is the user's."""
         package = _package(module)
         if package not in self._known:
             mine = package in self._packages or not _is_installed(package)
@@ -33,16 +33,16 @@ class Users:
         return self._known[package]
 
     def own(self, kind: type) -> bool:
-        """Whether instances of a class are the user's own objects. Data sets and parts of a Trainer are not."""
+        """Return whether instances of a class are the user's own objects, except data sets and parts of a Trainer."""
         packages = [(_package(base.__module__), base.__name__) for base in kind.__mro__]
         alien = any(package == _OWN or (package in _FRAMEWORK and name in _DATA) for package, name in packages)
         return self.wrote(kind.__module__) and not alien and not issubclass(kind, enum.Enum | BaseException)
 
     def accumulates(self, kind: type) -> bool:
-        """Whether instances of a class from an installed package gather something from step to step, as metrics do.
+        """Return whether instances of an installed class collect something from step to step, as metrics do.
 
-        They tell by how they are begun anew or taught: of all other objects of other people's a run changes nothing,
-        or they speak with the world outside.
+        Such classes have ``reset`` or ``partial_fit``. All others are assumed not to change in a run, or to reach the
+        outside, as a logger does.
         """
         packages = {_package(base.__module__) for base in kind.__mro__} - {"builtins"}
         apart = _FRAMEWORK | sys.stdlib_module_names | {_OWN}
@@ -51,7 +51,7 @@ class Users:
 
 
 def is_framework(module: str | None) -> bool:
-    """Whether a module, by name, belongs to a framework that models are built on, or to this package."""
+    """Return whether a module, by name, belongs to a framework that models are built on, or to this package."""
     return _package(module) in _FRAMEWORK | {_OWN}
 
 
@@ -61,7 +61,7 @@ def _package(module: str | None) -> str:
 
 @lru_cache(maxsize=1024)
 def _is_installed(package: str) -> bool:
-    """Whether a package came with Python, or was installed: neither is where a user writes code."""
+    """Return whether a package came with Python, or was installed: neither is where a user writes code."""
     if package == "__main__":
         return False
     if not package or package in sys.stdlib_module_names:
@@ -72,7 +72,7 @@ def _is_installed(package: str) -> bool:
 
 @lru_cache(maxsize=4096)
 def names_in(code: types.CodeType) -> tuple[frozenset[str], frozenset[str]]:
-    """The names of its module that a function uses, and the attributes that it asks anything for."""
+    """Return the global names that a function uses, and the names of all attributes that it reads."""
     inner = [names_in(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)]
     used = {i.argval for i in dis.get_instructions(code) if i.opname.endswith(("_GLOBAL", "_NAME"))}
     return frozenset(used).union(*(u for u, _ in inner)), frozenset(code.co_names).union(*(a for _, a in inner))

@@ -1,4 +1,4 @@
-"""Which calls write into a tensor that exists already, so that who still needs the old values can copy them first."""
+"""Calls that write into an existing tensor, found before they run, so that the old values can be copied."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -39,7 +39,7 @@ _IN_PLACE_OPERATORS = {
 
 
 def target_of_write(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """The tensor that this call is about to overwrite, or None.
+    """Return the tensor that this call is about to overwrite, or None.
 
     A positional True of an activation or dropout function is taken for ``inplace``: a needless copy at worst.
     """
@@ -55,5 +55,5 @@ def target_of_write(function: Callable[..., Any], args: Sequence[Any], kwargs: M
 
 
 def share_memory(first: Tensor, second: Tensor) -> bool:
-    """Whether the two are views of one storage (a superset of overlapping)."""
+    """Return whether two tensors are views of one storage; they need not overlap."""
     return address_of(first) == address_of(second)

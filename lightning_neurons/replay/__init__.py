@@ -1,1 +1,1 @@
-"""Running a part of a recorded forward again."""
+"""Run a part of a recorded forward again."""

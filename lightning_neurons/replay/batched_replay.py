@@ -1,7 +1,7 @@
-"""Several changes of one activation in one replay: the batch is repeated, and each repetition gets a change of its own.
+"""Several changes of one activation in one replay: the batch is repeated, and each repetition gets its own change.
 
-For devices on which a larger batch costs hardly more than a small one. What a kernel rounds may depend on the size of
-its batch, so results are equal to single replays up to rounding.
+For devices on which a larger batch costs hardly more than a small one. Rounding in a kernel may depend on the size of
+the batch, so results are equal to single replays up to rounding.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,17 +16,17 @@ from lightning_neurons.replay.tape import HOLE, Tape
 
 
 class StackedReplay(Replay):
-    """Enter it around a run of the batch, repeated once for each change.
+    """A mode for a run of the batch, repeated once for each change.
 
     Args:
-        tape: The recording of the batch itself; nothing on it is written into later.
+        tape: The recording of the single batch; no memory on it is written into later.
         modules: The layers that are changed.
         start: The first call that is run; the one before it makes the activation.
         edits: The changes of that activation, one for each repetition.
-        samples: How many samples the batch has.
+        samples: Number of samples of the batch.
 
     Raises:
-        DivergedError: If the run does not call what the recorded one did, or needs what was not kept.
+        DivergedError: If the run calls other functions than the recorded one, or needs a result that was not kept.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""What a run of a model calls: which call makes which memory, who reads it last, and who writes into it.
+"""Log of the calls in a run of a model: which call makes, reads last and overwrites which memory.
 
-A ``TorchFunctionMode`` sees every call of a torch function. One run in which everything is kept tells all there is to
-know (``learn``); with that, ``tape.py`` records a second run, as far as somebody will need it.
+A ``TorchFunctionMode`` sees every call of a torch function. One run in which every tensor is kept gives the log
+(``learn``); with that, ``tape.py`` records a second run, but only the results that replays will need.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -19,26 +19,26 @@ from lightning_neurons.layers.layer import Layer
 from lightning_neurons.replay.linear_delta import Narrow
 
 ALWAYS = 2**62
-"""A call after all others: what the run returns is read then."""
+"""Number of a call after all others, which stands for the use of the run's result."""
 
 
 @dataclass
 class Calls:
-    """What one run has called, in order.
+    """The calls of one run, in order.
 
     Attributes:
-        functions: The functions.
-        memory: By call, the memory (a number) of each tensor in its result; -1 is the model's own, or the batch's.
+        functions: The function of each call.
+        memory: By call, the memory (a number) of each tensor in its result; -1 for memory of the model or the batch.
         created: By memory, the call that made it.
         read: By memory, the last call that read it.
         bytes: By memory, its size.
         writes: By call, the memory that it writes into.
-        outside: The calls that write into the model's own memory, or the batch's.
-        entries: By layer, how many calls there were before each run of it.
+        outside: The calls that write into memory of the model or the batch.
+        entries: By layer, the number of calls before each run of it.
         points: By layer, the calls whose results are its activations.
         twins: For readers of a changed activation; see ``linear_delta.py``.
         parameters: By address of a parameter's memory, the first call that reads it.
-        samples: How many samples the run had.
+        samples: Number of samples in the run.
     """
 
     functions: list[Callable[..., Any]] = field(default_factory=list)
@@ -55,11 +55,11 @@ class Calls:
     samples: int = 1
 
     def needed(self, start: int) -> list[int]:
-        """The memory that a replay from call ``start`` on reads, and that is there before."""
+        """Return the memory that a replay from call ``start`` on reads, and that was made before."""
         return [m for m, (made, read) in enumerate(zip(self.created, self.read, strict=True)) if made < start <= read]
 
     def stretches(self, starts: Iterable[int], samples: int, limit: int) -> list[list[int]]:
-        """Starts in groups, each of which needs at most ``limit`` bytes on its tape (or is a single start)."""
+        """Group starts so that each group needs at most ``limit`` bytes on its tape (or is a single start)."""
         groups: list[list[int]] = []
         held: set[int] = set()
         for start in sorted(set(starts)):
@@ -75,7 +75,7 @@ class Calls:
 
 
 class _Arrivals(FollowLayers):
-    """Watches where activations arrive while ``_Learn`` counts calls."""
+    """A mode that reports activations while ``_Learn`` counts calls."""
 
     def __init__(self, layers: Mapping[str, Layer], modules: Mapping[str, nn.Module], seen: "_Learn") -> None:
         super().__init__(layers, modules)
@@ -105,7 +105,7 @@ class _Learn(TorchFunctionMode):
         self._now = -1
 
     def arrive(self, name: str, value: Tensor, axis: int) -> None:
-        """An activation is final: a result of the call that is going on, or of an earlier one."""
+        """Record an activation, which is a result of the call that is running, or of an earlier one."""
         inside = self._now if self._now == len(self.calls.memory) else None
         call = self._call_of.get(id(value)) if inside is None else inside
         self.calls.points.setdefault(name, []).append(-1 if call is None else call)
@@ -152,7 +152,7 @@ class _Learn(TorchFunctionMode):
         return self._number[address]
 
     def returns(self, result: Any) -> None:
-        """What the run has returned is read after all calls."""
+        """Record the result of the run, which is read after all calls."""
         for tensor in tensors_in(result):
             number = self._number.get(address_of(tensor), -1)
             if number >= 0:
@@ -166,14 +166,17 @@ def learn(
     parameters: Iterable[Tensor],
     others: Iterable[Tensor],
 ) -> Calls:
-    """Learn what a run calls. Keeps every tensor of the run until it ends: give it few samples.
+    """Log the calls of a run. Keeps every tensor of the run until it ends: give it few samples.
 
     Args:
-        run: Runs the model and whatever is computed from its output; returns what is wanted of it.
-        layers: What ``hooks/trace.py`` found.
-        modules: Their modules.
-        parameters: The model's.
-        others: What else is there before: buffers, the batch.
+        run: Runs the model and computes on its output, and returns the result that is needed.
+        layers: The layers as ``hooks/trace.py`` found them, by name.
+        modules: The modules by layer.
+        parameters: The model's parameters.
+        others: All other tensors that exist before the run: buffers, the batch.
+
+    Returns:
+        The log; its ``samples`` has still to be set.
     """
     seen = _Learn(parameters, others)
     with _Arrivals(layers, modules, seen), seen:

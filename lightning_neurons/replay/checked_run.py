@@ -1,7 +1,7 @@
-"""A run that has to call what an earlier one called.
+"""A run that has to make the same calls as an earlier one.
 
-That the functions are the same is not enough: data may decide which of two layers runs first, or which of two tensors
-is written into. So layers have to be entered after the same calls, and writes have to go to the same memory.
+It is not enough that the functions are the same: the order of two layers, or the tensor that is written into, may
+depend on data. So layers have to be entered after the same calls, and writes have to go to the same memory.
 """
 
 import sys
@@ -17,18 +17,18 @@ from lightning_neurons.replay.call_log import Calls
 
 
 class DivergedError(RuntimeError):
-    """A run did not call what an earlier one of the same model had called."""
+    """An error of a run that makes other calls than an earlier one of the same model."""
 
 
 class SameCalls(HookedMode):
-    """Enter it around a run; it raises as soon as the run goes another way.
+    """A mode around a run, which raises as soon as its calls differ from those of an earlier run.
 
     Args:
-        calls: What the earlier run has called.
-        modules: The layers that have to be entered when they were.
+        calls: The calls of the earlier run.
+        modules: The layers that have to be entered after the same calls.
 
     Raises:
-        DivergedError: In the middle of the run, if it calls something else.
+        DivergedError: In the middle of the run, if a call is another one.
     """
 
     def __init__(self, calls: Calls, modules: Mapping[str, nn.Module]) -> None:
@@ -54,13 +54,13 @@ class SameCalls(HookedMode):
         self.now += 1
         functions = self.calls.functions
         if self.now >= len(functions) or functions[self.now] != func:
-            if isinstance(sys.exc_info()[1], KeyboardInterrupt):  # what is open is left, with calls that put modes back
+            if isinstance(sys.exc_info()[1], KeyboardInterrupt):  # contexts are being left, whose calls restore modes
                 return func(*args, **kwargs or {})
             raise DivergedError(f"call {self.now} was another one before")
         return self._answer(func, args, kwargs or {})
 
     def _answer(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the call gives: by default, it is made."""
+        """Return the result of a call; by default, the call is made."""
         return self._call(func, args, kwargs)
 
     def _call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -75,7 +75,7 @@ class SameCalls(HookedMode):
         return out
 
     def _note(self, result: Any) -> None:
-        """Take note of where memory is that is written into."""
+        """Record the addresses of memory that is written into."""
         tensors, memories = list(tensors_in(result)), self.calls.memory[self.now]
         if len(tensors) != len(memories):
             raise DivergedError(f"call {self.now} gave {len(memories)} tensors before")
@@ -84,7 +84,7 @@ class SameCalls(HookedMode):
                 self._where[memory] = address_of(tensor)
 
     def finish(self) -> None:
-        """Make sure that the run came to its end.
+        """Check that the run has made all calls of the earlier one.
 
         Raises:
             DivergedError: Otherwise.

@@ -1,8 +1,8 @@
-"""The first reader of a changed neuron is linear: only the difference has to go through it.
+"""Shortcut for a linear downstream layer: only the difference in the changed neurons goes through it.
 
 From the activation on, as long as functions treat each channel by itself (normalisation, activation function, pooling,
 a residual sum), only the changed neurons differ from the recorded run. A convolution or linear layer that reads such a
-value gives what was recorded, plus what it makes of the difference in those few channels. Equal up to rounding.
+value gives the recorded output plus its output for the difference in those few channels. Equal up to rounding.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -37,7 +37,7 @@ _CHANNELWISE = frozenset(f for f, kind in LINKS.items() if kind == "activation")
 
 @dataclass
 class Narrow:
-    """Follows, for every activation, what differs in its changed neurons alone; fed by ``tape.learn``.
+    """The calls, for every activation, whose results differ from the recorded ones in its changed neurons alone.
 
     Attributes:
         twins: By the call of an activation and a later call, the call whose result is that call's input.
@@ -48,13 +48,13 @@ class Narrow:
     _touched: dict[int, set[int]] = field(default_factory=dict)
 
     def begin(self, value: Tensor, call: int, axis: int) -> None:
-        """An activation has arrived."""
+        """Record that a call has made an activation."""
         self._narrow.setdefault(id(value), {})[call] = call, axis % value.ndim
 
     def see(
         self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], out: Any, call: int
     ) -> None:
-        """A call has been made."""
+        """Record a call and its result."""
         given = list(tensors_in((args, kwargs)))
         touched = set().union(*(self._touched.get(id(t), ()) for t in given))
         narrow = {
@@ -87,15 +87,18 @@ def through_reader(
     before: Tensor,
     output: Tensor,
 ) -> Tensor:
-    """What a reader gives for a changed input.
+    """Return the output of a linear function for a changed input.
 
     Args:
-        func: The reader's function.
+        func: The linear function.
         args: Its arguments, with the changed input.
         kwargs: Its keyword arguments.
-        index: Which of its inputs have changed.
-        before: What they were.
-        output: What it gave for the unchanged input.
+        index: Indices of the input channels that have changed.
+        before: Their values before the change.
+        output: The output for the unchanged input.
+
+    Returns:
+        A new tensor of the shape of ``output``, equal to the full computation up to rounding.
     """
     given = dict(zip(READERS[func], args, strict=False)) | dict(kwargs)
     axis = given["input"].ndim - 1 if func is F.linear else 1

@@ -1,7 +1,7 @@
-"""Running a model from one of its calls on; everything before is answered from a tape.
+"""Run a model from one of its calls on; the results of all calls before are taken from a tape.
 
-The model's own Python code runs as always, so nothing has to be traced or exported, and what is computed is bit for bit
-what a whole forward would compute. Cost: the calls from the start on, and a few microseconds for each before it.
+The model's own Python code runs as always, so nothing has to be traced or exported, and results are bit for bit those
+of a whole forward. Cost: the calls from the start on, and a few microseconds for each before it.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,17 +20,17 @@ from lightning_neurons.replay.tape import HOLE, Tape
 
 
 class Replay(SameCalls):
-    """Enter it around the same run that the tape has recorded. If it diverges, the tape may be spoilt.
+    """A mode around the same run that the tape has recorded. If the run diverges, the tape may be spoilt.
 
     Args:
         tape: The recording.
         modules: The layers that are changed.
         start: The first call that is run; one of the tape's starts.
-        edits: By call, how its result is changed; of calls before ``start``, only the very last may be.
-        shortcuts: Whether the first readers of the one edit before ``start`` only work on what it has changed.
+        edits: By call, the change of its result; of calls before ``start``, only the very last may have one.
+        shortcuts: Whether linear layers that read the activation changed before ``start`` compute the difference alone.
 
     Raises:
-        DivergedError: If the run does not call what the recorded one did, or needs what was not kept.
+        DivergedError: If the run calls other functions than the recorded one, or needs a result that was not kept.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Replay(SameCalls):
     def _changed(self, result: Tensor, *, is_recorded: bool) -> Tensor:
         edit, calls = self._edits[self.now], self.calls
         if is_recorded and any(memory < 0 or calls.read[memory] == ALWAYS for memory in calls.memory[self.now]):
-            result = result.clone()  # somebody holds on to it when the replay is over
+            result = result.clone()  # it may be held after the replay
         if result.requires_grad:
             result = result.clone()  # a loss may differentiate within
         before = self._before = edit.write(result)

@@ -1,7 +1,7 @@
-"""One batch, run again and again with changes: by replay where that gives the same numbers, else by whole forwards.
+"""Runs of one batch with changes: by replay where that gives the same numbers, else by whole forwards.
 
 Replay is checked, not assumed. From every start, the unchanged run is replayed once and must give the recorded results
-bit for bit; whatever calls something else, or reads what was not kept, is run as a whole.
+bit for bit; a run that makes other calls, or reads a result that was not kept, is done as a whole forward.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,15 +28,15 @@ _ROUNDING = 1e-4
 
 
 class Rerun:
-    """One batch.
+    """A batch that is run again and again, each time with a change.
 
     Args:
-        of: What is known of such runs.
+        of: The log and the checks that runs on batches of this form share.
         batch: The batch.
-        samples: How many samples it has.
+        samples: Number of its samples.
 
     Attributes:
-        result: What the unchanged run gives.
+        result: The result of the unchanged run.
     """
 
     def __init__(self, of: Reruns, batch: Any, samples: int) -> None:
@@ -45,7 +45,7 @@ class Rerun:
         self._state: ModelState | None = None
         self._stretches: list[list[int]] = []
         self._tape: Tape | None = None
-        self._fits = True  # whether this batch takes the way that is known
+        self._fits = True  # whether this batch makes the logged calls
         if of.calls is None:
             few = min(_FEW, samples) if is_divisible(batch) else samples
             try:
@@ -56,7 +56,7 @@ class Rerun:
         try:
             self.result = self._checked(SameCalls(of.calls, of.modules))
         except DivergedError:
-            if of.calls.samples != samples and not of.trusted:  # a few samples did not show the way
+            if of.calls.samples != samples and not of.trusted:  # a few samples made other calls than the whole batch
                 of.learn(batch, samples)
             try:
                 self.result = self._checked(SameCalls(of.calls, of.modules))
@@ -72,7 +72,7 @@ class Rerun:
         return result
 
     def plan(self, layers: Sequence[str]) -> list[str]:
-        """Say which layers will be changed; returns them in the order in which that costs the fewest recordings."""
+        """Announce the layers that will be changed; return them in the order that needs the fewest recordings."""
         calls = self._of.calls
         assert calls is not None, "learnt before"
         starts = {name: self._start(name) for name in layers}
@@ -81,10 +81,13 @@ class Rerun:
         return sorted(layers, key=lambda name: starts[name] or 0)
 
     def silenced(self, edits: Mapping[str, Edit]) -> Any:
-        """What the run gives with neurons of some layers changed.
+        """Return the result of the run with neurons of some layers changed.
 
         Args:
-            edits: By layer, how.
+            edits: The change of each layer.
+
+        Returns:
+            The result of ``run``, in its own form.
         """
         starts = [self._start(name) for name in edits]
         start = None if None in starts else min(s for s in starts if s is not None)
@@ -98,11 +101,14 @@ class Rerun:
         return self._whole(edits)
 
     def silenced_together(self, layer: str, edits: Sequence[Edit]) -> Any:
-        """What the run gives on the batch repeated, each time with one change of a layer; None if that cannot be done.
+        """Return the result of the run on the batch repeated, each time with another change of one layer.
 
         Args:
             layer: The layer.
             edits: The changes.
+
+        Returns:
+            The result of ``run`` for ``len(edits)`` times as many samples, or None if such a run is not possible.
         """
         start, of = self._start(layer), self._of
         if start is None or not self._trusted(start) or self._tape is None or self._tape.rewritten or of.draws:
@@ -129,7 +135,7 @@ class Rerun:
         return found
 
     def plan_parameters(self, parameters: Sequence[Tensor]) -> list[int]:
-        """Say which parameters will be changed; returns in which order that costs the fewest recordings."""
+        """Announce the parameters that will be changed; return their order that needs the fewest recordings."""
         assert self._of.calls is not None, "learnt before"
         starts = [self._reader(parameter) for parameter in parameters]
         usable = [start for start in starts if start is not None]
@@ -137,13 +143,13 @@ class Rerun:
         return sorted(range(len(starts)), key=lambda i: starts[i] or 0)
 
     def prepare_parameter(self, parameter: Tensor) -> None:
-        """Record what is needed to run again with a parameter changed, before it is."""
+        """Record all that a run with this parameter changed needs, before it is changed."""
         start = self._reader(parameter)
         if start is not None:
             self._trusted(start)
 
     def with_changed(self, parameter: Tensor) -> Any:
-        """What the run gives with a parameter that has been changed since ``prepare_parameter``."""
+        """Return the result of the run with a parameter that was changed after ``prepare_parameter``."""
         self._state = None  # it has other weights now
         start = self._reader(parameter)
         found = None if start is None else self._replay(start, {})
@@ -152,12 +158,12 @@ class Rerun:
         return result
 
     def _reader(self, parameter: Tensor) -> int | None:
-        """The first call that reads a parameter."""
+        """Return the first call that reads a parameter."""
         assert self._of.calls is not None, "learnt before"
         return self._of.calls.parameters.get(address_of(parameter))
 
     def activation(self, layer: str) -> Tensor | None:
-        """The layer's activation as recorded, if it ran once and is on the tape."""
+        """Return the recorded activation of a layer, if it ran once and is on the tape, else None."""
         calls, tape, start = self._of.calls, self._tape, self._start(layer)
         if calls is None or tape is None or start not in tape.starts or len(calls.points[layer]) != 1:
             return None
@@ -165,7 +171,7 @@ class Rerun:
         return found if isinstance(found, Tensor) and found.numel() else None
 
     def prepare(self, layer: str) -> bool:
-        """Record what is needed to change a layer; whether that is possible."""
+        """Record all that a change of a layer needs; return False if it cannot be replayed."""
         start = self._start(layer)
         return start is not None and self._trusted(start)
 
@@ -189,7 +195,7 @@ class Rerun:
         return found
 
     def _trusted(self, start: int) -> bool:
-        """Record what a replay from ``start`` needs; the first time, see whether it gives what was recorded."""
+        """Record all that a replay from ``start`` needs and return whether replays from there give the same results."""
         of = self._of
         if not self._fits or of.trusted.get(start) is False:
             return False
@@ -222,7 +228,7 @@ class Rerun:
 
     @contextmanager
     def _again(self) -> Iterator[None]:
-        """Every run begins in the same state."""
+        """Start a run in the same state as all others."""
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             stack.enter_context(eager())

@@ -1,4 +1,4 @@
-"""What the runs of one model on batches of one form have in common: learnt from the first, used by the rest."""
+"""Shared knowledge on the runs of one model: learnt from the first batch, used for all of the same form."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -14,23 +14,23 @@ from lightning_neurons.layers.layer import Layer
 from lightning_neurons.replay.call_log import Calls, learn
 
 Run = Callable[[Any], Any]
-"""From a batch to what is wanted of it, such as losses and outputs: tensors in tuples, lists or dicts."""
+"""A function from a batch to results such as losses and outputs: tensors in tuples, lists or dicts."""
 
 
 class Reruns:
-    """What runs of one model on batches of one form have in common: learnt from the first, used by the rest.
+    """A record that the runs of one model on batches of one form share: learnt from the first, used by the rest.
 
     Args:
-        model: The model; isolate it around everything.
-        layers: What ``hooks/trace.py`` found.
-        modules: Their modules.
+        model: The model; isolate it around all runs.
+        layers: The layers as ``hooks/trace.py`` found them, by name.
+        modules: The modules by layer.
         run: Runs the model on a batch.
-        memory_limit: How many bytes a tape may take; what does not fit is recorded in several runs.
-        exact: Whether results are those of whole forwards bit for bit; else first readers take a shortcut.
+        memory_limit: Limit in bytes for a tape; results beyond it are recorded in several runs.
+        exact: Whether results are those of whole forwards bit for bit; else linear downstream layers take a shortcut.
 
     Attributes:
-        replays: How many runs were answered from a tape, in part.
-        forwards: How many were whole.
+        replays: Number of runs that were answered from a tape in part.
+        forwards: Number of whole forwards.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Reruns:
         self.replays = self.forwards = 0
 
     def learn(self, batch: Any, samples: int) -> Calls:
-        """Learn what a run calls."""
+        """Log the calls of a run, and whether it draws random numbers or changes the model."""
         others = [*self.model.buffers(), *tensors_of(batch)]
         with torch.no_grad(), eager(), isolated(self.model):
             random, state = random_state(), ModelState(self.model)

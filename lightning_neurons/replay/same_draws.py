@@ -1,4 +1,4 @@
-"""Random numbers that are the same in two runs of a network whose layers have other widths."""
+"""Random numbers that are the same in two runs of a model whose layers differ in width."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,15 +20,15 @@ _DRAWS = {
 
 
 class SameDraws(TorchFunctionMode):
-    """Lets two runs of different widths draw the same: dropout drops nothing, and every draw begins with its own seed.
+    """A mode that gives runs of different widths the same draws: dropout is off, and every draw has its own seed.
 
     Args:
         alike: Draws, by their number in the run, whose shape depends on the widths: one number is drawn for all
             places, or for all of an entry of the first axis where that is True.
 
     Attributes:
-        shapes: Of all draws of the run.
-        calls: The names of all functions that were called, with the places that were asked for.
+        shapes: The shapes of all draws of the run.
+        calls: The names of all functions that were called, with the indices that were read.
     """
 
     def __init__(self, alike: Mapping[int, bool]) -> None:
@@ -66,7 +66,7 @@ def _place(name: str, args: tuple[Any, ...]) -> list[str]:
 def _backward(
     tensor: Tensor, gradient: Any = None, retain_graph: Any = None, create_graph: bool = False, inputs: Any = ()
 ) -> None:
-    """``Tensor.backward`` as it is inside: by its name, a mode would be asked again and again."""
+    """Run ``Tensor.backward`` under another name: by its own, a mode would be called again and again."""
     first = torch.ones_like(tensor) if gradient is None else gradient
     keep = create_graph if retain_graph is None else retain_graph
     inputs = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs or ())
@@ -82,7 +82,7 @@ def _seed(number: int) -> None:
 def _narrow(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], drawn: Tensor, *, by_entry: bool
 ) -> Tensor:
-    """The same draw for one place alone, or for one place of each entry of the first axis."""
+    """Draw the same for one place alone, or for one place of each entry of the first axis."""
     places = tuple(slice(None) if axis == 0 and by_entry else slice(0, 1) for axis in range(drawn.ndim))
     if args and isinstance(args[0], Tensor) and args[0].shape == drawn.shape:
         return func(args[0][places].clone(), *args[1:], **kwargs)  # type: ignore[no-any-return]
@@ -93,7 +93,11 @@ def _narrow(
 
 
 def alike_of(shapes: list[torch.Size], others: list[torch.Size]) -> dict[int, bool] | None:
-    """Which draws of two runs differ in shape, and whether the first axis is the same; None if they draw differently.
+    """Find the draws of two runs that differ in shape, and whether their first axis is the same.
+
+    Returns:
+        By number of each draw whose shapes differ, whether the first of several axes is the same; None if the runs have
+        other numbers of draws or of axes.
 
     Example:
         >>> alike_of([torch.Size([4, 8]), torch.Size([4])], [torch.Size([4, 6]), torch.Size([4])])

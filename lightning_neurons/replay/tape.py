@@ -1,7 +1,7 @@
 """A recording of a run from which later calls can be run again.
 
-Only what somebody reads after one of the places where a replay will start is kept, and memory that is written into
-later is copied just before. ``replay.py`` runs the rest of the model from such a place.
+Only results that are read after a place where a replay will start are kept, and memory that is written into later is
+copied just before. ``replay.py`` runs the rest of the model from such a place.
 """
 
 from bisect import bisect_right
@@ -18,17 +18,17 @@ from lightning_neurons.replay.checked_run import DivergedError, SameCalls
 
 
 class Tape(SameCalls):
-    """Records a run, as far as replays from ``starts`` need it. Enter it around the run.
+    """A mode that records a run, as far as replays from ``starts`` need it.
 
     Args:
-        calls: What an earlier run has called.
-        modules: The layers that have to be entered when they were.
-        starts: The calls from which on replays will run the model; what is before them is answered from the tape.
+        calls: The calls of an earlier run.
+        modules: The layers that have to be entered after the same calls.
+        starts: The calls at which replays will start; the results of calls before are taken from the tape.
         draws: Whether the model draws random numbers; their state is then kept at each start.
-        shortcuts: Whether to keep what the first readers of activations gave, and what they read.
+        shortcuts: Whether to keep inputs and outputs of the linear layers that read activations.
 
     Raises:
-        DivergedError: If this run calls something else.
+        DivergedError: If this run makes other calls.
     """
 
     def __init__(
@@ -78,12 +78,12 @@ class Tape(SameCalls):
         return tensor
 
     def _has_start(self, after: int, last: int) -> bool:
-        """Whether a replay starts behind one call and at or before another."""
+        """Return whether a replay starts after one call and at or before another."""
         place = bisect_right(self.starts, after)
         return place < len(self.starts) and self.starts[place] <= last
 
     def twins(self, start: int) -> dict[int, int]:
-        """By reader of the activation just before ``start``, the call that made its input; only what is kept."""
+        """Return, for each call that reads the activation before ``start``, the call that made its input, if kept."""
 
         def is_kept(call: int) -> bool:
             intact = not any(memory in self.written for memory in self.calls.memory[call])
@@ -93,12 +93,15 @@ class Tape(SameCalls):
         return {reader: twin for reader, twin in found.items() if is_kept(reader) and is_kept(twin)}
 
     def answer(self, call: int, start: int, private: dict[int, torch.UntypedStorage]) -> Any:
-        """The result of a call as it stands when a replay starts; memory that the replay writes into is its own.
+        """Return the result of a call as it was at the start of a replay, in memory that the replay may write into.
 
         Args:
             call: The call.
-            start: Where the replay starts.
-            private: The replay's own memory so far.
+            start: Call at which the replay starts.
+            private: Memory that the replay has copied so far, by its number; it is extended.
+
+        Returns:
+            The result in its recorded form, with ``HOLE`` in place of tensors that were not kept.
         """
         if call not in self.rewritten:
             return self.results[call]
@@ -117,7 +120,7 @@ class Tape(SameCalls):
 
 
 HOLE = torch.empty(0)
-"""Stands for a result that was not kept: nobody reads it after a replay has started."""
+"""The mark of a result that was not kept, as no call reads it after a replay has started."""
 
 
 def _on(storage: torch.UntypedStorage, like: Tensor) -> Tensor:
