@@ -1,1 +1,1 @@
-"""Batches of any form: their samples, their targets, a part of them."""
+"""Batches of any form: their samples, their targets, and the choice of a sample."""

@@ -1,4 +1,4 @@
-"""Looking into a batch of any form: how many samples, their targets, a part of them, their inputs."""
+"""Size, targets, inputs and single samples of a batch of any form."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,14 +19,14 @@ _LEAVES = (Tensor, str, bytes, type, np.ndarray, nn.Module)
 
 
 def parts(batch: Any) -> list[Any]:
-    """The values directly inside a tuple, list, mapping, dataclass or plain object; nothing inside anything else."""
+    """Return the values directly inside a tuple, list, mapping, dataclass or plain object; none for anything else."""
     if isinstance(batch, _LEAVES):
         return []
     return list(batch) if isinstance(batch, list | tuple) else list(_entries(batch).values())
 
 
 def _entries(batch: Any) -> dict[Any, Any]:
-    """What a mapping holds by key, or any other object by attribute, ``__slots__`` included."""
+    """Return the values of a mapping by key, or of any other object by attribute, ``__slots__`` included."""
     if isinstance(batch, Mapping):
         return dict(batch.items())
     declared = (vars(base).get("__slots__", ()) for base in reversed(type(batch).__mro__))
@@ -37,13 +37,13 @@ def _entries(batch: Any) -> dict[Any, Any]:
 
 
 def is_divisible(batch: Any) -> bool:
-    """Whether samples can be taken out of it; an object of the user's own is taken whole, and so is a graph."""
+    """Return whether samples can be taken out of a batch; graphs and objects of unknown classes stay whole."""
     known = isinstance(batch, Tensor | Mapping | list | tuple) or is_dataclass(batch)
     return known and not any(_is_one_piece(value) for value in _nested(batch))
 
 
 def is_graph(batch: Any) -> bool:
-    """Whether a graph is in it: then the rows of a layer are nodes, edges or graphs, and nothing tells which."""
+    """Return whether a batch holds a graph: a layer's rows may then be nodes, edges or graphs."""
     return any(_is_graph(value) for value in _nested(batch))
 
 
@@ -61,7 +61,7 @@ def _is_one_piece(value: Any) -> bool:
 
 
 def _nested(batch: Any, above: tuple[int, ...] = ()) -> Iterator[Any]:
-    """The batch and all that is in it, from the outside to the inside, in order."""
+    """Yield the batch and all that is in it, from the outside to the inside, in order."""
     if id(batch) in above:  # an object that is reachable from itself
         return
     yield batch
@@ -77,31 +77,31 @@ def _attribute(value: Any, name: str) -> Any:
 
 
 def is_list_of_samples(batch: Any) -> bool:
-    """Whether it is a list with one record per sample, as in detection, instead of one tensor per quantity."""
+    """Return whether a batch is a list with one record per sample, as in detection, not one tensor per quantity."""
     if not isinstance(batch, list) or not batch:
         return False
     return all(isinstance(entry, Mapping) or is_dataclass(entry) or _is_row(entry) for entry in batch)
 
 
 def _is_row(entry: Any) -> bool:
-    """Whether a tuple is one sample and not a batch: what is in it has no first axis in common."""
+    """Return whether a tuple is one sample and not a batch: its values have different first axes."""
     values = entry if isinstance(entry, list | tuple) else ()
     return len({torch.as_tensor(v).shape[:1] for v in values if isinstance(v, int | float) or _is_plain(v)}) > 1
 
 
 def tensors_of(batch: Any) -> list[Tensor]:
-    """All tensors of a nested batch, in order."""
+    """Return all tensors of a nested batch, in order."""
     return [value for value in _nested(batch) if isinstance(value, Tensor)]
 
 
 def batch_size_of(batch: Any) -> int:
-    """How many samples there are.
+    """Return the number of samples.
 
-    As many as the batch says itself (graphs, packed sequences, objects with a length), or as a list has records or
-    tensors of several sizes; else the length of the first axis of the first tensor.
+    That is the size that the batch declares (graphs, packed sequences, objects with a length), or the number of records
+    or tensors of several sizes in a list; else the length of the first axis of the first tensor.
 
     Raises:
-        MeasurementError: If nothing in it tells.
+        MeasurementError: If nothing in the batch tells its size.
 
     Example:
         >>> batch_size_of({"image": torch.zeros(4, 3), "name": ["a", "b", "c", "d"]})
@@ -121,7 +121,7 @@ def batch_size_of(batch: Any) -> int:
 
 
 def samples_in(batch: Any) -> int:
-    """How many samples there are; 1 if nothing tells, as the batch is then one piece.
+    """Return the number of samples; 1 if nothing tells it, as the batch is then one piece.
 
     Example:
         >>> samples_in({"seed": torch.tensor(3)}), samples_in(torch.zeros(4, 2))
@@ -163,13 +163,13 @@ def _has_rows(value: Any) -> bool:
 
 
 def _alike(entries: Sequence[Any]) -> list[Tensor]:
-    """The entries, if they are tensors of one type and number of axes."""
+    """Return the entries if they are tensors of one type and number of axes, else none."""
     kinds = {(t.ndim, t.dtype) if _has_rows(t) else None for t in entries}
     return list(entries) if len(kinds) == 1 and None not in kinds else []
 
 
 def _declared_size(batch: Any) -> int | None:
-    """What an object says of itself."""
+    """Return the number of samples that an object declares, or None."""
     if isinstance(batch, PackedSequence):
         return int(batch.batch_sizes[0])
     if isinstance(batch, (*_LEAVES, list, tuple)):
@@ -187,7 +187,7 @@ def _declared_size(batch: Any) -> int | None:
 
 
 def targets_of(batch: Any) -> Int[Tensor, " batch"] | None:
-    """Class labels, if the batch shows them: the last of a pair, or under a name such as ``"label"``; else None.
+    """Return the class labels: the last of a pair, or those under a name such as ``"label"``; None if there are none.
 
     Example:
         >>> targets_of((torch.zeros(2, 3), torch.tensor([1, 0]))).tolist()
@@ -207,7 +207,7 @@ def _is_labels(found: Any, batch: Any) -> bool:
 
 
 def rows_of(batch: Any, index: Tensor, size: int) -> Any:
-    """The samples ``index`` of a batch of ``size``: of every tensor or list with one entry per sample.
+    """Return the samples ``index`` of a batch of ``size``, of every tensor or list with one entry per sample.
 
     Example:
         >>> rows_of({"x": torch.arange(3), "name": ["a", "b", "c"], "step": 7}, torch.tensor([2, 0]), 3)
@@ -225,7 +225,7 @@ def rows_of(batch: Any, index: Tensor, size: int) -> Any:
 
 
 def map_tensors(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """The same batch with ``function`` applied to each tensor."""
+    """Return the same batch with ``function`` applied to each tensor."""
     try:
         return _mapped(batch, function)
     except RecursionError:  # an object that is reachable from itself
@@ -237,7 +237,7 @@ def _mapped(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 
 def rebuilt(batch: Any, change: Callable[[Any], Any]) -> Any:
-    """A container of the same kind with each of its parts changed; anything else as it is."""
+    """Return a container of the same kind with each of its parts changed; anything else as it is."""
     if isinstance(batch, _LEAVES):
         return batch
     if isinstance(batch, PackedSequence):  # which wants the lengths on the CPU
@@ -254,21 +254,21 @@ def rebuilt(batch: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def _is_tensor_collection(batch: Any) -> bool:
-    """Whether it is a mapping or dataclass of tensors with common first axes that indexes and maps itself."""
+    """Return whether a batch is a tensordict or the like: tensors with common first axes that it indexes itself."""
     if isinstance(batch, (*_LEAVES, list, tuple)) or type(batch) is dict:
         return False
     return isinstance(_attribute(batch, "batch_size"), torch.Size) and callable(_attribute(batch, "apply"))
 
 
 def _with(batch: Any, values: Any) -> Any:
-    """A container of the same kind with other contents; what cannot be made anew is taken as it is."""
+    """Return a container of the same kind with other contents, or the same one if none can be made."""
     kind = type(batch)
     if kind in (dict, list, tuple):
         return kind(values)
     try:
         if isinstance(batch, list | tuple):
             return kind(*values) if hasattr(batch, "_fields") else kind(values)
-        if hasattr(kind, "__deepcopy__") and not isinstance(batch, Mapping):  # it knows what else belongs to a copy
+        if hasattr(kind, "__deepcopy__") and not isinstance(batch, Mapping):  # which copies all that belongs to it
             return copy.deepcopy(batch, {id(old): new for old, new in zip(parts(batch), values.values(), strict=True)})
         made = copy.copy(batch)
         for key, value in values.items():
@@ -291,13 +291,13 @@ def _by_its_constructor(batch: Any, values: Any) -> Any:
 
 
 def _per_sample(entries: Sequence[Any], size: int) -> bool:
-    """Whether a list has one entry per sample, rather than one tensor for each of several quantities."""
+    """Return whether a list has one entry per sample, rather than one tensor for each of several quantities."""
     columns = any(isinstance(v, Tensor) and v.ndim and len(v) == size for v in entries)
     return len(entries) == size and not columns
 
 
 def inputs_of(batch: Any) -> Any:
-    """What the model is called with: the batch without its targets, where they can be told apart.
+    """Return the model's inputs: the batch without its targets, where they can be told apart.
 
     Example:
         >>> inputs_of((torch.zeros(2, 3), torch.tensor([1, 0]))).shape
@@ -310,9 +310,9 @@ def inputs_of(batch: Any) -> Any:
 
 
 def form_of(batch: Any) -> tuple[Any, ...]:
-    """What batches must share to be joined: the shape of a sample and type of each tensor, and all that is no sample's.
+    """Return a key that batches must share to be joined: shape and type of a sample, and all that is not per sample.
 
-    A tensor that is not per sample (a scale, a matrix, a graph) is shared by nothing but itself.
+    A tensor that is not per sample (a scale, a matrix, a graph) equals only itself.
 
     Example:
         >>> x, scales = torch.zeros(4, 2), torch.ones(3)
@@ -325,7 +325,7 @@ def form_of(batch: Any) -> tuple[Any, ...]:
 
 
 def kind_of(batch: Any) -> tuple[Any, ...]:
-    """What a step may decide by what to do with a batch: types, and the names and switches that it holds.
+    """Return a key of all by which a step may branch: types, and the strings and booleans in a batch.
 
     Example:
         >>> x = torch.zeros(4, 2)
@@ -363,11 +363,11 @@ def _form(part: Any, size: int) -> tuple[Any, ...]:
 
 
 def join(batches: Sequence[Any], sizes: Sequence[int]) -> Any:
-    """One batch of the samples of several of the same form; what is not per sample is the first one's.
+    """Join several batches of one form into one; anything that is not per sample is taken from the first.
 
     Args:
         batches: Batches for which ``form_of`` is the same.
-        sizes: How many samples each has.
+        sizes: Number of samples of each.
 
     Example:
         >>> join([{"x": torch.zeros(1, 2), "name": ["a"]}, {"x": torch.ones(2, 2), "name": ["b", "c"]}], [1, 2])

@@ -1,4 +1,4 @@
-"""A bounded sample of a stream: spread over all of it and, where targets are known, over the classes."""
+"""A bounded sample of a stream of batches, spread over its length and, where targets are known, over the classes."""
 
 import math
 from collections.abc import Mapping, Sequence, Sized
@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_neurons.data.batches import batch_size_of, form_of, is_divisible, join, map_tensors, rows_of
 
 _CLASS_SLOTS = 2**16
-"""Class numbers are counted modulo this, so that no table has to grow with them."""
+"""Number of counters: class numbers are taken modulo this, so that no table has to grow with them."""
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class Picked:
 
     Attributes:
         batch: The samples, in the form of the batches that they come from.
-        place: Where the first of them came from.
-        divisible: Whether samples may be run in other company; else it is a batch as it came.
+        place: The place of the first of them in the data.
+        divisible: Whether the samples may be run together with others; else it is a batch as it came.
     """
 
     batch: Any
@@ -31,17 +31,17 @@ class Picked:
 
 
 class StratifiedSample:
-    """Picks samples from batches as they come, in proportion to the classes, each class as early as possible.
+    """A sample that picks from batches as they come, in proportion to the classes, each class as early as possible.
 
     Deterministic, draws no random numbers, and never waits for a GPU. Picked samples are collected until there are
     ``least`` of them, so that a small sample of a long stream does not cost one pass per batch. Batches that have to
     stay whole are picked whole, as they came, spread over the data.
 
     Args:
-        max_samples: The most that are picked.
-        total: How many samples the stream has; None if unknown: then the first ``max_samples`` are taken.
-        least: How many samples are handed out at a time.
-        batches: How many batches are picked at least where they stay whole, be it more than ``max_samples``.
+        max_samples: Upper limit of picked samples.
+        total: Number of samples in the stream; None if unknown: then the first ``max_samples`` are taken.
+        least: Number of samples that are handed out at a time.
+        batches: Least number of batches that are picked where they stay whole, even beyond ``max_samples``.
 
     Example:
         >>> sample = StratifiedSample(2, total=8, least=2)
@@ -58,14 +58,14 @@ class StratifiedSample:
         self._has_whole, self._missing = False, batches
 
     def add(self, batch: Any, targets: Tensor | None, place: Any = None, *, whole: bool = False) -> list[Picked]:
-        """Take from a batch; returns the batches that are ready to be measured (often none).
+        """Pick samples from a batch and return the batches that are ready to be measured (often none).
 
         Args:
             batch: The batch.
             targets: The class of each sample, if known.
-            place: Where it comes from, as a tuple of batch and dataloader, say; batches that differ in more than the
+            place: Its place in the data, such as a tuple of batch and dataloader; batches that differ in more than the
                 first entry are not joined.
-            whole: Whether its samples must stay together and alone.
+            whole: Whether its samples must stay together and apart from others.
         """
         size, whole = batch_size_of(batch), whole or not is_divisible(batch)
         rows = self._pick(size, targets, whole=whole)
@@ -87,7 +87,7 @@ class StratifiedSample:
         return ready
 
     def rest(self) -> list[Picked]:
-        """What has been picked and not handed out yet, as at most one batch."""
+        """Return the samples that were picked and not handed out yet, as at most one batch."""
         waiting, self._waiting = self._waiting, []
         if not waiting:
             return []
@@ -95,12 +95,12 @@ class StratifiedSample:
         return [Picked(batch, waiting[0][0].place)]
 
     def give_back(self, samples: int) -> None:
-        """Take note that samples which were picked cannot be used."""
+        """Record that samples which were picked cannot be used."""
         self.picked -= samples
         self._missing += 1
 
     def describe(self) -> str:
-        """What was used, in words."""
+        """Return a sentence on the samples that were used."""
         if self.picked == self.seen:
             return f"sensitivity on all {self.seen} samples"
         if self.total is None:
@@ -152,18 +152,21 @@ class StratifiedSample:
 
 
 def _alike(one: Picked, other: Picked) -> bool:
-    """Whether two batches may be joined."""
+    """Return whether two batches may be joined."""
     same_data = one.place is None or one.place[1:] == other.place[1:]
     return same_data and form_of(one.batch) == form_of(other.batch)
 
 
 def stream_length(loaders: Any, batches: float | Sequence[float]) -> int | None:
-    """How many samples ``loaders`` give, one after the other, or None if nobody knows.
+    """Return the number of samples that ``loaders`` give, one after the other.
 
     Args:
         loaders: A loader, or any nesting of several.
-        batches: How many batches each gives; if there is one number for all, they are read side by side, and samples
-            are those of the first.
+        batches: Number of batches that each gives. One number for all means that they are read side by side, and
+            samples are those of the first.
+
+    Returns:
+        The number of samples, or None if it cannot be known before.
     """
     each = _flat(loaders)
     limits = [batches] if isinstance(batches, int | float) else list(batches)

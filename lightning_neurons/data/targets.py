@@ -11,14 +11,14 @@ from lightning_neurons.data.batches import TARGET_KEYS, batch_size_of, targets_o
 from lightning_neurons.errors import MeasurementError
 
 PerClass = bool | Callable[[Any], Tensor]
-"""False, True (the batch shows its targets), or a function from a batch to them."""
+"""False, True (the targets are taken from the batch), or a function from a batch to its targets."""
 
 
 def targets_in(batch: Any, per_class: PerClass) -> Int[Tensor, " batch"]:
-    """The class of each sample.
+    """Return the class of each sample.
 
     Raises:
-        MeasurementError: If the batch does not show them, or they are no class numbers.
+        MeasurementError: If no targets are found in the batch, or they are no class numbers.
     """
     found = per_class(batch) if callable(per_class) else targets_of(batch)
     if found is None:

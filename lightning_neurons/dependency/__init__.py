@@ -1,1 +1,1 @@
-"""Dependencies between neurons: which can only be removed together, and where they lie in tensors."""
+"""Dependencies between neurons: groups that can only be removed together, and their positions in tensors."""

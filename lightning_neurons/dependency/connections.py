@@ -1,7 +1,7 @@
-"""How neurons lie on both sides of each connection in Torch-Pruning's graph.
+"""Positions of neurons on both sides of each connection in Torch-Pruning's graph.
 
 Torch-Pruning guesses from the modules nearby, and gives up on a whole model where that fails. Here sizes are those of
-the forward, and each operation is asked for by itself; only where neurons are spread over several axes, as in heads, is
+the forward, and each operation is looked up by itself; only where neurons are spread over several axes, as in heads, is
 its guess taken.
 """
 
@@ -29,28 +29,28 @@ _GUESSES: dict[Any, Callable[[Any, Any], None]] = {
 _PRODUCTS = {"Mm", "Bmm", "Addmm", "Baddbmm", "Addbmm", "Mv", "Dot", "Convolution", "Cdist", "EuclideanDist"}
 _PLAIN = (ArithmeticError, AttributeError, AssertionError, LookupError, RecursionError, TypeError, ValueError)
 _Input = tuple[Any, Any, int, int]
-"""A node, its entry in the graph of autograd, the number of its output, and that of the input that it is."""
+"""A node, its entry in autograd's graph, the number of its output, and that of the reading node's input."""
 
 _Mapping = Callable[[Sequence[Any]], list[Any]]
 
 
 class LostError(Exception):
-    """Neurons cannot be followed; says why."""
+    """An error where neurons cannot be followed; its text says why."""
 
 
 @dataclass(frozen=True)
 class _Edge:
-    """How an operation reads what another one has made.
+    """A connection by which an operation reads the result of another one.
 
     Attributes:
-        source: What made it.
-        axis: Where the neurons lie behind the operation, if that is known.
-        part: Of what has been split, the beginning and end of the part that is read.
-        table: The places before the operation, by place behind it; None if they are the same.
-        into: The places behind it, by place before; for operations that make one place of several.
+        source: The node that is read.
+        axis: Axis of the neurons in the operation's result, if that is known.
+        part: Beginning and end of the part that is read, if the source splits its values.
+        table: For each place in the result, the place before the operation; None if they are the same.
+        into: For each place before, the place in the result, for operations that make one place of several.
         exact: Whether the table is known.
-        lost: Why nothing can be followed along it, if so.
-        reduces: Whether the operation makes one value of all neurons.
+        lost: The reason why neurons cannot be followed along it, or None.
+        reduces: Whether the operation reduces all neurons to one value.
         aside: Whether the neurons are on another axis than those that are followed through the operation.
     """
 
@@ -65,11 +65,11 @@ class _Edge:
     aside: bool = False
 
     def along(self, guess: _Mapping | None) -> list[_Mapping | None]:
-        """What happens to indices from the source to the operation."""
+        """Return the changes of indices on the way from the source to the operation."""
         return [self._part(-1), self._step(guess, back=False)]
 
     def against(self, guess: _Mapping | None) -> list[_Mapping | None]:
-        """What happens to indices from the operation to the source."""
+        """Return the changes of indices on the way from the operation to the source."""
         if self.aside:
             return [_moved({})]
         return [self._step(guess, back=True), self._part(1)]
@@ -113,7 +113,7 @@ def _lost(reason: str) -> _Mapping:
 
 
 def lay_out(graph: Any) -> None:
-    """Give each connection of the graph the way in which indices change along it."""
+    """Set, for each connection of the graph, the way in which indices change along it."""
     axes: dict[Any, int | None] = {}
     for node in _in_order(graph.module2node.values()):
         inputs = _inputs_of(graph, node)
@@ -128,7 +128,7 @@ def lay_out(graph: Any) -> None:
 
 
 def _most(axes: Sequence[int]) -> int | None:
-    """The axis that is named most often, the first of several."""
+    """Return the most frequent axis, the first of several."""
     return max(dict.fromkeys(axes), key=axes.count, default=None)
 
 
@@ -136,13 +136,13 @@ def _beside(edge: _Edge, node: Any, axis: int | None) -> _Edge:
     if edge.axis is None or edge.axis == axis:
         return edge
     name = name_of(node.grad_fn)
-    pairs = f"a function multiplies each with each ({name.lower()})"  # as for features of style
+    pairs = f"a function multiplies each with each ({name.lower()})"  # as in a Gram matrix
     lost = pairs if name in _PRODUCTS else "they are combined with neurons on another axis"
     return replace(edge, lost=lost, aside=True)
 
 
 def _in_order(nodes: Iterable[Any]) -> list[Any]:
-    """Nodes behind those that they read, but for loops."""
+    """Return nodes after those that they read, except in loops."""
     order: dict[Any, None] = {}
     stack = [(node, False) for node in nodes]
     begun = set()
@@ -158,7 +158,7 @@ def _in_order(nodes: Iterable[Any]) -> list[Any]:
 
 
 def _is_layer(node: Any) -> bool:
-    """Whether a module says by itself where its neurons lie."""
+    """Return whether the type of a node's module tells the axis of its neurons."""
     return node.type == _TYPES.PARAMETER or axis_of(node.module) is not None
 
 
@@ -170,16 +170,16 @@ def _own_axis(node: Any) -> int | None:
 
 
 def _neuron_axis(node: Any, ndim: int) -> int:
-    """Where neurons lie in what a layer reads and makes."""
+    """Return the axis of the neurons in a layer's input and output."""
     axis = axis_of(node.module)
     assert axis is not None, "a layer says where"
     return axis if axis >= 0 else ndim + axis
 
 
 def _inputs_of(graph: Any, node: Any) -> list[_Input] | None:
-    """What a node reads.
+    """Return the inputs of a node.
 
-    None for a module that has run several times, where they are not known apart.
+    None for a module that has run several times, as they cannot be told apart.
     """
     own = {id(parameter) for parameter, _ in graph.unwrapped_parameters}
     functions = [
@@ -203,7 +203,7 @@ def _edge(graph: Any, node: Any, number: int, inputs: Sequence[_Input], axes: Ma
     if _splits(function):
         ends = parts_of(function, axis)
         part = None if ends is None else (ends[k], ends[k + 1])
-    if _is_layer(node):  # it does the same for each of what lies on other axes
+    if _is_layer(node):  # a layer treats all places on other axes alike
         alike = axis != _neuron_axis(node, len(before))
         return _Edge(source, axis, part, table=() if alike else None)
     if _splits(node.grad_fn):
@@ -231,10 +231,10 @@ def _moved_edge(node: Any, source: Any, before: Sequence[int], axis: int, part: 
 
 
 def _ending(graph: Any, node: Any, place: int, before: Sequence[int], axis: int) -> _Edge | None:
-    """An edge behind which neurons are not themselves any more, if it is one."""
+    """Return the edge after which neurons are no separate places any more, or None if they still are."""
     function = node.grad_fn
     name = name_of(function)
-    if function not in graph.inside and contracts(function, place, before, axis):  # what it makes comes from elsewhere
+    if function not in graph.inside and contracts(function, place, before, axis):  # its result has no such neurons
         return _Edge(None, lost=f"a function reads them, not a layer ({name.lower()})", aside=True)
     if name in ("Unbind", "Select") and joined(function, len(before)) == axis:
         return _Edge(None, lost="single ones of them are picked out")
@@ -266,7 +266,7 @@ def _splits(function: Any) -> bool:
 
 
 def _guess(graph: Any, node: Any) -> str | None:
-    """Let Torch-Pruning guess where neurons lie behind an operation; says why that fails."""
+    """Let Torch-Pruning guess where neurons lie after an operation; return why that fails, or None."""
     guess = _GUESSES.get(node.type)
     if guess is None:
         return None

@@ -1,4 +1,4 @@
-"""Follow neurons through Torch-Pruning's graph: one odd block spoils what passes through it, and nothing else.
+"""Follow neurons through Torch-Pruning's graph; a block that is not understood only stops what passes through it.
 
 Torch-Pruning collects lists of indices path by path, of which there may be endlessly many. Here single pairs of a place
 and a neuron are followed: there are finitely many of them.
@@ -23,13 +23,13 @@ from lightning_neurons.layers.width_handlers import handler_of
 
 @dataclass
 class Arrival:
-    """A module that is narrower when neurons go.
+    """A module that gets narrower when neurons are removed.
 
     Attributes:
         module: The module, parameter or operation.
-        makes: Whether it makes the neurons, as against reading them.
-        axis: Of a parameter, the axis.
-        places: The places in it, each with the neuron that takes it.
+        makes: Whether it makes the neurons; else it reads them.
+        axis: The axis that is cut, for a parameter.
+        places: The places in it, each with the removed neuron that takes it.
     """
 
     module: Any
@@ -42,14 +42,14 @@ def build(model: nn.Module, run: Callable[[nn.Module], Any], outputs: Callable[[
     """Build the graph of a model.
 
     Args:
-        model: A copy that nobody else needs.
-        run: Runs it.
-        outputs: Finds the tensors in what it returns.
+        model: A copy of the model, which is changed.
+        run: Function that runs the model.
+        outputs: Function that finds the tensors in the model's result.
 
     Returns:
         The graph. Modules that ran are in its ``ran``, those of them that a transform of ``torch.func`` has run in
         ``transformed``, operations of layers in ``inside``, and the ids of parameters that functions have read in
-        ``used``; in ``products`` and ``reductions`` are the pairs of nodes between which neurons stop being themselves.
+        ``used``; ``products`` and ``reductions`` hold pairs of nodes between which neurons are multiplied or summed.
     """
     graph = torch_pruning.DependencyGraph()
     graph.model, graph.verbose, graph.ignored_params = model, False, []
@@ -58,7 +58,7 @@ def build(model: nn.Module, run: Callable[[nn.Module], Any], outputs: Callable[[
     graph._param_to_name, graph.unwrapped_parameters = graph._detect_unwrapped_parameters(None)
     graph.ran, graph.inside, graph.products, graph.reductions = set(), set(), set(), set()
     graph.transformed, graph.used = set(), set()
-    made: list[Any] = []  # up to torch 2.6, the nodes of custom functions say nothing once their graph is gone
+    made: list[Any] = []  # up to torch 2.6, nodes of custom functions are empty once their graph is freed
 
     def forward(copy: nn.Module, _: Any) -> Any:
         made.append(run(copy))
@@ -72,7 +72,7 @@ def build(model: nn.Module, run: Callable[[nn.Module], Any], outputs: Callable[[
 
 
 class _Uses(TorchFunctionMode):
-    """Notes which parameters a function reads, also where autograd does not see it."""
+    """A mode that notes which parameters functions read, also where autograd does not see it."""
 
     def __init__(self, model: nn.Module, used: set[int]) -> None:
         super().__init__()
@@ -111,12 +111,15 @@ def _noted(graph: Any) -> Iterator[None]:
 
 
 def follow(graph: Any, module: nn.Module, neurons: Iterable[int]) -> list[Arrival]:
-    """Find what gets narrower with neurons of a module.
+    """Find the modules that get narrower when neurons of one module are removed.
 
     Args:
-        graph: What ``build`` has built.
+        graph: The graph that ``build`` returned.
         module: The module that makes the neurons.
-        neurons: Some of its neurons.
+        neurons: Indices of its neurons.
+
+    Returns:
+        Each module, or parameter, once for every way in which it is cut, the first one included.
 
     Raises:
         LostError: If an operation on the way is not understood.

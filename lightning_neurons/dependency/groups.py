@@ -1,4 +1,4 @@
-"""Neurons that can only be removed together, as plain values."""
+"""Groups of coupled neurons, which can only be removed together, as plain values."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -8,13 +8,13 @@ from lightning_neurons.layers.width_handlers import Role
 
 @dataclass(frozen=True)
 class Part:
-    """What one module has of a group.
+    """A group's share of one module.
 
     Attributes:
-        path: The module, or for the role ``"holds"`` the parameter.
-        role: What it does with the neurons.
+        path: Path of the module, or for the role ``"holds"`` of the parameter.
+        role: Its relation to the neurons.
         indices: For each unit of the group, the places that it takes in this module.
-        axis: Of a parameter that is no module's weight, the axis that is cut.
+        axis: The axis that is cut, for a parameter that is no module's weight.
     """
 
     path: str
@@ -25,14 +25,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Group:
-    """Neurons of several layers that can only be removed together; a *unit* is the smallest set of them.
+    """A group of coupled neurons of several layers; a *unit* is the smallest set that can only be removed together.
 
     Attributes:
         root: The first layer of the group, in the order of the model; it names the group.
-        size: How many units there are.
-        parts: All modules that are narrower when a unit goes.
+        size: Number of units.
+        parts: All modules that get narrower when a unit is removed.
         layers: For each layer that makes neurons of the group, the neurons of each unit.
-        least: How many neurons of each of its layers must stay.
+        least: Number of neurons that must stay in each of its layers.
     """
 
     root: str
@@ -42,23 +42,23 @@ class Group:
     least: int = 1
 
     def neurons(self, units: Iterable[int]) -> dict[str, list[int]]:
-        """The neurons, by layer, that go with some units."""
+        """Return the neurons, by layer, that are removed with some units."""
         units = list(units)
         return {name: sorted(i for u in units for i in of[u]) for name, of in self.layers.items()}
 
 
 @dataclass(frozen=True)
 class Coupling:
-    """What a model's graph says.
+    """The coupling of a model's neurons, as read from its graph.
 
     Attributes:
         groups: All groups, in the order of the model.
         reads: By layer, the layers whose values it reads.
         norm_behind: By layer, the norm layer that alone reads it.
         unseen: Layers that are not in the graph, each with the reason.
-        idle: All modules with parameters that did not run, and whose parameters nothing else has used.
+        idle: All modules with parameters that did not run, and whose parameters no function has used.
         ends: Layers whose neurons are the model's output.
-        lost: By root, why a group could not be followed through the model.
+        lost: By root, the reason why a group could not be followed through the model.
     """
 
     groups: tuple[Group, ...]

@@ -1,7 +1,7 @@
-"""Where neurons lie in the tensors of a forward, read from its autograd graph: how each operation lays them out anew.
+"""Layout of neurons in the tensors of a forward, read from its autograd graph operation by operation.
 
-What an operation did is in the node that it has left behind, and the sizes of tensors as well. A layout is found by
-doing the same to the numbers of the neurons.
+The node of an operation keeps its arguments and the sizes of its results. A layout is found by applying the same
+operation to the indices of the neurons.
 """
 
 import math
@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 Table = tuple[int, ...]
-"""For each place behind an operation, the place before it; -1 for what comes from elsewhere."""
+"""For each place in the result of an operation, the place in its input; -1 for values from elsewhere."""
 
 
 def name_of(node: Any) -> str:
-    """The operation of a node, such as ``"Cat"``."""
+    """Return the name of a node's operation, such as ``"Cat"``."""
     return node.name().partition("Backward")[0].rpartition("::")[2] if hasattr(node, "name") else "unknown"
 
 
 def shape_of(node: Any, number: int = 0) -> tuple[int, ...] | None:
-    """The size of what an operation has made, if it says so."""
+    """Return the size of an operation's result, or None if its node does not tell."""
     known = getattr(node, "_input_metadata", ())
     if number >= len(known):
         return None
@@ -33,7 +33,7 @@ def shape_of(node: Any, number: int = 0) -> tuple[int, ...] | None:
 
 
 def parts_of(node: Any, axis: int) -> list[int] | None:
-    """Where the parts of a split along an axis begin and end; None where it divides another axis."""
+    """Return the bounds of the parts of a split along an axis; None if it splits another axis."""
     shapes = [shape_of(node, number) for number in range(len(node._input_metadata))]
     sizes = [shape[axis] for shape in shapes if shape is not None]
     if len(sizes) < len(shapes) or _signed(node._saved_dim) % len(shapes[0] or ()) != axis:
@@ -42,20 +42,20 @@ def parts_of(node: Any, axis: int) -> list[int] | None:
 
 
 def joined(node: Any, ndim: int) -> int:
-    """The axis along which a concatenation joins."""
+    """Return the axis along which a concatenation joins."""
     return _signed(node._saved_dim) % ndim
 
 
 def behind(node: Any, before: Sequence[int], axis: int) -> tuple[int, Table | None] | None:
-    """Where what lies on an axis of its input lies behind an operation.
+    """Find the axis and the order of neurons in the result of an operation.
 
     Args:
-        node: What the operation has left in the graph.
+        node: The operation's node in autograd's graph.
         before: The size of its input.
-        axis: Where the neurons lie in it.
+        axis: Axis of the neurons in the input.
 
     Returns:
-        The axis, and the table; a table of None is the same order. None in all if they lie on no single axis.
+        The axis and the table, which is None if the order is the same; or None if they lie on no single axis.
 
     Example:
         >>> x = torch.zeros(2, 3, 4, requires_grad=True)
@@ -85,20 +85,20 @@ def behind(node: Any, before: Sequence[int], axis: int) -> tuple[int, Table | No
 
 
 def reduces(node: Any, ndim: int, axis: int) -> bool:
-    """Whether an operation makes one value of all that lie on an axis, as a sum or a mean does."""
+    """Return whether an operation reduces an axis to one value, as a sum or a mean does."""
     if hasattr(node, "_saved_keepdim"):
         return axis in _reduced_axes(node, ndim)
     return ndim > 0 and shape_of(node) == () and name_of(node) in ("Mean", "Sum", "Norm", "Max", "Min")
 
 
 def contracts(node: Any, number: int, before: Sequence[int], axis: int) -> bool:
-    """Whether a product, a distance or a convolution sums over what lies on an axis of one of its inputs.
+    """Return whether a product, a distance or a convolution sums over an axis of one of its inputs.
 
     Args:
-        node: What it has left in the graph.
-        number: Which of its inputs it is.
+        node: The operation's node in autograd's graph.
+        number: Number of the input.
         before: The size of that input.
-        axis: Where the neurons lie in it.
+        axis: The axis of that input.
     """
     name = name_of(node)
     if name == "Convolution":
@@ -139,7 +139,7 @@ def _reduced(numbers: Tensor, node: Any, after: tuple[int, ...]) -> Tensor:
 
 
 def _signed(value: int) -> int:
-    """A saved axis: negative ones are kept as very large numbers."""
+    """Return a saved axis as a signed number: negative ones are kept as very large numbers."""
     return value - 2**64 if value >= 2**63 else value
 
 
@@ -179,4 +179,4 @@ _LAYOUTS: dict[str, Callable[[Tensor, Any, tuple[int, ...]], Tensor]] = {
     "PixelUnshuffle": lambda numbers, node, after: torch.pixel_unshuffle(numbers, node._saved_downscale_factor),
     "Stack": lambda numbers, node, after: numbers.unsqueeze(_signed(node._saved_dim) % len(after)).expand(after),
 }
-"""What operations do to a layout, as their nodes have saved it."""
+"""The change of layout by each operation, from the arguments that its node has saved."""

@@ -1,8 +1,8 @@
-"""Which neurons can only be removed together, as Torch-Pruning's graph says.
+"""Groups of coupled neurons, found by Torch-Pruning's dependency graph.
 
 Its dependency graph (Fang et al. 2023, DepGraph) is right for all that it knows, but to build one it puts a model into
 evaluation mode, loses frozen layers, leaves hooks behind after an error, and keeps the activations of a forward alive.
-So it is only ever shown a copy, and is dropped after use; ``following.py`` finds its way through it.
+So it only ever gets a copy, and is dropped after use; ``following.py`` walks through it.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,15 +28,18 @@ from lightning_neurons.layers.width_handlers import (
 )
 
 Forward = Callable[[nn.Module], Any]
-"""Runs a model, or a copy of it, on some inputs."""
+"""A function that runs a model, or a copy of it, on some inputs."""
 
 
 def find_coupling(copy: nn.Module, forward: Forward) -> Coupling:
     """Build the graph of a model and read it.
 
     Args:
-        copy: A copy that nobody else needs: modes, gradients and flags are left changed.
-        forward: Runs it on one small batch.
+        copy: A copy of the model that is not used elsewhere: modes, gradients and flags are left changed.
+        forward: Function that runs it on one small batch.
+
+    Returns:
+        The groups of coupled neurons and the layers that could not be followed, each with the reason.
 
     Raises:
         PruningError: If the model cannot be traced.
@@ -106,7 +109,7 @@ def _read(model: nn.Module, graph: Any) -> Coupling:
 
 
 def _norm_behind(node: Any) -> nn.Module | None:
-    """The norm layer that reads a layer, if nothing else does, and if it reads nothing else."""
+    """Return the norm layer that reads a layer, if nothing else does, and if it reads nothing else."""
     readers = node.outputs
     if len(readers) != 1 or len(readers[0].inputs) != 1:
         return None
@@ -114,11 +117,11 @@ def _norm_behind(node: Any) -> nn.Module | None:
 
 
 def _fixed_readers(node: Any, paths: Mapping[Any, str], modules: Mapping[str, nn.Module]) -> str | None:
-    """Which of the modules behind a layer cannot change its width, and why."""
+    """Return the first downstream module that cannot change its width, with the reason, or None."""
     stack, visited = [node], set()
     while stack:
         for following in stack.pop().outputs:
-            # What the graph does not know as a module shows itself by its parameters.
+            # A module that is no node of the graph is found by its parameters.
             near = [n.module for n in (following, *following.inputs) if n.module in paths]
             owners = [paths[m].rpartition(".")[0] if isinstance(m, Tensor) else paths[m] for m in near]
             for path in owners:
@@ -153,13 +156,13 @@ def _group(
     makers = {p.path: p.indices for p in parts if p.path in layers and p.role in ("makes", "passes")}
     makers.setdefault(root, tuple((index,) for index in fresh))
     ordered = {name: makers[name] for name in layers if name in makers}
-    # A depthwise convolution of one channel could not be told from a dense one any more.
+    # With one channel left, a depthwise convolution could not be told from a dense one.
     least = 2 if any(is_depthwise(layers[name]) for name in ordered) else 1
     return Group(root, size, parts, ordered, least)
 
 
 def _units(fresh: list[int], found: list[Arrival]) -> dict[int, int]:
-    """By neuron of the root, its unit: those that share a place anywhere are one, as factors are."""
+    """Return the unit of each neuron of the root; neurons that share a place anywhere are in one unit."""
     first = {neuron: neuron for neuron in fresh}
 
     def find(neuron: int) -> int:
@@ -188,7 +191,7 @@ def _role(module: Any, makes: bool) -> Role:
 
 
 def _sources(node: Any, names: Mapping[Any, str]) -> tuple[str, ...]:
-    """The nearest layers before a node, in the order in which they are met."""
+    """Return the nearest layers upstream of a node, in the order in which they are met."""
     found: dict[str, None] = {}
     stack, visited = list(reversed(node.inputs)), set()
     while stack:
@@ -204,7 +207,7 @@ def _sources(node: Any, names: Mapping[Any, str]) -> tuple[str, ...]:
 
 
 def _is_end(node: Any, graph: Any) -> bool:
-    """Whether a layer makes the model's output: its neurons arrive there, or what is summed of them and of no other."""
+    """Return whether a layer makes the model's output: its neurons, or only their sums, reach it."""
     stack, visited = [(node, False)], set()
     arrived, summed, read = False, False, False
     while stack:
