@@ -89,7 +89,7 @@ def _narrow(
     if func in (torch.rand, torch.randn):
         options = {name: value for name, value in kwargs.items() if name not in ("size", "out")}
         return func(drawn[places].shape, **options)
-    return drawn.flatten()[:1]
+    return drawn.flatten()[:1].clone()
 
 
 def alike_of(shapes: list[torch.Size], others: list[torch.Size]) -> dict[int, bool] | None:

@@ -59,6 +59,16 @@ class Chosen(Deep):
         return self.features(batch[0])[1][:, [0, 3]].square().sum()
 
 
+class Drawn(Deep):
+    """Some features are chosen by drawn numbers."""
+
+    def extra(self, batch):
+        second = self.features(batch[0])[1]
+        mask = torch.zeros(second.shape[1])
+        mask[torch.randperm(second.shape[1])[:2]] = 1
+        return (second * mask).square().sum()
+
+
 class Alternating(Deep):
     """Every second step has another head."""
 
@@ -171,6 +181,7 @@ READERS = {
     "every second step": (Alternating, ["net.conv2"], FAILS),
     "view": (Laid, ["net.fc1"], DIFFERS),
     "chosen by number": (Chosen, ["net.conv2"], DIFFERS),
+    "chosen by drawn numbers": (Drawn, ["net.conv2"], DIFFERS),
     "mean over features": (Averaged, ["net.fc1"], DIFFERS),
     "hint by a hook": (Hinted, ["net.fc1"], FAILS),
     "anchors": (Anchored, ["net.conv2", "net.fc1"], FAILS),
@@ -214,8 +225,10 @@ class Dropping(Deep):
         _, second, third = self.features(batch[0][torch.randperm(len(batch[0]))])
         noisy = self.net.fc1(nn.functional.dropout(second + 0.1 * torch.randn_like(second), 0.2))
         again = checkpoint(self.noisy_head, third, use_reentrant=False)
+        drawn = third + torch.normal(0.0, 0.1, third.shape)
         return (
             again.square().mean()
+            + self.net.fc2(drawn).square().mean()
             + (noisy.relu() * third).sum(1).mean()
             + 1e-3 * sum(p.norm() for p in self.net.parameters())
         )
