@@ -57,12 +57,17 @@ def averages(trainer: Any) -> list[nn.Module]:
     return [one for one in found if one is not None]
 
 
+def optimizers(trainer: Any) -> list[torch.optim.Optimizer]:
+    """Those of the Trainer, and what they hold as ``base``."""
+    return [one for outer in trainer.optimizers for one in (outer, getattr(outer, "base", None)) if one is not None]
+
+
 def state_of(trainer: Any, module: nn.Module) -> dict[str, Any]:
     """All that training goes on from, in copies."""
     return copy.deepcopy({
         "model": {name: tensor.detach() for name, tensor in tensors(module).items()},
         "averages": [{n: t.detach() for n, t in tensors(one).items()} for one in averages(trainer)],
-        "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers(trainer)],
         "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
         "precision": trainer.precision_plugin.state_dict(),
     })

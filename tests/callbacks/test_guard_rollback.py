@@ -12,7 +12,17 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, lr_scheduler
 
-from tests.callbacks.guarded import Scaling, Scored, by_epoch, differences, guard, hidden, identities, state_of
+from tests.callbacks.guarded import (
+    Scaling,
+    Scored,
+    by_epoch,
+    differences,
+    guard,
+    hidden,
+    identities,
+    optimizers,
+    state_of,
+)
 from tests.callbacks.modules import Net, fit, loader
 from tests.callbacks.pruned import Probe
 
@@ -83,6 +93,33 @@ def plateau(module: nn.Module) -> Any:
     }
 
 
+class Sharpness(torch.optim.Optimizer):
+    """Takes the gradient a little uphill (SAM), and lets another optimizer step."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 0.05})
+        self.base = SGD(self.param_groups, 0.05, momentum=0.9)
+        self.param_groups = self.base.param_groups
+
+    def step(self, closure: Any = None) -> Any:
+        loss = closure()
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        with torch.no_grad():
+            for p in parameters:
+                self.state[p]["here"] = p.detach().clone()
+                p.add_(p.grad, alpha=0.05)
+        closure()
+        with torch.no_grad():
+            for p in parameters:
+                p.copy_(self.state[p]["here"])
+        self.base.step()
+        return loss
+
+
+def sharpness(module: nn.Module) -> Any:
+    return Sharpness(module.parameters())
+
+
 def two(module: Any) -> Any:
     first = AdamW([*module.net.conv1.parameters(), *module.net.conv2.parameters()], 1e-2)
     mine = {id(p) for p in first.param_groups[0]["params"]}
@@ -105,6 +142,7 @@ CASES = {
     "momentum, plateau": Case(plateau),
     "accumulation": Case(one_cycle, trainer=lambda: {"accumulate_grad_batches": 3}),
     "two by hand": Case(two, TwoByHand),
+    "one in another": Case(sharpness),
     "EMA": Case(callbacks=lambda: [EMAWeightAveraging(decay=0.9)]),
     "averages with buffers": Case(momentum, callbacks=lambda: [WeightAveraging(use_buffers=True)]),
     "precision": Case(trainer=lambda: {"plugins": [Scaling()]}),
@@ -146,7 +184,7 @@ class Given(L.Callback):
             for name, tensor in (*model.named_parameters(), *model.named_buffers()):
                 with torch.no_grad():
                     tensor.copy_(saved[name])
-        for one, saved in zip(trainer.optimizers, self.state["optimizers"], strict=True):
+        for one, saved in zip(optimizers(trainer), self.state["optimizers"], strict=True):
             one.load_state_dict(saved)
         for config, saved in zip(trainer.lr_scheduler_configs, self.state["schedulers"], strict=True):
             config.scheduler.load_state_dict(saved)

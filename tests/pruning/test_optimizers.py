@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from lightning_neurons import ArgumentError
+from lightning_neurons import ArgumentError, PruningError
 from lightning_neurons.pruning.surgery.optimizers import checked_optimizers
 from lightning_neurons.pruning.surgery.surgery import Cut, cut
 from tests.models import ConvNet, pictures, seeded
@@ -157,6 +157,60 @@ def test_state_in_a_form_of_its_own_starts_afresh_with_a_warning():
     assert optimizer.state[net.conv1.bias]["vector"].shape == (4,)
     assert optimizer.state[net.fc2.bias]["vector"] is kept
     train(net, [optimizer], range(2, 4))
+
+
+class Holding(torch.optim.Optimizer):
+    """Lets others step that it holds, and moves slowly behind them (Lookahead)."""
+
+    def __init__(self, *held: torch.optim.Optimizer) -> None:
+        super().__init__([group for one in held for group in one.param_groups], {})
+        self.held = held
+
+    @torch.no_grad()
+    def step(self):
+        for one in self.held:
+            one.step()
+        for p in (p for group in self.param_groups for p in group["params"]):
+            p.copy_(self.state[p].setdefault("slow", p.detach().clone()).lerp_(p, 0.5))
+
+
+def two_of(net: nn.Module) -> list[torch.optim.Optimizer]:
+    first = torch.optim.SGD([*net.conv1.parameters(), *net.bn1.parameters()], lr=0.05, momentum=0.9)
+    return [first, torch.optim.Adam([p for n, p in net.named_parameters() if not n.startswith(("conv1", "bn1"))])]
+
+
+def test_optimizers_that_another_one_holds_are_cut_with_it():
+    net = seeded(ConvNet).train()
+    held = two_of(net)
+    holding = Holding(*held)
+    assert checked_optimizers(holding, net) == [holding, *held]
+    train(net, [holding], range(2))
+    shapes = {name: torch.empty(p.shape) for name, p in net.named_parameters()}
+    states = [(name, one.state[p]) for one in (holding, *held) for name, p in net.named_parameters() if p in one.state]
+    values = copy.deepcopy([dict(state) for _, state in states])
+    cut(net, CUTS, optimizers=[holding])
+    assert len(states) == 2 * len(shapes)
+    for (name, state), before in zip(states, values, strict=True):
+        for key, value in before.items():
+            assert torch.equal(state[key], expected(value, shapes[name], GOES[name]))
+    train(net, [holding], range(2, 4))
+
+
+class Aside(torch.optim.SGD):
+    """Keeps slow weights in a list of its own."""
+
+    def __init__(self, params) -> None:
+        super().__init__(list(params), lr=0.1, momentum=0.9)
+        self.slow = [[p.detach().clone() for p in group["params"]] for group in self.param_groups]
+
+
+@pytest.mark.parametrize("wrap", [lambda one: one, Holding], ids=["itself", "held"])
+def test_tensors_that_an_optimizer_keeps_outside_its_state_are_refused_by_name_and_nothing_is_cut(wrap):
+    net = seeded(ConvNet)
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(PruningError, match="Aside keeps tensors in 'slow'"):
+        cut(net, CUTS, optimizers=[wrap(Aside(net.parameters()))])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 
 
 class Wide(nn.Module):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_neurons.isolation.user_code import is_framework, names_in
 from lightning_neurons.layers.layer import candidates, lazy_path, public_name
+from lightning_neurons.pruning.surgery.optimizers import with_held
 
 _WRITES = {"load_state_dict", "copy_", "lerp_", "mul_", "add_", "data", "update_parameters", "_foreach_lerp_", "set_"}
 _APART = {
@@ -66,9 +67,10 @@ class Following:
             pl_module: Its module.
             moving: Parameters of which it is known that they are going to be moved, and not by an optimizer.
         """
-        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        optimizers = with_held(trainer.optimizers)
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         held = {id(p) for group in groups for p in group["params"] if p.requires_grad}
-        stepped = {id(p) for optimizer in trainer.optimizers for p, state in optimizer.state.items() if state}
+        stepped = {id(p) for optimizer in optimizers for p, state in optimizer.state.items() if state}
         unclear: dict[str, str] = {}
         untrained: set[str] = set()
         seen = [*self.known]

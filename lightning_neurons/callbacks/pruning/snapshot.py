@@ -18,6 +18,7 @@ from lightning_neurons.callbacks.pruning.cutting import average_models
 from lightning_neurons.data.batches import map_tensors
 from lightning_neurons.dependency.conform import set_data
 from lightning_neurons.layers.width_handlers import refit
+from lightning_neurons.pruning.surgery.optimizers import with_held
 from lightning_neurons.pruning.surgery.surgery import Operation
 
 Snapshot = dict[str, Any]
@@ -28,7 +29,7 @@ def take_snapshot(trainer: Any, pl_module: nn.Module) -> Snapshot:
     return {
         "model": _tensors(pl_module),
         "averages": [_tensors(average) for average in average_models(trainer)],
-        "optimizers": [_copy(optimizer.state_dict()) for optimizer in trainer.optimizers],
+        "optimizers": [_copy(optimizer.state_dict()) for optimizer in with_held(trainer.optimizers)],
         "schedulers": [_copy(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs],
         "precision": _copy(trainer.precision_plugin.state_dict()),
     }
@@ -56,7 +57,7 @@ def restore_snapshot(trainer: Any, pl_module: nn.Module, snapshot: Snapshot, als
             pairs += zip(average_models(trainer), snapshot["averages"], strict=True)
             for model, saved in pairs:
                 _put(model, saved, operation)
-            for optimizer, saved in zip(trainer.optimizers, snapshot["optimizers"], strict=True):
+            for optimizer, saved in zip(with_held(trainer.optimizers), snapshot["optimizers"], strict=True):
                 live = _Live.of(optimizer)
                 operation.do(partial(_load_optimizer, optimizer, _copy(saved), live), partial(live.put_back, optimizer))
             for config, saved in zip(trainer.lr_scheduler_configs, snapshot["schedulers"], strict=True):

@@ -11,7 +11,7 @@ from lightning_neurons.errors import UnknownNameError
 from lightning_neurons.layers.layer import candidates, widths_of
 from lightning_neurons.pruning.budget import PruningBudget
 from lightning_neurons.pruning.rounds import Rounds
-from lightning_neurons.pruning.surgery.optimizers import why_not
+from lightning_neurons.pruning.surgery.optimizers import why_not, with_held
 
 
 def refuse_strategy(who: str, trainer: Any) -> None:
@@ -107,7 +107,7 @@ def refuse_optimizers(who: str, trainer: Any) -> None:
     Raises:
         MisconfigurationException: Naming the optimizer and what to use instead.
     """
-    for optimizer in trainer.optimizers:
+    for optimizer in with_held(trainer.optimizers):
         why = why_not(optimizer)
         if why is not None:
             raise MisconfigurationException(f"{who} cannot cut the state of {type(optimizer).__name__}: use {why}")

@@ -1,12 +1,12 @@
 """Which optimizers can go on after a cut, and what of their state follows a parameter's shape."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_neurons.errors import ArgumentError
+from lightning_neurons.errors import ArgumentError, PruningError
 
 
 def checked_optimizers(given: Any, model: nn.Module | None = None) -> list[torch.optim.Optimizer]:
@@ -15,6 +15,9 @@ def checked_optimizers(given: Any, model: nn.Module | None = None) -> list[torch
     Args:
         given: None, one optimizer, or several.
         model: If given, each of them must hold one of its parameters.
+
+    Returns:
+        Each once, with those that they hold themselves.
 
     Raises:
         ArgumentError: If one is no optimizer, keeps its state in a form that cannot be cut, or is another model's.
@@ -25,15 +28,67 @@ def checked_optimizers(given: Any, model: nn.Module | None = None) -> list[torch
         optimizer = getattr(one, "optimizer", one)  # Lightning's wrapper
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise ArgumentError.of("optimizer", type(one).__name__, "a torch.optim.Optimizer, or a list of them")
-        why = why_not(optimizer)
-        if why is not None:
-            raise ArgumentError.of("optimizer", type(optimizer).__name__, why)
+        for each in with_held([optimizer]):
+            why = why_not(each)
+            if why is not None:
+                raise ArgumentError.of("optimizer", type(each).__name__, why)
         if model is not None:
             own = {id(p) for p in model.parameters()}
             if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
                 raise ArgumentError.of("optimizer", type(optimizer).__name__, "one that holds parameters of this model")
         found.append(optimizer)
+    return with_held(found)
+
+
+def with_held(optimizers: Iterable[torch.optim.Optimizer]) -> list[torch.optim.Optimizer]:
+    """Optimizers and those that they hold themselves, as SAM and Lookahead do, each once.
+
+    Example:
+        >>> import torch
+        >>> outer, inner = (torch.optim.SGD([torch.zeros(2)], lr=0.1) for _ in range(2))
+        >>> outer.base_optimizer = inner
+        >>> with_held([outer]) == [outer, inner]
+        True
+    """
+    found: list[torch.optim.Optimizer] = []
+    todo = list(optimizers)
+    while todo:
+        one = todo.pop(0)
+        if not any(one is other for other in found):
+            found.append(one)
+            todo += [held for held in _inside(vars(one)) if isinstance(held, torch.optim.Optimizer)]
     return found
+
+
+def _inside(value: Any) -> Iterator[Any]:
+    """What lists, tuples and dicts hold."""
+    if isinstance(value, Mapping | list | tuple):
+        for one in value.values() if isinstance(value, Mapping) else value:
+            yield from _inside(one)
+    else:
+        yield value
+
+
+def refuse_outside_state(optimizers: Sequence[torch.optim.Optimizer], cut: Iterable[Tensor]) -> None:
+    """Refuse tensors that may belong to a parameter and that an optimizer keeps elsewhere than in its state.
+
+    Args:
+        optimizers: With those that they hold.
+        cut: The parameters that are going to be cut, as they are.
+
+    Raises:
+        PruningError: Naming the optimizer and the attribute.
+    """
+    shapes = {one.shape for one in cut if one.numel() > 1}
+    known = {id(one) for optimizer in optimizers for one in _inside([optimizer.state, optimizer.param_groups])}
+    for optimizer in optimizers:
+        for name, value in vars(optimizer).items():
+            tensors = [one for one in _inside(value) if isinstance(one, Tensor) and id(one) not in known]
+            if any(one.shape in shapes for one in tensors):
+                raise PruningError(
+                    f"{type(optimizer).__name__} keeps tensors in {name!r} that have the shape of a parameter, and "
+                    "they would not become smaller with it: keep them in its state, one entry for each parameter"
+                )
 
 
 def why_not(optimizer: torch.optim.Optimizer) -> str | None:

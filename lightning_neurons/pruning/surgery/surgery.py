@@ -18,7 +18,7 @@ from lightning_neurons.dependency.conform import set_data
 from lightning_neurons.dependency.groups import Group
 from lightning_neurons.layers.layer import modules_by_name
 from lightning_neurons.layers.width_handlers import Role, axes, handler_of, refit
-from lightning_neurons.pruning.surgery.optimizers import fits, is_large, refill
+from lightning_neurons.pruning.surgery.optimizers import fits, is_large, refill, refuse_outside_state, with_held
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,8 @@ def cut(
     Args:
         model: The model.
         cuts: What goes.
-        optimizers: Their state is cut as well; element by element where it has the parameter's shape.
+        optimizers: Their state is cut as well, and that of optimizers that they hold; element by element where it has
+            the parameter's shape.
         copies: Averages of the model with the same names, such as those of EMA and SWA.
         shifts: By name of a parameter or buffer, what is added to it before the cut.
         also: Does what belongs to the cut, when all else has been done; it is taken back with it.
@@ -100,11 +101,12 @@ def cut(
     Raises:
         Exception: Whatever went wrong; the model, the copies and the optimizers are then as they were.
     """
-    operation = Operation()
+    operation, optimizers = Operation(), with_held(optimizers)
     try:
         with torch.inference_mode(False), torch.no_grad():
             # All that can fail by itself is computed first.
             smaller = [s for root in (model, *copies) for s in _smaller(root, cuts, shifts or {})]
+            refuse_outside_state(optimizers, [one.owner for one in smaller if one.stays])
             states = [entry for optimizer in optimizers for entry in _states(optimizer, smaller)]
             for one in smaller:
                 operation.do(one.put, one.put_back)
