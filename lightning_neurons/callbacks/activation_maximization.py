@@ -48,7 +48,7 @@ class ActivationMaximizationCallback(SampledStudy):
 
     Args:
         targets: Targets to maximise, each as for ``maximize_activation``; None takes the first ten classes.
-        cards: How many neurons of each kind get a card.
+        cards: Number of neurons of each kind that get a card.
         of: The output of a class to maximise: its ``"logit"`` or softmax ``"probability"``.
         value_range: Least and largest value of a valid picture; those of the sample if None.
         mean: Of the normalisation of the inputs, a number or one per channel.
@@ -60,7 +60,7 @@ class ActivationMaximizationCallback(SampledStudy):
         total_variation: The same.
         l2: The same.
         seed: The same, one.
-        max_samples: How many validation pictures are compared with, spread over the data and over the classes.
+        max_samples: Number of validation images to compare with, spread over the data and over the classes.
         every_n_epochs: How often during ``fit``.
         forward: From the module and inputs to logits; None takes the module's forward, or its one network if it has
             none.

@@ -22,7 +22,7 @@ LARGEST_MAGNITUDE = Statistic("largest_magnitude", attrgetter("largest_magnitude
 
 
 def variance(summary: Summary) -> Float[Tensor, " neuron"]:
-    """``E[a^2] - E[a]^2``, from float64 sums over samples of float32 sums over space.
+    """Compute ``E[a^2] - E[a]^2``, from float64 sums over samples of float32 sums over space.
 
     Below about 1e-6 of ``E[a^2]`` the result is rounding noise; it is never negative, and NaN where float64 holds no
     squares, beyond 1e145.
@@ -33,13 +33,13 @@ def variance(summary: Summary) -> Float[Tensor, " neuron"]:
 
 
 def mean_square(summary: Summary) -> Float[Tensor, " neuron"]:
-    """``E[a^2]``; infinite where float64 does not hold it."""
+    """Compute ``E[a^2]``; infinite where float64 does not hold it."""
     squares = summary.total(SQUARES)
     return torch.where(squares < LARGEST_SQUARES, summary.per_value(SQUARES), torch.inf)
 
 
 def dormant_score(summary: Summary) -> Float[Tensor, " neuron"]:
-    """``E|a|`` over its mean over the layer's neurons; 1 on average, all zeros for a silent layer.
+    """Compute ``E|a|`` over its mean over the layer's neurons; 1 on average, all zeros for a silent layer.
 
     Source: Sokar et al. 2023, "The Dormant Neuron Phenomenon in Deep Reinforcement Learning", equation 1
     (arXiv:2302.12902).
@@ -50,12 +50,12 @@ def dormant_score(summary: Summary) -> Float[Tensor, " neuron"]:
 
 
 def rms(summary: Summary) -> Float[Tensor, " neuron"]:
-    """``sqrt(E[a^2])``."""
+    """Compute ``sqrt(E[a^2])``."""
     return mean_square(summary).sqrt()
 
 
 def maximum(summary: Summary) -> Float[Tensor, " neuron"]:
-    """The largest value."""
+    """Return the largest value."""
     return summary.total(MAXIMUM)
 
 

@@ -38,6 +38,9 @@ def agreement(first: Float[Tensor, " neuron"], second: Float[Tensor, " _"], *, s
         second: Scores of the same neurons.
         share: The size of the top sets that ``jaccard`` compares.
 
+    Returns:
+        Spearman, Kendall and Jaccard of the neurons that both have measured.
+
     Raises:
         ArgumentError: If the two differ in length or ``share`` is out of range.
 

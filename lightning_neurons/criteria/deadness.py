@@ -56,7 +56,7 @@ def check_threshold(value: float, name: str = "threshold") -> float:
 
 
 def near_zero(threshold: float = SILENT, *, relative: bool = True) -> Criterion:
-    """The share of values with ``|a|`` at most ``threshold``; 1 exactly if no value at all exceeds it.
+    """Make the criterion of the share of values with ``|a|`` at most ``threshold``; 1 only if no value exceeds it.
 
     The share is read off a histogram of at most 8 positions per sample with bins 2 % wide; whether a neuron *ever*
     exceeds the threshold is decided on all positions.
@@ -64,6 +64,9 @@ def near_zero(threshold: float = SILENT, *, relative: bool = True) -> Criterion:
     Args:
         threshold: In units of the layer's root mean square if ``relative``, else in activation units.
         relative: An absolute threshold means something else in each layer; a relative one does not.
+
+    Returns:
+        A criterion with scores in [0, 1].
 
     Raises:
         ArgumentError: If ``threshold`` is negative or not finite.
@@ -116,7 +119,7 @@ def refuse_unless_rectified(traits: LayerTraits) -> str | None:
 
 
 def zero_share(summary: Summary) -> Float[Tensor, " neuron"]:
-    """Share of values that are zero, where none is negative."""
+    """Return the share of values that are zero, where none is negative."""
     return 1 - summary.per_value(POSITIVE)
 
 
@@ -131,7 +134,7 @@ APOZ = Criterion(
 
 
 def dormant(tau: float = 0.025) -> Criterion:
-    """1 for tau-dormant neurons: dormant score at most ``tau`` (inclusive), else 0.
+    """Make the criterion that is 1 for tau-dormant neurons: dormant score at most ``tau`` (inclusive), else 0.
 
     Source: Sokar et al. 2023, definition 3.1 (arXiv:2302.12902). All neurons of a silent layer are dormant.
 
@@ -149,9 +152,9 @@ def is_dormant(summary: Summary, *, tau: float) -> Float[Tensor, " neuron"]:
 
 
 def constant(tolerance: float = CONSTANT_TOLERANCE) -> Criterion:
-    """1 for neurons whose standard deviation is at most ``tolerance`` of their root mean square, else 0.
+    """Make the criterion that is 1 if the standard deviation is at most ``tolerance`` of the root mean square, else 0.
 
-    The deadness of smooth activation functions: a constant neuron can be folded into its readers' biases. Source:
+    The deadness of smooth activation functions: a constant neuron can be folded into downstream biases. Source:
     variance-based pruning, Berisha et al. 2025 (arXiv:2507.12988); *post*-activation variance.
 
     Raises:

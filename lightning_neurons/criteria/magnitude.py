@@ -13,7 +13,7 @@ Side = Literal["incoming", "outgoing"]
 
 
 def weight_norm(summary: Summary, *, side: Side, order: int) -> Float[Tensor, " neuron"]:
-    """The L1 or L2 norm of the weights that make each neuron (incoming) or read it (outgoing)."""
+    """Compute the L1 or L2 norm of each neuron's incoming or outgoing weights."""
     weight = getattr(summary.traits, side)
     norm: Tensor = torch.linalg.vector_norm(weight.double(), order, dim=1)
     return norm
@@ -32,7 +32,7 @@ def refuse_without_weight(traits: LayerTraits, *, side: Side) -> str | None:
 
 
 def norm_scale(summary: Summary) -> Float[Tensor, " neuron"]:
-    """|scale| of the normalisation layer behind the layer: Liu et al. 2017, network slimming (arXiv:1708.06519)."""
+    """Return |scale| of the normalisation after the layer: Liu et al. 2017, network slimming (arXiv:1708.06519)."""
     assert summary.traits.norm_scale is not None, "other layers are refused"
     return summary.traits.norm_scale.double().abs()
 

@@ -42,6 +42,9 @@ def normalize(
         in_loss_units: Whether scores are comparable already (Fisher and the second-order family); dividing them layer
             by layer then destroys information and draws a warning.
 
+    Returns:
+        By layer, ``(neuron,)``: the scaled scores.
+
     Raises:
         ArgumentError: If ``how`` is unknown.
 
@@ -79,6 +82,9 @@ def select(
         count: The top ``count``.
         threshold: Scores of at least this.
         cumulative: The smallest top set that holds this share of the layer's importance (needs scores >= 0).
+
+    Returns:
+        ``(neuron,)``, True for the chosen ones.
 
     Raises:
         ArgumentError: If not exactly one rule is given, or it is out of range.

@@ -24,6 +24,9 @@ def class_selectivity(activity: Float[Tensor, "klass neuron"]) -> Float[Tensor, 
     Args:
         activity: Mean activity of each neuron for each class, not negative; NaN for classes without samples.
 
+    Returns:
+        ``(neuron,)`` in [0, 1], float64; NaN for dead neurons and where fewer than two classes have samples.
+
     Example:
         >>> class_selectivity(torch.tensor([[4.0, 2.0], [1.0, 2.0], [1.0, 2.0], [1.0, 2.0]])).tolist()
         [0.6, 0.0]

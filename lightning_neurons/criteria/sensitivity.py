@@ -24,7 +24,7 @@ SAMPLED_GATE_SQUARES = Statistic("sampled_gate_squares", attrgetter("gate_gradie
 
 
 def gradient(summary: Summary) -> Float[Tensor, " neuron"]:
-    """``E[sum over space of g^2]``, divided by its sum over the layer, so that each layer's scores sum to 1.
+    """Compute ``E[sum over space of g^2]``, divided by its sum over the layer, so that each layer's scores sum to 1.
 
     A layer whose gradients all vanish scores 0 throughout.
     """
@@ -34,7 +34,7 @@ def gradient(summary: Summary) -> Float[Tensor, " neuron"]:
 
 
 def second_order(summary: Summary) -> Float[Tensor, " neuron"]:
-    """``-E[u] + E[u^2] / 2``, signed: the change of the loss when the neuron is zeroed, to second order.
+    """Compute ``-E[u] + E[u^2] / 2``, signed: the change of the loss when the neuron is zeroed, to second order.
 
     The curvature is the empirical Fisher's: exact where the model's predictions match the labels' distribution.
     Signed scores rank single neurons; they must not choose many to remove at once.
@@ -43,7 +43,7 @@ def second_order(summary: Summary) -> Float[Tensor, " neuron"]:
 
 
 def second_order_ggn(summary: Summary) -> Float[Tensor, " neuron"]:
-    """``-E[u] + E[v^2] / 2`` where ``v`` is ``u`` for a label drawn from the model's own prediction.
+    """Compute ``-E[u] + E[v^2] / 2`` where ``v`` is ``u`` for a label drawn from the model's own prediction.
 
     The square term is then unbiased for the generalised Gauss-Newton matrix, since the covariance of ``p - onehot(y)``
     under ``y ~ p`` is ``diag(p) - p p^T``.
@@ -52,12 +52,12 @@ def second_order_ggn(summary: Summary) -> Float[Tensor, " neuron"]:
 
 
 def taylor_fo(summary: Summary) -> Float[Tensor, " neuron"]:
-    """``E[u]^2``."""
+    """Compute ``E[u]^2``."""
     return summary.per_sample(GATE).square()
 
 
 def fisher(summary: Summary) -> Float[Tensor, " neuron"]:
-    """``E[u^2] / 2``."""
+    """Compute ``E[u^2] / 2``."""
     return 0.5 * summary.per_sample(GATE_SQUARES)
 
 

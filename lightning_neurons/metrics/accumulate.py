@@ -102,6 +102,9 @@ def group_of(
         places: The neurons of each layer on the neuron axis.
         positions: Number of values behind the numbers of each layer.
         device: The device of the sums.
+
+    Returns:
+        The indices as slices or tensors on ``device``.
     """
     with torch.inference_mode(False):
         sums, maxima = ([of.index(s) for s in statistics if s in of] for of in rows)

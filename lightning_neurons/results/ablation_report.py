@@ -83,6 +83,9 @@ class AblationReport:
         Args:
             layer: Rank within this layer; None ranks all measured neurons together.
 
+        Returns:
+            One row per measured neuron: layer, index, change of the loss and its standard error.
+
         Raises:
             UnknownNameError: If there is no such layer.
         """

@@ -137,6 +137,9 @@ class NeuronHistory:
         Args:
             measurements: At most ``RECENT`` (100), or as many as there have been.
 
+        Returns:
+            By layer, indices of neurons in ascending order.
+
         Raises:
             ArgumentError: If some of so many measurements are not kept any more.
         """

@@ -14,10 +14,10 @@ class NeuronCard:
     Attributes:
         name: What is shown, such as ``"net.conv2 7"`` or ``"class 4"``.
         why: Why it is shown, such as ``"most important"`` or ``"newly dead"``.
-        numbers: What is known of it, by words such as ``"deadness"``; in the order to show.
+        numbers: Its numbers by name, such as ``"deadness"``; in the order to show.
         pictures: The samples of the data that excite it most, the strongest first, in [0, 1]; may be none.
         activations: Its activation on each of them.
-        maximized: A picture made to excite it, in [0, 1], or None.
+        maximized: An image made to excite it, in [0, 1], or None.
     """
 
     name: str

@@ -154,6 +154,9 @@ class NeuronReport:
             criterion: Any measured criterion; the main one if None.
             normalize_by: As in the report's settings if None.
 
+        Returns:
+            By layer, ``(neuron,)``; NaN where a neuron was not measured.
+
         Raises:
             UnknownNameError: If the criterion was not measured.
         """
@@ -183,6 +186,9 @@ class NeuronReport:
             layer: Rank within this layer; None ranks all neurons together.
             normalize: How layers are made comparable; as in the report's settings if None.
             include_outputs: Rank the neurons that make the model's output, such as logits, among all others.
+
+        Returns:
+            One entry per neuron: layer, index, score, and layers that it is summed with.
 
         Raises:
             UnknownNameError: If the criterion or the layer was not measured.

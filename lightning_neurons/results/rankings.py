@@ -25,7 +25,7 @@ class RankedNeuron(_Place):
     """One place in a ranking: ``layer, neuron, score = place``.
 
     Attributes:
-        layer: The layer; of twins, the first in the order of the model.
+        layer: The layer's path; of twins, that of the first in the order of the model.
         neuron: Its index there, and in each of the ``twins``.
         score: By the criterion of the ranking; of twins, the mean.
         twins: The other layers of a residual stream whose neuron of the same index is part of this entry.
@@ -59,8 +59,11 @@ def merged(scores: Mapping[str, Tensor], layers: Iterable[Layer], *, include_out
 
     Args:
         scores: By layer.
-        layers: What is known of them.
+        layers: The layers, with their twins and whether they make the output.
         include_outputs: Whether the layers that make the model's output are candidates.
+
+    Returns:
+        By group of layers, the scores ``(neuron,)``, of twins their mean.
     """
     known = {layer.name: layer for layer in layers}
     found: dict[tuple[str, ...], Tensor] = {}

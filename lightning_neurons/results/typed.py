@@ -16,6 +16,9 @@ def typed(kind: Any, value: Any, where: str) -> Any:
         value: What the document has in its place.
         where: The place, for errors.
 
+    Returns:
+        The value; dataclasses are built from mappings, and lists become tuples where the annotation is a tuple.
+
     Raises:
         ValueError: If the document has something else there.
 

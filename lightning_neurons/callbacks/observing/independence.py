@@ -26,6 +26,9 @@ def independence_of(
         loss_reduction: How the losses of the samples are reduced to that of the batch.
         batch: The batch.
         place: Index of the batch, and of its dataloader.
+
+    Returns:
+        Whether it is such a sum or mean; and whether it depends on the batches before.
     """
     function = None if replay.loss_fn is None else (id(replay.loss_fn), name_of(replay.loss_fn))
     key = replay.step, function, loss_reduction, kind_of(batch), place[1]

@@ -56,6 +56,9 @@ def metric_without(
         kept: The samples.
         monitor: The name under which it is logged.
         neurons: By layer, which are silenced.
+
+    Returns:
+        The metric; None if the validation step does not log it.
     """
     batch = next(kept.on(pl_module.device), None)
     if batch is None:  # this process has no samples; the others wait for it

@@ -24,6 +24,9 @@ def calibration_of(
         runner: Runs the module; None in a process that has had no batch.
         kept: Its samples.
         loss_fn: From module and batch to the loss; None takes what ``validation_step`` returns or logs.
+
+    Returns:
+        The samples of this process with functions that run the module on them and reduce over processes.
     """
 
     def run(module: nn.Module, batch: Any) -> Any:

@@ -124,6 +124,9 @@ class Decision:
             is_due: Whether a round is due; else only the vote counts.
             trial: Tries training steps in this process.
 
+        Returns:
+            The vote, the candidates and the notes, the same in every process.
+
         Raises:
             PruningError: If the deciding process failed, in every process.
         """

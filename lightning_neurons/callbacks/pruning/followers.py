@@ -66,6 +66,9 @@ class Following:
             trainer: The Trainer.
             pl_module: Its module.
             moving: Parameters of which it is known that they are going to be moved, and not by an optimizer.
+
+        Returns:
+            The followers known by now, and the networks of which it is not known yet.
         """
         optimizers = with_held(trainer.optimizers)
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]

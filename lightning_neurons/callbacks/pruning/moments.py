@@ -51,6 +51,9 @@ def moments_to_come(trainer: Any) -> list[Moment]:
 
     Args:
         trainer: In the validation of an epoch.
+
+    Returns:
+        Steps and ends of epochs in the order in which training would reach them.
     """
     now, progress = trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_progress
     here, made, trained = progress.current.ready, trainer.global_step, max(batches_trained(trainer), 1)

@@ -11,6 +11,9 @@ def state_of_other_settings(checkpoint: Mapping[str, Any], own: str) -> tuple[di
     Args:
         checkpoint: Of a Trainer.
         own: The key of the callback's own state.
+
+    Returns:
+        The state, and the settings that differ as a text.
     """
     states = checkpoint.get("callbacks") or {}
     others = [key for key, state in states.items() if isinstance(state, dict) and {"rounds", "seed"} <= state.keys()]

@@ -79,7 +79,7 @@ class PruningSettings:
         return number <= self.schedule.rounds and epoch + 1 + lead >= self.schedule.epoch_of(number)
 
     def progress(self, number: int) -> float:
-        """Return the share, in [0, 1], of all that is to be removed that is gone after a round of the schedule."""
+        """Return the share, in [0, 1], of all neurons to remove that are removed after a round of the schedule."""
         rule, value = self.budget.rule
         removed = value if rule == "amount" else 1 - value
         if rule == "threshold" or removed <= 0:

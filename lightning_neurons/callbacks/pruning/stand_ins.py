@@ -72,6 +72,9 @@ def stand_in(trainer: Any, pl_module: Any, twin: Any, listen: Any) -> dict[str, 
         pl_module: Its module.
         twin: The copy.
         listen: Called where an optimizer would step, unless it is None.
+
+    Returns:
+        The replacements by attribute name.
     """
     named = dict(twin.named_parameters(remove_duplicate=False))
     places = {id(p): named[n] for n, p in pl_module.named_parameters(remove_duplicate=False)}

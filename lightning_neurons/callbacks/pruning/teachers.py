@@ -71,6 +71,9 @@ def read_teacher(who: str, path: Path, pl_module: nn.Module, source: nn.Module) 
         pl_module: The LightningModule.
         source: It, or the network in it that is given the batch.
 
+    Returns:
+        A copy of ``source`` with the weights and widths of the file, in evaluation mode, without gradients.
+
     Raises:
         MisconfigurationException: If the file is none, or holds another architecture.
     """

@@ -223,6 +223,9 @@ def failing(
         trial: Of this process.
         roots: The groups of a plan.
         cuts_of: Returns the part of a plan in some of its groups; called in the first process.
+
+    Returns:
+        By root, the reason; empty if training works without the neurons of all groups.
     """
     if not roots:
         return {}

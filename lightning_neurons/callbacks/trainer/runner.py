@@ -207,6 +207,9 @@ def metric_on(trainer: Any, pl_module: Any, kept: KeptBatches, monitor: str) -> 
         kept: The samples.
         monitor: The name under which it is logged.
 
+    Returns:
+        The mean over samples, or the value of a torchmetrics metric; the same in every process.
+
     Raises:
         PruningError: If it could not be measured in some process; in every process.
     """

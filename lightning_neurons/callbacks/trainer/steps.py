@@ -61,6 +61,9 @@ def step_arguments(trainer: Any, pl_module: Any, step: str, batch_idx: int, data
         step: The name of the step.
         batch_idx: Index of the batch.
         dataloader_idx: Index of its dataloader; steps get it only if there are several, one after the other.
+
+    Returns:
+        ``(batch_idx, dataloader_idx)``, without those that the step does not take.
     """
     function = getattr(pl_module, step)
     index = (batch_idx,) if is_param_in_hook_signature(function, "batch_idx", min_args=2) else ()
@@ -101,6 +104,9 @@ class LossFinder:
         Args:
             out: The return value of the step.
             logged: The values that it has logged, by name.
+
+        Returns:
+            A scalar, or one loss per sample if ``by_sample``; else the text.
         """
         named, numbers = [*_named(out), *_named(logged)], [_floats(out), _floats(dict(logged))]
         offered = [value for _, value in named]

@@ -59,6 +59,9 @@ def silent_shares(report: NeuronReport, layer: str | None, thresholds: Any) -> T
         layer: None takes the neurons of all layers.
         thresholds: In the units of the report's own threshold.
 
+    Returns:
+        Shares of silent values in [0, 1].
+
     Raises:
         UnknownNameError: If the layer was not measured.
     """

@@ -41,6 +41,9 @@ def magnitude_history(history: NeuronHistory, layer: str, axes: Any = None) -> A
         layer: The layer's path.
         axes: Where to draw; None makes a figure.
 
+    Returns:
+        The axes.
+
     Raises:
         UnknownNameError: If no measurement has the layer.
     """

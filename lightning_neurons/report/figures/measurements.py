@@ -76,6 +76,9 @@ def deadness_curve(report: NeuronReport, layer: str | None = None, axes: Any = N
         layer: None takes all layers together, each with the threshold in its own units.
         axes: Where to draw; None makes a figure.
 
+    Returns:
+        The axes.
+
     Raises:
         UnknownNameError: If the layer was not measured.
     """
@@ -145,6 +148,9 @@ def importance_bars(
         shown: How many at each end.
         axes: Where to draw; None makes a figure.
 
+    Returns:
+        The axes.
+
     Raises:
         ArgumentError: If ``shown`` is no number of at least 1.
         UnknownNameError: If the criterion or the layer was not measured.
@@ -184,6 +190,9 @@ def sensitivity_by_layer(report: NeuronReport, criterion: str | None = None, axe
         criterion: Any measured criterion; the main one if None.
         axes: Where to draw; None makes a figure.
 
+    Returns:
+        The axes.
+
     Raises:
         UnknownNameError: If the criterion was not measured.
     """
@@ -221,6 +230,9 @@ def agreement_scatter(
         ablation: An ablation study of the same model.
         criterion: Any measured criterion; the main one if None.
         axes: Where to draw; None makes a figure.
+
+    Returns:
+        The axes.
 
     Raises:
         UnknownNameError: If the criterion was not measured.

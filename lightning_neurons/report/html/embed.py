@@ -16,7 +16,7 @@ _SHARPNESS = 1.5
 """Pixels of the picture for one of the page, as most screens have more than one."""
 
 LARGEST = 8 << 20
-"""Bytes of a picture from a file: all of it goes into the page, and a third more."""
+"""Most bytes of an image file: all of it goes into the page, and a third more."""
 
 _SIGNATURES = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg", b"GIF8": "image/gif"}
 
@@ -53,6 +53,9 @@ def embedded_figure(figure: Any, alt: str, title: str = "") -> Picture:
         figure: The figure.
         alt: What it shows, in words.
         title: Shown above; may be empty.
+
+    Returns:
+        The figure as PNG in a ``data:`` address, with its description and title.
     """
     from PIL import Image  # comes with matplotlib
 

@@ -34,7 +34,7 @@ class ListedCard:
         path: The file.
         name: Which neuron, such as ``"net.conv2 7"``.
         why: Why it is shown, such as ``"most important"``.
-        numbers: What is known of it, in the order to show.
+        numbers: Its numbers, in the order to show.
     """
 
     path: Path

@@ -33,7 +33,7 @@ class RunFolder:
         pruning: Of pruning.json, or None.
         ablation: Of ablation.json, or None.
         classes: The accuracies in classes.json.
-        gallery: The pictures that pictures/pictures.json names.
+        gallery: The images that pictures/pictures.json names.
         cards: The neurons that pictures/cards.json names.
         notes: Files that are there and could not be read.
     """

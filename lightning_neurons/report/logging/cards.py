@@ -33,7 +33,10 @@ def chosen_neurons(report: NeuronReport, died: Mapping[str, Sequence[int]], each
     Args:
         report: A measurement.
         died: By layer, neurons that have died since the one before.
-        each: How many of a kind.
+        each: Number of neurons of a kind.
+
+    Returns:
+        The neurons, each with the reason why it is shown.
     """
     ranking = [row for row in report.ranking() if not math.isnan(row.score)] if report.scores else []
     kinds = {
@@ -57,10 +60,13 @@ def neuron_cards(
     """Make a card for each neuron.
 
     Args:
-        found: Of which the last rows are the neurons'.
+        found: Maximised images; the last rows are those of the neurons.
         chosen: The neurons.
-        report: What was measured of them.
-        inputs: The pictures that were compared with, as the model takes them.
+        report: A measurement of them; None if there is none.
+        inputs: The images that were compared with, as the model takes them.
+
+    Returns:
+        The cards, in the order of ``chosen``.
     """
     first = len(found.targets) - len(chosen)
     return tuple(_card(found, first + place, one, report, inputs) for place, one in enumerate(chosen))

@@ -1,4 +1,4 @@
-"""Figures in loggers, and in a folder beside the other files of a run."""
+"""Figures in loggers, and in a folder of the run."""
 
 import json
 import re

@@ -118,6 +118,9 @@ def spread(values: torch.Tensor) -> dict[str, Any]:
 
     Args:
         values: Finite numbers; at least one.
+
+    Returns:
+        Arguments of ``SummaryWriter.add_histogram_raw``.
     """
     values = values.double().flatten().cpu()
     parts = [
@@ -157,6 +160,9 @@ def log_magnitudes(histogram: torch.Tensor, parts: int = 4) -> dict[str, Any]:
     Args:
         histogram: Counts of ``(neuron, bin)``.
         parts: Bars to a power of two. Zeros are drawn in the lowest bar.
+
+    Returns:
+        Arguments of ``SummaryWriter.add_histogram_raw``.
     """
     counts = histogram.sum(0)
     middle = representatives()

@@ -38,6 +38,9 @@ def round_scalars(made: PruningRound, widths: Mapping[str, int]) -> dict[str, fl
     Args:
         made: The cut.
         widths: Neurons by layer after it.
+
+    Returns:
+        Values by name of the series.
     """
     found: dict[str, float | None] = {"pruning/removed": float(len(made.plan))}
     if made.plan.cost is not None:
