@@ -17,20 +17,20 @@ from lightning_neurons.layers.width_handlers import axes, passes, refit, why_fix
 def conform(model: nn.Module, state: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Give a model the widths of a state dict, so that it can be loaded; no forward needed.
 
-    Only widths are touched. Where a file differs in anything else, says different widths in one module, or lacks a key,
-    the module is left as it is, for ``load_state_dict`` to complain about.
+    Only widths are changed. A module for which the state dict differs in anything else, has contradicting widths or lacks
+    a key is left as it is, so that ``load_state_dict`` reports it.
 
     Args:
-        model: What is going to load ``state``.
+        model: The model that will load ``state``.
         state: Tensors by name.
-        prefix: What the names in ``state`` begin with.
+        prefix: Prefix of the names in ``state``.
 
     Returns:
         The names of the tensors that were given another size. Their values are undefined until they are loaded.
 
     Raises:
-        ArgumentError: If ``model`` is no module, or ``state`` no state dict, or if ``register_prunable`` was told what
-            is not true of one of its modules.
+        ArgumentError: If ``model`` is no module, or ``state`` no state dict, or if the arguments of
+            ``register_prunable`` do not fit one of its modules.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -56,7 +56,7 @@ def conform(model: nn.Module, state: Mapping[str, Any], prefix: str = "") -> lis
 
 @contextmanager
 def conforming(model: nn.Module, state: Mapping[str, Any]) -> Iterator[None]:
-    """Give a model the widths of a state dict, which is loaded inside; after an error it has its own again."""
+    """Give a model the widths of a state dict while that is loaded; after an error it gets its own back."""
     before = [(module, leaf, getattr(module, leaf).data) for _, module, leaf, _ in _misfits(model, state, "")]
     lazy = [module for module in model.modules() if isinstance(module, LazyModuleMixin)]
     conform(model, state)
@@ -73,7 +73,7 @@ def conforming(model: nn.Module, state: Mapping[str, Any]) -> Iterator[None]:
 
 
 def narrowed(model: nn.Module, state: Mapping[str, Any], role: Literal["makes", "reads"]) -> list[str]:
-    """The layers that make, or read, fewer neurons in a state dict, and differ from it in nothing but their widths.
+    """Return the layers that make, or read, fewer neurons in a state dict, and differ in nothing but widths.
 
     Example:
         >>> net, small = nn.Linear(4, 8), nn.Linear(4, 6)
@@ -89,7 +89,7 @@ def narrowed(model: nn.Module, state: Mapping[str, Any], role: Literal["makes", 
 
 
 def widened(model: nn.Module, state: Mapping[str, Any]) -> list[str]:
-    """The names of the tensors that are larger on some axis in a state dict, and differ in nothing but their widths."""
+    """Return the names of the tensors that are larger on some axis in a state dict, and differ in nothing but widths."""
     return [
         name
         for name, module, leaf, shape in _misfits(model, state, "")
@@ -100,7 +100,7 @@ def widened(model: nn.Module, state: Mapping[str, Any]) -> list[str]:
 def _misfits(
     model: nn.Module, state: Mapping[str, Any], prefix: str
 ) -> Iterator[tuple[str, nn.Module, str, torch.Size]]:
-    """Tensors that differ from a state dict in nothing but their widths: name, module, leaf and the shape there."""
+    """Yield tensors that differ from a state dict in nothing but widths: name, module, leaf and the shape there."""
     for path, module in model.named_modules():
         if not axes(module, "makes") and not _holds_parameters(module):
             continue
@@ -114,7 +114,7 @@ def _set(module: nn.Module, leaf: str, new: Tensor) -> None:
 
 
 def _new_shapes(module: nn.Module, state: Mapping[str, Any], before: str) -> dict[str, torch.Size]:
-    """The tensors of a module that differ from a file in nothing but their widths; none if they contradict."""
+    """Return the shapes of a module's tensors that differ in nothing but widths; none if they contradict."""
     if why_fixed(module) is not None:
         return {}
     makes, reads = axes(module, "makes"), axes(module, "reads")
@@ -136,13 +136,13 @@ def _new_shapes(module: nn.Module, state: Mapping[str, Any], before: str) -> dic
 
 
 def _holds_parameters(module: nn.Module) -> bool:
-    """Whether it has parameters that are no layer's weights, such as a learned position."""
+    """Return whether a module has parameters that are no layer's weights, such as a learned position."""
     bare = isinstance(module, nn.ParameterList | nn.ParameterDict) or not type(module).__module__.startswith("torch.")
     return bare and bool(module._parameters)
 
 
 def set_data(store: Any, leaf: str, new: Tensor) -> None:
-    """Give a parameter other data and keep the object, which optimizers and others hold; a buffer is replaced."""
+    """Give a parameter other data and keep the object, which optimizers hold as well; a buffer is replaced."""
     tensor = store[leaf]
     if not isinstance(tensor, nn.Parameter):
         store[leaf] = new

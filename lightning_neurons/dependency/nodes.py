@@ -1,4 +1,4 @@
-"""Let each module leave one node in the graph of autograd, by which Torch-Pruning knows it."""
+"""Make each module leave one node in autograd's graph, by which Torch-Pruning knows it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,12 +14,12 @@ from lightning_neurons.layers.width_handlers import handler_of, passes, width
 
 
 def open_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules of a model that one can look into: not those that are TorchScript."""
+    """Return the modules of a model that can be hooked: not those that are TorchScript."""
     return [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
 
 
 class _Registered(DummyPruner):  # type: ignore[misc]
-    """Tells Torch-Pruning the widths of a type that ``register_prunable`` knows."""
+    """A pruner that gives Torch-Pruning the widths of a type that was passed to ``register_prunable``."""
 
     def prune_in_channels(self, layer: nn.Module, idxs: Any) -> nn.Module:
         return layer  # only ever compared: nothing is cut in the graph
@@ -32,13 +32,13 @@ class _Registered(DummyPruner):  # type: ignore[misc]
 
 
 class _Passing(_Registered):
-    """The same for a type that hands neurons on: what it makes and what it reads are one."""
+    """A pruner for a registered type that passes neurons on: its inputs and outputs are the same neurons."""
 
     prune_in_channels = DummyPruner.prune_out_channels
 
 
 def register(graph: Any) -> None:
-    """Tell a graph of the registered types that its model has."""
+    """Add the registered types of a model to its graph."""
     for kind, module in {type(module): module for module in graph.model.modules() if _is_registered(module)}.items():
         graph.register_customized_layer(kind, _Passing() if passes(module) else _Registered())
 
@@ -50,7 +50,7 @@ def _is_registered(module: nn.Module) -> bool:
 
 @contextmanager
 def plain(model: nn.Module) -> Iterator[None]:
-    """Let modules leave one node by which the graph knows them; inside, some lay axes out as one."""
+    """Make modules leave one node by which the graph knows them, also if they reshape inside."""
     whole = {nn.Linear.forward: _linear, nn.modules.instancenorm._InstanceNorm.forward: _norm}
     modules = open_modules(model)
     changed = [m for m in modules if type(m).forward in whole and "forward" not in vars(m)]
@@ -70,7 +70,7 @@ def plain(model: nn.Module) -> Iterator[None]:
 
 
 class _Linear(torch.autograd.Function):
-    """A linear map in one node; a forward may ask for its gradient, and for that of it."""
+    """A linear map in one node of the graph, twice differentiable."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -100,7 +100,7 @@ def _out_of_view(module: nn.Module, inputs: Any, output: Any) -> Any:
 
 
 class _One(torch.autograd.Function):
-    """What a module has made by several operations, in one node behind what it has read."""
+    """One node, between inputs and result, for a module that runs several operations."""
 
     @staticmethod
     def forward(ctx: Any, made: list[Tensor], *read: Tensor) -> Tensor:  # from within a list, autograd does not see it

@@ -1,4 +1,4 @@
-"""Records of layer types that the package does not know by itself: ``register_prunable``, and what it checks."""
+"""Records of layer types that the package does not know by itself: ``register_prunable`` and its checks."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -23,21 +23,21 @@ def register_prunable(
     passes: Mapping[str, int] | None = None,
     sizes: Mapping[str, Literal["makes", "reads", "passes"] | Callable[[Any], object]] | None = None,
 ) -> None:
-    """Say how a module type of your own is made narrower, so that its neurons, and those that it reads, can be pruned.
+    """Register how a module type of your own is made narrower, so that it, and layers before it, can be pruned.
 
-    Whether that is true of a module is tried on a copy before it is cut. ``register_layer`` makes its neurons known.
+    The record is tested on a copy of a module before that is cut. ``register_layer`` makes its neurons known.
 
     Args:
         module_type: A subclass of ``nn.Module`` whose forward takes and returns one tensor.
-        axis: Where the neurons lie in that: 1 for channels, -1 for features.
-        makes: By the name of a parameter or buffer, on which of its axes the neurons lie that the module makes.
-        reads: The same of the neurons that it reads.
-        passes: Instead of both, for a module that hands on every neuron by itself, such as a norm layer.
-        sizes: By the name of an attribute, which of the three it counts, or a function of the module that finds it.
+        axis: Axis of the neurons in these tensors: 1 for channels, -1 for features.
+        makes: For each parameter or buffer, by name, the axis of the neurons that the module makes.
+        reads: For each parameter or buffer, by name, the axis of the neurons that it reads.
+        passes: The same instead of both, for a module that passes each neuron on by itself, such as a norm layer.
+        sizes: For each attribute, by name, which of the three it counts, or a function of the module that computes it.
 
     Raises:
-        ArgumentError: If an argument has a value that is not allowed. What no module type shows, such as the names of
-            tensors, is checked when a model with such a module is pruned or loaded.
+        ArgumentError: If an argument has a value that is not allowed. The names of tensors, which a module type does not
+            show, are checked when a model with such a module is pruned or loaded.
 
     Example:
         >>> import torch
@@ -93,10 +93,10 @@ def _checked(role: str, tensors: object) -> dict[str, int]:
 
 
 def check_prunable(model: nn.Module) -> None:
-    """Check what ``register_prunable`` was told of the types of a model's modules.
+    """Check the arguments of ``register_prunable`` against the modules of a model.
 
     Args:
-        model: As it is before anything is cut or loaded.
+        model: The model before it is cut or loaded.
 
     Raises:
         ArgumentError: If a module has no such tensor, axis or attribute, or if they contradict one another.
@@ -113,7 +113,7 @@ def check_prunable(model: nn.Module) -> None:
 
 
 def _check_axes(module: nn.Module, role: Role, told: Mapping[str, int]) -> None:
-    """Neurons take one place on an axis of each tensor; so these are of one length."""
+    """Check that tensors have the neurons on axes of one length."""
     kind, tensors = type(module).__name__, {**module._parameters, **module._buffers}
     for name in told:
         if name not in tensors:
