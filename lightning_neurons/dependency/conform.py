@@ -17,8 +17,8 @@ from lightning_neurons.layers.width_handlers import axes, passes, refit, why_fix
 def conform(model: nn.Module, state: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Give a model the widths of a state dict, so that it can be loaded; no forward needed.
 
-    Only widths are changed. A module for which the state dict differs in anything else, has contradicting widths or lacks
-    a key is left as it is, so that ``load_state_dict`` reports it.
+    Only widths are changed. A module for which the state dict differs in anything else, has contradicting widths or
+    lacks a key is left as it is, so that ``load_state_dict`` reports it.
 
     Args:
         model: The model that will load ``state``.
@@ -89,7 +89,7 @@ def narrowed(model: nn.Module, state: Mapping[str, Any], role: Literal["makes", 
 
 
 def widened(model: nn.Module, state: Mapping[str, Any]) -> list[str]:
-    """Return the names of the tensors that are larger on some axis in a state dict, and differ in nothing but widths."""
+    """Return the names of tensors that are larger on some axis in a state dict, and differ in nothing but widths."""
     return [
         name
         for name, module, leaf, shape in _misfits(model, state, "")

@@ -36,8 +36,8 @@ def register_prunable(
         sizes: For each attribute, by name, which of the three it counts, or a function of the module that computes it.
 
     Raises:
-        ArgumentError: If an argument has a value that is not allowed. The names of tensors, which a module type does not
-            show, are checked when a model with such a module is pruned or loaded.
+        ArgumentError: If an argument has a value that is not allowed. The names of tensors, which a module type does
+            not show, are checked when a model with such a module is pruned or loaded.
 
     Example:
         >>> import torch
