@@ -1,1 +1,1 @@
-"""Making a network smaller: which neurons go together, which to remove, and the cut that keeps training intact."""
+"""Pruning: groups of coupled neurons, the choice of those to remove, and the cut that keeps training intact."""

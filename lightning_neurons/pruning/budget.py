@@ -1,4 +1,4 @@
-"""What to ask of a cut: by which criterion, how much, from where, and what must stay."""
+"""The budget of a cut: the criterion, how much to remove, from where, and what must stay."""
 
 import fnmatch
 import math
@@ -27,16 +27,16 @@ _RULES = ("amount", "target_params", "target_macs", "threshold")
 
 @dataclass(frozen=True)
 class PruningBudget:
-    """How much to remove, by exactly one of ``amount``, ``target_params``, ``target_macs`` and ``threshold``.
+    """The amount to remove, by exactly one of ``amount``, ``target_params``, ``target_macs`` and ``threshold``.
 
     Attributes:
-        criterion: A name, a ``Criterion``, ``"deadness"`` (the measure ``near_zero``), ``"reconstruction"`` (what the
-            layers behind cannot make up for), or ``"random"``, the control.
+        criterion: A name, a ``Criterion``, ``"deadness"`` (the measure ``near_zero``), ``"reconstruction"`` (the
+            error that downstream layers cannot make up for), or ``"random"``, the control.
         amount: The share of neurons to remove; coupled neurons count once.
         target_params: The share of parameters that may stay.
         target_macs: The share of multiply-accumulate operations that may stay.
         threshold: Remove what is at least so dead, or for other criteria at most so important; for
-            ``"reconstruction"``, as long as readers lose at most this share of their variance.
+            ``"reconstruction"``, as long as downstream layers lose at most this share of their variance.
         scope: Whether only neurons of one ``"layer"`` compete (each layer then loses the same share), those of a
             ``"block"``, or those of the whole model, ``"global"``. None is ``"layer"``; with ``"reconstruction"`` it is
             ``"layer"`` or ``"global"``, whichever has the lower loss on the calibration data.
@@ -45,7 +45,7 @@ class PruningBudget:
             it most decides, and with ``amount`` it must be in the lowest share of every layer.
         normalize: How layers are made comparable. None divides by the L2 norm, except for what is comparable as it
             is: deadness, and criteria in units of the loss.
-        min_neurons: How many neurons of each layer stay at least.
+        min_neurons: Smallest number of neurons that a layer keeps.
         max_amount: The largest share that a layer may lose, of its original width.
         round_to: Widths become multiples of this.
         ignore: Patterns of layers that keep all their neurons, and so do those that are coupled with them.
@@ -142,7 +142,7 @@ class PruningBudget:
 
     @property
     def by_reconstruction(self) -> bool:
-        """Whether what readers cannot make up for decides."""
+        """True if the criterion is the error that downstream layers cannot make up for."""
         return self.criterion == "reconstruction"
 
     @property
@@ -154,12 +154,12 @@ class PruningBudget:
 
     @property
     def by_deadness(self) -> bool:
-        """Whether the most silent neurons go, rather than the least important ones."""
+        """True if the most silent neurons are removed, rather than the least important ones."""
         return self.measured is not None and self.measured.kind == "deadness"
 
     @property
     def normalization(self) -> Normalization:
-        """How layers are made comparable."""
+        """The normalization that makes layers comparable."""
         if self.normalize is not None:
             return self.normalize
         criterion = self.measured
@@ -168,7 +168,7 @@ class PruningBudget:
         return "none" if comparable or self.threshold is not None or self.scopes == ("layer",) else "l2"
 
     def at(self, progress: float) -> "PruningBudget":
-        """What is due when a part of the way has been gone: ``progress`` of the share to be removed."""
+        """Return the budget that is due after a round: ``progress`` of the share to be removed."""
         name, value = self.rule
         if name == "threshold" or progress >= 1:
             return self
@@ -176,7 +176,7 @@ class PruningBudget:
         return replace(self, **{name: due})  # type: ignore[arg-type]
 
     def ignores(self, layers: Sequence[str]) -> set[str]:
-        """The layers that are to be left alone.
+        """Return the layers that keep all their neurons.
 
         Raises:
             UnknownNameError: If a pattern matches no layer; names the nearest.

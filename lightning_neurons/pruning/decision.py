@@ -1,4 +1,4 @@
-"""From what has been measured to what could be removed; the same with and without a Trainer."""
+"""Candidates for a cut, from measurements; the same with and without a Trainer."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,12 +24,12 @@ from lightning_neurons.results.neuron_report import NeuronReport
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """What readers were seen to read.
+    """Statistics of the inputs of downstream layers.
 
     Attributes:
-        moments: By reader; for the criterion ``"reconstruction"``.
-        constants: By reader; for a lossless cut.
-        still: Readers that put out the same whatever they read.
+        moments: By downstream layer; for the criterion ``"reconstruction"``.
+        constants: By downstream layer; for a lossless cut.
+        still: Downstream layers whose output is the same whatever they read.
     """
 
     moments: Mapping[str, Moments] = field(default_factory=dict)
@@ -40,14 +40,17 @@ class Evidence:
 def gather(
     model: nn.Module, budget: PruningBudget, calibration: Calibration, wiring: Wiring, *, lossless: bool
 ) -> Evidence:
-    """Look at what readers read, as far as it is needed. Every process has to take part.
+    """Measure the inputs of downstream layers, as far as needed. Every process has to take part.
 
     Args:
         model: The model; it is left as it was.
-        budget: What is asked.
+        budget: The budget.
         calibration: The data.
         wiring: How the model's layers follow one another.
         lossless: Whether only constant neurons may go.
+
+    Returns:
+        Constants for a lossless cut, moments for the criterion ``"reconstruction"``, else nothing.
     """
     readers = list(wiring.calls)
     if lossless:
@@ -71,15 +74,18 @@ def score(
     evidence: Evidence | None = None,
     seed: int = 0,
 ) -> tuple[dict[str, GroupScores], tuple[str, ...]]:
-    """By root, what each unit is worth, by whatever the budget goes; and what is to be said about it.
+    """Return the scores of all units, by the budget's criterion, and notes.
 
     Args:
         structure: The model's groups.
         model: The model.
-        budget: What is asked.
+        budget: The budget.
         report: A measurement of the budget's criterion.
-        evidence: What readers were seen to read.
+        evidence: Statistics of the inputs of downstream layers.
         seed: Of random scores.
+
+    Returns:
+        By root, the scores of a group's units, the lowest of which go first; and notes.
     """
     evidence = evidence or Evidence()
     if evidence.constants:
@@ -101,16 +107,19 @@ def lossless_candidates(
     dense: Dense | None = None,
     earlier: Sequence[Mapping[str, Sequence[int]]] = (),
 ) -> tuple[list[Candidate], tuple[str, ...]]:
-    """What could go without loss: first with what saturated layers read, then without; and what keeps constants.
+    """Return candidates for a cut without loss: first with inputs of saturated layers, then without; and notes.
 
     Args:
         structure: The model's groups.
         model: The model.
         budget: Limits that it gives are kept.
-        evidence: Which inputs of readers never change.
-        report: Says which layers never change.
+        evidence: The inputs of downstream layers that never change.
+        report: A measurement of the layers that never change.
         dense: The model before earlier cuts.
         earlier: As in ``decide``.
+
+    Returns:
+        Candidates, the first to be tried first; and notes on constant neurons that have to stay.
     """
     still = frozenset() if report is None else still_layers(report)
     found: list[Candidate] = []
@@ -127,13 +136,16 @@ def candidates_of(
     choices: Sequence[Choice],
     earlier: Sequence[Mapping[str, Sequence[int]]] = (),
 ) -> list[Candidate]:
-    """Each choice as a plan that has been tried on a copy.
+    """Return each choice as a plan that has been tried on a copy.
 
     Args:
         structure: The model's groups.
-        budget: What was asked.
+        budget: The budget.
         choices: One for each scope of the budget.
         earlier: As in ``decide``.
+
+    Returns:
+        One candidate for each choice, named by its scope.
     """
     found = []
     for scope, choice in zip(budget.scopes, choices, strict=True):

@@ -1,4 +1,4 @@
-"""The gradient with which a teacher's logits pull on those of a student (Hinton et al. 2015)."""
+"""The distillation loss and its gradient with respect to a student's logits (Hinton et al. 2015)."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ def distillation_loss(
     temperature: float = 2.0,
     class_axis: int = 1,
 ) -> Float[Tensor, ""]:
-    """``T^2 KL(softmax(teacher / T) || softmax(student / T))``, the mean over samples and positions.
+    """Return ``T^2 KL(softmax(teacher / T) || softmax(student / T))``, the mean over samples and positions.
 
     The square keeps gradients of the size of those of the cross entropy, whatever the temperature.
 
@@ -28,6 +28,9 @@ def distillation_loss(
         teacher: Logits of the same shape.
         temperature: ``T``.
         class_axis: The axis of the classes.
+
+    Returns:
+        A scalar in float32.
 
     Example:
         >>> logits = torch.tensor([[1.0, 2.0, 3.0]])
@@ -44,7 +47,7 @@ def distillation_loss(
 def distillation_gradient(
     student: Tensor, teacher: Tensor, *, temperature: float, weight: float, class_axis: int
 ) -> Tensor:
-    """The gradient of ``weight`` times the distillation loss with respect to the student's logits, in float32.
+    """Return the gradient of ``weight`` times the distillation loss by the student's logits, in float32.
 
     Raises:
         PruningError: If the two have other shapes, so are not logits for the same classes.
@@ -62,7 +65,7 @@ def distillation_gradient(
 
 
 def checked_logits(output: Any, class_axis: int) -> Tensor:
-    """The logits in what a module puts out: it itself, what is called so in it, or its only floating-point tensor.
+    """Return the logits in an output: itself, its ``logits``, or its only floating-point tensor.
 
     Raises:
         PruningError: If there are none, or several tensors that could be them.

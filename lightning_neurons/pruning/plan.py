@@ -1,4 +1,4 @@
-"""What to remove and why: a plain value that can be looked at, saved, changed and applied."""
+"""A plan of the neurons to remove, and why: a plain value that can be looked at, saved, changed and applied."""
 
 from bisect import bisect_left
 from collections import Counter
@@ -23,14 +23,14 @@ class PlanCost:
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """Which neurons to remove. Indices are those of the original model, also after several rounds.
+    """A plan of the neurons to remove. Indices are those of the original model, also after several rounds.
 
     Attributes:
         neurons: By layer, the neurons to remove, sorted.
-        widths: By layer, how many neurons the original model has; empty if the plan was written by hand.
-        reasons: By layer and neuron, why.
-        cost: What it saves, or None if it was written by hand.
-        notes: Why nothing, or less than asked, is removed.
+        widths: By layer, the number of neurons of the original model; empty if the plan was written by hand.
+        reasons: By layer and neuron, the reason in words.
+        cost: Costs before and after the cut, or None if it was written by hand.
+        notes: Reasons why nothing, or less than asked, is removed.
 
     Example:
         >>> plan = PruningPlan.from_indices({"net.conv1": [3, 0]})
@@ -46,7 +46,7 @@ class PruningPlan:
 
     @classmethod
     def from_indices(cls, neurons: Mapping[str, Iterable[int]]) -> "PruningPlan":
-        """A plan written by hand: by layer, the neurons to remove. What is coupled with them goes too.
+        """Make a plan by hand: by layer, the neurons to remove. What is coupled with them is removed too.
 
         Raises:
             ArgumentError: If it is not a mapping of layers to whole numbers, or a number is negative or comes twice.
@@ -66,7 +66,7 @@ class PruningPlan:
         return len(self) > 0
 
     def remaining(self, layer: str) -> list[int]:
-        """The original indices of the neurons of a layer that stay.
+        """Return the original indices of the neurons of a layer that stay.
 
         Raises:
             UnknownNameError: If the plan does not know the layer's width.
@@ -77,10 +77,13 @@ class PruningPlan:
         return [i for i in range(self.widths[layer]) if i not in gone]
 
     def then(self, later: "PruningPlan") -> "PruningPlan":
-        """This plan, and another that was made for the model that it leaves, as one.
+        """Join this plan and another one that was made for the model that this one leaves.
 
         Args:
             later: Its indices are those of the model after this plan.
+
+        Returns:
+            A plan in the indices of the model that this plan is for.
 
         Example:
             >>> first = PruningPlan({"fc": (0,)}, widths={"fc": 4})
@@ -97,7 +100,7 @@ class PruningPlan:
         return PruningPlan(both, self.widths or later.widths, reasons, cost, (*self.notes, *later.notes))
 
     def lifted(self, before: "PruningPlan") -> "PruningPlan":
-        """This plan for the model that ``before`` leaves, in the indices of the model that ``before`` was made for.
+        """Translate this plan for the model that ``before`` leaves to the indices that ``before`` has.
 
         Raises:
             ArgumentError: If the plan does not fit the model that ``before`` leaves.
@@ -111,13 +114,13 @@ class PruningPlan:
         return replace(moved, widths=before.widths or self.widths)
 
     def lowered(self, before: "PruningPlan") -> "PruningPlan":
-        """This plan in the indices of the model that ``before`` leaves. What has gone already is left out."""
+        """Translate this plan to the model that ``before`` leaves, without neurons that are removed already."""
         widths = before.widths or self.widths
         left = {n: width - len(before.neurons.get(n, ())) for n, width in widths.items()}
         return replace(_moved(self, before, _lower), widths=left)
 
     def check(self, widths: Mapping[str, int]) -> None:
-        """Make sure that the plan is one for a model.
+        """Check that the plan is one for a model.
 
         Args:
             widths: Neurons by layer of the model.
@@ -139,12 +142,12 @@ class PruningPlan:
                 raise ArgumentError.of("plan", {layer: neurons[-1]}, allowed)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON and for checkpoints."""
+        """Return the plan as plain values, for JSON and for checkpoints."""
         return plan_json.to_dict(self)
 
     @classmethod
     def from_dict(cls, document: Any) -> "PruningPlan":
-        """What ``to_dict`` made.
+        """Make a plan of what ``to_dict`` returned.
 
         Raises:
             ArgumentError: If it is no such thing, of a newer version, or contradicts itself.
@@ -170,7 +173,7 @@ class PruningPlan:
 
 
 def _moved(plan: PruningPlan, before: PruningPlan, move: Callable[[int, Sequence[int]], int | None]) -> PruningPlan:
-    """A plan in other indices; what has none is left out."""
+    """Translate a plan to other indices; neurons without one are left out."""
 
     def of(layer: str, neurons: Iterable[int]) -> dict[int, int]:
         gone = before.neurons.get(layer, ())
@@ -184,14 +187,14 @@ def _moved(plan: PruningPlan, before: PruningPlan, move: Callable[[int, Sequence
 
 
 def _lift(neuron: int, gone: Sequence[int]) -> int:
-    """The index that a neuron had before others went; ``gone`` is sorted."""
+    """Return the index that a neuron had before others were removed; ``gone`` is sorted."""
     for earlier in gone:
         neuron += earlier <= neuron
     return neuron
 
 
 def _lower(neuron: int, gone: Sequence[int]) -> int | None:
-    """The index that a neuron has when others have gone, or None if it has gone itself."""
+    """Return the index that a neuron has when others are removed, or None if it is removed itself."""
     return None if neuron in gone else neuron - bisect_left(gone, neuron)
 
 

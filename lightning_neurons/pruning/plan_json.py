@@ -1,4 +1,4 @@
-"""A plan as JSON and back, checked on the way in: such files are written by hand too."""
+"""Plans as JSON, checked when they are read: such files are written by hand too."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ _DIGITS = 19  # of the largest whole number that a tensor can hold
 
 
 def to_dict(plan: Any) -> dict[str, Any]:
-    """Plain values."""
+    """Return a plan as plain values."""
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -32,7 +32,7 @@ def save(plan: Any, path: str | Path) -> None:
 
 
 def read(path: str | Path) -> Any:
-    """The document in a file.
+    """Return the document in a file.
 
     Raises:
         ArgumentError: If it is no JSON.
@@ -46,12 +46,15 @@ def read(path: str | Path) -> Any:
 def fields(
     document: Any, cost_type: Callable[..., Any], checked: Callable[[str, Any], tuple[int, ...]]
 ) -> dict[str, Any]:
-    """The fields of a plan.
+    """Return the fields of a plan in a document.
 
     Args:
-        document: What ``to_dict`` made, or somebody wrote.
+        document: What ``to_dict`` returned, or a document written by hand.
         cost_type: Makes the cost.
         checked: Checks the neurons of one layer.
+
+    Returns:
+        The arguments of ``PruningPlan``.
 
     Raises:
         ArgumentError: If the document is no plan, of a newer version, or contradicts itself.

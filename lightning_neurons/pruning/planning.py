@@ -1,4 +1,4 @@
-"""From a budget or a list of neurons to a plan that is known to be right for a model."""
+"""Plans that are known to be right for a model, made of a budget or of a list of neurons."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,12 +20,12 @@ Units = dict[str, list[int]]
 
 @dataclass(frozen=True)
 class Choice:
-    """What one measurement would remove.
+    """The units that one measurement would remove.
 
     Attributes:
-        units: By root, the units that would go.
-        scores: By root, what they were chosen by.
-        selection: How they were chosen.
+        units: By root, the units that would be removed.
+        scores: By root, the scores that they were chosen by.
+        selection: Their places in the order, and the limits of the choice.
     """
 
     units: Units
@@ -40,13 +40,16 @@ def choose(
     *,
     dense: Dense | None = None,
 ) -> Choice:
-    """Choose what to remove by a budget.
+    """Choose the units to remove by a budget.
 
     Args:
         structure: The model.
-        budget: What is asked.
+        budget: The budget.
         scores: By root.
         dense: The model before earlier cuts.
+
+    Returns:
+        Units by root, with their scores and notes.
 
     Raises:
         UnknownNameError: If a pattern of ``budget.ignore`` matches no layer.
@@ -58,16 +61,19 @@ def choose(
 def allocations(
     structure: Structure, budget: PruningBudget, scores: Mapping[str, GroupScores], *, dense: Dense | None = None
 ) -> list[Choice]:
-    """What to remove by a budget in each of its scopes.
+    """Choose the units to remove by a budget, in each of its scopes.
 
     A choice over all layers can overdo it with the one that looks cheapest: there, half of what a layer keeps when all
     lose the same share goes last.
 
     Args:
         structure: The model.
-        budget: What is asked.
+        budget: The budget.
         scores: By root.
         dense: The model before earlier cuts.
+
+    Returns:
+        One choice for each scope, in their order.
     """
     first, *others = budget.scopes
     even = choose(structure, replace(budget, scope=first), scores, dense=dense)
@@ -89,14 +95,17 @@ def decide(
 ) -> PruningPlan:
     """Make a plan of a choice, and try it on a copy.
 
+    Groups whose cut turns out to be wrong stay whole, with a note.
+
     Args:
         structure: The model.
-        budget: What was asked.
-        choice: What the latest measurement would remove.
+        budget: The budget.
+        choice: The units that the latest measurement would remove.
         earlier: By layer, the neurons that each of some earlier measurements would have removed; a neuron goes only if
             all of them agree.
 
-    Groups whose cut turns out to be wrong stay whole, with a note.
+    Returns:
+        The plan, with reasons, costs and notes.
     """
     units, notes = choice.units, choice.selection.notes
     if earlier:
@@ -123,6 +132,9 @@ def complete(structure: Structure, plan: PruningPlan) -> PruningPlan:
     Args:
         structure: The model that the plan's indices are for.
         plan: By layer, neurons to remove.
+
+    Returns:
+        The plan with coupled neurons, reasons and costs.
 
     Raises:
         ArgumentError: If the plan is for another model.
@@ -161,7 +173,7 @@ def complete(structure: Structure, plan: PruningPlan) -> PruningPlan:
 
 
 def units_of(structure: Structure, plan: PruningPlan) -> Units:
-    """By root, the units of a completed plan.
+    """Return the units of a completed plan, by root.
 
     Raises:
         UnknownNameError: If a layer is not in the model.

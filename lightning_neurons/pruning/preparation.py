@@ -1,4 +1,4 @@
-"""From what could be removed to a cut that is ready to be made: each candidate is compensated, the best is taken."""
+"""The preparation of a cut: each candidate is compensated, and the one with the lowest loss is taken."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,12 +20,12 @@ from lightning_neurons.pruning.surgery.surgery import Cut
 
 @dataclass(frozen=True)
 class Candidate:
-    """Something that could be removed.
+    """Neurons that could be removed.
 
     Attributes:
-        plan: What would go.
+        plan: The neurons that would be removed.
         cuts: The same for every tensor.
-        name: How it was chosen.
+        name: The scope that it was chosen in.
     """
 
     plan: PruningPlan
@@ -38,7 +38,7 @@ class Prepared:
     """A cut that is ready to be made.
 
     Attributes:
-        plan: What goes, with notes on what was found out on the way.
+        plan: The neurons to remove, with notes on compensation and losses.
         cuts: The same for every tensor.
         shifts: By parameter or buffer, what is added to it before the cut.
     """
@@ -60,12 +60,15 @@ def prepare(
     """Compensate for each candidate, and take the one with the lowest loss. Every process has to take part.
 
     Args:
-        model: As it is; it is left so.
+        model: As it is before the cut; it is left as it is.
         candidates: At least one.
-        calibration: Where all of it is measured.
+        calibration: The data that it is measured on.
         wiring: How the model's layers follow one another.
         how: The compensation.
         reestimate_norms: Whether running statistics are estimated anew, where that lowers the loss.
+
+    Returns:
+        The candidate that was taken, with its shifts and notes.
     """
     for one in candidates:
         _try_on(model, one, calibration)
@@ -88,7 +91,7 @@ def prepare(
 
 
 def _try_on(model: nn.Module, candidate: Candidate, calibration: Calibration) -> None:
-    """Run the cut model on the calibration data: it may go where the example does not.
+    """Run the cut model on the calibration data: it may run code that the example does not run.
 
     Raises:
         PruningError: If it fails there.

@@ -35,10 +35,10 @@ _NEEDS_LOSS = {"gradient", "sampled_gradient"}
 
 @dataclass(frozen=True)
 class PruningReport:
-    """What a cut has done.
+    """The report of a cut.
 
     Attributes:
-        plan: What has been removed, with what was coupled.
+        plan: The neurons that have been removed, with those coupled with them.
         widths: Neurons by layer, as they are now.
         notes: What was left alone and why, and what could not be compensated.
     """
@@ -91,15 +91,16 @@ def prune(
             kept in memory; a few hundred samples do.
         optimizer: All optimizers that hold the model's parameters, one or a list: what is not passed would go on
             with state of the old shapes.
-        compensation: ``"least_squares"`` solves what reads the neurons that go again, over channels;
-            ``"patch_least_squares"`` over whole receptive patches, which is better and dearer; ``"mean"`` folds the
-            mean of what goes into biases and norm statistics; ``"none"``. None takes the first where there are
+        compensation: ``"least_squares"`` solves the layers that read removed neurons again, over channels;
+            ``"patch_least_squares"`` over whole receptive patches, which is better and slower; ``"mean"`` folds the
+            mean of removed neurons into biases and norm statistics; ``"none"``. None takes the first where there are
             ``batches``.
         lossless: Remove the neurons that are dead or constant on ``batches``, and nothing else; outputs that would
             change by more than 1e-5 of the largest are an error.
         reestimate_norms: Estimate running statistics of norm layers anew, where that lowers the loss on ``batches``.
-        loss_fn: From the model and a batch to a loss, for criteria that need gradients and to compare by; by default
-            the cross entropy of ``(inputs, class number)`` pairs, else the distance from the outputs before the cut.
+        loss_fn: Returns the loss of the model on a batch, for criteria that need gradients and to compare by; by
+            default the cross entropy of ``(inputs, class number)`` pairs, else the distance from the outputs before
+            the cut.
 
     Returns:
         What has been removed and what was left alone.
@@ -166,7 +167,7 @@ def _prepared(
     lossless: bool,
     reestimate_norms: bool,
 ) -> Prepared:
-    """What is asked for, tried on copies and made up for."""
+    """Return the cut that is asked for, tried on copies and compensated."""
     notes: tuple[str, ...] = ()
     if isinstance(asked, PruningPlan):
         plan = complete(structure, asked)
@@ -189,12 +190,12 @@ def _noted(prepared: Prepared, notes: Sequence[str]) -> Prepared:
 
 
 def _run(model: nn.Module, batch: Any) -> Any:
-    """On a copy: what a forward changes in place must not be seen by the next."""
+    """Run a model on a copy of the inputs: what a forward changes in place must not be seen by the next."""
     return call(model, map_tensors(inputs_of(batch), Tensor.clone))
 
 
 def _refuse_unmet(budget: PruningBudget, candidates: Sequence[Candidate]) -> None:
-    """To cut down to the bone would help nobody."""
+    """Refuse a target that is not reached even without all neurons that may be removed."""
     notes = candidates[0].plan.notes
     unmet = [note for note in notes if "not reached" in note and budget.amount is None]
     if unmet:
@@ -202,7 +203,7 @@ def _refuse_unmet(budget: PruningBudget, candidates: Sequence[Candidate]) -> Non
 
 
 def _refuse_unmeasurable(asked: PruningPlan | PruningBudget, batches: Sequence[Any] | None) -> None:
-    """Refuse what has to be measured, and has nothing to be measured on."""
+    """Refuse a criterion that has to be measured, without batches to measure it on."""
     if isinstance(asked, PruningPlan) or batches:
         return
     criterion = asked.measured
@@ -241,7 +242,7 @@ def _cross_entropy(model: nn.Module, batch: Any) -> Tensor:
 
 
 def _loss(model: nn.Module, batches: Sequence[Any], loss_fn: LossFunction | None) -> LossFunction:
-    """What candidates are compared by."""
+    """Return the loss that candidates are compared by."""
     if loss_fn is not None:
         return loss_fn
 

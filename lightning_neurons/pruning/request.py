@@ -1,4 +1,4 @@
-"""What people may pass to ``prune``, checked and brought into one form."""
+"""The arguments of ``prune``, checked and brought into one form."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
@@ -21,18 +21,18 @@ from lightning_neurons.pruning.compensation.compensate import (
 from lightning_neurons.pruning.plan import PruningPlan
 
 CONSTANT = PruningBudget("constant", threshold=1.0)
-"""What is asked of a lossless cut."""
+"""The budget of a lossless cut."""
 
 
 def check_model(model: Any) -> None:
-    """Refuse what is no module, or one whose widths are not known yet."""
+    """Check that the model is a module, and that its widths are known."""
     if not isinstance(model, nn.Module):
         raise ArgumentError.of("model", type(model).__name__, "a torch.nn.Module (an instance, not its class)")
     require_materialized(model)
 
 
 def kept_batches(batches: Any) -> list[Any] | None:
-    """The batches as a list, as they are run several times."""
+    """Return the batches as a list, as they are run several times."""
     if batches is None:
         return None
     if isinstance(batches, Tensor | Dataset) or not isinstance(batches, Iterable):
@@ -45,7 +45,7 @@ def kept_batches(batches: Any) -> list[Any] | None:
 
 
 def chosen_compensation(how: CompensationName | None, batches: Sequence[Any] | None, lossless: bool) -> Compensation:
-    """The compensation that is asked for, or the best one that there is data for."""
+    """Return the compensation that is asked for, or the best one that there is data for."""
     if lossless:
         if how is not None:
             raise ArgumentError.of("compensation", how, "nothing with lossless=True, which folds constants")
@@ -74,11 +74,14 @@ def check_inputs(example: Any, batches: Sequence[Any]) -> None:
 
 
 def wanted(given: Any, lossless: bool) -> PruningPlan | PruningBudget:
-    """What is to go.
+    """Return the plan or the budget that is asked for.
 
     Args:
         given: The argument of ``prune``.
         lossless: Whether only constant neurons may go; then nothing else can be asked for.
+
+    Returns:
+        A plan where neurons are named, else a budget.
     """
     if not isinstance(lossless, bool):
         raise ArgumentError.of("lossless", lossless, "True or False")

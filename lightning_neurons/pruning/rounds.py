@@ -1,4 +1,4 @@
-"""What a pruning callback remembers: the model before any cut, the rounds so far, and the one that is decided."""
+"""The state of a pruning callback: the model before any cut, the rounds so far, and the one that is decided."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -17,10 +17,10 @@ class PruningRound:
     """One cut that has been made.
 
     Attributes:
-        number: Which round of the schedule it was.
-        epoch: At whose beginning it was made.
+        number: The round's number in the schedule.
+        epoch: The epoch at whose beginning it was made.
         step: Optimizer steps before it.
-        plan: What was removed, in the indices of the original model.
+        plan: The neurons that were removed, in the indices of the original model.
         latency_before: Seconds of a forward on the example before the cut, in evaluation mode, or None.
         latency: The same after it.
         before: The monitored metric at the validation before the cut, or None.
@@ -40,7 +40,7 @@ class PruningRound:
 
     @property
     def summary(self) -> str:
-        """One line."""
+        """The round in one line."""
         cost = self.plan.cost
         if cost is None or not self.plan:
             return f"round {self.number}: nothing removed"
@@ -55,11 +55,11 @@ class Pending:
     """A round that is decided and will be made at the beginning of the next training epoch.
 
     Attributes:
-        number: Which round of the schedule it is.
-        plan: What is to go, in the indices of the original model.
+        number: The round's number in the schedule.
+        plan: The neurons to remove, in the indices of the original model.
         cuts: The same for every tensor, in the indices of the model as it is.
-        shifts: What compensates for it.
-        decided: In which epoch.
+        shifts: By parameter or buffer, what is added to it before the cut.
+        decided: The epoch in which it was decided.
     """
 
     number: int
@@ -76,10 +76,10 @@ class Rounds:
     Attributes:
         dense: The model before any cut; None before it has been looked at.
         done: The rounds so far.
-        pending: What is decided and not yet made.
-        votes: By layer, in original indices, what each of the latest measurements would have removed.
+        pending: The round that is decided and not yet made.
+        votes: By layer, in original indices, the neurons that each of the latest measurements would have removed.
         undone: Rounds that were taken back.
-        earlier: How many rounds were made by another schedule.
+        earlier: Number of rounds that were made by another schedule.
     """
 
     dense: Dense | None = None
@@ -114,30 +114,30 @@ class Rounds:
         return total
 
     def finish(self, made: PruningRound) -> None:
-        """The pending round has been made."""
+        """Record that the pending round has been made."""
         self.done, self.pending = [*self.done, made], None
 
     def take_back(self, kept: int) -> int:
-        """All rounds but the first ``kept`` have been taken back, and nothing is decided; how many there were."""
+        """Take back all rounds but the first ``kept``, and what is decided; return how many there were."""
         undone, self.done = self.done[kept:], self.done[:kept]
         self.undone, self.pending, self.votes = [*self.undone, *undone], None, []
         self.earlier = min(self.earlier, kept)
         return len(undone)
 
     def note_recovery(self, value: float) -> bool:
-        """Note the metric after the last round; False if there is none, or it has been noted."""
+        """Store the metric after the last round; return False if there is no round, or it has one."""
         if not self.done or self.done[-1].after is not None:
             return False
         self.done[-1] = replace(self.done[-1], after=value)
         return True
 
     def widths(self) -> dict[str, int]:
-        """Neurons by layer as they should be now."""
+        """Return the number of neurons that each layer should have now."""
         plan = self.plan
         return {layer: width - len(plan.neurons.get(layer, ())) for layer, width in plan.widths.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values and tensors, which ``torch.load(weights_only=True)`` accepts."""
+        """Return plain values and tensors, which ``torch.load(weights_only=True)`` accepts."""
         pending = self.pending
         return {
             "dense": None if self.dense is None else {**vars(self.dense), "widths": dict(self.dense.widths)},
@@ -158,7 +158,7 @@ class Rounds:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> "Rounds":
-        """Continue where ``state_dict`` left off.
+        """Restore the state that ``state_dict`` returned.
 
         Raises:
             ValueError: If a value is not what it has to be.

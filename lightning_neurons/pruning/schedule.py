@@ -1,4 +1,4 @@
-"""When to cut, and how much of the way is due: pure numbers."""
+"""Schedules of cuts: the epochs of the rounds, and the share of the reduction that is due at each."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -19,7 +19,7 @@ class PruningSchedule:
         start_epoch: The epoch at whose beginning the first round is made; at least 1, as something has to be measured
             first.
         end_epoch: The last epoch at whose beginning a round may be made; None for a single round.
-        every_n_epochs: How many epochs lie between rounds.
+        every_n_epochs: Number of epochs from one round to the next.
 
     Raises:
         ArgumentError: If a value is out of range, or they contradict one another.
@@ -46,26 +46,29 @@ class PruningSchedule:
 
     @property
     def rounds(self) -> int:
-        """How many rounds there are."""
+        """The number of rounds."""
         last = self.start_epoch if self.end_epoch is None else self.end_epoch
         return (last - self.start_epoch) // self.every_n_epochs + 1
 
     def due(self, epoch: int) -> int:
-        """How many rounds are due when an epoch begins."""
+        """Return the number of rounds that are due when an epoch begins."""
         return (
             0 if epoch < self.start_epoch else min((epoch - self.start_epoch) // self.every_n_epochs + 1, self.rounds)
         )
 
     def epoch_of(self, number: int) -> int:
-        """The epoch at whose beginning a round is due; rounds are counted from 1."""
+        """Return the epoch at whose beginning a round is due; rounds are counted from 1."""
         return self.start_epoch + (number - 1) * self.every_n_epochs
 
     def progress(self, number: int, removed: float) -> float:
-        """The part of the way, in [0, 1], that is gone after a round.
+        """Return the part of the whole reduction that is made after a round.
 
         Args:
             number: The round, counted from 1.
             removed: The share that is removed in the end.
+
+        Returns:
+            A share from 0 to 1.
         """
         way = 1.0 if self.shape == "one_shot" else number / self.rounds
         if self.shape == "cubic":

@@ -1,1 +1,1 @@
-"""Making up for what a cut takes away: what the remaining weights are given before it is made."""
+"""Compensation: changes of the remaining weights that make up for removed neurons."""

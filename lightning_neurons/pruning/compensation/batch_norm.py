@@ -1,4 +1,4 @@
-"""Norm layers after a cut: their running statistics estimated anew (Li et al. 2020, EagleEye), where that helps."""
+"""Norm layers after a cut: running statistics estimated anew (Li et al. 2020, EagleEye), where that helps."""
 
 from collections.abc import Mapping
 
@@ -14,13 +14,16 @@ from lightning_neurons.pruning.compensation.trial_model import Rehearsal
 
 
 def reestimate(rehearsal: Rehearsal, calibration: Calibration) -> dict[str, Tensor]:
-    """The running statistics that the cut copy shows on the calibration data, as shifts at the model's full width.
+    """Estimate the running statistics of a cut copy anew; return their changes at the model's full width.
 
-    The copy is given them. Every process has to take part.
+    The copy gets the new ones. Every process has to take part.
 
     Args:
-        rehearsal: The copy.
+        rehearsal: The cut copy.
         calibration: The data; every batch counts the same.
+
+    Returns:
+        By name of a buffer, what is added to it; zero for removed neurons.
     """
     norms = {path: module for path, module in modules_by_name(rehearsal.twin).items() if keeps_statistics(module)}
     before = {path: (norm.running_mean.clone(), norm.running_var.clone()) for path, norm in norms.items()}  # type: ignore[union-attr]
@@ -53,7 +56,7 @@ def _count(norm: nn.Module) -> Tensor:
 
 
 def together(shifts: Mapping[str, Tensor], more: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Two sets of shifts as one."""
+    """Return the sum of two sets of shifts."""
     return {name: _sum(shifts.get(name), more.get(name)) for name in dict.fromkeys((*shifts, *more))}
 
 

@@ -1,4 +1,4 @@
-"""What a cut is calibrated on: data, how to run a model on it, its loss, and how processes share what they see."""
+"""The calibration of a cut: data, a way to run a model on it, its loss, and sums over processes."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,24 +15,24 @@ from lightning_neurons.pruning.compensation.moments import Reduce, alone
 _ALIKE = 1e-4
 
 Run = Callable[[nn.Module, Any], Any]
-"""Runs a model, or a copy of it, on a batch."""
+"""A function that runs a model, or a copy of it, on a batch."""
 
 
 def same(value: Any) -> Any:
-    """What the first process says, where there is one."""
+    """Return the first process's value, where there is only one: the value itself."""
     return value
 
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Data of one process, and what it does together with the others.
+    """Calibration data of one process, and functions that combine values of all processes.
 
     Attributes:
         batches: On the model's device; they may be none in some process.
         run: Runs a model on a batch.
-        loss: From a model and a batch to the loss.
+        loss: Returns the loss of a model on a batch.
         reduce: Sums a tensor over processes.
-        agree: The first process's value for all.
+        agree: Returns the first process's value in all of them.
     """
 
     batches: Sequence[Any]
@@ -42,7 +42,7 @@ class Calibration:
     agree: Callable[[Any], Any] = same
 
     def loss_of(self, model: nn.Module) -> float:
-        """The mean loss of a copy of the model over the samples of all processes, in evaluation mode."""
+        """Return the mean loss of a copy of the model over the samples of all processes, in evaluation mode."""
         total = torch.zeros(2, dtype=torch.float32)
         with torch.no_grad(), eager():
             model.eval()
@@ -58,12 +58,15 @@ class Calibration:
 
 
 def in_few(batches: Sequence[Any], most: int, run: Callable[[Any], Any]) -> list[Any]:
-    """The same samples in not many more than ``most`` batches, where joined ones give what they give alone.
+    """Join samples to not many more than ``most`` batches, where joined batches give what they give alone.
 
     Args:
         batches: Batches of any form; those of different forms are not joined.
-        most: How many there should be at most.
+        most: Number of batches that is wanted at most.
         run: Runs a batch; tried on the first that would be joined.
+
+    Returns:
+        The same samples in the same order.
     """
     at_once = -(-len(batches) // most)
     found: list[list[Any]] = []
@@ -83,7 +86,7 @@ def _joined(some: Sequence[Any]) -> Any:
 
 
 def _stand_alone(some: Sequence[Any], run: Callable[[Any], Any]) -> bool:
-    """Whether joined batches give what they give one by one: the same rows, or their means."""
+    """Return whether joined batches give the outputs that they give one by one: the same rows, or their means."""
     try:
         found = [[t.detach() for t in tensors_of(run(batch))] for batch in (_joined(some), *some)]
     except Exception:  # noqa: BLE001 (whatever a model raises on more samples than it expects)

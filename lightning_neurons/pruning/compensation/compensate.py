@@ -1,4 +1,4 @@
-"""The ways of making up for a cut, each a value with a name, what it needs, and one function.
+"""The compensations for a cut, each a value with a name, what it needs, and one function.
 
 A new one is a function here or in a file of its own, and one entry in ``COMPENSATIONS``.
 """
@@ -24,12 +24,12 @@ CompensationName = Literal["least_squares", "patch_least_squares", "mean", "none
 
 @dataclass(frozen=True)
 class Compensation:
-    """A way of making up for a cut.
+    """A way of making up for removed neurons.
 
     Attributes:
-        name: What it is asked for by.
-        repair: From a model before a cut, which it leaves as it is, what goes, this process's calibration data, and how
-            layers follow one another, to what is to be changed in the readers of what goes. All processes take part.
+        name: Its name in arguments.
+        repair: Takes a model before a cut, which it leaves as it is, the cuts, this process's calibration data, and how
+            layers follow one another; returns the changes of the downstream layers. All processes take part.
         needs_data: Whether there must be calibration data.
     """
 
@@ -38,7 +38,7 @@ class Compensation:
     needs_data: bool = True
 
     def __call__(self, model: nn.Module, cuts: Sequence[Cut], calibration: Calibration, wiring: Wiring) -> Repair:
-        """What goes with a cut; nothing if nothing is cut."""
+        """Return the changes that go with a cut; none if nothing is cut."""
         return self.repair(model, cuts, calibration, wiring) if cuts else Repair()
 
 
@@ -71,7 +71,7 @@ COMPENSATIONS: dict[str, Compensation] = {
 
 
 def compensation_named(name: Any) -> Compensation:
-    """The compensation of a name.
+    """Return the compensation of a name.
 
     Raises:
         ArgumentError: If there is none.

@@ -1,4 +1,4 @@
-"""Compensation by least squares: the readers of what goes are solved again, one after the other.
+"""Compensation by least squares: layers that read removed neurons are solved again, one after the other.
 
 Targets come from the model as it is, inputs from the model as cut and corrected so far; the same batches walk through
 both in lockstep.
@@ -29,10 +29,10 @@ from lightning_neurons.pruning.compensation.weight_shifts import (
 from lightning_neurons.pruning.surgery.surgery import Cut
 
 _WALKS = 32
-"""Batches that walk at the same time: each takes two threads."""
+"""Batches that run at the same time: each takes two threads."""
 
 _ROUNDING = 1e-6
-"""Of float32 sums of some hundred terms."""
+"""Relative rounding error of float32 sums of some hundred terms."""
 
 
 def least_squares(
@@ -43,14 +43,17 @@ def least_squares(
     *,
     patchwise: bool = False,
 ) -> Repair:
-    """Solve the weights of all readers of what goes again.
+    """Solve the weights of all layers that read removed neurons again.
 
     Args:
         model: As it is before the cut; it is left as it is.
-        cuts: What goes.
+        cuts: The cuts.
         calibration: The data.
         wiring: How the model's layers follow one another.
         patchwise: Whether convolutions are solved over whole receptive patches, instead of over channels.
+
+    Returns:
+        The changes of weights and of biases or running means, at the model's full width.
     """
     modules = modules_by_name(model)
     gone = readers_of(cuts, modules)
@@ -86,7 +89,7 @@ def least_squares(
 
 
 def _watch(model: nn.Module, readers: Sequence[Reader], batches: Sequence[Any], run: Run) -> None:
-    """Let readers see what they read in the whole model, in all of their calls."""
+    """Record the inputs of readers in the whole model, in all of their calls."""
 
     def hook(reader: Reader) -> Callable[..., None]:
         def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -107,7 +110,7 @@ def _watch(model: nn.Module, readers: Sequence[Reader], batches: Sequence[Any], 
 def _correct(
     rehearsal: Rehearsal, reader: Reader, constant: tuple[str, float] | None, shifts: dict[str, Tensor], reduce: Reduce
 ) -> None:
-    """Solve a reader, correct it in the copy, and note by how much."""
+    """Solve a reader, correct it in the copy, and store the change."""
     change, offset = reader.solve(reduce)
     name = f"{reader.path}.weight"
     # What is below the weights' precision corrects nothing, and would keep dead neurons from going without a trace.

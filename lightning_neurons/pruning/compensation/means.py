@@ -1,4 +1,4 @@
-"""Folding: readers see the mean of what has gone; it moves into their bias, or into the norm layer behind them."""
+"""Compensation by means: the mean of removed neurons moves into biases, or into the norm layers behind them."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -18,7 +18,7 @@ from lightning_neurons.pruning.surgery.surgery import Cut
 
 
 class InputMeans:
-    """The mean of what modules read, by input, over samples and positions.
+    """The mean of each input of some modules, over samples and positions.
 
     Args:
         model: The model.
@@ -32,7 +32,7 @@ class InputMeans:
         self.counts: dict[str, Tensor] = {}
 
     def observe(self, run: Callable[[], Any]) -> None:
-        """Add what is read while something runs."""
+        """Add the inputs of the modules while something runs."""
         hooks = [
             module.register_forward_pre_hook(self._hook(path), with_kwargs=True)
             for path, module in self.modules.items()
@@ -45,10 +45,13 @@ class InputMeans:
                 hook.remove()
 
     def means(self, reduce: Reduce = alone) -> dict[str, Float[Tensor, " input"]]:
-        """The means.
+        """Return the mean of each input.
 
         Args:
             reduce: Sums a tensor over processes.
+
+        Returns:
+            By path of a module, in float64 where the device has it.
         """
         found = {}
         for path, module in self.modules.items():
@@ -76,15 +79,18 @@ class InputMeans:
 def fold_means(
     model: nn.Module, cuts: Sequence[Cut], means: Mapping[str, Tensor], norm_behind: Mapping[str, str]
 ) -> Repair:
-    """Let readers see the mean of what has gone.
+    """Make up for removed neurons by their mean in the layers that read them.
 
     Exact for neurons that never change, away from zero-padded borders.
 
     Args:
         model: As it is before the cut.
-        cuts: What goes.
-        means: By reader, the mean of each of its inputs.
+        cuts: The cuts.
+        means: By path of a downstream layer, the mean of each of its inputs.
         norm_behind: By layer, the norm layer that alone reads it.
+
+    Returns:
+        The changes of biases or running means; a note for each layer that has neither.
     """
     modules, shifts = modules_by_name(model), {}
     notes = without_compensation(cuts, modules)
@@ -100,7 +106,7 @@ def fold_means(
 
 
 def contribution(module: nn.Module, places: Sequence[int], mean: Tensor) -> Float[Tensor, " output"]:
-    """What the inputs at some places add to each output on average."""
+    """Return what the inputs at some places add to each output on average."""
     weight = module.get_parameter("weight").detach().to(mean.dtype)
     transposed = isinstance(module, _ConvTransposeNd)
     taps = (weight.transpose(0, 1) if transposed else weight).flatten(2).sum(2) if weight.ndim > 2 else weight

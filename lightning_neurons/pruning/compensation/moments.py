@@ -1,4 +1,4 @@
-"""What is kept of what readers see: counts, sums and sums of products, never the values themselves.
+"""Moments of the inputs of layers: counts, sums and sums of products, never the values themselves.
 
 Everything is a sum in float64, so batches and processes are merged by adding.
 """
@@ -15,16 +15,16 @@ from lightning_neurons.layers.width_handlers import axes
 from lightning_neurons.pruning.compensation.unfold import by_feature
 
 Reduce = Callable[[Tensor], Tensor]
-"""Sums a tensor over processes."""
+"""A function that sums a tensor over processes."""
 
 
 def alone(tensor: Tensor) -> Tensor:
-    """The sum over the processes where there is one."""
+    """Return the sum over processes where there is only one: the tensor itself."""
     return tensor
 
 
 def wide(device: torch.device) -> torch.dtype:
-    """The widest floating-point type of a device; Apple's GPUs have no float64."""
+    """Return the widest floating-point type of a device; Apple's GPUs have no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
@@ -33,7 +33,7 @@ class Moments:
     """First and second moments of inputs, and of targets with inputs.
 
     Attributes:
-        count: How many samples (or samples and positions) there were.
+        count: Number of samples (or of samples and positions).
         sum_x: ``(input,)``.
         sum_y: ``(target,)``.
         xx: ``(input, input)``, the sum of products.
@@ -54,7 +54,7 @@ class Moments:
 
     @classmethod
     def empty(cls, inputs: int, targets: int, device: torch.device | None = None) -> "Moments":
-        """Of nothing."""
+        """Return the moments of no samples."""
         device = device or torch.device("cpu")
 
         def zeros(*shape: int) -> Tensor:
@@ -63,7 +63,7 @@ class Moments:
         return cls(zeros(), zeros(inputs), zeros(targets), zeros(inputs, inputs), zeros(targets, inputs))
 
     def add(self, x: Float[Tensor, "input position"], y: Float[Tensor, "target position"] | None = None) -> None:
-        """Add what was seen at some positions.
+        """Add values at some positions.
 
         Args:
             x: The inputs.
@@ -79,20 +79,20 @@ class Moments:
             self.yx.addmm_(y, x.T)
 
     def __add__(self, other: "Moments") -> "Moments":
-        """Those of two sets of positions together."""
+        """Return the moments of two sets of positions together."""
         mine = self.count, self.sum_x, self.sum_y, self.xx, self.yx
         theirs = other.count, other.sum_x, other.sum_y, other.xx, other.yx
         return Moments(*(a + b for a, b in zip(mine, theirs, strict=True)))
 
     def reduced(self, reduce: Reduce) -> "Moments":
-        """Those of all processes together."""
+        """Return the moments of all processes together."""
         return Moments(*(reduce(t) for t in (self.count, self.sum_x, self.sum_y, self.xx, self.yx)))
 
     def check(self, path: str) -> None:
         """Refuse NaN and infinite values.
 
         Args:
-            path: What reads them.
+            path: The layer that reads them, for the error.
 
         Raises:
             PruningError: If there are any.
@@ -122,10 +122,10 @@ class Moments:
 
 
 class OutputMean:
-    """The mean of what a linear or convolutional layer puts out, for any weights, padded borders included.
+    """The mean output of a linear or convolutional layer, for any weights, padded borders included.
 
-    A layer is linear, so the mean of its outputs is its output for the mean of its inputs: only one mean picture is
-    kept (for each size of pictures).
+    A layer is linear, so the mean of its outputs is its output for the mean of its inputs: only one mean input is
+    kept (for each size of inputs).
 
     Args:
         module: The layer.
@@ -150,10 +150,13 @@ class OutputMean:
         return max((float(s.abs().max()) / self.samples[key] for key, s in self.sums.items()), default=0.0)
 
     def total(self, weight: Tensor) -> tuple[Float[Tensor, " output"], Tensor]:
-        """The sum of the outputs over samples and positions with some weight and no bias, and the number of positions.
+        """Return the outputs for a weight without bias, summed over samples and positions, and the positions' number.
 
         Args:
             weight: In the shape of the layer's own.
+
+        Returns:
+            The sum in units of the outputs, and the number of samples times positions, both of the weight's type.
         """
         outputs = weight.shape[axes(self.module, "makes")["weight"]]
         total = torch.zeros(outputs, dtype=weight.dtype, device=weight.device)
@@ -166,7 +169,7 @@ class OutputMean:
 
 
 def applied(module: nn.Module, weight: Tensor, inputs: Tensor) -> Tensor:
-    """What a layer makes of some inputs with another weight and without its bias."""
+    """Return the output of a layer for some inputs with another weight and without its bias."""
     given = {"weight": weight.to(inputs.dtype)}
     if getattr(module, "bias", None) is not None:
         given["bias"] = torch.zeros_like(module.get_parameter("bias"), dtype=inputs.dtype)

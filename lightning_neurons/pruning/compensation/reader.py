@@ -1,4 +1,4 @@
-"""One reader of neurons that go: what it reads with and without them, and its weights solved again."""
+"""One layer that reads removed neurons: its inputs with and without them, and its weights solved again."""
 
 import math
 from collections.abc import Sequence
@@ -12,19 +12,19 @@ from lightning_neurons.pruning.compensation.ridge import choose_ridge, refine
 from lightning_neurons.pruning.compensation.unfold import by_feature, channels, has_patches, patches
 
 AT_ONCE = 2**23
-"""Values of patches that are looked at together: 64 MB in float64."""
+"""Values of patches that are processed together: 64 MB in float64."""
 
 LARGEST = 8192
 """Inputs of a reader up to which their covariance is kept: 0.5 GB in float64."""
 
 
 class Reader:
-    """A convolution or linear layer that reads what goes.
+    """A convolution or linear layer that reads removed neurons.
 
     Args:
         path: Its path.
         module: As it is before the cut.
-        gone: The places of its inputs that go.
+        gone: Indices of its inputs that are removed.
         patchwise: Whether whole receptive patches are to be regressed, instead of channels.
         has_constant: Whether a constant can be added to its outputs.
     """
@@ -56,11 +56,11 @@ class Reader:
         self.dense_mean, self.mean = OutputMean(module), OutputMean(module)
 
     def add(self, dense: Tensor, inputs: Tensor) -> None:
-        """Add what it reads for one batch.
+        """Add its inputs for one batch.
 
         Args:
-            dense: In the model as it is.
-            inputs: In the model that is being cut, without what goes.
+            dense: Inputs in the model as it is.
+            inputs: Inputs in the model that is being cut, without those that are removed.
         """
         self.dense_mean.add(dense)
         self.mean.add(inputs)
@@ -81,20 +81,23 @@ class Reader:
 
     @property
     def halves(self) -> list[Moments]:
-        """The moments of each half of the samples; there is no memory for them before its turn."""
+        """The moments of each half of the samples; they take memory from the first use on."""
         if self._halves is None:
             self._halves = [Moments.empty(self.inputs, self.targets, self.weight.device) for _ in range(2)]
         return self._halves
 
     def kept(self, inputs: Tensor) -> Tensor:
-        """What stays of inputs."""
+        """Return the inputs that stay."""
         return inputs.index_select(-1 if by_feature(self.module) else 1, self.keep)
 
     def solve(self, reduce: Reduce) -> tuple[Tensor, Tensor]:
-        """What has to be added to the weight, zero for what goes, and to the outputs.
+        """Return what has to be added to the weight, zero for removed inputs, and to the outputs.
 
         Args:
             reduce: Sums a tensor over processes.
+
+        Returns:
+            A tensor of the weight's shape, and one value for each output.
         """
         weight = self.weight.to(wide(self.weight.device))
         new = old = weight.index_select(self.axis, self.keep)
@@ -116,11 +119,11 @@ class Reader:
 
     @property
     def largest(self) -> float:
-        """The largest mean of what it reads."""
+        """The largest magnitude of a mean input."""
         return self.dense_mean.largest
 
     def _refined(self, first: Moments, second: Moments, start: Tensor, metric: Tensor | None) -> Tensor:
-        """The solution for all samples, with the ridge that holds best from one half of them to the other."""
+        """Return the solution for all samples, with the ridge that holds best from one half of them to the other."""
         ridge = choose_ridge(first, second, start, metric, centred=self.has_constant)
         both = first + second
         refined = refine(both, start, ridge=ridge, centred=self.has_constant)
@@ -139,7 +142,7 @@ class Reader:
 
 
 def _in_second_half(dense: Tensor) -> Tensor:
-    """Which samples belong to the second half: told by what they are, so that it does not matter how they are batched.
+    """Return whether each sample belongs to the second half: by its values, so that batching does not matter.
 
     Args:
         dense: ``(batch, ...)``; the sixth bit of the sum of each sample is as good as a coin.

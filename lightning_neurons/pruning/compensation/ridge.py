@@ -14,24 +14,24 @@ from torch import Tensor
 from lightning_neurons.pruning.compensation.moments import Moments
 
 RIDGE = 1e-3
-"""Relative to the mean diagonal of the inputs' covariance."""
+"""The ridge, relative to the mean diagonal of the inputs' covariance."""
 
 FEW = 1e-1
-"""The same with fewer positions than inputs, when the covariance is singular."""
+"""The ridge with fewer positions than inputs, when the covariance is singular."""
 
 RIDGES = (RIDGE, 1e-2, FEW, 1.0, math.inf)
-"""Of which one is chosen; the last changes no weight, so only means are made up for."""
+"""The ridges to choose from; the last changes no weight, so only means are made up for."""
 
 _SINGULAR = 1e8
 
 
 @dataclass(frozen=True, eq=False)
 class Refined:
-    """A solution.
+    """A solution of the regression.
 
     Attributes:
         matrix: ``(target, input)``.
-        ridge: What was added to the diagonal, relative to its mean.
+        ridge: The ridge that was added to the diagonal, relative to its mean.
     """
 
     matrix: Float[Tensor, "target input"]
@@ -41,16 +41,19 @@ class Refined:
 def refine(
     moments: Moments, start: Float[Tensor, "target input"], *, ridge: float | None = None, centred: bool = True
 ) -> Refined:
-    """The matrix ``M`` next to ``start`` for which ``M x`` (and a constant) comes closest to ``y``.
+    """Return the matrix ``M`` next to ``start`` for which ``M x`` (and a constant) comes closest to ``y``.
 
     Minimises ``E |y - M x - c|^2 + ridge * mean(diag(S)) * |M - start|^2`` with ``S`` the covariance of ``x``, in
     closed form: ``M = start + (S_yx - start S_xx) (S_xx + ridge)^-1``.
 
     Args:
         moments: Of inputs ``x`` and targets ``y``.
-        start: What there would be without a correction.
+        start: The matrix without a correction.
         ridge: None takes 0.001, or 0.1 where there are fewer positions than inputs.
         centred: False leaves the constant out, for a layer that has none.
+
+    Returns:
+        ``M``, and the ridge, which is raised until the system can be solved.
     """
     if centred:
         s_xx, s_yx = moments.covariance_xx, moments.covariance_yx
@@ -79,14 +82,17 @@ def choose_ridge(
     *,
     centred: bool = True,
 ) -> float:
-    """The ridge with which each half of the samples predicts the other best.
+    """Return the ridge with which each half of the samples predicts the other best.
 
     Args:
         first: Moments of one half.
         second: Moments of the other.
         start: As in ``refine``.
-        metric: How errors of targets are weighed, ``e' metric e``; None weighs them alike.
+        metric: Weights of the errors of targets, ``e' metric e``; None weighs them alike.
         centred: As in ``refine``.
+
+    Returns:
+        One of ``RIDGES``.
     """
     few = float(first.count + second.count) < len(first.xx)
     ridges = [ridge for ridge in RIDGES if ridge >= FEW or not few]
@@ -111,7 +117,7 @@ def _held_out(
     *,
     centred: bool,
 ) -> float:
-    """The mean square of ``y - M x - c`` where it was not fitted, but for a term that does not depend on ``M``."""
+    """Return the mean square of ``y - M x - c`` where it was not fitted, but for a term without ``M``."""
     offset = seen.mean_y - matrix @ seen.mean_x if centred else torch.zeros_like(seen.mean_y)
     weighed, turned = (matrix, offset) if metric is None else (metric @ matrix, metric @ offset)
     squares = (weighed * (matrix @ unseen.xx - 2 * unseen.yx)).sum() / unseen.count
@@ -119,6 +125,6 @@ def _held_out(
 
 
 def varies(moments: Moments, variance: float) -> bool:
-    """Whether a variance is more than what rounding leaves of the squares that it is the difference of."""
+    """Return whether a variance is more than the rounding error of the squares that it is the difference of."""
     squares = float(moments.xx.diagonal().mean() / moments.count.clamp(min=1))
     return variance > 1e-12 * squares

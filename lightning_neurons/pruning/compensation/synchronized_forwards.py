@@ -1,6 +1,6 @@
-"""Forwards of many batches that walk through a model together and stop before each reader.
+"""Forwards of many batches that run through a model together and stop before each downstream layer.
 
-When all have arrived at a reader, what it reads is known for all batches; its weights can be changed, and the walk goes
+When all have arrived at a layer, its inputs are known for all batches; its weights can be changed, and the walk goes
 on with the new ones. So a whole model is corrected layer by layer in the time of one forward. A forward is Python code
 that cannot be left and entered again, except in a thread of its own; only one of them runs at any time.
 """
@@ -21,7 +21,7 @@ from lightning_neurons.pruning.structure.example import twin_of
 
 
 class _Enough(BaseException):
-    """Ends a walk; no ``except Exception`` of a model holds it up."""
+    """A signal that ends a walk; no ``except Exception`` of a model stops it."""
 
 
 class Walk:
@@ -29,7 +29,7 @@ class Walk:
 
     Args:
         run: The forward.
-        device: Where it runs.
+        device: Device of the model.
     """
 
     def __init__(self, run: Callable[[], Any], device: torch.device) -> None:
@@ -66,14 +66,14 @@ class Walk:
             raise error
 
     def end(self) -> None:
-        """Give the rest of it up."""
+        """End the forward before it is complete."""
         self._ending = True
         if not self._over:
             self._turn.release()
         self._thread.join()
 
     def stop(self, path: str, inputs: Tensor) -> None:
-        """Called in the walk's own thread, before a module runs."""
+        """Wait before a module runs; called in the walk's own thread."""
         if self._ending:  # a model's own clean-up may run more of it
             raise _Enough
         self.at, self.inputs = path, inputs
@@ -83,7 +83,7 @@ class Walk:
             raise _Enough
 
     def is_here(self) -> bool:
-        """Whether it is this walk that is asking."""
+        """Return whether the current thread is that of this walk."""
         return threading.current_thread() is self._thread
 
     def _work(self) -> None:
@@ -135,7 +135,7 @@ class Lockstep:
         return self
 
     def _own_copy(self) -> nn.Module:
-        """A copy for one forward: the same tensors, but what a forward keeps on a module is its own."""
+        """Return a copy for one forward: the same tensors, but what a forward keeps on a module is its own."""
         return twin_of(self.model, shared=True)
 
     def __exit__(self, *_: Any) -> None:
@@ -145,12 +145,12 @@ class Lockstep:
             hook.remove()
 
     def walk_to(self, path: str, passed: set[str], index: int) -> Tensor | None:
-        """Let one of the forwards go on until it stands before a module; what that is going to read.
+        """Run one of the forwards until it stands before a module, and return what that is going to read.
 
         Args:
             path: The module.
             passed: Modules at which it need not stop any more.
-            index: Which forward.
+            index: Index of the forward.
 
         Returns:
             The inputs, or None if the forward ended or waits at a module whose turn comes later.
@@ -173,19 +173,22 @@ class Stop:
         return self
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Stop the forward that is asking, if it is one of the lockstep's."""
+        """Stop the forward that runs the module, if it is one of the lockstep's."""
         walk = next((walk for walk in self.lockstep.walks if walk.is_here()), None)
         if walk is not None:
             walk.stop(self.path, batched(module, args, kwargs))
 
 
 def calls_of(model: nn.Module, paths: Iterable[str], run: Callable[[nn.Module], Any]) -> dict[str, int]:
-    """How often each of some modules runs in a forward, in the order in which they come first.
+    """Count how often each of some modules runs in a forward, in the order in which they come first.
 
     Args:
         model: The model.
         paths: The modules.
-        run: A forward.
+        run: Runs the model.
+
+    Returns:
+        By path, the number of calls; without modules that did not run.
     """
     calls: dict[str, int] = {}
 

@@ -1,4 +1,4 @@
-"""A cut that is only rehearsed: made on a copy, which can still be corrected."""
+"""A trial cut, made on a copy, which can still be corrected."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,12 +9,12 @@ from lightning_neurons.pruning.surgery.surgery import Cut, cut, stays_of
 
 
 class Rehearsal:
-    """A copy of a model, cut, in evaluation mode.
+    """A cut copy of a model, in evaluation mode.
 
     Args:
         model: As it is before the cut.
-        cuts: What goes.
-        shifts: What goes with it.
+        cuts: The cuts.
+        shifts: By parameter or buffer, what is added to it before the cut.
     """
 
     def __init__(self, model: nn.Module, cuts: Sequence[Cut], shifts: Mapping[str, Tensor] | None = None) -> None:
@@ -30,7 +30,7 @@ class Rehearsal:
         tensor.add_(self._narrow(name, value).to(tensor))
 
     def widened(self, name: str, value: Tensor) -> Tensor:
-        """A value of the copy's width at that of the model before the cut, zero for what goes."""
+        """Return a value of the copy's width at that of the model before the cut, zero for removed neurons."""
         for axis, stays in self._stays.get(name, {}).items():
             shape = list(value.shape)
             shape[axis] = self._wide[name][axis]

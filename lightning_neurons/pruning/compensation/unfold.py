@@ -1,4 +1,4 @@
-"""What a reader reads, as a matrix of inputs and positions: of channels, or of whole receptive patches."""
+"""Inputs of a layer as a matrix of inputs and positions: of channels, or of whole receptive patches."""
 
 from typing import Any
 
@@ -10,23 +10,26 @@ from lightning_neurons.layers.width_handlers import axis_of, handler_of
 
 
 def batched(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """What a convolution or linear layer was given, with a batch axis."""
+    """Return the input of a convolution or linear layer, with a batch axis."""
     given: Tensor = (args[0] if args else kwargs["input"]).detach()
     axis = axis_of(module)
     return given.unsqueeze(0) if axis is not None and given.ndim == -axis else given
 
 
 def by_feature(module: nn.Module) -> bool:
-    """Whether neurons lie on the last axis of what a layer reads, as against the first one behind the batch."""
+    """Return whether neurons lie on the last axis of what a layer reads, rather than on the first behind the batch."""
     return axis_of(module) == -1
 
 
 def channels(module: nn.Module, inputs: Tensor) -> Float[Tensor, "input position"]:
-    """Inputs by channel, or by feature; everything else is a position.
+    """Return inputs by channel, or by feature; everything else is a position.
 
     Args:
-        module: The reader.
+        module: The layer.
         inputs: ``(batch, channel, *space)``, of a linear layer ``(*batch, feature)``.
+
+    Returns:
+        A matrix; its positions are those of all samples.
     """
     if by_feature(module):
         return inputs.reshape(-1, inputs.shape[-1]).T
@@ -34,17 +37,20 @@ def channels(module: nn.Module, inputs: Tensor) -> Float[Tensor, "input position
 
 
 def has_patches(module: nn.Module) -> bool:
-    """Whether a layer multiplies patches by its weight: a plain convolution."""
+    """Return whether a layer multiplies patches by its weight: a plain convolution."""
     handler = handler_of(module)
     return handler is not None and handler.unfolds
 
 
 def patches(module: Any, inputs: Tensor) -> Float[Tensor, "input position"]:
-    """The receptive patches of a convolution: channels times taps, at each position of its output.
+    """Return the receptive patches of a convolution: channels times taps, at each position of its output.
 
     Args:
         module: A convolution for which ``has_patches``.
         inputs: ``(batch, channel, *space)``; channels may be fewer than the layer's.
+
+    Returns:
+        A matrix; its positions are those of all samples.
     """
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     view = F.pad(inputs, module._reversed_padding_repeated_twice, mode=mode)

@@ -1,4 +1,4 @@
-"""What goes with a cut to make up for it. It changes nothing itself: the shifts are part of the cut."""
+"""Changes of weights that make up for a cut. Nothing is changed here: the shifts are part of the cut."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from lightning_neurons.pruning.surgery.surgery import Cut
 
 @dataclass(frozen=True)
 class Repair:
-    """What goes with a cut.
+    """The changes of weights that go with a cut.
 
     Attributes:
         shifts: By parameter or buffer, what is added to it before the cut.
@@ -24,10 +24,10 @@ class Repair:
 
 @dataclass(frozen=True)
 class Wiring:
-    """How the layers of a model follow one another.
+    """The order of a model's layers, and the norm layers behind them.
 
     Attributes:
-        calls: All readers in the order in which they run, and how often each does.
+        calls: All downstream layers in the order in which they run, and how often each does.
         norm_behind: By layer, the norm layer that alone reads it.
     """
 
@@ -36,12 +36,12 @@ class Wiring:
 
 
 def readers_of(cuts: Sequence[Cut], modules: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:
-    """The linear modules that read neurons that go, and the places of those among their inputs."""
+    """Return the linear modules that read removed neurons, and the places of those among their inputs."""
     return {one.path: one.places for one in cuts if one.role == "reads" and is_linear(modules[one.path])}
 
 
 def without_compensation(cuts: Sequence[Cut], modules: Mapping[str, nn.Module]) -> list[str]:
-    """Which other modules read neurons that go, as notes."""
+    """Return notes of the other modules that read removed neurons."""
     return [
         f"{one.path} is not compensated: it is not known whether {type(modules[one.path]).__name__} is linear"
         for one in cuts
@@ -52,9 +52,9 @@ def without_compensation(cuts: Sequence[Cut], modules: Mapping[str, nn.Module]) 
 def constant_of(
     path: str, modules: Mapping[str, nn.Module], norm_behind: Mapping[str, str]
 ) -> tuple[str, float] | None:
-    """Where a constant can be added to a layer's outputs: the name of a tensor, and with which sign.
+    """Return the name and sign of a tensor by which a constant can be added to a layer's outputs.
 
-    That is the bias; or, with the other sign, the running mean of the norm layer that alone reads the layer.
+    That is the bias; or, with the other sign, the running mean of the norm layer that alone reads the layer; or None.
     """
     if getattr(modules[path], "bias", None) is not None:
         return f"{path}.bias", 1.0

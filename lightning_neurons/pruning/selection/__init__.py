@@ -1,1 +1,1 @@
-"""Selection: which neurons go."""
+"""The selection of the neurons to remove."""

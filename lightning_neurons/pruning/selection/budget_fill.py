@@ -1,4 +1,4 @@
-"""How far a budget reaches along an order of candidates."""
+"""The beginning of an order of candidates that a budget removes."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from lightning_neurons.pruning.budget import PruningBudget
 from lightning_neurons.pruning.structure.structure import Structure
 
 Chosen = dict[str, list[int]]
-"""By root, units."""
+"""Units by root."""
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Dense:
 
     Attributes:
         widths: Neurons by layer.
-        parameters: Parameters.
+        parameters: Number of parameters.
         macs: Multiply-accumulate operations per sample.
     """
 
@@ -27,16 +27,16 @@ class Dense:
 
     @classmethod
     def of(cls, structure: Structure) -> "Dense":
-        """A model that has not been cut."""
+        """Return the size of a model that has not been cut."""
         return cls(structure.widths, structure.costs.parameters(), structure.costs.macs())
 
     def size(self, group: Group, structure: Structure) -> int:
-        """How many units a group had."""
+        """Return the number of units that a group had."""
         return group.size + self.widths.get(group.root, 0) - structure.widths[group.root]
 
 
 def bucket_of(structure: Structure, budget: PruningBudget) -> dict[str, str]:
-    """By root, the name of the set whose neurons compete with one another."""
+    """Return, by root, the name of the set whose neurons compete with one another."""
     if budget.scopes[0] == "global":
         return dict.fromkeys(structure.groups, "the model")
     if budget.scopes[0] == "layer":
@@ -53,16 +53,19 @@ def reach(
     units_of: Callable[[Sequence[tuple[str, int]]], dict[str, list[int]]],
     notes: list[str],
 ) -> list[tuple[str, int]]:
-    """The beginning of the order that the budget asks for.
+    """Return the beginning of the order that the budget asks for.
 
     Args:
         structure: The model.
-        groups: What may be cut, by root.
+        groups: The groups that may be cut, by root.
         order: All candidates, the first to go first.
-        budget: What is asked.
+        budget: The budget.
         dense: The model before any cut.
-        units_of: What really goes of some candidates.
-        notes: Takes what limits it.
+        units_of: Returns the units that are removed of some candidates, after rounding.
+        notes: A list to which limits are added.
+
+    Returns:
+        Pairs of root and unit.
     """
     name, value = budget.rule
     if name == "threshold":
@@ -119,7 +122,7 @@ def _reach_amount(
 
 
 def by_root(units: Sequence[tuple[str, int]]) -> Chosen:
-    """Candidates by group."""
+    """Group candidates by root."""
     found: Chosen = {}
     for root, unit in units:
         found.setdefault(root, []).append(unit)
@@ -127,7 +130,7 @@ def by_root(units: Sequence[tuple[str, int]]) -> Chosen:
 
 
 def rounded(units: Mapping[str, list[int]], groups: Mapping[str, Group], round_to: int) -> Chosen:
-    """Give units back, the most important first, until each width is a multiple of ``round_to``."""
+    """Keep units, the most important first, until each width is a multiple of ``round_to``; return the others."""
     found = {}
     for root, chosen in units.items():
         back = -(groups[root].size - len(chosen)) % round_to

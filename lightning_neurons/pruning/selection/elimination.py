@@ -1,4 +1,4 @@
-"""Which units least squares can do without: one by one, the one goes whose loss the readers can make up for best.
+"""Elimination by least squares: one by one, the unit goes whose loss downstream layers make up for best.
 
 With the covariance ``S`` of what a reader reads and its weights ``W``, ``(input, output)``, both for the inputs that
 are left, the error that remains when the inputs ``P`` go and the others are solved again is
@@ -16,13 +16,13 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """What one reader reads of a group.
+    """The weights and inputs of one layer that reads a group.
 
     Attributes:
         weight: ``(input, output)``, all taps of an output as outputs of their own.
         covariance: ``(input, input)`` of everything that it reads, positive definite.
         places: By unit, its inputs.
-        scale: What errors are divided by, the variance of what it puts out.
+        scale: Variance of its output, by which errors are divided.
     """
 
     weight: Float[Tensor, "input output"]
@@ -32,7 +32,7 @@ class Reading:
 
 
 class _State:
-    """What is left of one reader: the inverse covariance of its inputs, and the products of their weights.
+    """The state of one layer that reads a group: inverse covariance of the inputs left, products of their weights.
 
     Errors depend on the weights by ``W W'`` alone, so it does not matter how many outputs there are.
     """
@@ -45,13 +45,13 @@ class _State:
         self.index = torch.tensor(self.places) if len(widths) == 1 else None
 
     def errors(self, units: Sequence[int]) -> Tensor:
-        """What each of some units would cost, were it to go alone."""
+        """Return the error of removing each of some units alone."""
         if self.index is None:
             return torch.stack([self._errors(torch.tensor([self.places[unit]]).long())[0] for unit in units])
         return self._errors(self.index[list(units)])
 
     def remove(self, unit: int) -> None:
-        """Let a unit go: the others take over what they can."""
+        """Remove a unit: the others take over what they can."""
         gone = list(self.places[unit])
         if len(gone) == 1:
             self._remove_one(gone[0])
@@ -67,7 +67,7 @@ class _State:
         self.inverse[gone, gone] = 1
 
     def _remove_one(self, place: int) -> None:
-        """The same for a single input, in place: most units have one, and there may be thousands."""
+        """Remove a single input, in place: most units have one, and there may be thousands."""
         row, products = self.inverse[place].clone(), self.products[place].clone()
         across = row / row[place]
         mixed = 0.5 * products[place] * across - products
@@ -87,14 +87,14 @@ class _State:
 
 
 def eliminate(readings: Sequence[Reading], units: int) -> tuple[list[int], list[float]]:
-    """The order in which units go, and what each costs when those before it have gone.
+    """Return the order in which units go, and the error of each when those before it have gone.
 
     Args:
-        readings: All readers of the units.
-        units: How many there are.
+        readings: All layers that read the units.
+        units: Number of units.
 
     Returns:
-        All units, the first to go first, and for each the error that it adds, relative and summed over the readers.
+        All units, the first to go first, and for each the error that it adds, relative and summed over the layers.
     """
     states = [_State(reading) for reading in readings]
     left, order, errors = list(range(units)), [], []

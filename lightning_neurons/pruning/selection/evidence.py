@@ -1,4 +1,4 @@
-"""What readers read, over calibration data: their second moments, or whether it ever changes."""
+"""Statistics of the inputs of layers on calibration data: second moments, or whether they ever change."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -18,12 +18,15 @@ from lightning_neurons.pruning.compensation.unfold import batched, channels
 
 
 def second_moments(model: nn.Module, readers: Sequence[str], calibration: Calibration) -> dict[str, Moments]:
-    """The moments of what each reader reads; without those that read more than can be kept.
+    """Measure the moments of the inputs of layers; without layers that have more inputs than can be kept.
 
     Args:
         model: The model; it is left as it was. Every process has to take part.
         readers: Paths of convolutions and linear layers.
         calibration: The data.
+
+    Returns:
+        By path, of all processes together.
     """
     modules = modules_by_name(model)
     found = {
@@ -37,11 +40,11 @@ def second_moments(model: nn.Module, readers: Sequence[str], calibration: Calibr
 
 
 class Constant:
-    """Which inputs of a reader never change, and what they are.
+    """The inputs of a layer that never change, and their values.
 
     Attributes:
-        value: ``(input,)``, what they were at first.
-        changed: ``(input,)``, at how many positions they were something else.
+        value: ``(input,)``, their first values.
+        changed: ``(input,)``, the number of positions with another value.
     """
 
     def __init__(self, value: Float[Tensor, " input"]) -> None:
@@ -49,24 +52,27 @@ class Constant:
         self.changed = torch.zeros_like(value)
 
     def add(self, inputs: Float[Tensor, "input position"]) -> None:
-        """Look at more positions."""
+        """Compare the inputs at more positions."""
         self.changed += (inputs.to(self.value.dtype) != self.value[:, None]).sum(1)
 
     def is_constant(self) -> Bool[Tensor, " input"]:
-        """Whether each has been the same everywhere."""
+        """Return whether each input has been the same everywhere."""
         return self.changed == 0
 
 
 def constants(
     model: nn.Module, readers: Sequence[str], first: Mapping[str, Tensor], calibration: Calibration
 ) -> dict[str, Constant]:
-    """Which inputs of each reader never change.
+    """Find the inputs of layers that never change.
 
     Args:
         model: The model; it is left as it was. Every process has to take part.
         readers: Paths of convolutions and linear layers.
-        first: By reader, what it once read, ``(input,)``; the same in every process.
+        first: By path, the inputs that a layer once had, ``(input,)``; the same in every process.
         calibration: The data.
+
+    Returns:
+        By path, counted over all processes.
     """
     modules = modules_by_name(model)
     found = {path: Constant(first[path].to(_device(modules[path]))) for path in readers if path in first}
@@ -77,12 +83,15 @@ def constants(
 
 
 def first_read(model: nn.Module, readers: Sequence[str], run: Callable[[nn.Module], Any]) -> dict[str, Tensor]:
-    """What each reader reads at the first position of the first sample, ``(input,)`` in float64.
+    """Return the inputs of layers at the first position of the first sample.
 
     Args:
         model: The model, in evaluation mode.
         readers: Paths of convolutions and linear layers.
-        run: A forward.
+        run: Runs the model.
+
+    Returns:
+        By path, ``(input,)``, in float64 where the device has it.
     """
     found: dict[str, Tensor] = {}
     hooks = _hooks(model, {path: partial(_keep_first, found, path) for path in readers})

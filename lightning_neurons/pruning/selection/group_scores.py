@@ -1,4 +1,4 @@
-"""From scores of neurons to scores of groups: coupled layers have one say."""
+"""Scores of groups, from scores of neurons: coupled layers have one score together."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,11 +14,11 @@ from lightning_neurons.results.neuron_report import NeuronReport
 
 @dataclass(frozen=True, eq=False)
 class GroupScores:
-    """How much the units of one group are worth keeping.
+    """Scores of the units of one group: how much each is worth keeping.
 
     Attributes:
         value: ``(unit,)``; the lowest go first, NaN was not measured. For deadness it is minus the deadness.
-        by_layer: ``(layer, unit)``, what each layer says; without rows if no layer was measured.
+        by_layer: ``(layer, unit)``, the scores by each layer; without rows if no layer was measured.
     """
 
     value: Float[Tensor, " unit"]
@@ -26,11 +26,14 @@ class GroupScores:
 
 
 def neuron_scores(report: NeuronReport, budget: PruningBudget) -> dict[str, Tensor]:
-    """By layer, what each neuron is worth, ``(neuron,)``; the lowest go first.
+    """Return the score of each neuron, by the budget's criterion.
 
     Args:
         report: A measurement that has the budget's criterion.
-        budget: What is asked.
+        budget: The budget.
+
+    Returns:
+        By layer, ``(neuron,)``; the lowest go first.
     """
     assert budget.measured is not None, "random scores are not measured"
     name = budget.measured.name
@@ -42,7 +45,7 @@ def neuron_scores(report: NeuronReport, budget: PruningBudget) -> dict[str, Tens
 def group_scores(
     groups: Mapping[str, Group], scores: Mapping[str, Tensor], budget: PruningBudget
 ) -> dict[str, GroupScores]:
-    """By root, the scores of a group's units.
+    """Return the scores of the units of each group.
 
     A layer's unit of several neurons counts as their sum, mean or maximum, as ``aggregate`` says; a layer without
     scores has no say, and neither has a NaN, unless all must agree or deadness decides: what is not known to be dead
@@ -52,6 +55,9 @@ def group_scores(
         groups: By root.
         scores: By layer, ``(neuron,)``.
         budget: Says how to aggregate.
+
+    Returns:
+        By root; the lowest go first.
     """
     strict = budget.agreement == "all"
     how: Aggregate = "max" if strict else budget.aggregate
@@ -72,7 +78,7 @@ def group_scores(
 
 
 def random_scores(groups: Mapping[str, Group], seed: int) -> dict[str, GroupScores]:
-    """Scores that mean nothing: the control that every criterion has to beat."""
+    """Return random scores: the control that every criterion has to beat."""
     generator = torch.Generator().manual_seed(seed)
     found = {}
     for root, group in groups.items():
@@ -82,7 +88,7 @@ def random_scores(groups: Mapping[str, Group], seed: int) -> dict[str, GroupScor
 
 
 def _of_units(scores: Tensor, units: tuple[tuple[int, ...], ...], how: Aggregate, strict: bool) -> Tensor:
-    """What a layer says of each unit; where it has no neuron in one, it agrees to everything."""
+    """Return a layer's score of each unit; where it has no neuron in one, it agrees to everything."""
     if all(len(unit) == 1 for unit in units):
         return scores[[unit[0] for unit in units]]
     nothing = scores.new_full((), -torch.inf if strict else torch.nan)
@@ -97,7 +103,7 @@ def _of_units(scores: Tensor, units: tuple[tuple[int, ...], ...], how: Aggregate
 
 
 def _reduced(rows: Tensor, how: Aggregate) -> Tensor:
-    """Over the first axis; NaN has no say, except where there is nothing else."""
+    """Reduce scores over the first axis; NaN has no say, except where there is nothing else."""
     known = ~rows.isnan()
     if how == "max":
         value = torch.where(known, rows, -torch.inf).amax(0) if len(rows) else rows.new_zeros(rows.shape[1:])

@@ -1,4 +1,4 @@
-"""Removing only what makes no difference: neurons that are dead or constant; constants move into their readers."""
+"""Lossless pruning of neurons that are dead or constant; constants move into the layers that read them."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -24,11 +24,11 @@ from lightning_neurons.pruning.surgery.surgery import Cut
 from lightning_neurons.results.neuron_report import NeuronReport
 
 TOLERANCE = 1e-5
-"""By how much outputs may differ, relative to the largest of them: the order of sums is another one."""
+"""Largest difference of outputs, relative to the largest of them: the order of sums is another one."""
 
 
 def still_layers(report: NeuronReport) -> frozenset[str]:
-    """The layers none of whose neurons ever changes, such as saturated gates: what they read makes no difference.
+    """Return layers none of whose neurons ever changes, such as saturated gates: their inputs make no difference.
 
     Args:
         report: A measurement with the criterion ``"constant"``.
@@ -40,13 +40,16 @@ def still_layers(report: NeuronReport) -> frozenset[str]:
 def lossless_scores(
     structure: Structure, model: nn.Module, constants: Mapping[str, Constant], still: frozenset[str] = frozenset()
 ) -> tuple[dict[str, GroupScores], tuple[str, ...]]:
-    """By root, -1 for the units without which nothing changes and 0 for all others; and what keeps constants.
+    """Return the score -1 for units without which nothing changes and 0 for all others; and notes.
 
     Args:
         structure: The model's groups.
         model: The model.
-        constants: By reader, which of its inputs never change.
-        still: Readers that put out the same whatever they read.
+        constants: By downstream layer, its inputs that never change.
+        still: Downstream layers whose output is the same whatever they read.
+
+    Returns:
+        Scores by root, and notes on constant neurons that have to stay.
     """
     modules, notes = modules_by_name(model), []
     found = {}
@@ -72,7 +75,7 @@ def _why_not(
     still: frozenset[str],
     norm_behind: Mapping[str, str],
 ) -> str | None:
-    """Why a unit has to stay: "" if it is not constant at all; None if it can go."""
+    """Return why a unit has to stay: "" if it is not constant at all; None if it can go."""
     reading = [part for part in group.parts if part.role == "reads"]
     if not reading or any(part.path not in constants for part in reading):
         return ""
@@ -107,14 +110,17 @@ def without_loss(
     calibration: Calibration,
     wiring: Wiring,
 ) -> Prepared:
-    """A cut of constant neurons, with the proof that it changes nothing. Every process has to take part.
+    """Prepare a cut of constant neurons, and prove that it changes nothing. Every process has to take part.
 
     Args:
         model: As it is before the cut; it is left as it is.
-        candidates: What could go; the first for which the proof succeeds does.
-        constants: By reader, its constant inputs.
-        calibration: What it is proven on.
+        candidates: The cuts to try; the first for which the proof succeeds is taken.
+        constants: By downstream layer, its constant inputs.
+        calibration: The data that it is proven on.
         wiring: How the model's layers follow one another.
+
+    Returns:
+        The cut, with a note on the largest difference of outputs.
 
     Raises:
         PruningError: If the outputs would change.
@@ -137,13 +143,16 @@ def without_loss(
 
 
 def difference(model: nn.Module, cuts: Sequence[Cut], shifts: Mapping[str, Tensor], calibration: Calibration) -> float:
-    """By how much the outputs change with a cut, relative to the largest of them. Every process has to take part.
+    """Measure how much a cut changes the outputs. Every process has to take part.
 
     Args:
         model: As it is before the cut; it is left as it is.
-        cuts: What goes.
-        shifts: What goes with it.
+        cuts: The cuts.
+        shifts: By parameter or buffer, what is added to it before the cut.
         calibration: The data.
+
+    Returns:
+        The largest difference, relative to the largest output.
     """
     rehearsal = Rehearsal(model, cuts, shifts)
     worst = 0.0
@@ -159,7 +168,7 @@ def difference(model: nn.Module, cuts: Sequence[Cut], shifts: Mapping[str, Tenso
 
 
 def _relative(expected: Tensor, got: Tensor) -> float:
-    """The largest difference, relative to the largest value; what is not floating-point has to be the same."""
+    """Return the largest difference, relative to the largest value; other types than floating point must be equal."""
     if not expected.is_floating_point() or not expected.numel():
         return 0.0 if torch.equal(expected, got) else math.inf
     error = float((expected.double() - got.double()).abs().max())

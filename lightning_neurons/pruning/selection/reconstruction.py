@@ -1,4 +1,4 @@
-"""The criterion ``"reconstruction"``: a unit is worth what its readers cannot make up for when it goes.
+"""The criterion ``"reconstruction"``: the error that downstream layers cannot make up for without a unit.
 
 Units of a group are eliminated one after the other (``elimination.py``), so a score holds for the case that all with
 lower scores have gone as well, which is how units are removed.
@@ -24,9 +24,9 @@ from lightning_neurons.pruning.structure.structure import Structure
 def reconstruction_scores(
     structure: Structure, model: nn.Module, moments: Mapping[str, Moments], budget: PruningBudget
 ) -> tuple[dict[str, GroupScores], tuple[str, ...]]:
-    """By root, what the readers of each unit lose with it, relative to the variance of what is read next; and notes.
+    """Return the error that remains in downstream layers without each unit, relative to variances; and notes.
 
-    A reader's loss counts behind the norm layer that follows it: what that makes small matters little.
+    Errors count behind the norm layer that follows a downstream layer: what that makes small matters little.
 
     For a target of MACs or parameters it is divided by the share of them that goes with the unit; for a threshold it is
     the sum over all that have gone before. Scores never fall along the order of elimination.
@@ -34,8 +34,11 @@ def reconstruction_scores(
     Args:
         structure: The model's groups.
         model: The model.
-        moments: By reader, of what it reads.
-        budget: Says by what to divide. Groups with a reader without moments have no scores.
+        moments: By downstream layer, of its inputs.
+        budget: Says by what to divide. Groups that are read by a layer without moments have no scores.
+
+    Returns:
+        Scores by root, the lowest of which go first; and notes on groups without scores.
     """
     modules = modules_by_name(model)
     found, notes = {}, []
@@ -58,7 +61,7 @@ def reconstruction_scores(
 
 
 def _strictly(value: Tensor, order: list[int]) -> Tensor:
-    """Equal scores would go in the order of the model; let them go in that of elimination."""
+    """Return scores that rise along the order of elimination: equal ones would go in the order of the model."""
     value = value.clone()
     for before, unit in pairwise(order):
         if value[unit] <= value[before]:
@@ -79,7 +82,7 @@ def _price(structure: Structure, root: str, budget: PruningBudget) -> float:
 def _readings(
     group: Group, modules: Mapping[str, nn.Module], moments: Mapping[str, Moments], coupling: Coupling
 ) -> list[Reading] | None:
-    """What the readers of a group read; None if that is not known."""
+    """Return weights and inputs of the layers that read a group; None if that is not known."""
     found, parts = [], [part for part in group.parts if part.role == "reads"]
     for part in parts:
         seen = moments.get(part.path)
@@ -102,7 +105,7 @@ def _readings(
 
 
 def _gain(path: str, modules: Mapping[str, nn.Module], coupling: Coupling, weight: Tensor) -> Tensor:
-    """What the norm layer behind a layer multiplies its outputs by, in a shape that fits its weight."""
+    """Return the factor of the norm layer behind a layer, in a shape that fits its weight."""
     norm = modules.get(coupling.norm_behind.get(path, ""))
     if not keeps_statistics(norm) or norm.running_var is None:
         return weight.new_ones(())
@@ -114,7 +117,7 @@ def _gain(path: str, modules: Mapping[str, nn.Module], coupling: Coupling, weigh
 
 
 def _variance_behind(path: str, moments: Mapping[str, Moments], coupling: Coupling) -> float | None:
-    """The mean over the layers that read a layer, directly or through a sum, of the variance of what they read."""
+    """Return the mean variance of the inputs of the layers that read a layer, directly or through a sum."""
     behind = [moments[layer] for layer, sources in coupling.reads.items() if path in sources and layer in moments]
     known = [float(seen.covariance_xx.trace()) for seen in behind if float(seen.count)]
     return sum(known) / len(known) if known and sum(known) > 0 else None

@@ -1,4 +1,4 @@
-"""Which units go: an order of all candidates, and how far along it the budget reaches."""
+"""The choice of the units to remove: an order of all candidates, and how far along it the budget reaches."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,12 +16,12 @@ from lightning_neurons.pruning.structure.structure import Structure
 
 @dataclass(frozen=True)
 class Selection:
-    """What goes, and why not more.
+    """The units to remove, and why not more.
 
     Attributes:
-        units: By root, the units that go, sorted.
+        units: By root, the units to remove, sorted.
         places: By root and unit, its place in the order of its group, 0 being the least worth keeping.
-        notes: What limited it.
+        notes: The limits of the choice.
     """
 
     units: Mapping[str, list[int]]
@@ -32,13 +32,16 @@ class Selection:
 def select(
     structure: Structure, scores: Mapping[str, GroupScores], budget: PruningBudget, dense: Dense | None = None
 ) -> Selection:
-    """Choose the units that go.
+    """Choose the units to remove.
 
     Args:
         structure: The model.
         scores: By root; groups without scores stay.
-        budget: What is asked.
+        budget: The budget.
         dense: The model before earlier cuts; None if there were none.
+
+    Returns:
+        Units by root, their places in the order, and notes.
 
     Raises:
         UnknownNameError: If a pattern of ``budget.ignore`` matches no layer.
@@ -97,7 +100,7 @@ def _why_nothing(groups: Mapping[str, Group], scores: Mapping[str, GroupScores],
 
 
 def _candidates(root: str, scores: Mapping[str, GroupScores], budget: PruningBudget, notes: list[str]) -> list[int]:
-    """The units of a group that may go at all, the least worth keeping first; ties in the order of the model."""
+    """Return the units of a group that may go at all, the least worth keeping first; ties in the model's order."""
     if root not in scores:
         return []
     given = scores[root]
@@ -122,7 +125,7 @@ def _candidates(root: str, scores: Mapping[str, GroupScores], budget: PruningBud
 
 
 def _room(structure: Structure, groups: Mapping[str, Group], budget: PruningBudget, dense: Dense) -> dict[str, int]:
-    """By layer, how many of its neurons may go."""
+    """Return the number of neurons of each layer that may be removed."""
     least: dict[str, int] = {}
     for group in groups.values():
         for layer in group.layers:
@@ -142,7 +145,7 @@ def _order(
     budget: PruningBudget,
     room: Mapping[str, int],
 ) -> list[tuple[str, int]]:
-    """All candidates of all groups for which there is room, the first to go first.
+    """Return all candidates of all groups for which there is room, the first to go first.
 
     Ties between groups go by the place within the group, so that equal scores thin out all layers alike.
     """
@@ -175,5 +178,5 @@ def _order(
 
 
 def _places(value: Tensor) -> dict[int, int]:
-    """By unit, its place in the order of its group."""
+    """Return the place of each unit in the order of its group."""
     return {unit: place for place, unit in enumerate(torch.sort(value, stable=True).indices.tolist())}

@@ -1,4 +1,4 @@
-"""From the neurons of a sub-network to a plan that leaves just those."""
+"""Plans that keep just the neurons of a sub-network."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any

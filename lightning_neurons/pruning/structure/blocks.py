@@ -1,4 +1,4 @@
-"""The blocks of a model, and what each layer does in its block."""
+"""The blocks of a model, by layer."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def blocks_of(model: nn.Module) -> dict[str, str]:
-    """For each layer the name of its block.
+    """Return the name of each layer's block.
 
     A block is the outermost module with several layers that is an entry of a container, or one of several of its type;
     a layer outside of any is a block of its own.

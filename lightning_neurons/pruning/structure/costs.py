@@ -1,4 +1,4 @@
-"""What a model costs, and what it would cost with fewer neurons: parameters and multiply-accumulate operations (MACs).
+"""Costs of a model, whole or with fewer neurons: parameters and multiply-accumulate operations (MACs).
 
 MACs are those of one sample, of every operation that ``torch.utils.flop_counter`` has a formula for. An operation with
 a weight takes the number of positions at which it is applied, times the weight's size. Both follow from the sizes of
@@ -26,10 +26,10 @@ from lightning_neurons.pruning.structure.example import Example
 from lightning_neurons.pruning.surgery.surgery import Cut, cut
 
 Removed = Mapping[tuple[str, int], int]
-"""By tensor and axis, how many places go."""
+"""The number of places that are removed, by tensor and axis."""
 
 Effects = list[tuple[str, int, tuple[int, ...]]]
-"""Tensor, axis, and how many places go with each unit of a group."""
+"""Tensor, axis, and the number of places that are removed with each unit of a group."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Costs:
     """The sizes of a model's tensors.
 
     Attributes:
-        shapes: By parameter.
-        positions: By weight, at how many positions it is applied per sample.
+        shapes: Shapes by parameter.
+        positions: By weight, the number of positions at which it is applied, per sample.
         rest: MACs per sample of operations without a weight of their own.
         uncounted: Layers that ran without any operation whose MACs have a formula.
     """
@@ -49,16 +49,16 @@ class Costs:
     uncounted: tuple[str, ...] = ()
 
     def parameters(self, removed: Removed | None = None) -> int:
-        """How many parameters there are, when something has been removed."""
+        """Return the number of parameters, when something has been removed."""
         return sum(self._size(name, removed or {}) for name in self.shapes)
 
     def macs(self, removed: Removed | None = None) -> int:
-        """How many multiply-accumulate operations one sample takes, when something has been removed."""
+        """Return the multiply-accumulate operations per sample, when something has been removed."""
         weights = sum(count * self._size(name, removed or {}) for name, count in self.positions.items())
         return round(weights + self.rest)
 
     def macs_of(self, weight: str) -> int:
-        """How many of them one layer's weight takes."""
+        """Return the multiply-accumulate operations per sample of one layer's weight."""
         return round(self.positions[weight] * self._size(weight, {})) if weight in self.positions else 0
 
     def _size(self, name: str, removed: Removed) -> int:
@@ -71,7 +71,10 @@ def costs_of(model: nn.Module, example: Example) -> Costs:
 
     Args:
         model: In evaluation mode; it may be a copy.
-        example: What to run it on.
+        example: The inputs to run it on.
+
+    Returns:
+        MACs are per sample.
     """
     samples = samples_in(example.inputs)
     counting = _Counting(model)
@@ -88,18 +91,18 @@ def costs_of(model: nn.Module, example: Example) -> Costs:
 
 @dataclass(frozen=True)
 class Counter:
-    """Counts what a model costs. Its weights may decide which of its layers run on what, as those of a router do.
+    """A counter of a model's costs. Weights may decide which layers run on what, as those of a router do.
 
     Attributes:
         twin: A copy with the weights of the model, in evaluation mode.
-        example: What it is run on.
+        example: The inputs that it is run on.
     """
 
     twin: nn.Module
     example: Example
 
     def costs(self, cuts: Sequence[Cut] = ()) -> Costs:
-        """The costs, when something has been cut; the copy is as it was afterwards."""
+        """Return the costs when something has been cut; the copy is as it was afterwards."""
         operation = cut(self.twin, cuts)
         try:
             return costs_of(self.twin, self.example)
@@ -108,11 +111,14 @@ class Counter:
 
 
 def routed(costs: Costs, others: Costs) -> tuple[str, ...]:
-    """The layers that run on something else with other weights, in the order of the model.
+    """Return the layers that run on other samples or positions with other weights, in the order of the model.
 
     Args:
         costs: Of a model.
         others: Of the same model with other weights.
+
+    Returns:
+        Paths of layers.
 
     Example:
         >>> weights = {"gate.weight": (2, 4), "experts.0.weight": (3, 4)}
@@ -139,7 +145,7 @@ def _written_out() -> Iterator[None]:
 
 
 class _Counting(TorchDispatchMode):
-    """Adds up the MACs of a forward, by weight; those without any by no name."""
+    """A mode that adds up the MACs of a forward, by weight; those without any under an empty name."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -153,7 +159,7 @@ class _Counting(TorchDispatchMode):
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Know which layer is running."""
+        """Keep track of the layer that is running."""
         hooks = [
             hook
             for name, layer in self._layers.items()
@@ -169,7 +175,7 @@ class _Counting(TorchDispatchMode):
                 hook.remove()
 
     def uncounted(self) -> tuple[str, ...]:
-        """The layers that ran, and none of whose operations has a formula."""
+        """Return the layers that ran, and none of whose operations has a formula."""
         return tuple(name for name in self._layers if self._ran.get(name) == 0)
 
     def __torch_dispatch__(
@@ -195,7 +201,7 @@ class _Counting(TorchDispatchMode):
         self._running.pop()
 
     def _weight_of(self, operands: Sequence[Tensor]) -> str:
-        """The one parameter among the operands, or what a layer has computed from its own; else no name."""
+        """Return the one parameter among operands, or what a layer has computed from its own; else no name."""
         found = {self._names[_memory(t)] for t in operands if _memory(t) in self._names}
         weight = self._layers[self._running[-1]]._parameters.get("weight") if self._running else None
         if len(found) != 1 and weight is not None:
@@ -205,12 +211,12 @@ class _Counting(TorchDispatchMode):
 
 
 def _memory(tensor: Tensor) -> int:
-    """Which memory a tensor lies in: views of a parameter lie in its own. Sparse tensors have none of that kind."""
+    """Return the identity of a tensor's memory: views of a parameter share its own. Sparse tensors have no such one."""
     return int(tensor.untyped_storage()._cdata) if tensor.layout == torch.strided else id(tensor)
 
 
 def effects(group: Group, modules: Mapping[str, nn.Module]) -> Effects:
-    """What each unit of a group takes from the model's parameters."""
+    """Return the number of places that each unit of a group takes from the model's parameters."""
     found: Effects = []
     for part in group.parts:
         taken = tuple(len(places) for places in part.indices)
@@ -226,7 +232,7 @@ def effects(group: Group, modules: Mapping[str, nn.Module]) -> Effects:
 
 
 def removed_by(effects_of: Mapping[str, Effects], units: Mapping[str, Iterable[int]]) -> dict[tuple[str, int], int]:
-    """How many places go, by tensor and axis, when units go."""
+    """Return the number of places that are removed, by tensor and axis, with some units."""
     removed: dict[tuple[str, int], int] = {}
     for root, gone in units.items():
         gone = list(gone)

@@ -1,4 +1,4 @@
-"""The block structure of a model as a document: what pruning block by block needs to know."""
+"""The block structure of a model as a document, for pruning block by block."""
 
 import json
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ def describe_structure(model: nn.Module, example_inputs: Any, *, path: str | Pat
     Args:
         model: Any module; it is only read.
         example_inputs: One batch: a tensor, a tuple of positional arguments or a dict of keyword arguments.
-        path: Where to write the same as JSON; None writes nothing.
+        path: The file to write the same to as JSON; None writes nothing.
 
     Returns:
         A document of plain values. ``blocks`` has for each block its ``parents`` (the nearest blocks whose layers it
@@ -96,7 +96,7 @@ def _blocks(model: nn.Module, structure: Structure) -> dict[str, Any]:
 
 
 def _nearest(block: str, sources: Mapping[str, Mapping[str, None]]) -> list[str]:
-    """The blocks that a block reads, without those that are read through another one, as along a residual stream."""
+    """Return the blocks that a block reads, without those that it reads through another, as along a residual stream."""
 
     def ancestors(name: str, seen: set[str]) -> set[str]:
         for source in sources[name]:
@@ -111,7 +111,7 @@ def _nearest(block: str, sources: Mapping[str, Mapping[str, None]]) -> list[str]
 
 
 def roles_of(model: nn.Module, structure: Structure) -> dict[str, str]:
-    """By layer, what it does in its block."""
+    """Return the role of each layer in its block."""
     modules, blocks = modules_by_name(model), structure.blocks
     roles = {name: "head" if name in structure.coupling.ends else "layer" for name in structure.widths}
     reads: Mapping[str, tuple[str, ...]] = {name: structure.coupling.reads.get(name, ()) for name in structure.widths}

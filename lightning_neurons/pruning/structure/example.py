@@ -1,4 +1,4 @@
-"""What a model is run on to learn its structure: a few samples, and how to call the model with them."""
+"""The example that shows a model's structure: a few samples, and how to call the model with them."""
 
 import math
 from collections.abc import Callable
@@ -53,12 +53,12 @@ class Example:
             ) from error
 
     def to(self, dtype: torch.dtype) -> "Example":
-        """The same in another precision."""
+        """Return the example in another precision."""
         return replace(self, inputs=map_tensors(self.inputs, lambda t: in_precision(t, dtype)))
 
 
 def in_precision(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor with numbers of another type, complex ones with parts of that type; others are as they are.
+    """Return a tensor of another precision, complex if it was; one of whole numbers is as it is.
 
     Example:
         >>> in_precision(torch.zeros(2, dtype=torch.complex64), torch.float64).dtype
@@ -70,7 +70,7 @@ def in_precision(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def twin_of(model: nn.Module, *, shared: bool = False) -> nn.Module:
-    """A copy in evaluation mode.
+    """Copy a model, in evaluation mode.
 
     Args:
         model: Any module.
@@ -110,7 +110,7 @@ def scramble(twin: nn.Module) -> None:
 
 
 def _random(shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """Weights that keep the size of what goes through them; scales and biases of either sign, none of them small."""
+    """Draw weights that keep the size of activations; scales and biases of either sign, none of them small."""
     if len(shape) > 1:
         return torch.randn(shape, generator=generator) * math.sqrt(shape[0] / max(shape.numel(), 1))
     signs = torch.randint(0, 2, shape, generator=generator) * 2 - 1

@@ -1,4 +1,4 @@
-"""Networks that follow others, such as momentum and target networks: their neurons go with those that they follow."""
+"""Networks that follow others, such as momentum and target networks, and lose the same neurons."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,7 +13,7 @@ Followers = Mapping[str, str]
 
 
 def mirrored(path: str, followers: Followers) -> list[str]:
-    """What follows a module, parameter or layer, by path.
+    """Return the paths of what follows a module, parameter or layer.
 
     Example:
         >>> mirrored("net.0.weight", {"target": "net", "ema.module": "net"})
@@ -23,11 +23,14 @@ def mirrored(path: str, followers: Followers) -> list[str]:
 
 
 def joined(structure: Structure, followers: Followers) -> Structure:
-    """The same structure with groups that hold a network's neurons and those of its followers.
+    """Join the groups of a network with those of its followers.
 
     Args:
         structure: Of a model, in which followers may have groups of their own, or none as they did not run.
         followers: Of the model.
+
+    Returns:
+        The same structure with joint groups; those that do not fit together are refused.
     """
     groups, refused = dict(structure.groups), dict(structure.refused)
     made: dict[str, Group] = {}
@@ -58,7 +61,7 @@ def joined(structure: Structure, followers: Followers) -> Structure:
 
 
 def _joint(group: Group, own: list[Group], followers: Followers, order: list[str]) -> Group | None:
-    """A group with what follows it, or None where units do not belong together one by one."""
+    """Return a group with what follows it, or None where units do not belong together one by one."""
     parts = {(part.path, part.role, part.axis): part for part in group.parts}
     layers = dict(group.layers)
     for part in group.parts:
@@ -79,12 +82,15 @@ def _joint(group: Group, own: list[Group], followers: Followers, order: list[str
 
 
 def shifts_with_followers(shifts: Mapping[str, Tensor], followers: Followers, ran: set[str]) -> dict[str, Tensor]:
-    """What compensates for a cut, also in followers: what did not run there is corrected as in what it follows.
+    """Return the shifts of a cut with those of followers that did not run: as in the network that they follow.
 
     Args:
         shifts: By parameter or buffer, what is added to it.
         followers: Of the model.
         ran: Modules that have been run, and compensated by themselves.
+
+    Returns:
+        By parameter or buffer, what is added to it.
     """
     found = dict(shifts)
     for name, shift in shifts.items():

@@ -1,4 +1,4 @@
-"""How long a forward takes, measured."""
+"""The measured time of a forward."""
 
 import statistics
 import time
@@ -12,12 +12,15 @@ from lightning_neurons.pruning.structure.example import Example
 
 
 def latency(model: nn.Module, example: Example, repeats: int = 10) -> float:
-    """The median time of a forward on an example, in seconds; the model is left as it was.
+    """Measure the median time of a forward on an example; the model is left as it was.
 
     Args:
         model: Run in evaluation mode, without gradients.
-        example: What to run it on.
-        repeats: How often to run it, after one run that does not count.
+        example: The inputs to run it on.
+        repeats: Number of runs, after one that does not count.
+
+    Returns:
+        Seconds.
     """
     finish = _finisher(model)
     times = []
@@ -32,7 +35,7 @@ def latency(model: nn.Module, example: Example, repeats: int = 10) -> float:
 
 
 def _finisher(model: nn.Module) -> Callable[[], None]:
-    """Waits for the model's device."""
+    """Return a function that waits for the model's device."""
     kinds = {p.device.type for p in model.parameters()}
     if "cuda" in kinds:
         return torch.cuda.synchronize

@@ -1,6 +1,7 @@
-"""Is a cut right? Tried on a copy: the output without the neurons must be the output with them silenced.
+"""Trials of cuts on a copy: the output without the neurons must be the output with them silenced.
 
-Silenced means that what reads them has weights of zero for them. The copy has random weights, so that nothing can hide.
+Silenced means that layers that read them have weights of zero for them. The copy has random weights, so that a wrong
+cut cannot go unnoticed.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,11 +23,11 @@ _TOLERANCES = ((torch.float64, 1e-8), (torch.float32, 1e-4))
 
 
 class Preflight:
-    """Tries cuts on a copy of a model, which it changes and puts back.
+    """A trial of cuts on a copy of a model, which it changes and puts back.
 
     Args:
         twin: A copy with random weights, in evaluation mode.
-        example: What it is run on.
+        example: The inputs that it is run on.
         ends: Layers whose values are compared too: a saturated output could hide a difference.
     """
 
@@ -36,13 +37,16 @@ class Preflight:
         self._find_precision()
 
     def failing(self, groups: Sequence[Group], units: Mapping[str, Sequence[int]]) -> dict[str, str]:
-        """The groups whose cut changes more than silence does, by root, each with what happens.
+        """Return the groups whose cut changes more than silence does, by root, each with the reason.
 
         All are tried together first; only where that fails, the halves.
 
         Args:
-            groups: What is to be cut.
-            units: By root, the units that are to go.
+            groups: The groups to cut.
+            units: By root, the units to remove.
+
+        Returns:
+            The reason in words by root; empty if all cuts are right.
         """
         if not groups:
             return {}
@@ -73,7 +77,7 @@ class Preflight:
         raise PruningError(f"the model runs on a copy neither in float64 nor in float32 ({failure})")
 
     def _difference(self, cuts: Sequence[Cut]) -> str | None:
-        """What differs between silence and removal, or None."""
+        """Return the difference between silence and removal in words, or None."""
         with silenced(self.twin, cuts):
             expected = self._outputs(self.example)
         try:
@@ -105,7 +109,7 @@ class Preflight:
 
 @contextmanager
 def silenced(model: nn.Module, cuts: Sequence[Cut]) -> Iterator[None]:
-    """Nothing reads the neurons that are to go: the weights of their readers, and parameters added to them, are 0."""
+    """Silence neurons inside the context: weights of layers that read them, and parameters added to them, are 0."""
     modules, kept = modules_by_name(model), []
     with torch.no_grad():
         for one in cuts:

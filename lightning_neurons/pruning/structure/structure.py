@@ -1,4 +1,4 @@
-"""What of a model can be cut: the groups that are offered, why others are not, and what everything costs."""
+"""The structure of a model for pruning: groups that can be cut, why others cannot, and costs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,17 +22,17 @@ from lightning_neurons.pruning.structure.preflight import Preflight
 from lightning_neurons.pruning.surgery.surgery import cuts_of
 
 Units = Mapping[str, list[int]]
-"""By a group's root, units of it."""
+"""Units by a group's root."""
 
 
 @dataclass(frozen=True)
 class Structure:
-    """A model's groups.
+    """The groups of coupled neurons of a model, and its costs.
 
     Attributes:
         groups: All of them, by root.
         refused: By root, why a group cannot be cut.
-        coupling: What the graph says.
+        coupling: Groups and connections of layers, from the model's graph.
         widths: Neurons by layer.
         blocks: By layer, the block that it is in.
         costs: The sizes of all tensors.
@@ -62,11 +62,11 @@ class Structure:
         return {name: f"it is not in the model's graph: {why}" for name, why in self.coupling.unseen.items()}
 
     def group_of(self, layer: str, neuron: int) -> tuple[str, int] | None:
-        """The group and the unit that a neuron belongs to."""
+        """Return the group and the unit that a neuron belongs to."""
         return self._owners.get((layer, neuron))
 
     def neurons(self, units: Units) -> dict[str, list[int]]:
-        """The neurons, by layer in the order of the model, that go with some units."""
+        """Return the neurons that go with some units, by layer in the order of the model."""
         found: dict[str, set[int]] = {}
         for root, chosen in units.items():
             for layer, neurons in self.groups[root].neurons(chosen).items():
@@ -74,19 +74,19 @@ class Structure:
         return {layer: sorted(found[layer]) for layer in self.widths if found.get(layer)}
 
     def costs_without(self, units: Units) -> tuple[int, int]:
-        """Parameters and MACs when units have gone, from the sizes of tensors."""
+        """Return parameters and MACs when units have gone, from the sizes of tensors."""
         removed = removed_by(self._effects, units)
         rest = sum(self._rest_per_unit.get(root, 0.0) * len(gone) for root, gone in units.items())
         return self.costs.parameters(removed), self.costs.macs(removed) - round(rest)
 
     def counted_without(self, units: Units) -> tuple[int, int]:
-        """The same, with the MACs counted on a copy that is cut."""
+        """Return parameters and MACs when units have gone, with the MACs counted on a copy that is cut."""
         parameters, macs = self.costs_without(units)
         return parameters, self._counted(units).macs() if any(units.values()) else macs
 
     @cached_property
     def wiring(self) -> Wiring:
-        """The linear readers in the order in which they run, and the norm layers behind layers."""
+        """The downstream layers in the order in which they run, and the norm layers behind layers."""
         modules = modules_by_name(self.preflight.twin)
         reading = [part.path for group in self.groups.values() for part in group.parts if part.role == "reads"]
         readers = [path for path in dict.fromkeys(reading) if is_linear(modules[path])]
@@ -122,11 +122,14 @@ class Structure:
 
 
 def discover(model: nn.Module, example: Example) -> Structure:
-    """Learn what of a model can be cut. The model is only read.
+    """Find the groups of a model that can be cut, and its costs. The model is only read.
 
     Args:
         model: Any module.
         example: A few samples, and how to run the model on them.
+
+    Returns:
+        Groups and costs, with the means to try and to count cuts.
 
     Raises:
         PruningError: If the model cannot be copied, run or traced.
@@ -164,7 +167,7 @@ def _preflight(twin: nn.Module, example: Example, ends: list[str]) -> Preflight:
 
 
 def some_units(group: Group, seed: int) -> list[int]:
-    """About a third of a group's units, without any pattern, as a trial; no layer loses all."""
+    """Choose about a third of a group's units, without any pattern, as a trial; no layer loses all."""
     chosen: list[int] = []
     for unit in torch.randperm(group.size, generator=torch.Generator().manual_seed(seed)).tolist():
         gone = group.neurons([*chosen, unit])
@@ -175,7 +178,7 @@ def some_units(group: Group, seed: int) -> list[int]:
 
 
 def _refused(model: nn.Module, coupling: Coupling) -> dict[str, str]:
-    """What can be told without a trial."""
+    """Return the groups that cannot be cut, as far as that can be told without a trial, with the reasons."""
     modules, tied = modules_by_name(model), _tied(model)
     refused = {}
     for group in coupling.groups:
@@ -191,7 +194,7 @@ def _refused(model: nn.Module, coupling: Coupling) -> dict[str, str]:
 
 
 def _norm_over(group: Group, model: nn.Module) -> str | None:
-    """Why a group whose cut is wrong cannot be cut, if a norm layer runs over all of it."""
+    """Return why a group whose cut is wrong cannot be cut, if a norm layer runs over all of it."""
     modules = modules_by_name(model)
     for part in group.parts:
         owner = part.path.rpartition(".")[0] if part.role == "holds" else part.path
@@ -219,7 +222,7 @@ def _why_not(group: Group, modules: Mapping[str, nn.Module], tied: Mapping[str, 
 
 
 def _tied(model: nn.Module) -> dict[str, str]:
-    """Parameters that several modules have, each with another one of its names. A module itself may have two names."""
+    """Return parameters that several modules have, each with another of its names. A module may have two names."""
     names: dict[int, list[str]] = {}
     for path, module in modules_by_name(model).items():
         for leaf, parameter in module._parameters.items():

@@ -1,4 +1,4 @@
-"""Which optimizers can go on after a cut, and what of their state follows a parameter's shape."""
+"""Optimizers after a cut: those that can go on, and the part of their state that follows a parameter's shape."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from lightning_neurons.errors import ArgumentError, PruningError
 
 
 def checked_optimizers(given: Any, model: nn.Module | None = None) -> list[torch.optim.Optimizer]:
-    """The optimizers, unwrapped.
+    """Return the optimizers, unwrapped and checked.
 
     Args:
         given: None, one optimizer, or several.
@@ -41,7 +41,7 @@ def checked_optimizers(given: Any, model: nn.Module | None = None) -> list[torch
 
 
 def with_held(optimizers: Iterable[torch.optim.Optimizer]) -> list[torch.optim.Optimizer]:
-    """Optimizers and those that they hold themselves, as SAM and Lookahead do, each once.
+    """Return optimizers and those that they hold themselves, as SAM and Lookahead do, each once.
 
     Example:
         >>> import torch
@@ -61,7 +61,7 @@ def with_held(optimizers: Iterable[torch.optim.Optimizer]) -> list[torch.optim.O
 
 
 def _inside(value: Any) -> Iterator[Any]:
-    """What lists, tuples and dicts hold."""
+    """Yield what lists, tuples and dicts hold."""
     if isinstance(value, Mapping | list | tuple):
         for one in value.values() if isinstance(value, Mapping) else value:
             yield from _inside(one)
@@ -92,7 +92,7 @@ def refuse_outside_state(optimizers: Sequence[torch.optim.Optimizer], cut: Itera
 
 
 def why_not(optimizer: torch.optim.Optimizer) -> str | None:
-    """What to use instead of an optimizer that cannot go on after a cut, or None if it can."""
+    """Return what to use instead of an optimizer that cannot go on after a cut, or None if it can."""
     if isinstance(optimizer, torch.optim.LBFGS):
         return "an optimizer with a state for each parameter (AdamW, SGD, ...); LBFGS keeps one flat history of all"
     if hasattr(optimizer, "consolidate_state_dict"):
@@ -101,12 +101,12 @@ def why_not(optimizer: torch.optim.Optimizer) -> str | None:
 
 
 def is_large(value: Any) -> bool:
-    """Whether an entry of an optimizer's state has a shape that may follow the parameter's."""
+    """Return whether an entry of an optimizer's state has a shape that may follow the parameter's."""
     return isinstance(value, Tensor) and value.numel() > 1
 
 
 def fits(value: Any, like: Tensor) -> bool:
-    """A number; or element by element; or summed over some axes, as in Adafactor."""
+    """Return whether a value is a number, has the parameter's shape, or is summed over axes, as in Adafactor."""
     if not isinstance(value, Tensor):
         return not isinstance(value, list | tuple | dict)
     same = value.ndim == like.ndim and all(a in (1, b) for a, b in zip(value.shape, like.shape, strict=True))
@@ -114,6 +114,6 @@ def fits(value: Any, like: Tensor) -> bool:
 
 
 def refill(state: dict[str, Any], content: Mapping[str, Any]) -> None:
-    """Give a dict other content; whoever holds it sees it."""
+    """Replace the content of a dict in place."""
     state.clear()
     state.update(content)

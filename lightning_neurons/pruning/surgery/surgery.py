@@ -1,6 +1,6 @@
 """The cut itself: tensors become smaller, the objects stay.
 
-Parameters keep their identity, so that optimizers, schedulers, gradient clipping and whoever else holds them go on as
+Parameters keep their identity, so that optimizers, schedulers, gradient clipping and all others that hold them go on as
 before; gradients and the state of optimizers are cut by the same indices. A cut happens whole or not at all: all new
 tensors are computed before the first is put in place, and what has been put in place is taken back after an error.
 """
@@ -23,12 +23,12 @@ from lightning_neurons.pruning.surgery.optimizers import fits, is_large, refill,
 
 @dataclass(frozen=True)
 class Cut:
-    """What one module (or, for the role ``"holds"``, one parameter) loses.
+    """The neurons that one module (or, for the role ``"holds"``, one parameter) loses.
 
     Attributes:
         path: The module or parameter.
-        role: What the module does with the neurons that go.
-        places: Their places, sorted.
+        role: The module's relation to the removed neurons, such as ``"makes"`` or ``"reads"``.
+        places: Their indices, sorted.
         axis: Of a parameter that is no module's weight, the axis.
     """
 
@@ -39,7 +39,7 @@ class Cut:
 
 
 class Operation:
-    """What has been changed so far, and how to take it back."""
+    """Changes that have been made so far, and can be taken back."""
 
     def __init__(self) -> None:
         self._undo: list[Callable[[], None]] = []
@@ -50,7 +50,7 @@ class Operation:
         action()
 
     def keep(self, target: object) -> None:
-        """Whatever is set in an object from now on is taken back as well."""
+        """Record an object's attributes, so that later changes of them are taken back as well."""
         self._undo.append(partial(vars(target).update, dict(vars(target))))
 
     def roll_back(self) -> None:
@@ -60,11 +60,14 @@ class Operation:
 
 
 def cuts_of(groups: Iterable[Group], units: Mapping[str, Sequence[int]]) -> list[Cut]:
-    """What goes from each module when units go.
+    """Return what each module loses when units are removed.
 
     Args:
         groups: The groups of a model.
         units: By a group's root, the units to remove.
+
+    Returns:
+        One cut for each module or parameter, role and axis.
     """
     places: dict[tuple[str, Role, int | None], set[int]] = {}
     for group in groups:
@@ -88,15 +91,15 @@ def cut(
 
     Args:
         model: The model.
-        cuts: What goes.
+        cuts: The cuts.
         optimizers: Their state is cut as well, and that of optimizers that they hold; element by element where it has
             the parameter's shape.
         copies: Averages of the model with the same names, such as those of EMA and SWA.
         shifts: By name of a parameter or buffer, what is added to it before the cut.
-        also: Does what belongs to the cut, when all else has been done; it is taken back with it.
+        also: Called at the end for further changes, which are taken back with the cut.
 
     Returns:
-        How to take it back.
+        The operation, which can be rolled back.
 
     Raises:
         Exception: Whatever went wrong; the model, the copies and the optimizers are then as they were.
@@ -146,7 +149,7 @@ class _Smaller:
         self.gradient = None if self.old_gradient is None else self.select(self.old_gradient)
 
     def select(self, tensor: Tensor) -> Tensor:
-        """What stays of a tensor of the old shape, or of one that has size 1 where that has more."""
+        """Return what stays of a tensor of the old shape, or of one that has size 1 where that has more."""
         found = tensor
         for axis, stays in self.stays.items():
             if tensor.shape[axis] != 1 or self.old.shape[axis] == 1:
@@ -170,11 +173,14 @@ class _Smaller:
 
 
 def stays_of(model: nn.Module, cuts: Sequence[Cut]) -> dict[str, dict[int, Tensor]]:
-    """By name of a tensor and by axis, the places that stay.
+    """Return the places that stay, by name of a tensor and by axis.
 
     Args:
         model: As it is before the cut.
-        cuts: What goes.
+        cuts: The cuts.
+
+    Returns:
+        Sorted indices.
     """
     modules = modules_by_name(model)
     places: dict[tuple[str, str], dict[int, set[int]]] = {}
@@ -206,7 +212,7 @@ def _smaller(model: nn.Module, cuts: Sequence[Cut], shifts: Mapping[str, Tensor]
 
 
 def _bare(models: Iterable[nn.Module], cuts: Sequence[Cut]) -> list[tuple[nn.Module, str, int]]:
-    """Modules without tensors, such as norm layers, which know their width by an attribute alone; what it will be."""
+    """Return modules without tensors, such as norm layers, the attribute that is their width, and its new value."""
     found = []
     for model in models:
         modules = modules_by_name(model)
@@ -228,7 +234,7 @@ def _rest(tensor: Tensor, axis: int, gone: Iterable[int]) -> Tensor:
 def _states(
     optimizer: torch.optim.Optimizer, smaller: Sequence[_Smaller]
 ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """For each parameter that is cut, its state and what it will be."""
+    """Return, for each parameter that is cut, its state and what it will be."""
     found: list[tuple[dict[str, Any], dict[str, Any]]] = []
     for one in smaller:
         state = optimizer.state.get(one.owner)
