@@ -41,8 +41,8 @@ class ActivationMaximizationCallback(SampledStudy):
     """Make images that excite classes, and cards of the neurons that stand out in a measurement.
 
     With a ``NeuronSensitivityCallback`` (or any other that measures neurons) in the same Trainer, each measurement
-    yields a card for its most important, least important and newly dead neurons: the validation pictures that excite
-    the neuron most, one that was made to, and its numbers. Pictures go to loggers that show figures or images, under
+    yields a card for its most important, least important and newly dead neurons: the validation images that excite
+    the neuron most, one that was made to, and its numbers. Images go to loggers that show figures or images, under
     ``maximization`` and ``cards/...``, and the latest to ``pictures/`` in the log directory. Works in ``fit`` and
     ``validate``; needs matplotlib to draw.
 
@@ -50,18 +50,18 @@ class ActivationMaximizationCallback(SampledStudy):
         targets: Targets to maximise, each as for ``maximize_activation``; None takes the first ten classes.
         cards: Number of neurons of each kind that get a card.
         of: The output of a class to maximise: its ``"logit"`` or softmax ``"probability"``.
-        value_range: Least and largest value of a valid picture; those of the sample if None.
-        mean: Of the normalisation of the inputs, a number or one per channel.
-        std: The same.
-        parametrization: As for ``maximize_activation``.
-        validity: The same.
-        steps: The same.
-        learning_rate: The same.
-        total_variation: The same.
-        l2: The same.
-        seed: The same, one.
+        value_range: Least and largest value of a valid image; those of the sample if None.
+        mean: Mean that the normalisation of the inputs subtracts, a number or one per channel.
+        std: Standard deviation by which it divides, likewise.
+        parametrization: As in ``maximize_activation``.
+        validity: As in ``maximize_activation``.
+        steps: As in ``maximize_activation``.
+        learning_rate: As in ``maximize_activation``.
+        total_variation: As in ``maximize_activation``.
+        l2: As in ``maximize_activation``.
+        seed: A single seed, as in ``maximize_activation``.
         max_samples: Number of validation images to compare with, spread over the data and over the classes.
-        every_n_epochs: How often during ``fit``.
+        every_n_epochs: Epochs between studies during ``fit``.
         forward: From the module and inputs to logits; None takes the module's forward, or its one network if it has
             none.
 

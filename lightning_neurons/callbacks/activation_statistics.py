@@ -18,13 +18,13 @@ from lightning_neurons.measurement.settings import MeasurementSettings
 class ActivationStatisticsCallback(NeuronObserver):
     """Measure activity and deadness of every neuron in the forwards that validation (or testing) makes anyway.
 
-    Rides on the module's own forward; only where a part of the module is compiled, each batch is run once more,
+    Uses the module's own forward; only where a part of the module is compiled, each batch is run once more,
     uncompiled. Several dataloaders are measured together.
 
     Args:
         criteria: Names or ``Criterion`` objects that need activations or weights only.
         layers: None for all, or patterns of paths (``"net.layer1.*"``), names of classes or module types.
-        every_n_epochs: How often to measure during ``fit``.
+        every_n_epochs: Epochs between measurements during ``fit``.
         per_class: Keep classes apart: True finds the targets in the batch, a function gives them.
         threshold: Largest magnitude that counts as silent, in units of the layer's root mean square.
         relative_threshold: False takes ``threshold`` in activation units.

@@ -33,7 +33,7 @@ class ClassNeuronsCallback(SampledStudy):
     ``classes.json`` goes into the log directory. Works in ``fit`` and ``validate``.
 
     Args:
-        classes: Which classes; None takes all that the sample has.
+        classes: The classes to study; None takes all that the sample has.
         method: ``"thresholding"``: importance from the samples of the class; ``"masking"``: the measured change of the
             class's loss without each neuron, which takes a run for each.
         importance: For thresholding, the name of a criterion.
@@ -41,10 +41,10 @@ class ClassNeuronsCallback(SampledStudy):
         threshold: Neurons of at least this importance belong to the class.
         cumulative: The fewest neurons of a layer that hold this share of its importance belong to the class.
         layers: None for all but the one that makes the logits; or patterns.
-        replacement: What neurons that are off become: ``"zero"`` or their ``"mean"``.
-        controls: How many random draws are compared; classes with as many neurons share them.
+        replacement: The activation of neurons that are off: ``"zero"`` or their ``"mean"``.
+        controls: Number of random sub-networks to compare with; classes with as many neurons share them.
         max_samples: How many validation samples are used, spread over the data and over the classes.
-        every_n_epochs: How often to measure during ``fit``.
+        every_n_epochs: Epochs between studies during ``fit``.
         forward: From the module and a batch to logits; None takes the module's forward on the batch's inputs, or its
             one network if it has none.
         seed: Of the random draws.

@@ -44,7 +44,7 @@ class NeuronAblationCallback(SampledStudy):
     Args:
         criterion: The criterion that chooses the neurons to measure: the name of any, or a ``Criterion``.
         ends: How many neurons are measured at each end of its ranking; None measures all.
-        replacement: What a neuron's activation becomes: ``"zero"``, its ``"mean"``, or, with ``"resample"``, its values
+        replacement: Activation of a neuron that is off: ``"zero"``, its ``"mean"``, or, with ``"resample"``, its values
             on another sample.
         loss_fn: Called with the module and a batch; returns its loss. None takes what ``validation_step`` returns or
             logs as a loss.
@@ -53,7 +53,7 @@ class NeuronAblationCallback(SampledStudy):
             isolation and in evaluation mode, for modules whose ``validation_step`` has none.
         max_samples: How many validation samples (of the first dataloader) are used, spread over the data and over the
             classes; in whole batches where the loss of a batch is not that of its samples.
-        every_n_epochs: How often to measure during ``fit``.
+        every_n_epochs: Epochs between studies during ``fit``.
         layers: None for all but those that make the output; or patterns of paths, names of classes or module types.
 
     Attributes:

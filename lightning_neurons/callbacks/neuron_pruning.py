@@ -40,12 +40,12 @@ class NeuronPruningCallback(NeuronKeeper):
     Checkpoints of any round can be resumed and validated; ``load_pruned`` loads them without a Trainer.
 
     Args:
-        criterion: By what neurons are chosen: the name of any criterion, ``"deadness"``, ``"reconstruction"`` (what
-            the layers behind cannot make up for), ``"random"``, or a ``Criterion``; None is ``"fisher"``.
+        criterion: Scores the neurons: the name of any criterion, ``"deadness"``, ``"reconstruction"`` (the error that
+            downstream layers cannot compensate), ``"random"``, or a ``Criterion``; None is ``"fisher"``.
         amount: The share of neurons to remove; give exactly one of this and the next three.
         target_params: The share of parameters that may stay.
         target_macs: The share of multiply-accumulate operations that may stay.
-        threshold: Remove what is at least so dead (1 = never fires), or for other criteria at most so important.
+        threshold: Remove neurons of at least this deadness (1 = never fires); by other criteria, of at most this score.
         schedule: ``"one_shot"``, ``"linear"``, ``"cubic"`` (Zhu and Gupta 2017) or ``"geometric"``.
         start_epoch: The epoch at whose beginning the first cut is made.
         end_epoch: The last epoch at whose beginning a cut may be made, for several rounds.
@@ -55,15 +55,15 @@ class NeuronPruningCallback(NeuronKeeper):
             ``"global"``, whichever has the lower validation loss.
         aggregate: How the scores of coupled layers become one: ``"mean"``, ``"sum"`` or ``"max"``.
         agreement: ``"all"`` removes a coupled neuron only where all layers of its group agree.
-        patience: How many measurements in a row must choose a neuron before it goes.
+        patience: Number of measurements in a row that must choose a neuron before it is removed.
         normalize: How layers are made comparable; None divides by the L2 norm where that is needed.
-        min_neurons: How many neurons of each layer stay at least.
+        min_neurons: Least number of neurons that each layer keeps.
         max_amount: The largest share that a layer may lose in all.
         round_to: Widths become multiples of this.
         ignore: Patterns of layers that keep all their neurons. Layers that make the output always do.
-        compensation: How the cut is made up for, before training goes on: ``"least_squares"`` solves what reads the
-            neurons that go again, over channels (the default); ``"patch_least_squares"`` over whole receptive patches,
-            which is better and dearer; ``"mean"`` folds the mean of what goes into biases and norm statistics;
+        compensation: Change of weights before training goes on: ``"least_squares"`` refits the weights of the
+            downstream layers, over channels (the default); ``"patch_least_squares"`` over whole receptive patches,
+            which is better and slower; ``"mean"`` folds the mean of removed neurons into biases and norm statistics;
             ``"none"``.
         reestimate_norms: Estimate running statistics of norm layers anew, where that lowers the validation loss.
         lossless: Remove neurons that are dead or constant on validation samples, and nothing else; a cut that would
@@ -81,18 +81,19 @@ class NeuronPruningCallback(NeuronKeeper):
         recovery: ``"distill"`` lets the model before the first cut teach the one after it: the Kullback-Leibler
             divergence of their logits is added to the gradient of whatever loss ``training_step`` has.
         output: The module whose output are the logits; None is the module's forward, or its one network if it has none.
-        temperature: What logits are divided by; the loss is multiplied by its square.
-        distillation_weight: What the distillation loss is multiplied by.
+        temperature: The divisor of the logits; the loss is multiplied by its square.
+        distillation_weight: The factor of the distillation loss.
         class_axis: The axis of the logits on which the classes lie.
         teacher: A checkpoint of the module to learn from, also a larger one; None takes the model before the first cut,
             which then goes into checkpoints.
-        reset_early_stopping: Let ``EarlyStopping`` forget its best score after a cut.
+        reset_early_stopping: Reset the best score and the patience of ``EarlyStopping`` after a cut.
         on_unprunable: ``"raise"`` stops before training if a layer cannot be cut or the budget cannot be met.
-        example_inputs: What the module's forward takes; None uses ``example_input_array`` or a validation batch.
+        example_inputs: Inputs of the module's forward; None uses ``example_input_array`` or a validation batch.
         loss_fn: As in ``NeuronSensitivityCallback``.
         loss_reduction: As in ``NeuronSensitivityCallback``.
-        max_samples: How many validation samples criteria that need gradients, and compensations, are measured on.
-        activation_threshold: For ``"deadness"``: what counts as silent, in units of the layer's root mean square.
+        max_samples: Number of validation samples for criteria that need gradients, and for compensations.
+        activation_threshold: For ``"deadness"``: largest magnitude that counts as silent, in units of the layer's root
+            mean square.
         relative_threshold: False takes ``activation_threshold`` in activation units.
 
     Raises:

@@ -22,7 +22,7 @@ Source = Literal["val", "train"]
 class NeuronSensitivityCallback(NeuronObserver):
     """Measure activity, deadness and the loss's sensitivity to every neuron. No argument is needed.
 
-    Activity and deadness ride on the module's own validation forward. For sensitivity, a bounded sample of the
+    Activity and deadness come from the module's own validation forward. For sensitivity, a bounded sample of the
     validation data is run again with gradients with respect to activations, in isolation: what ``validation_step``
     logs, appends, draws or counts meanwhile is undone. Works in ``fit``, ``validate`` and ``test``.
 
@@ -34,14 +34,14 @@ class NeuronSensitivityCallback(NeuronObserver):
         max_samples: The most samples that are run with gradients, spread over the data and over the classes. Where the
             loss of a batch is not that of its samples (contrastive losses, weights of classes, one bag or graph a
             batch), whole batches are taken as they come, at least one.
-        every_n_epochs: How often to measure during ``fit``.
+        every_n_epochs: Epochs between measurements during ``fit``.
         layers: None for all, or patterns of paths (``"net.layer1.*"``), names of classes or module types.
         criteria: Names or ``Criterion`` objects. Rankings, tables and figures go by the first of ``taylor``,
             ``fisher``, ``second_order_ggn``, ``second_order`` and ``taylor_fo`` among them, else by the first that
             looks at gradients or weights.
         per_class: Keep classes apart: True finds the targets in the batch, a function gives them.
         normalize: How layers are made comparable in global rankings: ``"none"``, ``"sum"`` or ``"l2"``.
-        threshold: What counts as silent, in units of the layer's root mean square.
+        threshold: Largest magnitude that counts as silent, in units of the layer's root mean square.
         relative_threshold: False takes ``threshold`` in activation units.
         source: ``"train"`` measures training batches during ``fit``, in evaluation mode, with the weights of the step
             that used them; everything then comes from the sample.

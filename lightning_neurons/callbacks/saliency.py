@@ -45,8 +45,8 @@ class SaliencyMaps:
 
     Attributes:
         inputs: The images, as the model takes them.
-        maps: Shaped like it.
-        targets: The class of each sample that was looked at.
+        maps: The saliency maps, in the shape of ``inputs``.
+        targets: The class of each sample that the map explains.
     """
 
     inputs: Float[Tensor, "batch ..."] | Int[Tensor, "batch ..."]
@@ -57,7 +57,7 @@ class SaliencyMaps:
 class SaliencyCallback(SampledStudy):
     """Show saliency maps of a fixed set of validation images, during training.
 
-    The pictures are chosen at the first measurement, spread over the data and the classes, and stay the same, also
+    The images are chosen at the first measurement, spread over the data and the classes, and stay the same, also
     after a resume. They go to loggers that show figures or images, under ``saliency``, and the latest to
     ``pictures/saliency.png`` in the log directory. Works in ``fit`` and ``validate``; needs matplotlib to draw.
 
@@ -68,11 +68,11 @@ class SaliencyCallback(SampledStudy):
         of: The output of a class to explain: its ``"logit"``, softmax ``"probability"`` or ``"loss"``.
         absolute: Show magnitudes; otherwise, values are signed.
         smoothing: Standard deviation of a Gaussian that blurs maps; see ``saliency`` for what that costs.
-        layer: Of Grad-CAM, which layer.
+        layer: The layer of Grad-CAM.
         max_samples: Number of images.
-        every_n_epochs: How often during ``fit``.
-        mean: Of the normalisation of the inputs, a number or one per channel, to show true colours.
-        std: The same.
+        every_n_epochs: Epochs between studies during ``fit``.
+        mean: Mean that the normalisation of the inputs subtracts, a number or one per channel, to show true colours.
+        std: Standard deviation by which it divides, likewise.
         forward: From the module and inputs to logits; None takes the module's forward, or its one network if it has
             none.
 

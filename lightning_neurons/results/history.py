@@ -24,7 +24,7 @@ MAGNITUDE_PARTS = 2
 """Bars per power of two in ``HistoryEntry.magnitudes``."""
 
 RECENT = 100
-"""So many measurements back, a history keeps each of them; of those before, at most as many, spread over the run."""
+"""Number of latest measurements that a history keeps in full; of those before, at most as many, spread over the run."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +41,7 @@ class HistoryEntry:
         revived: Alive now, dead before.
         stability: Spearman correlation of the main criterion's scores with those of the measurement before, by layer;
             NaN for the first and where a layer's width has changed.
-        magnitudes: By layer, how often activations had which magnitude, over all of its neurons, in the bars of
+        magnitudes: By layer, the histogram of magnitudes of activations, over all of its neurons, in the bars of
             ``metrics.histogram.folded``; without layers where it was not measured.
     """
 
@@ -176,8 +176,8 @@ class NeuronHistory:
         """Write all measurements as JSON, whole or not at all.
 
         Args:
-            path: Where.
-            versions: Of the packages that they were made with.
+            path: The file.
+            versions: Versions of the packages that they were made with.
         """
         entries = [vars(entry) for entry in self.entries]
         document = {

@@ -12,8 +12,8 @@ class NeuronCard:
     """A neuron, or an output class: images and samples that excite it, and its numbers.
 
     Attributes:
-        name: What is shown, such as ``"net.conv2 7"`` or ``"class 4"``.
-        why: Why it is shown, such as ``"most important"`` or ``"newly dead"``.
+        name: The neuron or class, such as ``"net.conv2 7"`` or ``"class 4"``.
+        why: The reason why it is shown, such as ``"most important"`` or ``"newly dead"``.
         numbers: Its numbers by name, such as ``"deadness"``; in the order to show.
         pictures: The samples of the data that excite it most, the strongest first, in [0, 1]; may be none.
         activations: Its activation on each of them.

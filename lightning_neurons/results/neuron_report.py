@@ -59,7 +59,7 @@ class NeuronReport:
             for.
         class_counts: Samples by class.
         counts: By layer, counts of the data behind the numbers.
-        refused: By criterion and layer, why a layer could not be judged and what to use instead.
+        refused: By criterion and layer, the reason why a layer has no score and what to use instead.
         settings: The settings of the measurement; plain values.
         notes: Notes on the data and the limits of the numbers, such as which samples were used.
         epoch: Epoch of the measurement, or None outside training.

@@ -1,7 +1,7 @@
 """Rankings of neurons over several layers: neurons that are one entry, and neurons that are left out.
 
 Channel ``i`` of every layer that writes into a residual stream can only be removed together, so those *twins* are one
-entry, with the mean of their scores, as pruning scores them. What makes the model's output is no candidate.
+entry, with the mean of their scores, as pruning scores them. Layers that make the model's output are left out.
 """
 
 from collections.abc import Iterable, Mapping

@@ -55,7 +55,7 @@ def metric_without(
         pl_module: Its module; it is left as it was.
         kept: The samples.
         monitor: The name under which it is logged.
-        neurons: By layer, which are silenced.
+        neurons: By layer, the neurons to set to zero.
 
     Returns:
         The metric; None if the validation step does not log it.

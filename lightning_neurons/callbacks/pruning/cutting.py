@@ -89,7 +89,7 @@ def average_again(trainer: Any, pl_module: nn.Module, who: Any) -> None:
     Args:
         trainer: At the end of training.
         pl_module: Its module.
-        who: The callback that has put the state back; averaging callbacks before it had ended already.
+        who: The callback that has restored the state; averaging callbacks before it had ended already.
     """
     for callback in trainer.callbacks[: trainer.callbacks.index(who)]:
         if isinstance(getattr(callback, "_average_model", None), torch.optim.swa_utils.AveragedModel):

@@ -1,7 +1,7 @@
 """Distillation from the model before a cut into the one after it, without any change of ``training_step``.
 
 A hook on the logits adds the gradient of the distillation loss to theirs, scaled like the loss that Lightning
-differentiates. So the weights go where they would with the loss added by hand (Hinton et al. 2015, section 2).
+differentiates, so that weights change as with the loss added in ``training_step`` (Hinton et al. 2015, section 2).
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from lightning_neurons.pruning.distillation import checked_logits, distillation_
 from lightning_neurons.pruning.structure.example import twin_of
 
 PATIENCE = 10
-"""Batches in one of which the logits must come by: a training step may leave some out."""
+"""Number of batches in one of which the logits must be computed: a training step may leave some out."""
 
 
 class Distiller:

@@ -65,7 +65,7 @@ class Following:
         Args:
             trainer: The Trainer.
             pl_module: Its module.
-            moving: Parameters of which it is known that they are going to be moved, and not by an optimizer.
+            moving: Parameters that are known to be changed by something else than an optimizer.
 
         Returns:
             The followers known by now, and the networks of which it is not known yet.

@@ -20,7 +20,7 @@ def batches_trained(trainer: Any) -> int:
 def make_up(trainer: Any, validated: int | None, prepare: Callable[[], None]) -> None:
     """Run a validation that is missing from before the run ended. Call it in ``on_train_start``, in all processes.
 
-    Everybody hears of that validation as of any other, in the epoch to which it belongs.
+    Callbacks and loggers get that validation as any other, in the epoch to which it belongs.
 
     Args:
         trainer: The Trainer.

@@ -1,7 +1,7 @@
 """Snapshot of a training run's state, taken before a cut and restored if the cut is undone.
 
-Everything is kept on the CPU in plain values and tensors, so that it can go into checkpoints. Putting back happens
-whole or not at all.
+Everything is kept on the CPU in plain values and tensors, so that it can go into checkpoints. It is restored whole
+or not at all.
 """
 
 import copy
@@ -42,7 +42,7 @@ def restore_snapshot(trainer: Any, pl_module: nn.Module, snapshot: Snapshot, als
         trainer: Between two epochs, or after the last.
         pl_module: Its module.
         snapshot: The snapshot.
-        also: Writes down that it has come back, when all else has been done; it is taken back with it.
+        also: Records the restoration as its last step; undone with it after an error.
 
     Raises:
         Exception: Whatever went wrong; everything is then as it was.

@@ -2,7 +2,7 @@
 
 An auxiliary head, a penalty on features, a copy of weights or a mask for gradients reads neurons, and only training
 knows, perhaps only from some epoch on, or with every fifth batch. So steps with their backward, and the hooks around
-them, are run at several moments to come on a copy without the neurons that are to go and on one in which they are
+them, are run at several later moments on a copy without the neurons of a cut and on one in which these are
 zero: what runs there must run here, and the gradients of all that stays must be the same. Norm layers over few values
 and activations with a kink can magnify rounding to a difference, so what differs is run again in double precision,
 where that is possible.
@@ -36,10 +36,10 @@ from lightning_neurons.pruning.surgery.surgery import Cut, cut, stays_of
 from lightning_neurons.replay.same_draws import SameDraws, alike_of
 
 _TOLERANCE, _COARSE = 1e-2, 1e-1
-"""Of the largest gradient of a parameter: in float32, and where numbers have fewer digits."""
+"""Tolerance of differences, as a share of a parameter's largest gradient: in float32, and in lower precision."""
 
 _LEAST = 1e-2
-"""Of the largest of all gradients: what is much smaller than this is mostly rounding."""
+"""Least scale of a parameter's gradients, as a share of the largest of all: far below it there is mostly rounding."""
 
 BATCHES = 2
 """Number of batches kept of an epoch, and the least number of steps tried: every second one may do something else."""
@@ -57,7 +57,7 @@ class _Outcome:
     Attributes:
         gradients: The gradients by parameter, at each step of an optimizer.
         draws: The shapes of all random numbers.
-        calls: By moment, which functions were called.
+        calls: By moment, the functions that were called.
         moved: Parameters that have other values, although no optimizer has stepped.
     """
 

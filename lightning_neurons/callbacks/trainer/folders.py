@@ -42,7 +42,7 @@ def folder_of(trainer: Any) -> tuple[Place | None, str]:
     ``html=True``; then it is a new ``lightning_neurons/version_0`` in the Trainer's folder. What ``validate`` and
     ``test`` find after a fit lies in a folder of that name in it. Where another fit has left its files (folds of a
     cross-validation that share a logger, a Trainer that fits several modules), those of the next lie in ``fit_2`` and
-    so on; who resumes from a checkpoint goes on with the last.
+    so on; a fit resumed from a checkpoint continues with the last.
 
     Returns:
         The folder, and the suffix of the series of a later fit: ``"_fit_2"``, or an empty string.
@@ -84,8 +84,8 @@ def is_beside_a_fit(trainer: Any) -> bool:
 def apart(trainer: Any) -> str:
     """Return the suffix for the series of an evaluation: ``"_test"``, or an empty string for those of the fit.
 
-    Of a test after a fit, and of all that another Trainer finds, whose steps are not those of the fit. Call it in all
-    processes.
+    A test after a fit has one, and so have evaluations by another Trainer, whose steps are not those of the fit. Call
+    it in all processes.
     """
     is_beside = is_beside_a_fit(trainer)
     return f"_{trainer.state.fn.value}" if is_beside or (trainer.testing and has_fitted(trainer)) else ""

@@ -1,7 +1,7 @@
 """Base class of our callbacks: a callback of both of Lightning's namespaces, so that either Trainer takes it.
 
 Each namespace, when it is loaded, makes itself the one that Lightning's messages come from and whose deprecations are
-shown. Who has set up ``logging.getLogger("lightning.pytorch")`` would lose that by our loading the other one, so the
+shown. A set-up of ``logging.getLogger("lightning.pytorch")`` would be lost by our loading the other one, so the
 namespace that was there before keeps its place.
 """
 

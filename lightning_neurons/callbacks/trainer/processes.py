@@ -38,7 +38,7 @@ def in_one_process(trainer: Any, action: Any) -> Any:
 def costing_a_round(trainer: Any) -> Iterator[None]:
     """Turn errors in the preparation of a cut into a ``PruningError``, which costs the round, not the training.
 
-    With several processes it is raised as it is: the others wait for what this one will not send any more.
+    With several processes the error is raised as it is, since the others wait for a message that never comes.
 
     Raises:
         PruningError: If anything else but misuse went wrong.

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_neurons.data.batches import tensors_of
 
 _PLAIN = {"loss", "val", "valid", "validation", "test", "train", "training", "total", "step", "epoch"}
-"""Words of a name that says nothing but that it is the loss; others (``val/kl_loss``) may be parts of it."""
+"""Words of a name that stands for the whole loss; with others (``val/kl_loss``) it may be a part of it."""
 
 
 def evaluation_loop(trainer: Any) -> Any:

@@ -22,7 +22,7 @@ def report_figures(report: NeuronReport, history: NeuronHistory, most: int) -> I
     Args:
         report: The measurement.
         history: All measurements so far.
-        most: How many figures at most. The whole network comes first, then its layers, those with the largest share of
+        most: Largest number of figures. The whole network comes first, then its layers, those with the largest share of
             dead neurons first.
     """
     yield from islice(_figures(report, history), most)

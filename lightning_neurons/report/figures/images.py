@@ -12,7 +12,7 @@ from lightning_neurons.report.figures.data import as_channels, finite, is_signal
 from lightning_neurons.report.figures.drawing import MAGNITUDES, PALETTE, SIGNED, new_figure, shortened
 
 _SMALL = 64
-"""Pictures up to this size are drawn pixel by pixel."""
+"""Images up to this size are drawn pixel by pixel."""
 
 _COLUMNS = 6
 
@@ -25,7 +25,7 @@ def picture(image: Float[Tensor, "*shape"], axes: Any, *, value_range: tuple[flo
             number is grey. Of ``(channel, depth, height, width)`` the middle slice. ``(length,)`` and
             ``(channel, length)`` are signals: few rows (at most 16), four times as many columns.
         axes: Where to draw.
-        value_range: What is black and what is white; None for [0, 1]. Signals are drawn as they are.
+        value_range: The values of black and white; None for [0, 1]. Signals are drawn as they are.
 
     Returns:
         The axes.
@@ -91,7 +91,7 @@ def saliency_rows(
         The figure.
 
     Raises:
-        ArgumentError: If there is not one title and one picture for each map.
+        ArgumentError: If there is not one title and one image for each map.
     """
     if not len(maps) or len(maps) != len(titles) or (images is not None and len(images) != len(maps)):
         raise ArgumentError.of("titles", list(titles), f"one title and one picture for each of the {len(maps)} maps")
@@ -118,7 +118,7 @@ def activation_overlay(image: Tensor, maps: Sequence[Tensor] | Tensor, titles: S
 
     Args:
         image: As ``picture`` takes it.
-        maps: ``(height, width)`` each, not negative, of the size of the picture; ``(length,)`` for a signal.
+        maps: ``(height, width)`` each, not negative, of the size of the image; ``(length,)`` for a signal.
         titles: One for each map.
 
     Returns:
@@ -155,8 +155,8 @@ def filters_before_after(before: Tensor, after: Tensor, axes: Sequence[Any] | No
     """Draw a layer's weights before and after, as small images (means over inputs) or a matrix; one scale for both.
 
     Args:
-        before: ``(out, in, height, width)``, or ``(out, in)`` of a linear layer.
-        after: The same later; may have fewer neurons and inputs.
+        before: Weights ``(out, in, height, width)``, or ``(out, in)`` of a linear layer.
+        after: The weights later; may have fewer neurons and inputs.
         axes: Two axes; None makes a figure.
 
     Returns:

@@ -145,7 +145,7 @@ def importance_bars(
         report: A measurement.
         criterion: Any measured criterion; the main one if None.
         layer: Rank within this layer; None ranks all neurons together, as ``NeuronReport.ranking`` does.
-        shown: How many at each end.
+        shown: Number of neurons at each end.
         axes: Where to draw; None makes a figure.
 
     Returns:

@@ -10,10 +10,10 @@ from lightning_neurons.report.html.parts import Picture
 from lightning_neurons.report.logging.images import as_pixels
 
 _PIXELS_PER_INCH = 96
-"""Of the page: a figure's point is then a point of the page."""
+"""Pixels of the page per inch of a figure: a figure's point is then a point of the page."""
 
 _SHARPNESS = 1.5
-"""Pixels of the picture for one of the page, as most screens have more than one."""
+"""Pixels of an image for one of the page, as most screens have more than one."""
 
 LARGEST = 8 << 20
 """Most bytes of an image file: all of it goes into the page, and a third more."""
@@ -51,7 +51,7 @@ def embedded_figure(figure: Any, alt: str, title: str = "") -> Picture:
 
     Args:
         figure: The figure.
-        alt: What it shows, in words.
+        alt: A description in words.
         title: Shown above; may be empty.
 
     Returns:

@@ -18,7 +18,7 @@ class ListedPicture:
     Attributes:
         path: The file.
         title: Its heading.
-        caption: What it shows.
+        caption: A description of it.
     """
 
     path: Path
@@ -32,8 +32,8 @@ class ListedCard:
 
     Attributes:
         path: The file.
-        name: Which neuron, such as ``"net.conv2 7"``.
-        why: Why it is shown, such as ``"most important"``.
+        name: The neuron, such as ``"net.conv2 7"``.
+        why: The reason why it is shown, such as ``"most important"``.
         numbers: Its numbers, in the order to show.
     """
 

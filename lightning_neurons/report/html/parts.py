@@ -10,8 +10,8 @@ class Cell:
     """One cell of a table.
 
     Attributes:
-        text: What is shown.
-        number: What a numeric column is sorted by; None, for what was not measured, stays at the end.
+        text: The text.
+        number: The key by which a numeric column is sorted; None, for what was not measured, stays at the end.
         link: Id of the place that it leads to.
         share: Drawn as a thin bar below the text, in [0, 1].
     """
@@ -27,7 +27,7 @@ class Column:
     """The head of a column.
 
     Attributes:
-        heading: What is shown.
+        heading: The text.
         numeric: Whether it is set right and sorted by number.
         meaning: More words, shown below the table.
     """
@@ -42,11 +42,11 @@ class Table:
     """A table whose first column names the row; can be sorted where scripts run.
 
     Attributes:
-        caption: What it shows.
+        caption: The heading of the table.
         columns: Their heads.
         rows: One cell for each column.
         total: A last line that stays where it is; may be empty.
-        filter_words: What the box is called that filters rows by name; without a box if empty.
+        filter_words: Label of the box that filters rows by name; no box if empty.
     """
 
     kind: ClassVar[str] = "table"
@@ -68,7 +68,7 @@ class Picture:
 
     Attributes:
         uri: All of it, as a ``data:`` address.
-        alt: What it shows, for those who do not see it.
+        alt: A description, for those who do not see it.
         title: Shown above; may be empty.
         caption: Shown below; may be empty.
         width: In pixels of the page; None shows it as large as it is.
@@ -119,7 +119,7 @@ class Tile:
     """One key number.
 
     Attributes:
-        label: What it counts.
+        label: The name of the number.
         value: The number.
         detail: More words below it.
         alarming: Whether it should catch the eye.
@@ -144,10 +144,10 @@ class Card:
     """One neuron: its image and numbers.
 
     Attributes:
-        name: Which neuron.
-        why: Why it is shown.
+        name: The neuron.
+        why: The reason why it is shown.
         facts: Its numbers, as they are shown.
-        picture: What excites it.
+        picture: An image with what excites it.
     """
 
     name: str
@@ -172,7 +172,7 @@ class LayerPage:
         place: Id that links lead to.
         name: The layer.
         summary: The line that is shown while it is folded.
-        parts: What is inside.
+        parts: The parts of the page.
     """
 
     place: str
@@ -200,7 +200,7 @@ class Section:
         place: Its id.
         title: Its heading.
         lead: A sentence on what it shows; may be empty.
-        parts: What is in it; a section without any does not appear.
+        parts: Its parts; a section without any does not appear.
     """
 
     place: str

@@ -16,7 +16,7 @@ from lightning_neurons.results.neuron_report import NeuronReport
 from lightning_neurons.results.pruning_history import PruningHistory
 
 _WIDTH = 4.9
-"""In inches: half of a wide page, so that letters keep their size."""
+"""Width of figures in inches: half of a wide page, so that letters keep their size."""
 
 
 def threshold_figure(report: NeuronReport) -> Picture:

@@ -25,7 +25,7 @@ def write_ablation(
         report: The measurement.
         agreement: Of the criterion with it.
         step: The step to log at.
-        group: What the names of the series begin with.
+        group: The first part of the series' names.
     """
     values = {name.replace("ablation", group, 1): value for name, value in ablation_scalars(report, agreement).items()}
     for logger in loggers:

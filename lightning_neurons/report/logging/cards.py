@@ -108,12 +108,12 @@ def show_maximized(
 
     Args:
         loggers: Lightning loggers.
-        folder: Of the run, or None.
-        found: The pictures.
-        count: How many rows.
-        step: The x.
-        name: Of the picture.
-        apart: What is added to the name in loggers, which other runs may share.
+        folder: The folder of the run, or None.
+        found: The images.
+        count: Number of rows to show.
+        step: The step to log at.
+        name: The name of the figure.
+        apart: The suffix of the name in loggers, which other runs may share.
     """
     reached = zip(found.targets, found.activations.tolist(), found.data_maximum.tolist(), strict=True)
     titles = [f"{target}\n{value:.3g} (data: {most:.3g})" for target, value, most in reached][:count]

@@ -34,7 +34,7 @@ def write_classes(loggers: Sequence[Any], report: ClassReport, step: int, group:
         loggers: Lightning loggers.
         report: The study.
         step: The step to log at.
-        group: What the names of the series begin with.
+        group: The first part of the series' names.
     """
     values = {name.replace("classes", group, 1): value for name, value in class_scalars(report).items()}
     for logger in loggers:

@@ -51,9 +51,9 @@ def keep_cards(directory: Place, cards: Sequence[tuple[Any, Mapping[str, Any]]],
     """Write cards into the folder of images, in place of all of this group that were there.
 
     Args:
-        directory: Of the run.
-        cards: Figures, each with what is said of it: ``name``, ``why`` and ``numbers``.
-        group: What file names begin with.
+        directory: The folder of the run.
+        cards: Figures, each with a dict of ``name``, ``why`` and ``numbers``.
+        group: The first part of file names.
     """
     listed, of_group = inside(directory, FOLDER, CARDS), re.compile(rf"{re.escape(group)}-\d+\.png")
     before = _listed(listed)

@@ -34,7 +34,7 @@ LAYOUT = {
         "metric": ["Multiline", [r"^pruning/metric_"]],
     },
 }
-"""Chart by chart, which series it shows: a regular expression each."""
+"""The series of each chart, as regular expressions."""
 
 _TAG = "custom_scalars__config__"
 

@@ -28,7 +28,7 @@ def write_loggers(
         report: The measurement.
         entry: Its comparison with the measurement before.
         step: The step to log at.
-        suffix: What the groups of the series end with, such as ``"_2"``.
+        suffix: The suffix of the series' groups, such as ``"_2"``.
 
     Raises:
         ExceptionGroup: If something could not be written, after all the rest has been.

@@ -24,7 +24,7 @@ class Tag:
     Attributes:
         name: The tag, with placeholders.
         kind: ``"scalar"`` goes to every logger; anything else to those that can show it.
-        meaning: What it shows.
+        meaning: A description of it.
     """
 
     name: str
