@@ -58,9 +58,9 @@ def ablate(
         loss_fn: Called with the model and a batch; returns a scalar, or one loss per sample. A scalar that depends on
             the model's output is taken apart into samples; where that fails, errors are those over batches.
         neurons: ``"all"``, patterns of layers, a list of ``(layer, neuron)``, or a mapping of layers to neurons.
-        replacement: What a neuron's activation becomes: ``"zero"``, its ``"mean"`` over all samples, or, with
+        replacement: The new activation of a neuron: ``"zero"``, its ``"mean"`` over all samples, or, with
             ``"resample"``, its values on another sample that runs with it.
-        loss_reduction: What a scalar of ``loss_fn`` is of its samples: ``"mean"`` or ``"sum"``; ``"none"`` where it
+        loss_reduction: Reduction of a scalar of ``loss_fn`` over samples: ``"mean"`` or ``"sum"``; ``"none"`` where it
             returns one loss per sample, which is recognised in any case.
         metrics: torchmetrics by name, called with the model's output and the targets of the batch.
         per_class: Keep classes apart: True finds the targets in the batch, a function gives them.
@@ -70,7 +70,7 @@ def ablate(
         confidence: Of each decision in a race.
         exact: False lets the first layers that read a neuron compute only the difference that it makes, and on a GPU
             several neurons share one batch: faster, and equal to whole forwards up to rounding, not bit for bit.
-        memory_limit: How many bytes may be kept of a batch's activations; less takes more forwards.
+        memory_limit: Bytes that may be kept of a batch's activations; less takes more forwards.
         progress: Show a progress bar.
         seed: Of the order of a race and of ``"resample"``.
 

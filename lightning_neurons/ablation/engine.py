@@ -33,8 +33,8 @@ class WhatIf:
     Args:
         model: The model.
         loss_fn: Returns the loss of the model on a batch.
-        loss_reduction: How a scalar loss was reduced: ``"mean"``, ``"sum"`` or ``"none"``.
-        replacement: What the activation of a switched-off neuron becomes.
+        loss_reduction: The reduction of a scalar loss over samples: ``"mean"``, ``"sum"`` or ``"none"``.
+        replacement: The new activation of a switched-off neuron, as in ``ablate``.
         exact: Whether losses are those of whole forwards bit for bit.
         by_sample: Whether to tell the losses of samples apart.
         memory_limit: Bytes of activations that may be kept for a batch.

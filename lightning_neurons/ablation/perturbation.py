@@ -1,4 +1,4 @@
-"""Shift the weights of a parameter, or of one neuron, look at the loss, and put them back."""
+"""Perturbation: the loss after a shift of the weights of a parameter, or of one neuron."""
 
 import fnmatch
 import math
@@ -64,7 +64,7 @@ def perturb(
         level: ``"parameter"`` shifts whole parameters; ``"neuron"`` the incoming weights of one neuron at a time.
         parameters: Patterns of names of parameters; None takes those whose name contains ``weight``. With
             ``level="neuron"``, patterns of layers; None takes all.
-        loss_reduction: What a scalar of ``loss_fn`` is of its samples: ``"mean"`` or ``"sum"``.
+        loss_reduction: Reduction of a scalar of ``loss_fn`` over samples: ``"mean"`` or ``"sum"``.
         progress: Show a progress bar.
         seed: Of the noise.
 

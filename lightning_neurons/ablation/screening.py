@@ -68,10 +68,10 @@ def screen(
         loss_fn: Returns the loss of the model on a batch.
         criterion: The criterion that ranks the neurons.
         run: Runs the model on a batch where no loss is needed.
-        loss_reduction: How a scalar of ``loss_fn`` was reduced over samples.
+        loss_reduction: The reduction of a scalar of ``loss_fn`` over samples.
         layers: None for all but those that make the output; or patterns.
         ends: Number of neurons to measure at each end of the ranking; None measures all.
-        replacement: What the activation of a switched-off neuron becomes.
+        replacement: The new activation of a switched-off neuron, as in ``ablate``.
         may_mix: Whether samples may be run in other company than their batch's.
 
     Returns:

@@ -114,7 +114,7 @@ class AblationSums:
         return found
 
     def report(self, *, settings: Mapping[str, Any], notes: Sequence[str] = ()) -> AblationReport:
-        """Turn sums into results."""
+        """Turn the sums into a report."""
         base = self.base.with_classes(self.deltas.sums.shape[1])
         samples = int(base.samples[0])
         by_class = {}, {}  # type: tuple[dict[str, Tensor], dict[str, Tensor]]

@@ -1,1 +1,1 @@
-"""Attributions: what an output or a neuron rests on."""
+"""Attributions: the parts of the inputs that an output or a neuron rests on."""

@@ -59,7 +59,7 @@ def activation_map(
 
 
 def grad_cam(question: Question, layer: str) -> Float[Tensor, "batch 1 *space"]:
-    """Grad-CAM (Selvaraju et al. 2017, arXiv:1610.02391): channels weighted by their mean gradient, above zero.
+    """Compute Grad-CAM (Selvaraju et al. 2017, arXiv:1610.02391): channels times their mean gradient, above zero.
 
     Args:
         question: The question; its readout has to read ``layer``.

@@ -26,7 +26,7 @@ class Aim:
     Attributes:
         layer: A layer's path; None for the model's output.
         index: A neuron of the layer, or a class; None for the layer's mean, or for the class that each sample is given.
-        of: What of an output: its ``"logit"``, its softmax ``"probability"``, or the cross entropy (``"loss"``) with
+        of: Of an output, its ``"logit"``, its softmax ``"probability"``, or the cross entropy (``"loss"``) with
             the class as target; or the ``"log_odds"`` of its probability.
         minus: The objective that is subtracted, or None.
     """

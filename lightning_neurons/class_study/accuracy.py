@@ -32,7 +32,7 @@ class ClassAccuracies:
         modules: Their modules.
         variants: Masks of the neurons that are on, for each variant of the model; an empty mapping is the whole model.
         classes: Number of classes.
-        replacement: What the activation of a neuron that is off becomes.
+        replacement: The activation of a neuron that is off: ``"zero"`` or ``"mean"``.
         means: Mean activations by layer, for ``"mean"``.
     """
 

@@ -55,14 +55,14 @@ def class_study(
         model: A classifier, run in evaluation mode and left as it was. Batches must lie on its device.
         batches: An iterable of batches that show their targets, such as pairs; kept in memory.
         classes: The classes; None takes all that the data has.
-        method: How importance is found. ``"thresholding"``: from the samples of the class, one pass for all neurons;
+        method: The measure of importance. ``"thresholding"``: from the samples of the class, one pass for all neurons;
             ``"masking"``: the measured change of the class's loss without each neuron, see ``ablate``.
         importance: For thresholding, the name of a criterion: ``"mean"`` activation, or ``"fisher"``, for example.
         share: The most important share of each layer belongs to the class; 0.5 if no rule is given.
-        threshold: What is at least so important belongs to the class.
+        threshold: Neurons that are at least so important belong to the class.
         cumulative: The fewest neurons of a layer that hold this share of its importance belong to the class.
         layers: None for all, or patterns of paths, names of classes or module types; others are left alone.
-        replacement: What neurons that are off become: ``"zero"``, or their ``"mean"`` over all samples.
+        replacement: The activation of neurons that are off: ``"zero"``, or their ``"mean"`` over all samples.
         controls: Number of random draws to compare with; classes with as many neurons share them.
         forward: Returns the logits of the model on a batch, or an object with ``logits``; None calls the model on the
             batch's inputs.

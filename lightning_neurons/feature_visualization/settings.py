@@ -81,7 +81,7 @@ def range_of(
         value_range: Least and largest value of an image; None takes those of ``batches``.
         mean: Of the normalisation, a number or one per channel; None for none.
         std: The standard deviation of the same, likewise.
-        validity: How images are kept in the range.
+        validity: The way in which images are kept in the range: ``"sigmoid"`` or ``"clip"``.
         batches: The user's images, as the model takes them; may be none.
         channels: Number of channels of an image.
 

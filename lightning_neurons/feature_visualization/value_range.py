@@ -24,7 +24,7 @@ class Range:
         high: The largest value.
         mean: Of the normalisation, by channel: inputs are (image - mean) / std.
         std: The standard deviation of the same, likewise.
-        validity: How latent values are brought between the two: a ``"sigmoid"``, or ``"clip"``.
+        validity: The way in which latent values are brought between the two: ``"sigmoid"`` or ``"clip"``.
     """
 
     low: float

@@ -25,7 +25,7 @@ def summed(loss: Tensor, reduction: LossReduction, batch_size: int) -> Tensor:
 
     Args:
         loss: A scalar, or one loss per sample.
-        reduction: How a scalar was reduced; one loss per sample is summed whatever it says.
+        reduction: The reduction of a scalar; one loss per sample is summed whatever it says.
         batch_size: Number of samples.
 
     Returns:

@@ -53,15 +53,15 @@ def measure(
         batches: An iterable of batches of any form; read once.
         loss_fn: Called with the model and a batch; what it returns is differentiated. ``predicted_logit`` and
             ``logit(index)`` of this package ask about the output instead. None measures activations and weights only.
-        loss_reduction: What ``loss_fn`` returns: the ``"mean"`` over the batch, the ``"sum"``, or ``"none"``: one loss
+        loss_reduction: The value of ``loss_fn``: the ``"mean"`` over the batch, the ``"sum"``, or ``"none"``: one loss
             per sample (which is recognised in any case).
         criteria: Names or ``Criterion`` objects; None for all that apply. See ``criteria.main_criterion`` for which of
             them rankings go by.
         layers: None for all, or patterns of paths, names of classes or module types.
         per_class: Keep classes apart: True finds the targets in the batch, a function gives them.
-        threshold: What counts as silent, in units of the layer's root mean square.
+        threshold: Magnitude up to which an activation counts as silent, in units of the layer's root mean square.
         relative_threshold: False takes ``threshold`` in activation units.
-        normalize: How layers are made comparable in global rankings.
+        normalize: The normalization that makes layers comparable in global rankings.
         inputs: ``"fgsm"`` measures sensitivity on inputs shifted against the model.
         eps: Size of that shift, in units of the inputs.
 

@@ -1,4 +1,4 @@
-"""One measurement: which layers, which criteria, the sums so far, and the report in the end."""
+"""One measurement: its layers, its criteria, the sums so far, and the report in the end."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -237,7 +237,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def check_scores(criterion: str, layer: str, scores: Any, neurons: int) -> None:
-    """Make sure that a criterion, which may be the user's own, gives a number for each neuron.
+    """Check that a criterion, which may be the user's own, gives a number for each neuron.
 
     Raises:
         MeasurementError: Naming the criterion and what it gave.

@@ -26,9 +26,9 @@ class Outcome:
 
     Attributes:
         losses: Of the samples in each run, or their mean over the batch where they cannot be told apart.
-        weights: How many samples each of them stands for.
+        weights: Number of samples that each of them stands for.
         means: The mean loss of each run, as ``loss_fn`` gave it.
-        outputs: What the model returned in each run, or None if it was not called exactly once.
+        outputs: The model's output in each run, or None if it was not called exactly once.
         rounding: Relative error of the means.
     """
 
@@ -59,7 +59,7 @@ class Outcomes:
     Args:
         model: The model.
         loss_fn: Returns the loss of the model on a batch.
-        reduction: How a scalar loss was reduced: ``"mean"``, ``"sum"`` or ``"none"``.
+        reduction: The reduction of a scalar loss over samples: ``"mean"``, ``"sum"`` or ``"none"``.
         by_sample: Whether to tell the losses of samples apart.
     """
 

@@ -72,7 +72,7 @@ class Passes:
     Args:
         model: The model.
         receivers: The receivers; each is told of its own layers only.
-        known: What earlier passes have found; used as long as the layers are the same.
+        known: Facts that earlier passes have found; used as long as the layers are the same.
     """
 
     def __init__(self, model: nn.Module, receivers: Sequence[Receiver], known: Known | None = None) -> None:

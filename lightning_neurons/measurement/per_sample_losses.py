@@ -42,10 +42,10 @@ class SampleLosses:
         """Return the losses of the samples in several runs of one batch, or None if they cannot be told apart.
 
         Args:
-            losses: What ``loss_fn`` returned in each run: a scalar, or one loss per sample.
-            outputs: What the model returned meanwhile; None if it was not called exactly once.
+            losses: The value of ``loss_fn`` in each run: a scalar, or one loss per sample.
+            outputs: The model's output in each run; None if it was not called exactly once.
             batch: The batch.
-            samples: How many samples it has.
+            samples: Its number of samples.
 
         Returns:
             Losses of type float64, in the unit of ``loss_fn``; None if they do not add up to those of the batch.

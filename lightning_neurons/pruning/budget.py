@@ -40,11 +40,11 @@ class PruningBudget:
         scope: Whether only neurons of one ``"layer"`` compete (each layer then loses the same share), those of a
             ``"block"``, or those of the whole model, ``"global"``. None is ``"layer"``; with ``"reconstruction"`` it is
             ``"layer"`` or ``"global"``, whichever has the lower loss on the calibration data.
-        aggregate: How the scores of coupled layers become one.
+        aggregate: The reduction of the scores of coupled layers to one: ``"mean"``, ``"sum"`` or ``"max"``.
         agreement: ``"all"`` removes a coupled neuron only where every layer of its group agrees: the layer that needs
             it most decides, and with ``amount`` it must be in the lowest share of every layer.
-        normalize: How layers are made comparable. None divides by the L2 norm, except for what is comparable as it
-            is: deadness, and criteria in units of the loss.
+        normalize: The normalization of each layer's scores. None divides by the L2 norm, except for what is
+            comparable as it is: deadness, and criteria in units of the loss.
         min_neurons: Smallest number of neurons that a layer keeps.
         max_amount: The largest share that a layer may lose, of its original width.
         round_to: Widths become multiples of this.

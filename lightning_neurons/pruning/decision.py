@@ -46,7 +46,7 @@ def gather(
         model: The model; it is left as it was.
         budget: The budget.
         calibration: The data.
-        wiring: How the model's layers follow one another.
+        wiring: The order of the model's layers.
         lossless: Whether only constant neurons may go.
 
     Returns:

@@ -49,7 +49,7 @@ def fields(
     """Return the fields of a plan in a document.
 
     Args:
-        document: What ``to_dict`` returned, or a document written by hand.
+        document: The value of ``to_dict``, or a document written by hand.
         cost_type: Makes the cost.
         checked: Checks the neurons of one layer.
 

@@ -63,7 +63,7 @@ def prepare(
         model: As it is before the cut; it is left as it is.
         candidates: At least one.
         calibration: The data that it is measured on.
-        wiring: How the model's layers follow one another.
+        wiring: The order of the model's layers.
         how: The compensation.
         reestimate_norms: Whether running statistics are estimated anew, where that lowers the loss.
 

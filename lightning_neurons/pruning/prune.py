@@ -40,7 +40,7 @@ class PruningReport:
     Attributes:
         plan: The neurons that have been removed, with those coupled with them.
         widths: Neurons by layer, as they are now.
-        notes: What was left alone and why, and what could not be compensated.
+        notes: Layers that were left alone, with the reasons, and layers that could not be compensated.
     """
 
     plan: PruningPlan
@@ -103,7 +103,7 @@ def prune(
             the cut.
 
     Returns:
-        What has been removed and what was left alone.
+        The neurons that have been removed, and the layers that were left alone.
 
     Raises:
         ArgumentError: If an argument is out of range, contradicts another, or a plan is for another model.

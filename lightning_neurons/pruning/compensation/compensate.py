@@ -28,8 +28,8 @@ class Compensation:
 
     Attributes:
         name: Its name in arguments.
-        repair: Takes a model before a cut, which it leaves as it is, the cuts, this process's calibration data, and how
-            layers follow one another; returns the changes of the downstream layers. All processes take part.
+        repair: Takes a model before a cut, which it leaves as it is, the cuts, this process's calibration data, and the
+            order of the layers; returns the changes of the downstream layers. All processes take part.
         needs_data: Whether there must be calibration data.
     """
 

@@ -49,7 +49,7 @@ def least_squares(
         model: As it is before the cut; it is left as it is.
         cuts: The cuts.
         calibration: The data.
-        wiring: How the model's layers follow one another.
+        wiring: The order of the model's layers.
         patchwise: Whether convolutions are solved over whole receptive patches, instead of over channels.
 
     Returns:

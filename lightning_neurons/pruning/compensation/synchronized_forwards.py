@@ -54,7 +54,7 @@ class Walk:
         """Run to the next stop, or to the end; then ``at`` is None.
 
         Raises:
-            Exception: What the forward has raised.
+            Exception: The error that the forward has raised.
         """
         self.at = self.inputs = None
         if self._over:

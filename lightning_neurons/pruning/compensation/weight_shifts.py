@@ -15,7 +15,7 @@ class Repair:
 
     Attributes:
         shifts: By parameter or buffer, what is added to it before the cut.
-        notes: What could not be compensated, and why.
+        notes: Layers that could not be compensated, with the reasons.
     """
 
     shifts: Mapping[str, Tensor] = field(default_factory=dict)
@@ -27,7 +27,7 @@ class Wiring:
     """The order of a model's layers, and the norm layers behind them.
 
     Attributes:
-        calls: All downstream layers in the order in which they run, and how often each does.
+        calls: All downstream layers in the order in which they run, with the number of their calls.
         norm_behind: By layer, the norm layer that alone reads it.
     """
 

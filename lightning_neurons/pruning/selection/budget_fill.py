@@ -100,7 +100,7 @@ def _reach_amount(
     notes: list[str],
 ) -> list[tuple[str, int]]:
     buckets, left = bucket_of(structure, budget), {}
-    # What has been cut to the bone counts, although it is not offered any more.
+    # Groups that have been cut to their least width count, although they are not offered any more.
     spent = [g for g in structure.groups.values() if g.root not in groups and dense.size(g, structure) > g.size]
     for bucket in dict.fromkeys(buckets[root] for root in groups):
         inside = [group for group in (*groups.values(), *spent) if buckets[group.root] == bucket]

@@ -117,7 +117,7 @@ def without_loss(
         candidates: The cuts to try; the first for which the proof succeeds is taken.
         constants: By downstream layer, its constant inputs.
         calibration: The data that it is proven on.
-        wiring: How the model's layers follow one another.
+        wiring: The order of the model's layers.
 
     Returns:
         The cut, with a note on the largest difference of outputs.
