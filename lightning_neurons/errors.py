@@ -47,7 +47,7 @@ class MeasurementError(RuntimeError):
 
 
 class NoLossError(MeasurementError):
-    """There is no loss that could be differentiated; what needs no gradients can be measured."""
+    """The step has no differentiable loss; what needs no gradients can be measured."""
 
 
 class PruningError(RuntimeError):

@@ -84,7 +84,7 @@ class StreamingCriteria(Metric):
         """Add a state that holds ``value`` everywhere; its default for ``reset`` takes no memory."""
         self.add_state(name, value, reduce)
         self._defaults[name] = value.expand(shape)
-        # What nobody has written to costs nothing: the operating system gives zeros page by page.
+        # Zeros take no memory until they are written to: the operating system gives them page by page.
         setattr(
             self, name, torch.full(shape, value.item(), dtype=value.dtype) if value.any() else value.new_zeros(shape)
         )

@@ -11,7 +11,7 @@ from lightning_neurons.results.whole_file import write_whole
 
 
 class Perturbed(NamedTuple):
-    """One row.
+    """The loss with one parameter, or one neuron's part of it, shifted.
 
     Attributes:
         name: The parameter; of one neuron, with its index, such as ``"conv1.weight[3]"``.

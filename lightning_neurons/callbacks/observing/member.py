@@ -153,7 +153,7 @@ class Member:
 
     @property
     def replay_key(self) -> tuple[Any, ...] | None:
-        """Members with the same key share one replay."""
+        """The key of the replay, which members with the same key share; None for a member without one."""
         if self.replay is None or self.sample is None or self.lost is not None:
             return None
         s, r = self.settings, self.replay

@@ -373,7 +373,7 @@ class NeuronObserver(EitherCallback):
             failure = failure or lost
         if isinstance(failure, MisconfigurationException):
             raise failure
-        # What fails though nobody has asked for anything would run without us, and is to run with us.
+        # An error that no argument of the callback causes must not end a run that would work without it.
         if failure is not None and (
             isinstance(failure, ArgumentError) or self.loss_fn is not None or self.settings.may_fail
         ):

@@ -58,7 +58,7 @@ class PrunedCheckpointMixin:
 
 @contextmanager
 def pruned_widths() -> Iterator[None]:
-    """Let every module take the widths of what is loaded into it, whoever builds and loads it.
+    """Let every module take the widths of what is loaded into it, also inside other libraries.
 
     For libraries that build a model and load it in one call, such as ``SCVI.load``, ``NeuralForecast.load`` and
     ``LightningModule.load_from_checkpoint``. Inside, ``torch.nn.Module.load_state_dict`` is another for all threads.

@@ -56,7 +56,7 @@ class Distiller:
         return {"until": self.until, "teacher": saved}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where a checkpoint left off."""
+        """Restore the state of a checkpoint."""
         self.until, self._saved, self._teacher = state["until"], state["teacher"], None
 
     def forget(self) -> None:

@@ -40,7 +40,7 @@ class NeuronKeeper(ForesightedPruner):
         return {**super().state_dict(), "keeping": self.keeping.state_dict(), "distillation": teacher}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue where a checkpoint left off."""
+        """Restore the state of a checkpoint."""
         with self._reading_state():
             keeping = Keeping.of(state_dict.get("keeping", {}))
         super().load_state_dict(state_dict)

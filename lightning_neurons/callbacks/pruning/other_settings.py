@@ -31,5 +31,5 @@ def _only_in(key: str, other: str) -> list[str]:
 def _settings(key: str) -> dict[str, Any]:
     try:
         return dict(ast.literal_eval(key[key.index("{") :]))
-    except (ValueError, SyntaxError):  # somebody's own values
+    except (ValueError, SyntaxError):  # a key in another form
         return {"": key}

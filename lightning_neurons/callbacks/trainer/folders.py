@@ -74,7 +74,7 @@ def is_beside_a_fit(trainer: Any) -> bool:
     if key not in known:  # once, as the first process alone asks later on
         found = any(logger in _FITTED for logger in trainer.loggers)
         if not found and trainer.is_global_zero and not trainer.fast_dev_run:
-            with suppress(Exception):  # who finds no folder is told so where it is written to
+            with suppress(Exception):  # a missing folder is reported where files are written
                 root, parts = _place_of_runs(trainer)
                 found = root is not None and parts is not None and is_there(inside(root, *parts, "history.json"))
         known[key] = bool(trainer.strategy.broadcast(found, 0))

@@ -104,7 +104,7 @@ class StepReplay:
         try:
             out = self.run(batch)
         except (NoLossError, DivergedError):
-            raise  # who diverges is run as a whole
+            raise  # a run that diverges is repeated on the whole batch
         except Exception as error:
             if self.loss_fn is not None:
                 raise MeasurementError(

@@ -58,7 +58,7 @@ def keep_weights(trainer: Any, pl_module: nn.Module, callback: Any, batch_idx: i
     """
     kept = _KEPT.get(trainer)
     if kept is None:
-        by_batch = _may_change_by_batch(trainer, pl_module) and not is_compiled(pl_module)  # nobody hooks into that
+        by_batch = _may_change_by_batch(trainer, pl_module) and not is_compiled(pl_module)  # which takes no hooks
         if not by_batch and not _may_change(trainer, callback):
             return
         kept = _KEPT[trainer] = _Kept(_copies(pl_module), batch_idx, by_batch)
@@ -68,7 +68,7 @@ def keep_weights(trainer: Any, pl_module: nn.Module, callback: Any, batch_idx: i
     def runs(*_: Any) -> None:  # what others do before each batch comes between now and then
         try:
             kept.weights = _copies(pl_module)
-        except Exception as error:  # noqa: BLE001 (whoever runs the module must not notice)
+        except Exception as error:  # noqa: BLE001 (the run of the module must not fail)
             kept.failure = error
         _stop_waiting(kept)
 

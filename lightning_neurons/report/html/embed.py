@@ -1,4 +1,4 @@
-"""Pictures inside the page, as ``data:`` addresses."""
+"""Images inside the page, as ``data:`` addresses."""
 
 import base64
 import io
