@@ -17,7 +17,6 @@ from lightning_neurons.dependency.groups import Coupling, Group, Part
 from lightning_neurons.errors import PruningError
 from lightning_neurons.isolation.isolation import differentiable
 from lightning_neurons.layers.layer import candidates, modules_by_name, public_name
-from lightning_neurons.layers.prunable import check_prunable
 from lightning_neurons.layers.width_handlers import (
     Role,
     handler_of,
@@ -43,9 +42,7 @@ def find_coupling(copy: nn.Module, forward: Forward) -> Coupling:
 
     Raises:
         PruningError: If the model cannot be traced.
-        ArgumentError: If ``register_prunable`` was told what is not true of one of its modules.
     """
-    check_prunable(copy)
     for parameter in copy.parameters():
         parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
     try:

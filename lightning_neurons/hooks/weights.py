@@ -12,8 +12,6 @@ from lightning_neurons.isolation.isolation import isolated
 from lightning_neurons.layers.layer import Layer, public_name
 from lightning_neurons.layers.width_handlers import handler_of
 
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-
 
 def traits_of(layer: Layer, modules: Mapping[str, nn.Module]) -> LayerTraits:
     """Return all that criteria may know of ``layer``; ``modules`` are those of the model, by path."""
@@ -37,12 +35,10 @@ def incoming_weight(module: nn.Module, neurons: int) -> Tensor | None:
     weight = _weight_of(module)
     if not isinstance(weight, Tensor) or weight.ndim < 2:
         return None
-    weight = weight.detach()
-    if isinstance(module, _TRANSPOSED):
-        weight = weight.reshape(module.groups, -1, neurons // module.groups, weight[0, 0].numel())
-        return weight.transpose(1, 2).reshape(neurons, -1)
-    weight = weight.movedim(_making_axis(module), 0)
-    return weight.flatten(1) if len(weight) == neurons else None
+    axis, blocks = _blocks(module, weight.detach())
+    rows = [block.movedim(axis, 0).flatten(1) for block in blocks]
+    found = rows[0] if len(rows) == 1 else torch.cat(rows)
+    return found if len(found) == neurons else None
 
 
 def neuron_weights(module: nn.Module) -> list[Tensor]:
@@ -57,12 +53,8 @@ def neuron_weights(module: nn.Module) -> list[Tensor]:
     weight = _weight_of(module)
     if not isinstance(weight, Tensor) or weight.ndim < 2:
         return []
-    weight = weight.detach()
-    if not isinstance(module, _TRANSPOSED):
-        return list(weight.unbind(_making_axis(module)))
-    inputs = weight.shape[0] // module.groups  # those of a group make the neurons of that group
-    blocks = weight.split(inputs, 0)
-    return [block[:, i] for block in blocks for i in range(weight.shape[1])]
+    axis, blocks = _blocks(module, weight.detach())
+    return [neuron for block in blocks for neuron in block.unbind(axis)]
 
 
 def outgoing_weight(module: Any, spread: int = 1) -> Tensor | None:
@@ -89,9 +81,13 @@ def outgoing_weight(module: Any, spread: int = 1) -> Tensor | None:
     return inputs.reshape(len(inputs) // spread, -1)
 
 
-def _making_axis(module: object) -> int:
+def _blocks(module: Any, weight: Tensor) -> tuple[int, tuple[Tensor, ...]]:
+    """The axis of a weight on which the neurons lie that it makes, and its parts in their order."""
     handler = handler_of(module)
-    return 0 if handler is None else handler.makes.get("weight", 0)
+    axis = 0 if handler is None else handler.makes.get("weight", 0)
+    # In a transposed convolution, the inputs of a group make the neurons of that group.
+    groups = module.groups if axis and handler is not None and handler.linear else 1
+    return axis, weight.chunk(groups)
 
 
 def _weight_of(module: nn.Module | None) -> Any:

@@ -37,7 +37,7 @@ def register_prunable(
 
     Raises:
         ArgumentError: If an argument has a value that is not allowed. The names of tensors, which a module type does
-            not show, are checked when a model with such a module is pruned or loaded.
+            not show, are checked when a model with such a module is measured, pruned or loaded.
 
     Example:
         >>> import torch

@@ -14,6 +14,7 @@ from lightning_neurons.criteria.deadness import layer_rms
 from lightning_neurons.errors import MeasurementError
 from lightning_neurons.hooks.weights import traits_of
 from lightning_neurons.layers.layer import Layer, Pattern, candidates, modules_by_name, require_materialized
+from lightning_neurons.layers.prunable import check_prunable
 from lightning_neurons.layers.registry import widths_of
 from lightning_neurons.layers.sample_axis import samples_first
 from lightning_neurons.metrics.histogram import BINS, HIGHEST, LOWEST
@@ -35,7 +36,7 @@ class Measurement:
         device: Device of the sums; None for the CPU.
 
     Raises:
-        ArgumentError: If a pattern matches no layer, or a layer is still lazy.
+        ArgumentError: If a pattern matches no layer, or a layer is lazy or not what ``register_prunable`` was told.
         MeasurementError: If the sums would not fit into memory.
     """
 
@@ -52,6 +53,7 @@ class Measurement:
         self.chosen = layers
         self.modules, self._named = candidates(model, layers), modules_by_name(model)
         require_materialized(model)
+        check_prunable(model)
         self.layers: dict[str, Layer] = {}
         self._forms: dict[str, tuple[int, bool, tuple[float, float] | None, int | None]] = {}
         widths = widths_of(self.modules)

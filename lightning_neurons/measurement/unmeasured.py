@@ -3,13 +3,11 @@
 from collections.abc import Iterator
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 
+from lightning_neurons.layers.width_handlers import is_depthwise, passes
 from lightning_neurons.measurement.measurement import Measurement
 
 _NAMED = 5
-_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.PReLU)
-"""Modules whose parameters scale the activations of the layer before them, and are measured there."""
 
 
 def unmeasured(measurement: Measurement) -> list[str]:
@@ -42,11 +40,16 @@ def _owners(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the modules that may hold parameters of their own; an attention stands for its projections."""
     inside: set[str] = set()
     for name, module in model.named_modules():
-        if name.rpartition(".")[0] in inside or isinstance(module, _NORMS):
+        if name.rpartition(".")[0] in inside or _only_scales(module):
             continue
         if isinstance(module, nn.MultiheadAttention):
             inside.add(name)
         yield name, module
+
+
+def _only_scales(module: nn.Module) -> bool:
+    """Whether its parameters scale the activations of the layer before it, and are measured there."""
+    return passes(module) and not is_depthwise(module)
 
 
 def _own_parameters(module: nn.Module) -> Iterator[nn.Parameter]:

@@ -24,6 +24,7 @@ from lightning_neurons.errors import ArgumentError, PruningError
 from tests.callbacks.modules import Net, Plain, fit, loader, trainer_of
 from tests.callbacks.pruned import assert_equal
 from tests.models import pictures
+from tests.pruning.registered import Scaled
 
 IMAGES = pictures(3, size=6, channels=1)[0]
 
@@ -121,6 +122,24 @@ def test_a_module_is_loaded_as_the_class_it_is_with_its_settings(configured):
     assert not loaded._load_state_dict_pre_hooks
     with pytest.raises(PruningError, match=r"(?s)size mismatch for net.conv1.weight.*load_pruned\(Configured, path\)"):
         Configured.load_from_checkpoint(path)
+
+
+class OfOneself(Plain):
+    """Has layers of a type that the package does not know by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net.fc1, self.net.fc2 = Scaled(6, 12), Scaled(12, 3)
+
+
+def test_registered_layers_are_pruned_in_training_and_loaded(tmp_path):
+    live, path = pruned(OfOneself(), tmp_path)
+    loaded = load_pruned(OfOneself, path)
+    assert_same(loaded, live, IMAGES)
+    widths = [(layer.inputs, layer.units) for layer in (loaded.net.fc1, loaded.net.fc2)]
+    assert widths == [(live.net.conv2.out_channels, live.net.fc1.units), (live.net.fc1.units, 3)]
+    assert loaded.net.fc1.units < 12
+    assert loaded.net.fc1.inputs < 6
 
 
 def test_what_is_loaded_can_be_copied_trained_and_pruned_again(configured):

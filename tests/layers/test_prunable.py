@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_neurons import ArgumentError, UnknownNameError, conform, prune, register_layer, register_prunable
+from lightning_neurons import (
+    ArgumentError,
+    UnknownNameError,
+    conform,
+    measure,
+    prune,
+    register_layer,
+    register_prunable,
+)
 from lightning_neurons.layers.registry import LAYER_FAMILIES
 from lightning_neurons.layers.width_handlers import HANDLERS, handler_of
 
@@ -81,11 +89,15 @@ REFUSED_BY_MODULE = [
 @pytest.mark.parametrize(
     ("wrong", "error", "message"), REFUSED_BY_MODULE, ids=[message for _, _, message in REFUSED_BY_MODULE]
 )
-def test_what_is_not_true_of_a_module_is_refused_when_it_is_pruned_or_loaded(wrong, error, message):
+def test_what_is_not_true_of_a_module_is_refused_when_it_is_measured_pruned_or_loaded(wrong, error, message):
     register_layer(Turned, neurons=lambda module: module.units, axis=-1)
     register_prunable(Turned, **{**RIGHT, **wrong})
     net = nn.Sequential(Turned(), nn.ReLU(), nn.Linear(6, 2))
-    for use in (lambda: prune(net, torch.rand(2, 4), {"0": [1]}), lambda: conform(net, net.state_dict())):
+    for use in (
+        lambda: measure(net, [torch.rand(2, 4)], criteria=["weight_l2"]),
+        lambda: prune(net, torch.rand(2, 4), {"0": [1]}),
+        lambda: conform(net, net.state_dict()),
+    ):
         with pytest.raises(error, match="^" + re.escape(message)):
             use()
     assert (net[0].units, net[0].weight.shape) == (6, (4, 6))

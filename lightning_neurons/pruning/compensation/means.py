@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvTransposeNd
 
 from lightning_neurons.errors import PruningError
 from lightning_neurons.layers.layer import modules_by_name
@@ -108,7 +107,7 @@ def fold_means(
 def contribution(module: nn.Module, places: Sequence[int], mean: Tensor) -> Float[Tensor, " output"]:
     """Return what the inputs at some places add to each output on average."""
     weight = module.get_parameter("weight").detach().to(mean.dtype)
-    transposed = isinstance(module, _ConvTransposeNd)
+    transposed = bool(getattr(module, "transposed", False))
     taps = (weight.transpose(0, 1) if transposed else weight).flatten(2).sum(2) if weight.ndim > 2 else weight
     if transposed:
         taps = taps / torch.tensor(module.stride).prod()  # each output sees only every stride-th tap

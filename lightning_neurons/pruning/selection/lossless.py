@@ -62,6 +62,9 @@ def lossless_scores(
                 value[unit] = -1.0
             elif why:
                 kept[why] = kept.get(why, 0) + 1
+        unread = [part.path for part in group.parts if part.role == "reads" and part.path not in constants]
+        if unread:
+            notes.append(f"{root} is not cut: it is not known what {', '.join(unread)} read")
         notes += [f"{root}: {count} constant neurons stay: {why}" for why, count in kept.items()]
         found[root] = GroupScores(value, value[None])
     return found, tuple(notes)

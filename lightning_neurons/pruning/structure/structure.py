@@ -12,6 +12,7 @@ from lightning_neurons.dependency.torch_pruning_adapter import find_coupling
 from lightning_neurons.errors import PruningError
 from lightning_neurons.isolation.isolation import isolated
 from lightning_neurons.layers.layer import candidates, modules_by_name, require_materialized, widths_of
+from lightning_neurons.layers.prunable import check_prunable
 from lightning_neurons.layers.width_handlers import axes, handler_of, is_linear, passes, unknown_width, why_fixed
 from lightning_neurons.pruning.compensation.synchronized_forwards import calls_of
 from lightning_neurons.pruning.compensation.weight_shifts import Wiring
@@ -133,9 +134,10 @@ def discover(model: nn.Module, example: Example) -> Structure:
 
     Raises:
         PruningError: If the model cannot be copied, run or traced.
-        ArgumentError: If a layer is lazy and has not been materialised.
+        ArgumentError: If a layer is lazy and has not been materialised, or is not what ``register_prunable`` was told.
     """
     require_materialized(model)
+    check_prunable(model)
     with isolated(model):  # a copy may share with it what its code reaches on other ways
         return _structure_of(twin_of(model), example)
 
