@@ -13,7 +13,7 @@ from lightning_neurons.criteria.view import LayerView
 from lightning_neurons.data.batches import batch_size_of
 from lightning_neurons.errors import MeasurementError
 from lightning_neurons.layers.layer import Layer
-from lightning_neurons.layers.sample_axis import samples_first
+from lightning_neurons.layers.sample_axis import samples_of
 from lightning_neurons.measurement.losses import summed
 from lightning_neurons.measurement.passes import Passes
 
@@ -47,11 +47,10 @@ class GateGradients:
     ) -> None:
         """Add the gate gradients of one call of one layer."""
         known = self._layers[layer]
-        form = known.axis, self._size, known.rows_per_sample
         view = LayerView(
-            samples_first(activation, *form),
-            None if gradient is None else samples_first(gradient, *form),
-            None if inner is None else samples_first(inner, *form),
+            samples_of(activation, known, self._size),
+            None if gradient is None else samples_of(gradient, known, self._size),
+            None if inner is None else samples_of(inner, known, self._size),
         )
         self._sums[layer] = self._sums.get(layer, 0) + view.gate_gradient
 

@@ -14,7 +14,8 @@ from lightning_neurons.ablation.sums import AblationSums
 from lightning_neurons.criteria import Criterion
 from lightning_neurons.criteria.deadness import SILENT
 from lightning_neurons.criteria.ranking import order
-from lightning_neurons.data.batches import batch_size_of, form_of, is_divisible, join, rows_of
+from lightning_neurons.data.batches import batch_size_of, is_divisible, rows_of
+from lightning_neurons.data.joining import form_of, join
 from lightning_neurons.errors import MeasurementError
 from lightning_neurons.hooks.intervention import Replacement
 from lightning_neurons.layers.layer import Pattern, candidates

@@ -21,7 +21,8 @@ from tqdm.auto import tqdm
 from lightning_neurons.ablation.engine import WhatIf
 from lightning_neurons.ablation.estimates import Estimates, decided
 from lightning_neurons.ablation.gate_gradients import GateGradients
-from lightning_neurons.data.batches import batch_size_of, form_of, is_divisible, join, rows_of
+from lightning_neurons.data.batches import batch_size_of, is_divisible, rows_of
+from lightning_neurons.data.joining import form_of, join
 from lightning_neurons.errors import ArgumentError, MeasurementError, check_share, is_number
 from lightning_neurons.results.ablation_report import AblationReport
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_neurons.errors import ArgumentError, MeasurementError, UnknownNameError, check_choice, is_number
 from lightning_neurons.hooks.outputs import logits_in
 from lightning_neurons.layers.layer import Layer, widths_of
-from lightning_neurons.layers.sample_axis import samples_first
+from lightning_neurons.layers.sample_axis import samples_of
 
 Of = Literal["logit", "probability", "loss"]
 OF: tuple[Of, ...] = get_args(Of)
@@ -95,7 +95,7 @@ class Aim:
         return found - self.minus.read(outputs, activations, layers, batch_size, classes, before, "minus")
 
     def _read_layer(self, activation: Tensor, layer: Layer, batch_size: int) -> Tensor:
-        values = samples_first(activation, layer.axis, batch_size, layer.rows_per_sample).mean(-1)
+        values = samples_of(activation, layer, batch_size).mean(-1)
         if len(values) != batch_size:
             raise MeasurementError(f"target: {self.layer} does not have one activation per sample")
         return values.mean(1) if self.index is None else values[:, self.index]

@@ -17,16 +17,8 @@ from lightning_neurons.callbacks.trainer.forward import forward_of
 from lightning_neurons.callbacks.trainer.lightning_errors import lightning_errors
 from lightning_neurons.callbacks.trainer.outlet import Outlet, numbered
 from lightning_neurons.callbacks.trainer.step_replay import StepReplay
-from lightning_neurons.data.batches import (
-    batch_size_of,
-    form_of,
-    inputs_of,
-    join,
-    map_tensors,
-    rows_of,
-    targets_of,
-    tensors_of,
-)
+from lightning_neurons.data.batches import batch_size_of, inputs_of, map_tensors, rows_of, targets_of, tensors_of
+from lightning_neurons.data.joining import form_of, join
 from lightning_neurons.errors import ArgumentError, MeasurementError, check_choice, check_count, check_flag
 from lightning_neurons.feature_visualization.settings import check_normalization, range_of
 from lightning_neurons.report.figures.drawing import MISSING_MATPLOTLIB, can_draw

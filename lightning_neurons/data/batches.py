@@ -22,10 +22,10 @@ def parts(batch: Any) -> list[Any]:
     """Return the values directly inside a tuple, list, mapping, dataclass or plain object; none for anything else."""
     if isinstance(batch, _LEAVES):
         return []
-    return list(batch) if isinstance(batch, list | tuple) else list(_entries(batch).values())
+    return list(batch) if isinstance(batch, list | tuple) else list(entries_of(batch).values())
 
 
-def _entries(batch: Any) -> dict[Any, Any]:
+def entries_of(batch: Any) -> dict[Any, Any]:
     """Return the values of a mapping by key, or of any other object by attribute, ``__slots__`` included."""
     if isinstance(batch, Mapping):
         return dict(batch.items())
@@ -39,7 +39,7 @@ def _entries(batch: Any) -> dict[Any, Any]:
 def is_divisible(batch: Any) -> bool:
     """Return whether samples can be taken out of a batch; graphs and objects of unknown classes stay whole."""
     known = isinstance(batch, Tensor | Mapping | list | tuple) or is_dataclass(batch)
-    return known and not any(_is_one_piece(value) for value in _nested(batch))
+    return known and not any(is_one_piece(value) for value in _nested(batch))
 
 
 def is_graph(batch: Any) -> bool:
@@ -55,7 +55,8 @@ def _is_graph(value: Any) -> bool:
     return any(_attribute(value, name) is not None for name in ("edge_index", "batch_num_nodes", "num_graphs"))
 
 
-def _is_one_piece(value: Any) -> bool:
+def is_one_piece(value: Any) -> bool:
+    """Return whether no samples can be taken out of a value: packed, nested or sparse tensors, and graphs."""
     odd_tensor = isinstance(value, Tensor) and (value.is_nested or value.layout != torch.strided)
     return odd_tensor or isinstance(value, PackedSequence) or _is_graph(value)
 
@@ -141,7 +142,9 @@ def _size_of(batch: Any, *, is_inside: bool = False) -> int | None:
     declared = _declared_size(batch)
     if declared is not None:
         return declared
-    inside = parts(batch)
+    if _is_one_sample(batch):
+        return 1
+    inside = _without_constants(parts(batch))
     if isinstance(batch, list | tuple) and is_inside and len({t.shape[:1] for t in _alike(batch)}) > 1:
         return len(batch)
     for part in inside:  # records and tensors of several sizes beside something with one entry for each
@@ -152,6 +155,29 @@ def _size_of(batch: Any, *, is_inside: bool = False) -> int | None:
         if entries and isinstance(part, tuple) and is_list_of_samples(list(part)):
             return entries
     return next((s for part in inside if (s := _size_of(part, is_inside=True)) is not None), None)
+
+
+def _is_one_sample(batch: Any) -> bool:
+    """Return whether there is a single label: beside inputs, or under its name."""
+    if isinstance(batch, Mapping):
+        return any(isinstance(batch.get(key), Tensor) and batch[key].ndim == 0 for key in TARGET_KEYS)
+    if not (isinstance(batch, list | tuple) and len(batch) == 2 and _has_rows(batch[0])):
+        return False
+    label = batch[1]
+    if isinstance(label, Tensor):
+        return label.ndim == 0 and not label.is_floating_point()
+    return isinstance(label, int) and not isinstance(label, bool)
+
+
+def _without_constants(inside: list[Any]) -> list[Any]:
+    """Return the parts that may have one entry per sample: no vectors of a length of their own (class weights)."""
+    lengths = [len(v) for v in _nested(inside) if _has_rows(v) or (isinstance(v, list | tuple) and v is not inside)]
+    left = [p for p in inside if not (_is_numbers(p) and lengths.count(len(p)) == 1)]
+    return left if any(_has_rows(value) for value in _nested(left)) else inside
+
+
+def _is_numbers(value: Any) -> bool:
+    return _is_plain(value) and value.ndim == 1 and value.is_floating_point()
 
 
 def _is_plain(value: Any) -> bool:
@@ -219,7 +245,7 @@ def rows_of(batch: Any, index: Tensor, size: int) -> Any:
         return batch[index.cpu().numpy()] if batch.ndim and len(batch) == size else batch
     if _is_tensor_collection(batch):
         return batch[index.to(batch.device)] if batch.device is not None else batch[index]
-    if isinstance(batch, list | tuple) and not hasattr(batch, "_fields") and _per_sample(batch, size):
+    if isinstance(batch, list | tuple) and not hasattr(batch, "_fields") and has_entry_per_sample(batch, size):
         return type(batch)(batch[i] for i in index.tolist())
     return rebuilt(batch, lambda part: rows_of(part, index, size))
 
@@ -246,11 +272,11 @@ def rebuilt(batch: Any, change: Callable[[Any], Any]) -> Any:
     if _is_tensor_collection(batch):
         return batch.apply(change)
     if isinstance(batch, list | tuple):
-        return _with(batch, list(map(change, batch)))
+        return with_contents(batch, list(map(change, batch)))
     known = isinstance(batch, Mapping) or is_dataclass(batch)
     if not known and not tensors_of(batch):
         return batch
-    return _with(batch, {key: change(value) for key, value in _entries(batch).items()})
+    return with_contents(batch, {key: change(value) for key, value in entries_of(batch).items()})
 
 
 def _is_tensor_collection(batch: Any) -> bool:
@@ -260,7 +286,7 @@ def _is_tensor_collection(batch: Any) -> bool:
     return isinstance(_attribute(batch, "batch_size"), torch.Size) and callable(_attribute(batch, "apply"))
 
 
-def _with(batch: Any, values: Any) -> Any:
+def with_contents(batch: Any, values: Any) -> Any:
     """Return a container of the same kind with other contents, or the same one if none can be made."""
     kind = type(batch)
     if kind in (dict, list, tuple):
@@ -290,7 +316,7 @@ def _by_its_constructor(batch: Any, values: Any) -> Any:
         return batch
 
 
-def _per_sample(entries: Sequence[Any], size: int) -> bool:
+def has_entry_per_sample(entries: Sequence[Any], size: int) -> bool:
     """Return whether a list has one entry per sample, rather than one tensor for each of several quantities."""
     columns = any(isinstance(v, Tensor) and v.ndim and len(v) == size for v in entries)
     return len(entries) == size and not columns
@@ -307,85 +333,3 @@ def inputs_of(batch: Any) -> Any:
         return {key: value for key, value in batch.items() if key not in TARGET_KEYS}
     pair = isinstance(batch, list | tuple) and len(batch) == 2 and isinstance(batch[0], Tensor)
     return batch[0] if pair else batch
-
-
-def form_of(batch: Any) -> tuple[Any, ...]:
-    """Return a key that batches must share to be joined: shape and type of a sample, and all that is not per sample.
-
-    A tensor that is not per sample (a scale, a matrix, a graph) equals only itself.
-
-    Example:
-        >>> x, scales = torch.zeros(4, 2), torch.ones(3)
-        >>> form_of((x, 0.1)) == form_of((x[:3], 0.1)), form_of((x, 0.1)) == form_of((x, 0.2))
-        (True, False)
-        >>> form_of((x, scales)) == form_of((x, scales)), form_of((x, scales)) == form_of((x, scales.clone()))
-        (True, False)
-    """
-    return _form(batch, batch_size_of(batch))
-
-
-def kind_of(batch: Any) -> tuple[Any, ...]:
-    """Return a key of all by which a step may branch: types, and the strings and booleans in a batch.
-
-    Example:
-        >>> x = torch.zeros(4, 2)
-        >>> kind_of({"x": x, "task": "a"}) == kind_of({"x": x[:3], "task": "a"})
-        True
-        >>> kind_of({"x": x, "task": "a"}) == kind_of({"x": x, "task": "b"})
-        False
-    """
-    return _kind(batch, batch_size_of(batch))
-
-
-def _kind(part: Any, size: int) -> tuple[Any, ...]:
-    if isinstance(part, Tensor):
-        return part.ndim, part.dtype
-    if isinstance(part, bool | str | None):
-        return type(part), part
-    if isinstance(part, list | tuple) and _per_sample(part, size):
-        return type(part), "entries"
-    if isinstance(part, list | tuple | Mapping) or is_dataclass(part):
-        return type(part), *(_kind(inside, size) for inside in parts(part))
-    return (type(part),)
-
-
-def _form(part: Any, size: int) -> tuple[Any, ...]:
-    if isinstance(part, Tensor) and part.ndim and part.size(0) == size and not _is_one_piece(part):
-        return part.shape[1:], part.dtype, part.device
-    if isinstance(part, bool | int | float | str | None):
-        return type(part), part
-    if isinstance(part, list | tuple):
-        entries = not hasattr(part, "_fields") and _per_sample(part, size)
-        return (type(part), "entries") if entries else (type(part), *(_form(p, size) for p in part))
-    if (isinstance(part, Mapping) or is_dataclass(part)) and not _is_one_piece(part):
-        return type(part), *((key, _form(value, size)) for key, value in _entries(part).items())
-    return "alone", id(part)
-
-
-def join(batches: Sequence[Any], sizes: Sequence[int]) -> Any:
-    """Join several batches of one form into one; anything that is not per sample is taken from the first.
-
-    Args:
-        batches: Batches for which ``form_of`` is the same.
-        sizes: Number of samples of each.
-
-    Example:
-        >>> join([{"x": torch.zeros(1, 2), "name": ["a"]}, {"x": torch.ones(2, 2), "name": ["b", "c"]}], [1, 2])
-        {'x': tensor([[0., 0.],
-                [1., 1.],
-                [1., 1.]]), 'name': ['a', 'b', 'c']}
-    """
-    first = batches[0]
-    if len(batches) == 1:
-        return first
-    if isinstance(first, Tensor):
-        per_sample = all(b.ndim and len(b) == n for b, n in zip(batches, sizes, strict=True))
-        return torch.cat(list(batches)) if per_sample else first
-    if isinstance(first, list | tuple):
-        if not hasattr(first, "_fields") and all(_per_sample(b, n) for b, n in zip(batches, sizes, strict=True)):
-            return type(first)(entry for b in batches for entry in b)
-        return _with(first, [join(column, sizes) for column in zip(*batches, strict=True)])
-    if isinstance(first, Mapping) or is_dataclass(first):
-        columns = [_entries(batch) for batch in batches]
-        return _with(first, {key: join([column[key] for column in columns], sizes) for key in columns[0]})
-    return first

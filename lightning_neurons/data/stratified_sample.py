@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from lightning_neurons.data.batches import batch_size_of, form_of, is_divisible, join, map_tensors, rows_of
+from lightning_neurons.data.batches import batch_size_of, is_divisible, map_tensors, rows_of
+from lightning_neurons.data.joining import form_of, join
 
 _CLASS_SLOTS = 2**16
 """Number of counters: class numbers are taken modulo this, so that no table has to grow with them."""

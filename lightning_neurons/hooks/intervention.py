@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_neurons.hooks.capture import FollowLayers
 from lightning_neurons.layers.layer import Layer
-from lightning_neurons.layers.sample_axis import time_first
+from lightning_neurons.layers.sample_axis import join_rows, split_rows, time_first
 
 Replacement = Literal["zero", "mean", "resample"]
 
@@ -109,7 +109,7 @@ def edit_of(
         return Edit(layer.axis, index, _constant(means.to(device)[index], layer.axis))
     if replacement == "resample":
         assert shuffle is not None, "drawn before"
-        return Edit(layer.axis, index, _shuffled(shuffle.to(device), layer.axis, layer.rows_per_sample))
+        return Edit(layer.axis, index, _shuffled(shuffle.to(device), layer))
     return Edit(layer.axis, index, torch.zeros_like)
 
 
@@ -122,16 +122,16 @@ def _constant(means: Tensor, axis: int) -> NewValues:
     return values
 
 
-def _shuffled(order: Tensor, axis: int, rows_per_sample: int | None) -> NewValues:
+def _shuffled(order: Tensor, layer: Layer) -> NewValues:
     def values(old: Tensor) -> Tensor:
         size = len(order)
         if old.shape[0] == size:
             return old[order]
-        if rows_per_sample is None and time_first(old, axis, size):
+        if layer.rows_per_sample is None and time_first(old, layer.axis, size):
             return old[:, order]
         if size and old.shape[0] % size == 0:  # tokens or windows folded into the batch
-            windows: Tensor = old.unflatten(0, (size, -1))[order]
-            return windows.flatten(0, 1)
+            windows = split_rows(old, size, rows_apart=layer.rows_apart)[order]
+            return join_rows(windows, rows_apart=layer.rows_apart)
         return old.roll(1, 0)
 
     return values

@@ -28,7 +28,7 @@ from lightning_neurons.hooks.value_course import Course, Value, common_axis
 from lightning_neurons.isolation.tensors import has_weights, in_transform, is_plain, tensors_in, unwrapped, weights_of
 from lightning_neurons.isolation.writes import target_of_write
 from lightning_neurons.layers.layer import Layer, calling_module
-from lightning_neurons.layers.registry import LINKS, PASSING, family_of
+from lightning_neurons.layers.registry import LINKS, PASSING, family_of, neuron_axis
 
 _Reads = list[tuple[Course, int] | None]
 
@@ -115,7 +115,6 @@ class Trace(HookedMode):
         return start
 
     def _ends(self, path: str, layer: str | None) -> After:
-        family = None if layer is None else family_of(self._layers[layer])
         weights = () if layer is None else weights_of(self._layers[layer])
 
         def end(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
@@ -126,11 +125,12 @@ class Trace(HookedMode):
             if layer is not None:
                 if layer in self._inside:
                     self._inside.remove(layer)
-                if family is None or in_transform() or not has_weights(module, weights):
+                axis = neuron_axis(self._layers[layer], output)
+                if axis is None or in_transform() or not has_weights(module, weights):
                     return  # with other weights (of ``functional_call``, for example) it is another network
-                self._flow.leaves(layer, output, family.axis)
+                self._flow.leaves(layer, output, axis)
                 if isinstance(output, Tensor) and is_plain(output):
-                    course = Course(output, family.axis, depth=functions_running(), in_model=bool(self._modules))
+                    course = Course(output, axis, depth=functions_running(), in_model=bool(self._modules))
                     self._calls.setdefault(layer, []).append(course)
                     self._name(output, course, 0)
                     self._carried[id(output)] = course.values[0], 1

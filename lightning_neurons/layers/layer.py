@@ -53,6 +53,8 @@ class Layer:
             to one neuron; None where something else reads it too, such as a residual sum.
         rows_per_sample: Number of entries on the first axis of its output that belong to one sample, where that is
             known and not 1: tokens or windows folded into the batch.
+        rows_apart: Whether these lie a whole batch apart, as those of concatenated views and of time steps in front of
+            the samples; else they are adjacent.
         note: A hint for the user, such as the reason why the layer was not seen.
         output: Whether it makes the model's output: no other layer reads its values.
         twins: The other layers of its residual stream: their values are added to its own, neuron by neuron, so that
@@ -66,6 +68,7 @@ class Layer:
     chains: tuple[tuple[Link, ...], ...] = ()
     readers: tuple[tuple[str, int], ...] | None = None
     rows_per_sample: int | None = None
+    rows_apart: bool = False
     note: str = ""
     output: bool = False
     twins: tuple[str, ...] = ()

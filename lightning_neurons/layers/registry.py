@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F  # noqa: N812 (the name that the field uses)
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from lightning_neurons.errors import ArgumentError
 
@@ -82,6 +83,22 @@ def register_layer(module_type: type[nn.Module], *, neurons: Callable[[Any], int
 def family_of(module: nn.Module) -> LayerFamily | None:
     """Return the family of the module's own type or its nearest base, or None if it has no neurons."""
     return next((LAYER_FAMILIES[t] for t in type(module).__mro__ if t in LAYER_FAMILIES), None)
+
+
+def neuron_axis(module: nn.Module, output: Any) -> int | None:
+    """Return the neuron axis of a module's output, counted from the end if a convolution ran on one unbatched sample.
+
+    Example:
+        >>> layer = nn.Conv1d(2, 3, 1)
+        >>> neuron_axis(layer, layer(torch.zeros(4, 2, 5))), neuron_axis(layer, layer(torch.zeros(2, 5)))
+        (1, -2)
+    """
+    family = family_of(module)
+    if family is None:
+        return None
+    if isinstance(module, _ConvNd) and isinstance(output, Tensor) and output.ndim == len(module.kernel_size) + 1:
+        return -output.ndim
+    return family.axis
 
 
 def widths_of(modules: Mapping[str, nn.Module]) -> dict[str, int]:

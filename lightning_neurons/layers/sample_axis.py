@@ -3,9 +3,18 @@
 from jaxtyping import Float
 from torch import Tensor
 
+from lightning_neurons.layers.layer import Layer
+
+_CLOSE = 1e-3  # of the largest value: half precision, too, and what else runs in the batch may round otherwise
+
 
 def samples_first(
-    values: Float[Tensor, "..."], axis: int, batch_size: int | None = None, rows_per_sample: int | None = None
+    values: Float[Tensor, "..."],
+    axis: int,
+    batch_size: int | None = None,
+    rows_per_sample: int | None = None,
+    *,
+    rows_apart: bool = False,
 ) -> Float[Tensor, "batch neuron space"]:
     """Bring a layer's output into the form that statistics read, as a view wherever possible.
 
@@ -19,6 +28,7 @@ def samples_first(
         axis: The neuron axis.
         batch_size: Number of samples in the batch, if known.
         rows_per_sample: Rows of a sample, which decides where both fit; see ``Layer``.
+        rows_apart: Layout of equal parts of the first axis; see ``Layer``.
 
     Returns:
         The values as ``(batch, neuron, space)``; space is 1 for values without further axes.
@@ -36,10 +46,53 @@ def samples_first(
         if not folded and time_first(values, axis, batch_size):
             values = values.transpose(0, 1)
         elif batch_size and values.shape[0] % batch_size == 0:
-            values = values.movedim(neurons, 1).unflatten(0, (batch_size, -1)).movedim(1, -1)
-            return values.flatten(2)
+            parts = split_rows(values.movedim(neurons, 1), batch_size, rows_apart=rows_apart)
+            return parts.movedim(1, -1).flatten(2)
     values = values if neurons == 1 else values.movedim(neurons, 1)
     return values.flatten(2) if values.ndim > 2 else values.unsqueeze(-1)
+
+
+def samples_of(
+    values: Float[Tensor, "..."], layer: Layer, batch_size: int | None
+) -> Float[Tensor, "batch neuron space"]:
+    """Bring the output of a known layer, or its gradient, into that form."""
+    return samples_first(values, layer.axis, batch_size, layer.rows_per_sample, rows_apart=layer.rows_apart)
+
+
+def split_rows(
+    values: Float[Tensor, "row ..."], batch_size: int, *, rows_apart: bool
+) -> Float[Tensor, "batch part ..."]:
+    """Give the rows of each sample an axis of their own, as a view.
+
+    Example:
+        >>> import torch
+        >>> split_rows(torch.arange(4.0), 2, rows_apart=True).tolist()  # two samples, and once more
+        [[0.0, 2.0], [1.0, 3.0]]
+    """
+    parts: Tensor = values.unflatten(0, (-1, batch_size) if rows_apart else (batch_size, -1))
+    return parts.transpose(0, 1) if rows_apart else parts
+
+
+def join_rows(parts: Float[Tensor, "batch part ..."], *, rows_apart: bool) -> Float[Tensor, "row ..."]:
+    """Undo ``split_rows``."""
+    return parts.transpose(0, 1).flatten(0, 1) if rows_apart else parts.flatten(0, 1)
+
+
+def lie_apart(values: Float[Tensor, "row ..."], turned: Float[Tensor, "row ..."], batch_size: int) -> bool:
+    """Return whether the rows of a sample lie a whole batch apart.
+
+    Args:
+        values: Output of a layer, several rows for each sample.
+        turned: The same from a forward with the samples in the opposite order.
+        batch_size: Number of samples.
+    """
+    if values.shape != turned.shape:
+        return False
+    close = {}
+    for apart in (False, True):
+        expected = join_rows(split_rows(values, batch_size, rows_apart=apart).flip(0), rows_apart=apart)
+        close[apart] = bool((expected - turned).abs().max() <= _CLOSE * values.abs().max())
+    return close[True] and not close[False]
 
 
 def time_first(values: Float[Tensor, "..."], axis: int, batch_size: int) -> bool:

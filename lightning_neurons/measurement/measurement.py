@@ -16,7 +16,7 @@ from lightning_neurons.hooks.weights import traits_of
 from lightning_neurons.layers.layer import Layer, Pattern, candidates, modules_by_name, require_materialized
 from lightning_neurons.layers.prunable import check_prunable
 from lightning_neurons.layers.registry import widths_of
-from lightning_neurons.layers.sample_axis import samples_first
+from lightning_neurons.layers.sample_axis import samples_of
 from lightning_neurons.metrics.histogram import BINS, HIGHEST, LOWEST
 from lightning_neurons.metrics.room import require_room
 from lightning_neurons.metrics.streaming import StreamingCriteria
@@ -55,7 +55,7 @@ class Measurement:
         require_materialized(model)
         check_prunable(model)
         self.layers: dict[str, Layer] = {}
-        self._forms: dict[str, tuple[int, bool, tuple[float, float] | None, int | None]] = {}
+        self._forms: dict[str, tuple[Layer, bool, tuple[float, float] | None]] = {}
         widths = widths_of(self.modules)
         # float64 does not exist on Apple's GPUs.
         where = torch.device("cpu") if device is None or device.type == "mps" else device
@@ -95,27 +95,27 @@ class Measurement:
                 self.metric.describe(traits_of(layer, self._named), calls=layer.calls)
             if layer.calls or name not in self.layers:
                 self.layers[name] = layer
-                self._forms[name] = layer.axis, layer.rectified, layer.bounds, layer.rows_per_sample
+                self._forms[name] = layer, layer.rectified, layer.bounds
 
     def receive(
         self, layer: str, activation: Tensor, gradient: Tensor | None, need: Need, inner: Tensor | None = None
     ) -> None:
         """Add one call of one layer."""
-        axis, rectified, bounds, rows = self._forms[layer]
+        known, rectified, bounds = self._forms[layer]
         view = LayerView(
-            samples_first(activation, axis, self._batch_size, rows),
-            None if gradient is None else samples_first(gradient, axis, self._batch_size, rows),
-            None if inner is None else samples_first(inner, axis, self._batch_size, rows),
+            samples_of(activation, known, self._batch_size),
+            None if gradient is None else samples_of(gradient, known, self._batch_size),
+            None if inner is None else samples_of(inner, known, self._batch_size),
             rectified=rectified,
             bounds=bounds,
         )
         place = self.metric.places[layer]
         if view.activation.shape[1] != place.stop - place.start:
             raise MeasurementError(
-                f"layer {layer!r} gave {view.activation.shape[1]} neurons on axis {axis} of its output and says that "
-                f"it has {place.stop - place.start}; check its register_layer(neurons=..., axis=...)"
+                f"layer {layer!r} gave {view.activation.shape[1]} neurons on axis {known.axis} of its output and says "
+                f"that it has {place.stop - place.start}; check its register_layer(neurons=..., axis=...)"
             )
-        self.metric.hold(layer, view, need, self._targets if self.per_class else None)
+        self.metric.hold(layer, view, need, self._targets if self.per_class else None, self._batch_size)
 
     def merge_processes(self, processes: int) -> None:
         """Give every process the sums of all; one that saw nothing learns the layers from the others."""

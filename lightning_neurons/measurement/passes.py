@@ -1,7 +1,7 @@
 """The passes over the data that measurements share: one watched forward, one backward to the activations."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
@@ -22,12 +22,13 @@ from lightning_neurons.isolation.isolation import differentiable, eager, frozen,
 from lightning_neurons.isolation.model_state import ModelState
 from lightning_neurons.layers.layer import Layer, candidates
 from lightning_neurons.layers.registry import family_of
-from lightning_neurons.layers.sample_axis import is_ambiguous
+from lightning_neurons.layers.sample_axis import is_ambiguous, lie_apart
 from lightning_neurons.measurement.losses import normal_tensors
 
 _CACHED_BYTES = 2 * 2**20
 _SMALLEST_PART = 8
 _FEW = 2
+_SOME = 3  # of two samples that are run three times, every second row is one, either way
 
 
 @runtime_checkable
@@ -55,7 +56,7 @@ class Known:
         form: Names, identities and widths of the layers; another form has to be learnt anew.
         layers: By name, the layers with their activation points.
         bytes_per_sample: Size of the largest activation.
-        ambiguous: Whether some layer's samples may lie on one axis as well as on another.
+        ambiguous: Whether some layer's samples may lie in one way as well as in another.
     """
 
     form: tuple[tuple[str, int, int], ...]
@@ -101,11 +102,12 @@ class Passes:
         return fast_modules(self.model)
 
     @contextmanager
-    def observe(self, *, of_others: bool = False) -> Iterator[None]:
+    def observe(self, *, of_others: bool = False, samples: int | None = None) -> Iterator[None]:
         """Watch whatever forward runs inside.
 
         Args:
             of_others: Whether the values of the forward are used outside, as in training, so that they must not change.
+            samples: Number of samples in the batch, if known.
 
         Raises:
             MeasurementError: At the end, if a part could not be watched.
@@ -125,7 +127,7 @@ class Passes:
             with eager(), trace:
                 yield
             _check(trace)
-            self._learn(trace)
+            self._learn(trace, samples)
             for name, value in trace.activations():
                 self._activation(name, value.detach())
         finally:
@@ -258,39 +260,71 @@ class Passes:
         with kept_gradients(self.model), direct_checkpoints():
             for part, samples, gradients in ways:
                 try:
-                    self._trace(forward, part, samples, gradients)
+                    folded = self._trace(forward, part, samples, gradients)
                 except Exception:  # (whatever a model raises on fewer samples than it expects)
                     if part is batch and gradients:
                         raise
                 else:
                     self.needs_gradients = gradients
+                    if folded:
+                        self._tell_apart(forward, batch)
                     return
 
-    def _trace(self, forward: Callable[[Any], Any], batch: Any, samples: int | None, gradients: bool) -> None:
+    def _trace(self, forward: Callable[[Any], Any], batch: Any, few: int | None, gradients: bool) -> dict[str, Tensor]:
+        """Learn from a forward; return the outputs of layers that have several rows for each of the ``few`` samples."""
         trace = Trace(self.model, self._modules)
         try:
             with isolated(self.model), torch.set_grad_enabled(gradients), eager(), trace:
                 forward(batch)
-            self._learn(trace, samples)
+            self._learn(trace, few=few)
+            assert self.known is not None, "just learnt"
+            several = [name for name, layer in self.known.layers.items() if few and (layer.rows_per_sample or 1) > 1]
+            finals = dict(trace.activations()) if several else {}
+            return {name: finals[name].detach().clone() for name in several if name in finals}
         finally:
             trace.close()
 
-    def _learn(self, trace: Trace, few: int | None = None) -> None:
-        """Store the layers; ``few`` is how many samples ran, if they were chosen to tell the samples' axis."""
+    def _tell_apart(self, forward: Callable[[Any], Any], batch: Any) -> None:
+        """Find the layout of the samples' rows, from two forwards of a few samples in opposite orders."""
+        known, size = self.known, batch_size_of(batch)
+        assert known is not None, "just learnt"
+        few, apart = min(_SOME, size), set[str]()
+        with suppress(Exception):  # the model need not run on so many
+            rows = torch.arange(few)
+            values, turned = (
+                self._trace(forward, rows_of(batch, order, size), few, self.needs_gradients)
+                for order in (rows, rows.flip(0))
+            )
+            apart = {name for name in values.keys() & turned if lie_apart(values[name], turned[name], few)}
+        self._take(replace(known, layers={n: replace(la, rows_apart=n in apart) for n, la in known.layers.items()}))
+
+    def _learn(self, trace: Trace, samples: int | None = None, *, few: int | None = None) -> None:
+        """Store the layers.
+
+        Args:
+            trace: Of the forward.
+            samples: Number of samples that ran, if known.
+            few: The same, if they were chosen to tell the samples' axis.
+        """
         before = self._learnt
         finals = dict(trace.activations())
         layers = {}
         for name, layer in trace.found().items():
             rows = finals[name].shape[0] if name in finals and finals[name].ndim else 0
-            folded = few is not None and rows > few and rows % few == 0
-            seen = replace(layer, rows_per_sample=rows // few) if few and folded else layer
+            several = few is not None and rows > few and rows % few == 0
+            seen = replace(layer, rows_per_sample=rows // few) if few and several else layer
             layers[name] = before[name] if not layer.calls and name in before else seen
         sizes = (v.numel() * v.element_size() // v.shape[0] for v in finals.values() if v.ndim and v.shape[0])
         unclear = (v.ndim > 2 and is_ambiguous(v, layers[name].axis, v.shape[1]) for name, v in finals.items())
-        self.known = Known(_form_of(self._modules), layers, max(sizes, default=0), few is None and any(unclear))
-        self._learnt = layers
+        lengths = {len(value) for value in finals.values() if value.ndim > 1}
+        folded = samples and any(length > samples and length % samples == 0 for length in lengths)
+        ambiguous = few is None and (bool(folded) or any(unclear))
+        self._take(Known(_form_of(self._modules), layers, max(sizes, default=0), ambiguous))
+
+    def _take(self, known: Known) -> None:
+        self.known, self._learnt = known, known.layers
         for receiver in self.receivers:
-            receiver.learn({name: layers[name] for name in receiver.modules})
+            receiver.learn({name: known.layers[name] for name in receiver.modules})
 
     def _forget(self, unknown: set[str]) -> None:
         """Forget the layers if some did not run as known, so that they are found again."""

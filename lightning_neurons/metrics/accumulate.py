@@ -4,7 +4,7 @@ Layers of the same form are added together: on small networks the number of call
 States have a leading axis of classes. ``index`` is the class of each sample, or None: then there is one class.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,10 +50,14 @@ class Waiting:
     Attributes:
         batches: By layer and need, the statistics of the current batch so far.
         numbers: Number of values that wait.
+        pieces: By layer and need, the statistics of single calls on fewer samples than the batch has.
+        samples: Number of samples in the batch.
     """
 
     batches: dict[tuple[str, Need], Batch] = field(default_factory=dict)
     numbers: int = 0
+    pieces: dict[tuple[str, Need], list[Batch]] = field(default_factory=dict)
+    samples: int = 0
 
 
 Place = slice | Tensor
@@ -134,6 +138,33 @@ def joined(statistics: Sequence[Statistic], held: Batch, new: Batch) -> Batch:
     reducers += [torch.add] * (len(new.rows) - len(reducers))
     rows = [reduce(a, b) for reduce, a, b in zip(reducers, held.rows, new.rows, strict=True)]
     return Batch(rows, held.positions + new.positions, held.sampled + new.sampled, new.targets)
+
+
+def together(statistics: Sequence[Statistic], pieces: Sequence[Batch], samples: int) -> list[Batch]:
+    """Combine the calls of a layer that ran on fewer samples than the batch has.
+
+    Where their samples are as many as the batch's, each call had its own: the batch was run in pieces. Else calls on
+    as many samples as the one before are calls on the same samples.
+    """
+    if sum(piece.samples for piece in pieces) != samples:
+        joint = list(pieces[:1])
+        for piece in pieces[1:]:
+            if piece.samples == joint[-1].samples:
+                joint[-1] = joined(statistics, joint[-1], piece)
+            else:
+                joint.append(piece)
+        return joint
+    alike: dict[tuple[Any, ...], list[Batch]] = {}
+    for piece in pieces:
+        alike.setdefault((piece.positions, *(s.shape[1:] for s in piece.sampled)), []).append(piece)
+    return [
+        Batch(_columns(p.rows for p in same), same[0].positions, _columns(p.sampled for p in same))
+        for same in alike.values()
+    ]
+
+
+def _columns(tensors: Iterable[Sequence[Tensor]]) -> list[Tensor]:
+    return [torch.cat(column) for column in zip(*tensors, strict=True)]
 
 
 def transformed(

@@ -130,9 +130,17 @@ class StreamingCriteria(Metric):
             self.hold(layer, view, need, targets)
 
     def hold(
-        self, layer: str, view: LayerView, need: Need = "activation", targets: Int[Tensor, " batch"] | None = None
+        self,
+        layer: str,
+        view: LayerView,
+        need: Need = "activation",
+        targets: Int[Tensor, " batch"] | None = None,
+        samples: int | None = None,
     ) -> None:
-        """Do as ``update``, without the bookkeeping of torchmetrics, which would take longer than the work."""
+        """Do as ``update``, without the bookkeeping of torchmetrics, which would take longer than the work.
+
+        ``samples`` is the number of samples in the whole batch, if known: each call may run on a part of them.
+        """
         statistics, counted = self._statistics[layer, need], need == "activation" and self.histogram.shape[1] > 0
         if not statistics and not counted:
             return
@@ -149,6 +157,10 @@ class StreamingCriteria(Metric):
             targets=targets,
         )
         waiting = self._waiting
+        if samples is not None and new.samples < samples and layer in self._several_calls and not self.per_class:
+            waiting.pieces.setdefault((layer, need), []).append(new)
+            waiting.samples = samples
+            return
         held = waiting.batches.pop((layer, need), None)
         if held is not None and (layer not in self._several_calls or held.samples != new.samples):
             self._add_all({(layer, need): held})  # of an earlier batch, or a call with other samples
@@ -163,8 +175,11 @@ class StreamingCriteria(Metric):
     def finish_batch(self) -> None:
         """Add the statistics of this batch to the sums, all layers together."""
         self._update_count += 1
-        batches, self._waiting.batches, self._waiting.numbers = self._waiting.batches, {}, 0
-        self._add_all(batches)
+        waiting, self._waiting = self._waiting, Waiting()
+        self._add_all(waiting.batches)
+        for (layer, need), pieces in waiting.pieces.items():
+            for batch in accumulate.together(self._statistics[layer, need], pieces, waiting.samples):
+                self._add_all({(layer, need): batch})
 
     def _add_all(self, pending: Mapping[tuple[str, Need], Batch]) -> None:
         forms: dict[tuple[Any, ...], list[tuple[str, Batch]]] = {}

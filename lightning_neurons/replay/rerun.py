@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_neurons.data.batches import is_divisible, join, rows_of
+from lightning_neurons.data.batches import is_divisible, rows_of
+from lightning_neurons.data.joining import join
 from lightning_neurons.hooks.intervention import Edit, Silence
 from lightning_neurons.isolation.isolation import eager, kept_optimizers, kept_random_state, returning_to
 from lightning_neurons.isolation.model_state import ModelState, random_state, set_random_state

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_neurons import MeasurementError
-from lightning_neurons.data.batches import batch_size_of, inputs_of, join, rows_of, targets_of, tensors_of
+from lightning_neurons.data.batches import batch_size_of, inputs_of, rows_of, targets_of, tensors_of
+from lightning_neurons.data.joining import join
 from lightning_neurons.layers.sample_axis import samples_first
 
 Pair = namedtuple("Pair", ["image", "label"])
@@ -184,3 +185,28 @@ def test_samples_that_are_listed_one_by_one_are_counted_and_picked():
 def test_a_nested_tensor_has_as_many_samples_as_what_is_beside_it():
     nested = torch.nested.nested_tensor([torch.zeros(2), torch.zeros(5), torch.zeros(1)])
     assert batch_size_of((nested, torch.zeros(3))) == batch_size_of({"x": nested}) == 3
+
+
+X = torch.zeros(4, 3)
+
+
+@pytest.mark.parametrize(
+    ("batch", "expected"),
+    [
+        ((torch.zeros(3), torch.tensor(1)), 1),
+        ((torch.zeros(3), 1), 1),
+        ({"bag": torch.zeros(7, 3), "label": torch.tensor(0.5)}, 1),
+        ((X, torch.tensor(0.5)), 4),
+        ({"x": X, "temperature": torch.tensor(2.0)}, 4),
+        ({"class_weight": torch.ones(3), "x": X, "y": torch.zeros(4)}, 4),
+        ([torch.ones(3), X, torch.zeros(4)], 4),
+        ({"scale": torch.ones(2), "inputs": {"tokens": X, "names": ["a", "b", "c", "d"]}}, 4),
+        ({"value": torch.zeros(4), "tokens": torch.zeros(8, 3), "names": ["a", "b", "c", "d"]}, 4),
+        ({"images": torch.zeros(2, 3, 6, 6), "boxes": torch.zeros(5, 4), "scores": torch.zeros(5)}, 2),
+        (torch.zeros(3), 3),
+        ([torch.zeros(3)], 3),
+    ],
+    ids=str,
+)
+def test_one_label_is_of_one_sample_and_weights_of_classes_are_no_samples(batch, expected):
+    assert batch_size_of(batch) == expected

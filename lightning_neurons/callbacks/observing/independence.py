@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from lightning_neurons.callbacks.trainer.checks import name_of
 from lightning_neurons.callbacks.trainer.step_replay import StepReplay
-from lightning_neurons.data.batches import batch_size_of, kind_of
+from lightning_neurons.data.batches import batch_size_of
+from lightning_neurons.data.joining import kind_of
 from lightning_neurons.measurement.batch_splitting import Independence
 from lightning_neurons.measurement.losses import LossReduction, summed
 

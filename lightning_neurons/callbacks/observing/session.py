@@ -101,7 +101,8 @@ class Session:
             together(self._alive(), partial(self._remember, batch, is_stream=is_stream))
         elif self._alive():
             self._stack = ExitStack()
-            self._stack.enter_context(self.passes.observe(of_others=True))
+            samples = None if is_stream else rows_in(batch)
+            self._stack.enter_context(self.passes.observe(of_others=True, samples=samples))
 
     def close(self, batch_idx: int, dataloader_idx: int = 0) -> None:
         """End a batch, after the model's own step: remove the hooks and compute gradients for the picked samples."""

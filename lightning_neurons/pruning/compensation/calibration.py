@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_neurons.data.batches import form_of, is_divisible, join, samples_in, tensors_of
+from lightning_neurons.data.batches import is_divisible, samples_in, tensors_of
+from lightning_neurons.data.joining import form_of, join
 from lightning_neurons.errors import PruningError
 from lightning_neurons.isolation.isolation import eager
 from lightning_neurons.pruning.compensation.moments import Reduce, alone
