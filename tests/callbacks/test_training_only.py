@@ -54,6 +54,14 @@ class Laid(Deep):
         return rows.var(0).sum()
 
 
+class Slight(Deep):
+    """A part of the loss with a small weight compares neighbours."""
+
+    def extra(self, batch):
+        third = self.features(batch[0])[2]
+        return 1e-3 * (third[:, 1:] - third[:, :-1]).square().sum(1).mean()
+
+
 class Chosen(Deep):
     def extra(self, batch):
         return self.features(batch[0])[1][:, [0, 3]].square().sum()
@@ -180,6 +188,7 @@ READERS = {
     "auxiliary head": (Auxiliary, ["net.conv1"], FAILS),
     "every second step": (Alternating, ["net.conv2"], FAILS),
     "view": (Laid, ["net.fc1"], DIFFERS),
+    "neighbours, with a small weight": (Slight, ["net.fc1"], DIFFERS),
     "chosen by number": (Chosen, ["net.conv2"], DIFFERS),
     "chosen by drawn numbers": (Drawn, ["net.conv2"], DIFFERS),
     "mean over features": (Averaged, ["net.fc1"], DIFFERS),
@@ -326,9 +335,19 @@ class Sharp(Plain):
         return (1e7 * self(batch[0])).sin().mean() * 1e-7
 
 
-def test_a_difference_of_rounding_alone_keeps_no_layer_whole():
+class Coarse(Sharp):
+    """Its step goes over to float32, whatever its weights are."""
+
+    def training_step(self, batch, batch_idx):
+        hidden, last = self.net[:3](batch[0]).float(), self.net[3]
+        outputs = nn.functional.linear(hidden, last.weight.float(), last.bias.float())
+        return (3e3 * outputs).sin().mean() * 1e-3
+
+
+@pytest.mark.parametrize("make", [Sharp, Coarse])
+def test_a_difference_of_rounding_alone_keeps_no_layer_whole(make):
     torch.manual_seed(0)
-    module, callback = Sharp(), pruner("weight_l2", amount=0.4, scope="layer")
+    module, callback = make(), pruner("weight_l2", amount=0.4, scope="layer")
     fit(module, [callback], max_epochs=2)
     assert module.net[1].out_features == 181
 
