@@ -107,14 +107,19 @@ def test_the_loss_is_found_where_it_is_unambiguous(form):
     same(callback.report, expected(module, data))
 
 
-def test_of_several_numbers_none_is_taken_for_the_loss():
+@pytest.mark.parametrize("verb", ["returned", "logged"])
+@pytest.mark.parametrize("is_automatic", [True, False], ids=["automatic optimization", "by hand"])
+def test_of_several_numbers_none_is_taken_for_the_loss(verb, is_automatic):
     class Module(Plain):
         def validation_step(self, batch: Any, batch_idx: int) -> Any:
-            return {"a": self.loss(batch), "b": 2 * self.loss(batch)}
+            numbers = {"a": self.loss(batch), "b": 2 * self.loss(batch)}
+            return numbers if verb == "returned" else self.log_dict(numbers)
 
-    callback = NeuronSensitivityCallback(max_figures=0)
-    with pytest.warns(UserWarning, match=r"2 of the numbers that it returned are differentiable.*loss_fn="):
-        trainer_of([callback]).validate(Module(), loader(24, seed=1), verbose=False)
+    module, callback = Module(), NeuronSensitivityCallback(max_figures=0)
+    module.automatic_optimization = is_automatic
+    with pytest.warns(UserWarning, match=rf"2 of the numbers that it {verb} are differentiable.*loss_fn=") as warned:
+        trainer_of([callback]).validate(module, loader(24, seed=1), verbose=False)
+    assert any('step="training"' in str(warning.message) for warning in warned) == is_automatic
     assert "mean" in callback.report.scores
     assert "taylor" not in callback.report.scores
 

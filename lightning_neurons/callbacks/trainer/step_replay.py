@@ -112,7 +112,7 @@ class StepReplay:
                 ) from error
             raise NoLossError(
                 f"{self.step} failed when it was run with gradients on {who} ({type(error).__name__}: {error}); "
-                f"{_remedy(self.step)}"
+                f"{self._remedy()}"
             ) from error
         if self.loss_fn is not None:
             return out  # type: ignore[no-any-return]
@@ -122,8 +122,13 @@ class StepReplay:
             return found
         raise NoLossError(
             f"{who}.{self.step} neither returned nor logged a differentiable loss{found}; "
-            f"return the loss from it, or {_remedy(self.step)}"
+            f"return the loss from it, or {self._remedy()}"
         )
+
+    def _remedy(self) -> str:
+        other_step = self.step != "training_step" and self.pl_module.automatic_optimization
+        training = ', or step="training" to take that of training_step' if other_step else ""
+        return f"pass loss_fn=lambda module, batch: ... that returns the loss{training}"
 
     def _place_of(self, batch: Any) -> tuple[int, int]:
         memory = _memory_of(batch) if self.places else None
@@ -138,11 +143,6 @@ class StepReplay:
 
 def _memory_of(batch: Any) -> list[tuple[int, Any]]:
     return [(tensor.data_ptr(), tensor.shape) for tensor in tensors_of(batch)[:1]]
-
-
-def _remedy(step: str) -> str:
-    training = "" if step == "training_step" else ', or step="training" to take that of training_step'
-    return f"pass loss_fn=lambda module, batch: ... that returns the loss{training}"
 
 
 def _refuse(*args: Any, **kwargs: Any) -> Any:

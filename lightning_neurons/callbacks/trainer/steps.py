@@ -114,7 +114,7 @@ class LossFinder:
         if not torch.is_grad_enabled():  # nothing is differentiable; where it is not known yet, any will do
             known = every[self._place : self._place + 1] if self._place is not None else []
             likely = [value for value in every if self._fits(value)]
-            return next((_scalar(value) for value in (*known, *likely, *offered)), _words(out))
+            return next((_scalar(value) for value in (*known, *likely, *offered)), _words(out, logged))
         places = [place for place, value in enumerate(offered) if value.requires_grad and self._fits(value)]
         base = len(offered)
         for group in numbers:
@@ -124,7 +124,7 @@ class LossFinder:
         # If nothing else, what may be one loss per sample.
         places += [i for i, v in enumerate(offered) if v.requires_grad and v.ndim and v.numel() == len(v)]
         if not places:
-            return _words(out)
+            return _words(out, logged)
         self._place = places[0]
         if self._place < len(offered):
             returned = len(_named(out))
@@ -169,9 +169,10 @@ def _floats(tree: Any) -> list[Tensor]:
     return [value for value in tensors_of(tree) if value.is_floating_point()]
 
 
-def _words(out: Any) -> str:
+def _words(out: Any, logged: Mapping[str, Any]) -> str:
     """Describe what is there instead of a loss, for messages."""
-    several = len({id(v) for v in _floats(out) if v.requires_grad and v.numel() == 1})
-    if several > 1:
-        return f" ({several} of the numbers that it returned are differentiable, and none is called a loss)"
+    for verb, numbers in (("returned", out), ("logged", dict(logged))):
+        several = len({id(v) for v in _floats(numbers) if v.requires_grad and v.numel() == 1})
+        if several > 1:
+            return f" ({several} of the numbers that it {verb} are differentiable, and none is called a loss)"
     return " (is it computed under no_grad, detached, or not there at all?)"
