@@ -18,6 +18,7 @@ from lightning_neurons.errors import ArgumentError, UnknownNameError, check_choi
 from lightning_neurons.hooks.weights import neuron_weights
 from lightning_neurons.isolation.isolation import isolated
 from lightning_neurons.layers.layer import public_name, require_materialized
+from lightning_neurons.layers.width_handlers import weight_name
 from lightning_neurons.measurement.arguments import given_batches, given_loss, given_model
 from lightning_neurons.measurement.losses import LOSS_REDUCTIONS, LossReduction
 from lightning_neurons.measurement.outcomes import LossFunction
@@ -163,14 +164,15 @@ def _neurons(model: nn.Module, patterns: Sequence[str] | None) -> Iterator[_Targ
         _check_patterns(patterns)
     found = False
     for layer, module in layers_matching("parameters", model, patterns).items():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, Tensor) and module._parameters.get("weight") is not weight:
-            allowed = f'"parameter", as the weight of {layer!r} is computed from others; or parameters= without it'
+        name = weight_name(module)
+        weight = getattr(module, name, None)
+        if isinstance(weight, Tensor) and module._parameters.get(name) is not weight:
+            allowed = f'"parameter", as the {name} of {layer!r} is computed from others; or parameters= without it'
             raise ArgumentError.of("level", "neuron", allowed)
         for neuron, part in enumerate(neuron_weights(module)):
             found = True
             assert isinstance(weight, Tensor), "it has weights of neurons"
-            yield _Target(f"{layer}.weight[{neuron}]", weight, part, neuron)
+            yield _Target(f"{layer}.{name}[{neuron}]", weight, part, neuron)
     if not found:
         raise ArgumentError.of("model", type(model).__name__, "a model with convolutional or linear layers")
 

@@ -10,7 +10,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from lightning_neurons.criteria.contract import LayerTraits
 from lightning_neurons.isolation.isolation import isolated
 from lightning_neurons.layers.layer import Layer, public_name
-from lightning_neurons.layers.width_handlers import handler_of
+from lightning_neurons.layers.width_handlers import handler_of, weight_name
 
 
 def traits_of(layer: Layer, modules: Mapping[str, nn.Module]) -> LayerTraits:
@@ -75,16 +75,17 @@ def outgoing_weight(module: Any, spread: int = 1) -> Tensor | None:
         # (groups, outputs, inputs, taps) of each group: an input is read by the outputs of its own group only.
         grouped = weight.reshape(module.groups, -1, *weight.shape[1:]).flatten(3)
         return grouped.transpose(1, 2).reshape(module.in_channels, -1)
-    if "weight" not in handler.reads:
+    axis = handler.reads.get(weight_name(module))
+    if axis is None:
         return None
-    inputs = weight.movedim(handler.reads["weight"], 0)
+    inputs = weight.movedim(axis, 0)
     return inputs.reshape(len(inputs) // spread, -1)
 
 
 def _blocks(module: Any, weight: Tensor) -> tuple[int, tuple[Tensor, ...]]:
     """The axis of a weight on which the neurons lie that it makes, and its parts in their order."""
     handler = handler_of(module)
-    axis = 0 if handler is None else handler.makes.get("weight", 0)
+    axis = 0 if handler is None else handler.makes.get(weight_name(module), 0)
     # In a transposed convolution, the inputs of a group make the neurons of that group.
     groups = module.groups if axis and handler is not None and handler.linear else 1
     return axis, weight.chunk(groups)
@@ -92,10 +93,11 @@ def _blocks(module: Any, weight: Tensor) -> tuple[int, tuple[Tensor, ...]]:
 
 def _weight_of(module: nn.Module | None) -> Any:
     """Return a module's weight; a parametrized one is computed in evaluation mode, which changes no state."""
-    if module is None or not is_parametrized(module, "weight"):
-        return getattr(module, "weight", None)
+    name = weight_name(module)
+    if module is None or not is_parametrized(module, name):
+        return getattr(module, name, None)
     with isolated(module), torch.no_grad():
-        return module.eval().weight
+        return getattr(module.eval(), name)
 
 
 def _norm_scale(layer: Layer, modules: Mapping[str, nn.Module]) -> Tensor | None:

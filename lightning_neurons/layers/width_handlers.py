@@ -230,6 +230,13 @@ def axes(module: nn.Module, role: Role) -> dict[str, int]:
     return {name: axis for name, axis in found.items() if tensors.get(name) is not None}
 
 
+def weight_name(module: object) -> str:
+    """The name of the tensor that joins the neurons that a module makes to those that it reads."""
+    handler = handler_of(module)
+    both = [] if handler is None else [name for name in handler.reads if name in handler.makes]
+    return both[0] if both else "weight"
+
+
 def width(module: nn.Module, role: Role) -> int | None:
     """How many neurons a module makes, hands on or reads, as its tensors say; None if none of them does.
 

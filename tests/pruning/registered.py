@@ -63,6 +63,39 @@ register_prunable(
 )
 
 
+class Kernel(nn.Module):
+    """A convolution whose weight has another name, and its axes in another order."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.channels = (inputs, outputs)
+        self.kernel = nn.Parameter(torch.rand(inputs, 3, 3, outputs) - 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.conv2d(x, self.kernel.permute(3, 0, 1, 2), padding=1)
+
+
+register_layer(Kernel, neurons=lambda module: module.channels[1], axis=1)
+register_prunable(
+    Kernel,
+    axis=1,
+    makes={"kernel": 3},
+    reads={"kernel": 0},
+    sizes={"channels": lambda module: (module.kernel.shape[0], module.kernel.shape[3])},
+)
+
+
+class Kernels(nn.Module):
+    """Two such convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = Kernel(3, 6), Kernel(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(self.first(x))).mean((2, 3))
+
+
 class OfOneself(nn.Module):
     """Such types between others, behind one another, in a sum, and at the end."""
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_neurons import conform, describe_structure, measure, prune
+from lightning_neurons import conform, describe_structure, measure, perturb, prune
 from lightning_neurons.hooks.weights import incoming_weight, neuron_weights, outgoing_weight
 from lightning_neurons.pruning.structure.example import Example
 from lightning_neurons.pruning.structure.structure import discover
 from tests.models import cross_entropy, seeded
-from tests.pruning.registered import OfOneself, Scaled
+from tests.pruning.registered import Kernels, OfOneself, Scaled
 from tests.pruning.test_equivalence import outputs
 
 GROUPS = {
@@ -184,6 +184,22 @@ def test_what_a_type_does_inside_does_not_matter():
     expected = outputs(model, x, [{"0": [1, 4]}])
     assert prune(model, x, {"0": [1, 4]}).widths == {"0": 4, "2": 2}
     torch.testing.assert_close(model(x), expected, rtol=1e-8, atol=1e-12)
+
+
+def test_weights_may_have_any_name_and_shape():
+    model = seeded(Kernels, double=True)
+    kernel, x = model.first.kernel.detach().clone(), X[:2]
+    batches = [(x, torch.zeros(2).long())]
+    lengths = torch.stack([kernel[..., neuron].norm() for neuron in range(6)])
+    report = measure(model, batches, loss_fn=cross_entropy, criteria=["weight_l2"])
+    torch.testing.assert_close(report.scores["weight_l2"]["first"].double(), lengths, rtol=1e-6, atol=0)
+    assert torch.equal(outgoing_weight(model.last)[2], model.last.kernel[2].flatten())
+    assert describe_structure(model, x)["blocks"]["first"]["layers"]["first"]["macs"] == 49 * 27 * 6
+    expected = outputs(model, x, [{"first": [1, 4]}])
+    assert prune(model, x, {"first": [1, 4]}).cost.macs_after == 49 * (27 * 4 + 36 * 2)
+    torch.testing.assert_close(model(x), expected, rtol=1e-8, atol=1e-12)
+    perturbed = perturb(model, batches, cross_entropy, level="neuron")
+    assert {row.name for row in perturbed.rows} >= {"first.kernel[3]", "last.kernel[1]"}
 
 
 class Again(nn.Module):

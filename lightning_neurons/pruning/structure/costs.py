@@ -21,7 +21,7 @@ from torch.utils.flop_counter import flop_registry
 from lightning_neurons.data.batches import samples_in
 from lightning_neurons.dependency.groups import Group
 from lightning_neurons.layers.layer import candidates, modules_by_name, public_name
-from lightning_neurons.layers.width_handlers import axes
+from lightning_neurons.layers.width_handlers import axes, weight_name
 from lightning_neurons.pruning.structure.example import Example
 from lightning_neurons.pruning.surgery.surgery import Cut, cut
 
@@ -203,7 +203,8 @@ class _Counting(TorchDispatchMode):
     def _weight_of(self, operands: Sequence[Tensor]) -> str:
         """Return the one parameter among operands, or what a layer has computed from its own; else no name."""
         found = {self._names[_memory(t)] for t in operands if _memory(t) in self._names}
-        weight = self._layers[self._running[-1]]._parameters.get("weight") if self._running else None
+        running = self._layers[self._running[-1]] if self._running else None
+        weight = None if running is None else running._parameters.get(weight_name(running))
         if len(found) != 1 and weight is not None:
             shapes = {tuple(t.shape) for t in operands} | {tuple(t.shape[::-1]) for t in operands if t.ndim == 2}
             return self._names.get(_memory(weight), "") if tuple(weight.shape) in shapes else ""

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from lightning_neurons.layers.layer import modules_by_name
-from lightning_neurons.layers.width_handlers import is_depthwise
+from lightning_neurons.layers.width_handlers import is_depthwise, weight_name
 from lightning_neurons.pruning.structure.example import Example
 from lightning_neurons.pruning.structure.structure import Structure, discover
 from lightning_neurons.results.whole_file import write_whole
@@ -88,7 +88,7 @@ def _blocks(model: nn.Module, structure: Structure) -> dict[str, Any]:
             "group": group_of.get(layer),
             "reads": list(reads),
             "parameters": sum(p.numel() for p in modules[layer].parameters()),
-            "macs": structure.costs.macs_of(f"{layer}.weight"),
+            "macs": structure.costs.macs_of(f"{layer}.{weight_name(modules[layer])}"),
         }
     for block, entry in found.items():
         entry["parents"] = _nearest(block, sources)
