@@ -149,12 +149,19 @@ def follow(graph: Any, module: nn.Module, neurons: Iterable[int]) -> list[Arriva
         node, handler, pairs = stack.pop()
         for dependency in node.dependencies:
             if dependency.is_triggered_by(handler):
-                there: Sequence[Any] = pairs
-                for mapping in dependency.index_mapping:
-                    there = there if mapping is None or not there else mapping(there)
+                there = _mapped(dependency, pairs)
                 if there:
                     arrive(dependency.target, dependency.handler, there)
     return list(found.values())
+
+
+def _mapped(dependency: Any, pairs: Sequence[Any]) -> Sequence[Any]:
+    """Return where pairs lie at the other end of a connection."""
+    for mapping in dependency.index_mapping:
+        pairs = pairs if mapping is None or not pairs else mapping(pairs)
+    if any(pair.root_idx is None for pair in pairs):  # Torch-Pruning's guess for heads that serve several others
+        raise LostError("its neurons cannot be followed: they are repeated, as heads are for several others")
+    return pairs
 
 
 def _name(graph: Any, node: Any) -> str:

@@ -134,10 +134,11 @@ def turned(x: Tensor) -> Tensor:
 
 
 class Decoder(nn.Module):
-    """A block with rotary positions, grouped queries and a gated MLP."""
+    """A block with positions, grouped queries and a gated MLP."""
 
-    def __init__(self) -> None:
+    def __init__(self, turn=turned) -> None:
         super().__init__()
+        self.turn = turn
         self.embed, self.norm = nn.Embedding(11, 8), nn.RMSNorm(8)
         self.q, self.k, self.v, self.o = nn.Linear(8, 8), nn.Linear(8, 4), nn.Linear(8, 4), nn.Linear(8, 8)
         self.gate, self.up, self.down = nn.Linear(8, 6), nn.Linear(8, 6), nn.Linear(6, 8)
@@ -147,8 +148,8 @@ class Decoder(nn.Module):
         x = self.embed(codes)
         y = self.norm(x)
         q, k, v = (f(y).view(*y.shape[:2], -1, 2).transpose(1, 2) for f in (self.q, self.k, self.v))
-        k, v = (z.repeat_interleave(2, 1) for z in (turned(k), v))
-        mixed = F.scaled_dot_product_attention(turned(q), k, v, is_causal=True).transpose(1, 2).flatten(2)
+        k, v = (z.repeat_interleave(2, 1) for z in (self.turn(k), v))
+        mixed = F.scaled_dot_product_attention(self.turn(q), k, v, is_causal=True).transpose(1, 2).flatten(2)
         x = x + self.o(mixed)
         return self.head(x + self.down(F.silu(self.gate(x)) * self.up(x)))
 
@@ -234,8 +235,9 @@ def test_neurons_on_another_axis_are_left_out_of_the_stream_that_they_are_added_
     assert torch.allclose(net(x), right(x), rtol=1e-12, atol=1e-12)
 
 
-def test_groups_of_a_decoder_with_rotary_positions_end_and_its_mlp_is_cut_by_half():
-    net, codes = seeded(Decoder, double=True), torch.randint(0, 11, (2, 5))
+@pytest.mark.parametrize("turn", [turned, torch.Tensor.clone], ids=["rotary positions", "no positions"])
+def test_groups_of_a_decoder_end_and_its_mlp_is_cut_by_half(turn):
+    net, codes = seeded(Decoder, turn, double=True), torch.randint(0, 11, (2, 5))
     right = copy.deepcopy(net)
     report = prune(net, codes, {"criterion": "weight_l2", "amount": 0.5}, compensation="none")
     gone = list(report.plan.neurons["gate"])
