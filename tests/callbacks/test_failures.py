@@ -3,6 +3,7 @@
 import importlib
 from contextlib import nullcontext
 from functools import cache
+from itertools import cycle
 from typing import Any
 from unittest.mock import Mock
 
@@ -76,10 +77,14 @@ def break_in_epoch_1(place: str, monkeypatch: pytest.MonkeyPatch, error: BaseExc
     return Telling
 
 
+@cache
+def small_alone() -> Any:
+    return fit(small(), max_epochs=3, train=loader(16), val=loader(8))
+
+
 @pytest.mark.parametrize("place", MEASURING + TELLING)
 def test_training_goes_on_and_the_next_epoch_is_measured(place, monkeypatch):
-    module = small()
-    plain = fit(small(), max_epochs=3, train=loader(16), val=loader(8))
+    module, plain = small(), small_alone()
     module.__class__ = break_in_epoch_1(place, monkeypatch, MemoryError("no room"))
     callback = NeuronSensitivityCallback(max_figures=0)
     with pytest.warns(UserWarning, match="MemoryError.*no room") as said:
@@ -181,11 +186,13 @@ BAD_SCORES = {
 }
 
 
-@pytest.mark.parametrize("score", BAD_SCORES.values(), ids=BAD_SCORES)
+OBSERVERS = [NeuronSensitivityCallback, ActivationStatisticsCallback]
+
+
+@pytest.mark.parametrize("name, observer", list(zip(BAD_SCORES, cycle(OBSERVERS))))
 @pytest.mark.filterwarnings("ignore:.*was not measured.*", "ignore:.*nothing has been measured.*")
-@pytest.mark.parametrize("observer", [NeuronSensitivityCallback, ActivationStatisticsCallback])
-def test_a_criterion_that_goes_wrong_does_not_end_training(observer, score):
-    callback = observer(criteria=[Criterion("mine", (LARGEST,), score), "rms"], max_figures=0)
+def test_a_criterion_that_goes_wrong_does_not_end_training(name, observer):
+    callback = observer(criteria=[Criterion("mine", (LARGEST,), BAD_SCORES[name]), "rms"], max_figures=0)
     trainer = fit(small(), [callback], max_epochs=2, num_sanity_val_steps=0, logger=MemoryLogger())
     assert trainer.current_epoch == 2
 
@@ -211,12 +218,12 @@ def test_one_logger_that_fails_costs_the_others_nothing():
     assert "neurons/dead_share" in {name for name, *_ in good.rows}
 
 
-@pytest.mark.parametrize("broken", [{}, {"history": None}, {"history": {"entries": [{"epoch": 1, "new": 2}]}}])
-def test_a_history_of_another_version_begins_anew(broken):
-    callback = NeuronSensitivityCallback()
-    with pytest.warns(UserWarning, match="the history of the checkpoint cannot be read and begins anew"):
-        callback.load_state_dict(broken)
-    assert len(callback.history) == 0
+def test_a_history_of_another_version_begins_anew():
+    for broken in ({}, {"history": None}, {"history": {"entries": [{"epoch": 1, "new": 2}]}}):
+        callback = NeuronSensitivityCallback()
+        with pytest.warns(UserWarning, match="the history of the checkpoint cannot be read and begins anew"):
+            callback.load_state_dict(broken)
+        assert len(callback.history) == 0
 
 
 def test_a_history_that_cannot_be_written_does_not_keep_a_checkpoint_from_being_written(monkeypatch):

@@ -4,12 +4,11 @@ import math
 from typing import Any
 
 import numpy as np
-import pytest
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_neurons import ArgumentError, NeuronPruningCallback
+from lightning_neurons import NeuronPruningCallback
 from lightning_neurons.callbacks.pruning.recovery_settings import Guard
 from tests.callbacks.guarded import guard
+from tests.callbacks.refusals import not_refused
 
 GUARD = {"monitor": "val_acc", "max_drop": 0.1}
 COUNT = "a whole number of at least 1"
@@ -59,14 +58,11 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize("arguments, message", WRONG)
-def test_an_argument_that_is_wrong_is_named_with_what_came_and_what_is_allowed(arguments, message):
-    with pytest.raises(MisconfigurationException, match=message) as caught:
-        NeuronPruningCallback(**({"amount": 0.3} | arguments))
-    assert isinstance(caught.value, ValueError)
-    assert isinstance(caught.value, ArgumentError)
-    assert " is not allowed: expected " in str(caught.value)
-    assert "\n" not in str(caught.value)
+def test_an_argument_that_is_wrong_is_named_with_what_came_and_what_is_allowed():
+    rows = [
+        ({"amount": 0.3} | arguments, f"(?=.* is not allowed: expected ).*{message}") for arguments, message in WRONG
+    ]
+    assert not_refused(NeuronPruningCallback, rows) == {}
 
 
 RIGHT: list[tuple[dict[str, Any], Guard]] = [
@@ -80,21 +76,18 @@ RIGHT: list[tuple[dict[str, Any], Guard]] = [
 ]
 
 
-@pytest.mark.parametrize("arguments, expected", RIGHT)
-def test_arguments_at_the_end_of_their_range_are_taken(arguments, expected):
-    assert guard(**arguments).pruning.guard == expected
+def test_arguments_at_the_end_of_their_range_are_taken():
+    for arguments, expected in RIGHT:
+        assert guard(**arguments).pruning.guard == expected
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
+def test_a_recovery_may_last_until_the_next_round_and_as_long_as_one_likes_after_the_last():
+    for arguments in (
         {"recovery_epochs": 9},
         {"recovery_epochs": 2, "schedule": "linear", "end_epoch": 5, "every_n_epochs": 2},
         {"recovery_epochs": 3, "schedule": "linear", "end_epoch": 1},
-    ],
-)
-def test_a_recovery_may_last_until_the_next_round_and_as_long_as_one_likes_after_the_last(arguments):
-    assert guard(**arguments).pruning.recovery_epochs == arguments["recovery_epochs"]
+    ):
+        assert guard(**arguments).pruning.recovery_epochs == arguments["recovery_epochs"]
 
 
 def test_without_a_bound_a_monitor_is_only_reported():

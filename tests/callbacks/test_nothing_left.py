@@ -5,6 +5,7 @@ import io
 import pickle
 import signal
 from collections.abc import Callable, Iterator
+from itertools import cycle, product
 from typing import Any
 
 import lightning as L  # noqa: N812
@@ -18,7 +19,7 @@ from tests.callbacks.modules import Net, Plain, fit, loader, trainer_of
 OBSERVERS: dict[str, Callable[[], Any]] = {
     "statistics": ActivationStatisticsCallback,
     "sensitivity": NeuronSensitivityCallback,
-    "source=train": lambda: NeuronSensitivityCallback(source="train", loss_fn=lambda m, b: m.loss(b)),
+    "source=train": lambda: NeuronSensitivityCallback(source="train", loss_fn=Plain.loss),
 }
 with_each_observer = pytest.mark.parametrize("observer", OBSERVERS.values(), ids=OBSERVERS.keys())
 
@@ -129,9 +130,10 @@ def test_a_finished_run_leaves_nothing(stage, observer):
     assert run([observer()]) == without
 
 
-@with_each_observer
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("where", [*PLACES, "sanity validation_step in forward"])
+RAISING = list(product([*PLACES, "sanity validation_step in forward"], [RuntimeError, KeyboardInterrupt]))
+
+
+@pytest.mark.parametrize("where, error, observer", [(*case, of) for case, of in zip(RAISING, cycle(OBSERVERS))])
 def test_an_exception_comes_through_and_leaves_nothing(where, error, observer):
     def run(callbacks: list[Any]) -> tuple[dict[str, Any], Explosive]:
         module = Explosive(where, error)
@@ -141,15 +143,16 @@ def test_an_exception_comes_through_and_leaves_nothing(where, error, observer):
             assert str(caught.value) in ("before", "after", "in the middle of a forward")
         return traces(module), module
 
-    after, module = run([observer()])
+    after, module = run([OBSERVERS[observer]()])
     assert after == run([])[0]
     assert_usable(module)
 
 
-@with_each_observer
-@pytest.mark.parametrize("first", [True, False])
+HOOKS = ["on_validation_batch_start", "on_validation_batch_end", "on_validation_epoch_end", "on_train_batch_end"]
+
+
 @pytest.mark.parametrize(
-    "hook", ["on_validation_batch_start", "on_validation_batch_end", "on_validation_epoch_end", "on_train_batch_end"]
+    "hook, first, observer", [(*case, of) for case, of in zip(product(HOOKS, [True, False]), cycle(OBSERVERS))]
 )
 def test_an_exception_in_another_callback_leaves_nothing(hook, first, observer):
     def run(callbacks: list[Any]) -> tuple[dict[str, Any], Plain]:
@@ -158,7 +161,7 @@ def test_an_exception_in_another_callback_leaves_nothing(hook, first, observer):
             fit(module, callbacks)
         return traces(module), module
 
-    ours = observer()
+    ours = OBSERVERS[observer]()
     after, module = run([RaisesIn(hook), ours] if first else [ours, RaisesIn(hook)])
     assert after == run([RaisesIn(hook)])[0]
     assert_usable(module)
@@ -197,20 +200,12 @@ def test_the_module_can_be_trained_after_it_was_validated(observer):
 
 
 @with_each_observer
-def test_the_callback_can_be_copied_after_fit(observer):
+def test_after_fit_the_callback_can_be_copied_and_pickled_as_strategies_that_spawn_processes_do(observer):
     callback = observer()
     fit(Plain(), [callback])
-    twin = copy.deepcopy(callback)
-    assert len(twin.history) == 1
-    assert torch.equal(twin.report.deadness["net.conv1"], callback.report.deadness["net.conv1"])
-
-
-@pytest.mark.parametrize("observer", [ActivationStatisticsCallback, NeuronSensitivityCallback])
-def test_the_callback_can_be_pickled_as_strategies_that_spawn_processes_do(observer):
-    callback = observer()
-    fit(Plain(), [callback])
-    twin = pickle.loads(pickle.dumps(callback))
-    assert torch.equal(twin.report.deadness["net.conv1"], callback.report.deadness["net.conv1"])
+    for twin in (copy.deepcopy(callback), pickle.loads(pickle.dumps(callback))):
+        assert len(twin.history) == 1
+        assert torch.equal(twin.report.deadness["net.conv1"], callback.report.deadness["net.conv1"])
 
 
 def disarm(module: Any) -> None:
