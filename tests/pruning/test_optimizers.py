@@ -159,6 +159,45 @@ def test_state_in_a_form_of_its_own_starts_afresh_with_a_warning():
     train(net, [optimizer], range(2, 4))
 
 
+class Kronecker(torch.optim.Optimizer):
+    """Keeps a square matrix for the first axis of each parameter (Shampoo), in an object of its own or not."""
+
+    def __init__(self, params, wrap) -> None:
+        super().__init__(params, {})
+        self.wrap = wrap
+
+    @torch.no_grad()
+    def step(self):
+        for p in (p for group in self.param_groups for p in group["params"]):
+            rows = p.grad.flatten(1) if p.ndim > 1 else p.grad[:, None]
+            kept = self.state[p].setdefault("left", self.wrap(torch.eye(len(p))))
+            left = getattr(kept, "matrix", kept)
+            left.add_(rows @ rows.T)
+            p.sub_(0.01 * (left @ rows).view_as(p))
+
+
+class Boxed:
+    def __init__(self, matrix) -> None:
+        self.matrix = matrix
+
+
+@pytest.mark.filterwarnings("ignore:Kronecker keeps 'left'")
+@pytest.mark.parametrize("wrap", [lambda matrix: matrix, Boxed], ids=["a tensor", "an object"])
+def test_a_matrix_for_an_axis_starts_afresh_also_where_it_has_the_shape_of_the_parameter(wrap):
+    net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    optimizer = Kronecker(net.parameters(), wrap)
+    x, gone = torch.randn(4, 8), (1, 4, 6)
+    for step in range(3):
+        if step == 2:
+            cut(net, [Cut("0", "makes", gone), Cut("2", "reads", gone)], optimizers=[optimizer])
+            cut_parameters = [net[0].weight, net[0].bias, net[2].weight]
+            assert [dict(optimizer.state[p]) for p in cut_parameters] == [{}] * 3
+            assert "left" in optimizer.state[net[4].weight]
+        net.zero_grad()
+        net(x).square().mean().backward()
+        optimizer.step()
+
+
 class Holding(torch.optim.Optimizer):
     """Lets others step that it holds, and moves slowly behind them (Lookahead)."""
 

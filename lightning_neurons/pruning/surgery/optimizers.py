@@ -1,6 +1,7 @@
 """Optimizers after a cut: those that can go on, and the part of their state that follows a parameter's shape."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from numbers import Number
 from typing import Any
 
 import torch
@@ -108,9 +109,18 @@ def is_large(value: Any) -> bool:
 def fits(value: Any, like: Tensor) -> bool:
     """Return whether a value is a number, has the parameter's shape, or is summed over axes, as in Adafactor."""
     if not isinstance(value, Tensor):
-        return not isinstance(value, list | tuple | dict)
+        return value is None or isinstance(value, Number | str)
     same = value.ndim == like.ndim and all(a in (1, b) for a, b in zip(value.shape, like.shape, strict=True))
     return value.numel() == 1 or same
+
+
+def foreign_entries(optimizer: torch.optim.Optimizer) -> frozenset[str]:
+    """Return the names of entries that do not follow the shape of some parameter, as a matrix for each axis.
+
+    With a square parameter, such a matrix has its shape by chance.
+    """
+    pairs = ((p, entry) for p, state in optimizer.state.items() if isinstance(p, Tensor) for entry in state.items())
+    return frozenset(name for p, (name, value) in pairs if not fits(value, p))
 
 
 def refill(state: dict[str, Any], content: Mapping[str, Any]) -> None:

@@ -18,7 +18,14 @@ from lightning_neurons.dependency.conform import set_data
 from lightning_neurons.dependency.groups import Group
 from lightning_neurons.layers.layer import modules_by_name
 from lightning_neurons.layers.width_handlers import Role, axes, handler_of, refit
-from lightning_neurons.pruning.surgery.optimizers import fits, is_large, refill, refuse_outside_state, with_held
+from lightning_neurons.pruning.surgery.optimizers import (
+    fits,
+    foreign_entries,
+    is_large,
+    refill,
+    refuse_outside_state,
+    with_held,
+)
 
 
 @dataclass(frozen=True)
@@ -236,11 +243,13 @@ def _states(
 ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """Return, for each parameter that is cut, its state and what it will be."""
     found: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    foreign = foreign_entries(optimizer)
     for one in smaller:
         state = optimizer.state.get(one.owner)
         if not state or not one.stays:
             continue
-        strange = [name for name, value in state.items() if not fits(value, one.old)]
+        # A vector has the right form in any case.
+        strange = [n for n, value in state.items() if not fits(value, one.old) or (n in foreign and one.old.ndim > 1)]
         if strange:
             warnings.warn(
                 f"{type(optimizer).__name__} keeps {strange[0]!r} in a form that does not follow the shape of a "
