@@ -108,15 +108,20 @@ def without(name: str) -> dict[str, Any]:
     return run(SCENARIOS[name], [])
 
 
-@pytest.mark.parametrize("observer", OBSERVERS, ids=lambda c: c.__name__)
-@pytest.mark.parametrize("name", SCENARIOS)
-def test_training_with_a_callback_is_bitwise_training_without_it(name, observer):
+WATCHED = [*((callbacks.NeuronSensitivityCallback, name) for name in SCENARIOS),
+           *((callbacks.ActivationStatisticsCallback, name) for name in [*SCENARIOS][::2])]  # fmt: skip
+VARIED = ["fp32", "bf16-mixed", "Noisy", "Manual", "net.compile()", "validation twice an epoch"]
+"""Two of them for each variant, and two variants for each of them."""
+
+
+@pytest.mark.parametrize("observer, name", WATCHED)
+def test_training_with_a_callback_is_bitwise_training_without_it(observer, name):
     assert run(SCENARIOS[name], [observer()]) == without(name)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(
-    "name", ["fp32", "bf16-mixed", "Noisy", "Manual", "net.compile()", "validation twice an epoch"]
+    "name, variant",
+    [(VARIED[(place + step) % len(VARIED)], variant) for place, variant in enumerate(VARIANTS) for step in (2, 5)],
 )
 def test_no_argument_makes_a_callback_visible(name, variant):
     assert run(SCENARIOS[name], [VARIANTS[variant]()]) == without(name)
@@ -128,8 +133,7 @@ def test_all_callbacks_together_are_invisible():
 
 
 @pytest.mark.parametrize("observer", OBSERVERS, ids=lambda c: c.__name__)
-@pytest.mark.parametrize("stage", ["validate", "test"])
-@pytest.mark.parametrize("module_type", [WithMetrics, modules.Noisy])
+@pytest.mark.parametrize("stage, module_type", [("validate", WithMetrics), ("test", modules.Noisy)])
 def test_evaluating_with_a_callback_gives_the_same_results(module_type, stage, observer):
     def evaluate(observers: list[NeuronObserver]) -> Any:
         L.seed_everything(0, verbose=False)

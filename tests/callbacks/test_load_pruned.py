@@ -213,12 +213,12 @@ def test_a_checkpoint_of_a_run_by_the_command_line_is_loaded(tmp_path, monkeypat
     assert_same(loaded, cli.model, IMAGES)
 
 
-@pytest.mark.parametrize("wrong", ["Net", None, int, [Net], lambda: "Net"])
-def test_what_makes_no_module_is_refused(configured, wrong):
-    with pytest.raises(ArgumentError, match=r"(?s)model=.*expected a (LightningModule class|function that)"):
-        load_pruned(wrong, configured[1])
-    with pytest.raises(ArgumentError, match=r"(?s)model=.*takes no further arguments"):
-        load_pruned(Net(), configured[1], dropout=0.5)
+def test_what_makes_no_module_is_refused(configured):
+    for wrong in ("Net", None, int, [Net], lambda: "Net"):
+        with pytest.raises(ArgumentError, match=r"(?s)model=.*expected a (LightningModule class|function that)"):
+            load_pruned(wrong, configured[1])
+        with pytest.raises(ArgumentError, match=r"(?s)model=.*takes no further arguments"):
+            load_pruned(Net(), configured[1], dropout=0.5)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import lightning as L  # noqa: N812
@@ -172,16 +171,11 @@ def everything(trainer: Any, module: Any) -> Any:
     return widths(module), state, rows, dict(trainer.callback_metrics)
 
 
-@lru_cache
-def pair(name: str) -> tuple[Outcome, Outcome]:
-    """Without the callback and with it."""
-    scenario = SCENARIOS[name]
-    return run(scenario, []), run(scenario, [pruner(start_epoch=START, **scenario.callback)])
-
-
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_layers_become_narrower_and_training_goes_on(name):
-    without, pruned = pair(name)
+def test_until_the_cut_a_run_is_bitwise_the_run_without_the_callback_and_then_narrower(name):
+    scenario = SCENARIOS[name]
+    without, pruned = run(scenario, []), run(scenario, [pruner(start_epoch=START, **scenario.callback)])
+    assert_same_until_the_cut(without, pruned)
     assert_sound(pruned.trainer, pruned.module, pruned.callback)
     assert [made.epoch for made in pruned.callback.rounds.done] == [START]
     assert pruned.before[START][0] == pruned.callback.plan.widths != pruned.after[START][0]
@@ -190,9 +184,7 @@ def test_layers_become_narrower_and_training_goes_on(name):
     assert traces_without_sizes(traces(pruned.module)) == traces_without_sizes(traces(without.module))
 
 
-@pytest.mark.parametrize("name", SCENARIOS)
-def test_until_the_first_cut_the_run_is_bitwise_the_run_without_the_callback(name):
-    without, pruned = pair(name)
+def assert_same_until_the_cut(without: Outcome, pruned: Outcome) -> None:
     for epoch in range(START + 1):
         (_, state, rows, metrics), (_, expected, other_rows, other_metrics) = (
             pruned.before[epoch],
