@@ -44,47 +44,47 @@ def found(folder: Path, case: str) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in paths]
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_both_processes_cut_and_take_back_the_same_at_the_same_time(folder, case):
-    for one in found(folder, case):
-        assert (one["hidden"], one["made"], one["undone"]) == STORIES[case]
+def test_both_processes_cut_and_take_back_the_same_at_the_same_time(folder):
+    for case in CASES:
+        for one in found(folder, case):
+            assert (one["hidden"], one["made"], one["undone"]) == STORIES[case], case
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_after_every_batch_and_at_the_end_both_processes_hold_the_same(folder, case):
-    first, second = found(folder, case)
-    assert first["same"] == second["same"] == [True] * (EPOCHS * BATCHES + 1)
-    assert first["weights"] == second["weights"]
+def test_after_every_batch_and_at_the_end_both_processes_hold_the_same(folder):
+    for case in CASES:
+        first, second = found(folder, case)
+        assert first["same"] == second["same"] == [True] * (EPOCHS * BATCHES + 1), case
+        assert first["weights"] == second["weights"], case
 
 
-@pytest.mark.parametrize("case", [name for name in CASES if STORIES[name] is not KEPT])
-def test_right_after_a_roll_back_buffers_agree_as_well(folder, case):
-    for one in found(folder, case):
-        assert one["after"][2]
+def test_right_after_a_roll_back_buffers_agree_as_well(folder):
+    for case in (name for name in CASES if STORIES[name] is not KEPT):
+        for one in found(folder, case):
+            assert one["after"][2], case
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_what_runs_is_wrapped_again_after_each_cut_and_each_roll_back_and_at_no_other_time(folder, case):
-    changes = [a != b for a, b in zip(STORIES[case][0], STORIES[case][0][1:-1], strict=False)]
-    for one in found(folder, case):
-        assert one["wrapped"] == [True] * (1 + sum(changes))
+def test_what_runs_is_wrapped_again_after_each_cut_and_each_roll_back_and_at_no_other_time(folder):
+    for case in CASES:
+        changes = [a != b for a, b in zip(STORIES[case][0], STORIES[case][0][1:-1], strict=False)]
+        for one in found(folder, case):
+            assert one["wrapped"] == [True] * (1 + sum(changes)), case
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_both_processes_hold_the_metric_of_the_first(folder, case):
-    first, second = found(folder, case)
-    assert first["baseline"] == second["baseline"] == (18 / 32 if case in EXACT else 0.75)
-    assert first["step"] == second["step"] == (0.5 if case == "halve" else 1.0)
+def test_both_processes_hold_the_metric_of_the_first(folder):
+    for case in CASES:
+        first, second = found(folder, case)
+        assert first["baseline"] == second["baseline"] == (18 / 32 if case in EXACT else 0.75), case
+        assert first["step"] == second["step"] == (0.5 if case == "halve" else 1.0), case
 
 
 EXACT = ("plain", "static", "accumulated", "averaged", "halve")
 
 
-@pytest.mark.parametrize("case", ["solved", "solved, uneven", "second saw nothing"])
-def test_what_is_solved_for_is_the_same_in_both_processes(folder, case):
-    first, second = found(folder, case)
-    assert first["shifts"] == second["shifts"]
-    assert any(value != 0 for shift in first["shifts"]["1"].values() for value in shift)
+def test_what_is_solved_for_is_the_same_in_both_processes(folder):
+    for case in ("solved", "solved, uneven", "second saw nothing"):
+        first, second = found(folder, case)
+        assert first["shifts"] == second["shifts"], case
+        assert any(value != 0 for shift in first["shifts"]["1"].values() for value in shift), case
 
 
 @pytest.mark.parametrize("case", ["solved", "solved, uneven"])

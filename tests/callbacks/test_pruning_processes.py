@@ -39,30 +39,31 @@ def found(folder: Path, case: str) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in paths]
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_after_every_batch_both_processes_hold_the_same(folder, case):
-    for one in found(folder, case):
-        assert one["same"] == [True] * (EPOCHS * BATCHES)
+def test_after_every_batch_both_processes_hold_the_same(folder):
+    for case in CASES:
+        for one in found(folder, case):
+            assert one["same"] == [True] * (EPOCHS * BATCHES), case
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_both_processes_cut_the_same_at_the_beginning_of_an_epoch(folder, case):
-    first, second = found(folder, case)
-    assert first["plan"] == second["plan"]
-    assert first["rounds"] == second["rounds"]
-    assert first["widths"] == second["widths"]
-    assert len(first["rounds"]) == ROUNDS[case]
-    changes = [i for i in range(1, EPOCHS * BATCHES) if first["widths"][i] != first["widths"][i - 1]]
-    assert changes == [BATCHES * epoch for _, epoch, _, _ in first["rounds"]]
-    accumulated = CASES[case].trainer.get("accumulate_grad_batches", 1)
-    steps = -(-BATCHES // accumulated)
-    assert [step for _, _, step, _ in first["rounds"]] == [steps * epoch for _, epoch, _, _ in first["rounds"]]
+def test_both_processes_cut_the_same_at_the_beginning_of_an_epoch(folder):
+    for case in CASES:
+        first, second = found(folder, case)
+        assert first["plan"] == second["plan"], case
+        assert first["rounds"] == second["rounds"], case
+        assert first["widths"] == second["widths"], case
+        assert len(first["rounds"]) == ROUNDS[case], case
+        changes = [i for i in range(1, EPOCHS * BATCHES) if first["widths"][i] != first["widths"][i - 1]]
+        epochs = [epoch for _, epoch, _, _ in first["rounds"]]
+        assert changes == [BATCHES * epoch for epoch in epochs], case
+        accumulated = CASES[case].trainer.get("accumulate_grad_batches", 1)
+        steps = -(-BATCHES // accumulated)
+        assert [step for _, _, step, _ in first["rounds"]] == [steps * epoch for epoch in epochs], case
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_what_runs_is_wrapped_again_after_each_cut_and_at_no_other_time(folder, case):
-    for one in found(folder, case):
-        assert one["wrappers"] == [True] * (ROUNDS[case] + 1)
+def test_what_runs_is_wrapped_again_after_each_cut_and_at_no_other_time(folder):
+    for case in CASES:
+        for one in found(folder, case):
+            assert one["wrappers"] == [True] * (ROUNDS[case] + 1), case
 
 
 @pytest.mark.parametrize("case", ["l2", "fisher"])
@@ -85,11 +86,11 @@ def test_two_processes_measure_the_metric_after_the_cut_as_one_does(folder):
     assert cuts[1] == pytest.approx(cuts[0], rel=1e-6)
 
 
-@pytest.mark.parametrize("case", ["averaged", "uneven", "fisher"])
-def test_the_metric_after_the_cut_is_known_and_the_same_in_both_processes(folder, case):
-    first, second = found(folder, case)
-    assert [cut for _, cut, _ in first["metrics"]] == [cut for _, cut, _ in second["metrics"]]
-    assert all(value is not None for values in [*first["metrics"], *second["metrics"]] for value in values)
+def test_the_metric_after_the_cut_is_known_and_the_same_in_both_processes(folder):
+    for case in ("averaged", "uneven", "fisher"):
+        first, second = found(folder, case)
+        assert [cut for _, cut, _ in first["metrics"]] == [cut for _, cut, _ in second["metrics"]], case
+        assert all(value is not None for values in [*first["metrics"], *second["metrics"]] for value in values), case
 
 
 def test_resuming_on_two_processes_ends_as_if_nothing_had_happened(folder):
@@ -101,11 +102,11 @@ def test_resuming_on_two_processes_ends_as_if_nothing_had_happened(folder):
 MISTAKES = {"pattern": "nothing matches 'net.nothing*'", "uncopyable": "only in Plain cannot be copied"}
 
 
-@pytest.mark.parametrize("case", MISTAKES)
-def test_what_cannot_be_pruned_is_told_by_both_processes_and_neither_waits(folder, case):
-    for one in found(folder, case):
-        assert "MisconfigurationException" in one["types"]
-        assert MISTAKES[case] in one["message"]
+def test_what_cannot_be_pruned_is_told_by_both_processes_and_neither_waits(folder):
+    for case in MISTAKES:
+        for one in found(folder, case):
+            assert "MisconfigurationException" in one["types"], case
+            assert MISTAKES[case] in one["message"], case
 
 
 def test_what_fails_while_training_goes_on_costs_a_round_in_both_processes(folder):
@@ -121,9 +122,9 @@ def test_a_process_without_validation_data_follows_the_other(folder):
     assert len(first["rounds"]) == 2
 
 
-@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork", "ddp_notebook"])
-def test_strategies_that_leave_the_pruned_model_in_another_process_are_refused(strategy):
-    callback = NeuronPruningCallback("weight_l2", amount=0.4)
-    trainer = trainer_of([callback], strategy=strategy, devices=2)
-    with pytest.raises(MisconfigurationException, match=r'by spawn or fork: .*Use strategy="ddp"'):
-        callback.setup(trainer, Plain(), "fit")
+def test_strategies_that_leave_the_pruned_model_in_another_process_are_refused():
+    for strategy in ("ddp_spawn", "ddp_fork", "ddp_notebook"):
+        callback = NeuronPruningCallback("weight_l2", amount=0.4)
+        trainer = trainer_of([callback], strategy=strategy, devices=2)
+        with pytest.raises(MisconfigurationException, match=r'by spawn or fork: .*Use strategy="ddp"'):
+            callback.setup(trainer, Plain(), "fit")

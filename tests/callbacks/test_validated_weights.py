@@ -1,6 +1,7 @@
 """A report, a study and a decision to cut are of the weights that validation used, whoever swaps them, in any order."""
 
 import copy
+from itertools import cycle, product
 from unittest.mock import Mock
 
 import lightning as L  # noqa: N812
@@ -135,11 +136,12 @@ def near(found: torch.Tensor, expected: torch.Tensor) -> bool:
     return torch.allclose(found.double(), expected.double(), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("val", [None, "stream"], ids=["", "of unknown length"])
-@pytest.mark.parametrize("first", [True, False], ids=["average first", "average last"])
-@pytest.mark.parametrize("average", AVERAGES)
-def test_a_report_is_of_the_weights_that_validation_used(average, first, val):
-    data = loader(24, seed=1) if val is None else DataLoader(Stream(), 5)
+ORDERS = list(product(AVERAGES, [True, False]))
+
+
+@pytest.mark.parametrize("average, first, streams", [(*case, of) for case, of in zip(ORDERS, cycle([0, 1, 1, 0]))])
+def test_a_report_is_of_the_weights_that_validation_used(average, first, streams):
+    data = DataLoader(Stream(), 5) if streams else loader(24, seed=1)
     watching = NeuronSensitivityCallback(criteria=["mean", "fisher", "weight_l2", "norm_scale"], max_figures=0)
     spy, ema, module = spying(), AVERAGES[average](), Plain(lr=0.05)
     fit(module, [spy, *([ema, watching] if first else [watching, ema])], val=data, max_epochs=3)
@@ -151,8 +153,7 @@ def test_a_report_is_of_the_weights_that_validation_used(average, first, val):
     assert near(scores["norm_scale"]["net.conv1"], net.norm1.weight.detach().abs())
 
 
-@pytest.mark.parametrize("first", [True, False], ids=["average first", "average last"])
-@pytest.mark.parametrize("average", AVERAGES)
+@pytest.mark.parametrize("average, first", list(zip(AVERAGES, cycle([True, False]))))
 def test_studies_are_of_the_weights_that_validation_used(average, first):
     switching = NeuronAblationCallback(ends=None, max_samples=24)
     classes, saliency = ClassNeuronsCallback(share=0.5, controls=1, max_samples=24), SaliencyCallback(max_samples=4)
