@@ -1,14 +1,14 @@
 """One thread, fixed seeds, and the paths of optional real data."""
 
 import os
-import random
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import shape_checks
 import torch
+
+from tests.tables import seed
 
 shape_checks.install("lightning_neurons")
 
@@ -18,9 +18,7 @@ REAL_DATA = Path(os.environ.get("LIGHTNING_NEURONS_DATA", Path(__file__).parents
 @pytest.fixture(autouse=True)
 def _deterministic() -> Iterator[None]:
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    np.random.seed(0)
-    random.seed(0)
+    seed()
     with torch.random.fork_rng():
         yield
 

@@ -22,6 +22,7 @@ from lightning.pytorch.strategies import strategy as of_strategy
 from torch import nn
 
 from tests.callbacks.modules import Plain, fit
+from tests.tables import for_each
 from tests.test_house import TREES
 
 PARTS = {"_batch_", "_epoch_end", "_err", "_foreach_", "_mode", "_dataloader", "_GLOBAL"}  # of other names
@@ -169,6 +170,6 @@ def test_every_private_name_of_others_has_a_line_here():
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
-@pytest.mark.parametrize("name", LIVE)
+@for_each("name", LIVE)
 def test_others_still_have_the_name(name):
     assert hasattr(LIVE[name](), name)

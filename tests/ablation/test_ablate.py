@@ -12,6 +12,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_neurons import MeasurementError, ablate
 from lightning_neurons.results.ablation_report import AblationReport
 from tests.models import ConvNet, cross_entropy, pictures, seeded
+from tests.tables import for_each
 
 FINAL = {"0": "1", "3": "4", "6": "6"}
 """By layer of ``net_of``, the module whose output is its activation."""
@@ -80,8 +81,8 @@ def test_changes_errors_classes_and_metrics_equal_a_loop():
             assert found == pytest.approx(changed[mine].mean().item(), abs=1e-6)
 
 
-@pytest.mark.parametrize("exact", [True, False])
-@pytest.mark.parametrize("sizes", [(13,), (1, 12), (6, 7), (3, 3, 3, 3, 1), (1,) * 13])
+@for_each("exact", [True, False])
+@for_each("sizes", [(13,), (1, 12), (6, 7), (3, 3, 3, 3, 1), (1,) * 13])
 def test_the_way_samples_are_batched_does_not_matter(sizes, exact):
     expected = ablate(net_of(), batches_of(13), each)
     found = ablate(net_of(), batches_of(*sizes), each, exact=exact, memory_limit=2000)
@@ -114,7 +115,7 @@ def comparing(model, batch):
     return (scores[:, None] - scores[None]).square().mean()
 
 
-@pytest.mark.parametrize("loss_fn", [by_the_part, comparing])
+@for_each("loss_fn", [by_the_part, comparing])
 def test_losses_that_cannot_be_taken_apart_have_errors_over_batches(loss_fn):
     batches = batches_of(3, 5, 4)
     report = ablate(net_of(), batches, loss_fn)
@@ -157,7 +158,7 @@ def test_under_a_quadratic_loss_the_second_order_is_all_there_is():
     torch.testing.assert_close(report.delta_loss["0"], expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("exact", [True, False])
+@for_each("exact", [True, False])
 def test_a_dead_neuron_changes_nothing_at_all_and_a_constant_one_nothing_if_its_mean_takes_its_place(exact):
     net = net_of()
     net[0].bias.data[2], net[0].weight.data[1], net[0].bias.data[1] = -1e6, 0, 0.5
@@ -181,7 +182,7 @@ CHOICES = {
 }
 
 
-@pytest.mark.parametrize("form", CHOICES)
+@for_each("form", CHOICES)
 def test_chosen_neurons_are_measured_as_among_all_and_the_rest_is_nan(form):
     neurons, expected = CHOICES[form]
     everything = ablate(net_of(), batches_of(5), each)

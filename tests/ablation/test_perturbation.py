@@ -16,13 +16,14 @@ from torch import nn
 from lightning_neurons import ArgumentError, MeasurementError, UnknownNameError, perturb
 from tests.ablation.perturbed import NETS, classic, data_for, neuron_loop
 from tests.models import ConvNet, cross_entropy, pictures, seeded
+from tests.tables import for_each
 
 
 def pairs(report) -> list[tuple[str, float]]:
     return [(row.name, row.loss) for row in report.ranking()]
 
 
-@pytest.mark.parametrize("name", NETS)
+@for_each("name", NETS)
 def test_the_ranking_is_that_of_the_classic_loop(name):
     net, batch, loss_fn = data_for(name)
     report = perturb(net, [batch], loss_fn)
@@ -41,7 +42,7 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@for_each("name", LOSSES)
 def test_a_loss_may_be_anything(name):
     net, batch = seeded(ConvNet), pictures()
     assert pairs(perturb(net, [batch], LOSSES[name])) == classic(net, batch, LOSSES[name])
@@ -60,10 +61,8 @@ def test_in_double_precision_too():
     assert [loss for _, loss in found] == pytest.approx([loss for _, loss in expected], rel=1e-15)
 
 
-@pytest.mark.parametrize(
-    "change", [{}, {"delta": -0.7}, {"mode": "scale", "delta": 0.5}, {"mode": "scale", "delta": -1}], ids=str
-)
-@pytest.mark.parametrize("name", ["ResNet", "mobile", "upwards", "recurrent", "GELU transformer"])
+@for_each("change", [{}, {"delta": -0.7}, {"mode": "scale", "delta": 0.5}, {"mode": "scale", "delta": -1}])
+@for_each("name", ["ResNet", "mobile", "upwards", "recurrent", "GELU transformer"])
 def test_by_neuron_it_is_a_loop_over_rows(name, change):
     net, batch, loss_fn = data_for(name)
     delta = change.get("delta", 0.1)
@@ -75,7 +74,7 @@ def test_by_neuron_it_is_a_loop_over_rows(name, change):
     assert [row.neuron for row in report.rows] == [int(n.split("[")[1][:-1]) for n in expected]
 
 
-@pytest.mark.parametrize("delta", [0.5, -0.25])
+@for_each("delta", [0.5, -0.25])
 def test_scaling_multiplies(delta):
     net, batch = seeded(ConvNet), pictures()
     report = perturb(net, [batch], cross_entropy, mode="scale", delta=delta)
@@ -108,7 +107,7 @@ def test_noise_does_not_depend_on_how_data_are_cut_into_batches():
     assert [r.loss for r in cut.rows] == pytest.approx([r.loss for r in whole.rows], rel=1e-5)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@for_each("reduction", ["mean", "sum"])
 def test_several_batches_give_the_mean_over_samples(reduction):
     net, (x, y) = seeded(ConvNet), pictures(9)
     batches = list(zip(x.split([5, 1, 3]), y.split([5, 1, 3]), strict=True))
@@ -231,7 +230,7 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("name", WRONG)
+@for_each("name", WRONG)
 def test_bad_input(name):
     options, error, said = WRONG[name]
     given = {"model": seeded(ConvNet), "batches": [pictures()], "loss_fn": cross_entropy, **options}

@@ -14,6 +14,7 @@ from lightning_neurons.errors import MeasurementError
 from lightning_neurons.isolation.isolation import isolated
 from lightning_neurons.measurement.measure import call_on_inputs, measure
 from tests.ablation.silenced import WIDTHS, batches_of, each, net_of, without
+from tests.tables import for_each
 
 HIDDEN = {layer: width for layer, width in WIDTHS.items() if layer != "6"}
 
@@ -29,8 +30,8 @@ class Opaque:
         self.x = x
 
 
-@pytest.mark.parametrize("sizes", [(1, 1), (2,), (3,), (8, 8, 8), (7, 5, 1), (40, 33)])
-@pytest.mark.parametrize("form", ["pair", "dict"])
+@for_each("sizes", [(1, 1), (2,), (3,), (8, 8, 8), (7, 5, 1), (40, 33)])
+@for_each("form", ["pair", "dict"])
 def test_halves_are_every_second_sample_in_small_batches(sizes, form):
     first, second = halves(numbered(*sizes, form=form))
     read = lambda batch: batch[1].tolist() if form == "pair" else batch["name"]
@@ -47,7 +48,7 @@ def test_batches_that_cannot_be_joined_are_taken_in_turn():
     assert [[float(one.x[0, 0]) for one in part] for part in halves(objects)] == [[0, 2], [1, 3]]
 
 
-@pytest.mark.parametrize("batches", [numbered(1), [Opaque(torch.zeros(3, 2))]], ids=["one sample", "one object"])
+@for_each("batches", [numbered(1), [Opaque(torch.zeros(3, 2))]])
 def test_too_few_samples_for_two_halves(batches):
     with pytest.raises(MeasurementError, match="samples cannot be divided into two halves; raise max_samples"):
         halves(batches)
@@ -70,8 +71,8 @@ def naive_deltas(net: Any, x: Tensor, y: Tensor) -> dict[str, Tensor]:
     return {n: torch.tensor([naive(net, x, y, n, i) for i in range(w)]) for n, w in HIDDEN.items()}
 
 
-@pytest.mark.parametrize("sizes", [(20, 4), (7, 9, 5)])
-@pytest.mark.parametrize("criterion", ["weight_l2", "fisher", "near_zero"])
+@for_each("sizes", [(20, 4), (7, 9, 5)])
+@for_each("criterion", ["weight_l2", "fisher", "near_zero"])
 def test_measurement_and_agreement_are_those_of_plain_hooks(sizes, criterion):
     net, batches = net_of().eval(), batches_of(*sizes)
     found = studied(net, batches, criterion, ends=None)
@@ -89,7 +90,7 @@ def test_measurement_and_agreement_are_those_of_plain_hooks(sizes, criterion):
         assert getattr(found.agreement, name) == pytest.approx(getattr(expected, name), abs=0.05, nan_ok=True)
 
 
-@pytest.mark.parametrize("ends", [1, 2, 3, 4, 5, 99, None])
+@for_each("ends", [1, 2, 3, 4, 5, 99, None])
 def test_both_ends_of_the_ranking_are_measured_and_nothing_between(ends):
     net, batches = net_of().eval(), batches_of(12)
     found = studied(net, batches, ends=ends)
@@ -108,7 +109,7 @@ def test_the_output_takes_part_only_where_it_is_named_or_alone():
     assert list(studied(alone, batches, ends=None).ablation.delta_loss) == ["1"]
 
 
-@pytest.mark.parametrize("replacement", ["mean", "resample"])
+@for_each("replacement", ["mean", "resample"])
 def test_other_replacements_change_the_loss_otherwise(replacement):
     net, batches = net_of().eval(), batches_of(16)
     zero, other = (studied(net, batches, ends=None, replacement=r).ablation.delta_loss for r in ("zero", replacement))
@@ -134,7 +135,7 @@ CLOSED = [
 ]
 
 
-@pytest.mark.parametrize("scores, measured, held_out, expected", CLOSED)
+@for_each("scores, measured, held_out, expected", CLOSED)
 def test_agreement_by_hand(scores, measured, held_out, expected):
     found = oracle_agreement(scores, measured, held_out)
     assert found.neurons == expected.neurons

@@ -13,6 +13,7 @@ from torch import nn
 
 from lightning_neurons import MeasurementError, ablate
 from lightning_neurons.ablation.estimates import Estimates, decided
+from tests.tables import for_each
 
 CONFIDENCE = 0.9
 
@@ -71,9 +72,9 @@ def test_large_samples_come_early_and_each_as_often_as_its_size_says():
     assert torch.corrcoef(torch.stack([often[5:], expected]))[0, 1] > 0.95
 
 
-@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
-@pytest.mark.parametrize("controls", [0, 1, 2])
-@pytest.mark.parametrize("equal", [True, False])
+@for_each("scale", [1e-12, 1.0, 1e12])
+@for_each("controls", [0, 1, 2])
+@for_each("equal", [True, False])
 def test_intervals_cover_the_mean_as_often_as_they_say(controls, scale, equal):
     """300 populations: the share that is covered is near the confidence."""
     covered = 0
@@ -161,7 +162,7 @@ def test_the_same_seed_gives_the_same_race_and_another_one_another():
     assert not torch.equal(first, other)
 
 
-@pytest.mark.parametrize("budget", [1e-6, 0.3])
+@for_each("budget", [1e-6, 0.3])
 def test_with_a_tiny_budget_neurons_stay_undecided_and_the_budget_holds(budget):
     net, x, y = net_and_data(40)
     report = ablate(net, [(x, y)], each, neurons="0", budget=budget)

@@ -1,11 +1,11 @@
 """The same numbers as captum."""
 
 import captum.attr
-import pytest
 import torch
 
 from lightning_neurons import saliency
 from tests.models import ConvNet, pictures, seeded
+from tests.tables import for_each
 
 TARGETS = {"one class": 0, "a class per sample": [0, 3, 1, 2, 2]}
 
@@ -21,7 +21,7 @@ def same(found, expected):
     assert bool(found.any())
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@for_each("target", TARGETS)
 def test_gradient(target):
     net, x, ours, theirs = question(target)
     expected = captum.attr.Saliency(net).attribute(x.clone().requires_grad_(), theirs, abs=False)
@@ -30,16 +30,16 @@ def test_gradient(target):
     same(saliency(net, x, ours, absolute=True), expected)
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@for_each("target", TARGETS)
 def test_grad_x_input(target):
     net, x, ours, theirs = question(target)
     expected = captum.attr.InputXGradient(net).attribute(x.clone().requires_grad_(), theirs)
     same(saliency(net, x, ours, method="grad_x_input"), expected)
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("steps", [2, 16, 50])
-@pytest.mark.parametrize("baseline", [None, 0.4], ids=["zero", "grey"])
+@for_each("target", TARGETS)
+@for_each("steps", [2, 16, 50])
+@for_each("baseline", [None, 0.4])
 def test_integrated_gradients(target, steps, baseline):
     net, x, ours, theirs = question(target)
     expected = captum.attr.IntegratedGradients(net).attribute(
@@ -57,8 +57,8 @@ def test_integrated_gradients_that_are_complete_are_those_of_many_steps():
     assert float((found - expected).norm() / expected.norm()) < 0.01
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("layer, module", [("conv2", "act"), ("conv2", "bn2")], ids=["rectified", "before it"])
+@for_each("target", TARGETS)
+@for_each("layer, module", [("conv2", "act"), ("conv2", "bn2")])
 def test_grad_cam(target, layer, module):
     net, x, ours, theirs = question(target)
     if module == "bn2":  # what is not rectified is the activation point of a network without the rectifier
@@ -68,7 +68,7 @@ def test_grad_cam(target, layer, module):
     same(saliency(net, x, ours, method="grad_cam", layer=layer), expected.expand(x.shape))
 
 
-@pytest.mark.parametrize("neuron", [0, 4])
+@for_each("neuron", [0, 4])
 def test_the_gradient_of_a_neuron(neuron):
     net, x, _, _ = question("one class")
     gradient = captum.attr.NeuronGradient(net, net.fc2).attribute(x.clone().requires_grad_(), neuron % 4)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lightning_neurons import ArgumentError, MeasurementError, UnknownNameError, activation_map, saliency
 from tests.models import NETS, ConvNet, pictures, seeded
+from tests.tables import for_each
 
 CONVOLUTIONS = [
     (name, layer)
@@ -46,8 +47,8 @@ def stack(dimensions):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("net, layer", CONVOLUTIONS)
-@pytest.mark.parametrize("of", ["logit", "probability", "loss"])
+@for_each("net, layer", CONVOLUTIONS)
+@for_each("of", ["logit", "probability", "loss"])
 def test_it_is_that_of_autograd_at_the_activation_point(net, layer, of):
     model, (x, _) = seeded(NETS[net], double=True), pictures(3, double=True)
     activations, logits = model.by_hand(x)
@@ -65,7 +66,7 @@ def test_it_is_that_of_a_hook_on_the_activation_module():
     assert bool(expected.any())
 
 
-@pytest.mark.parametrize("dimensions", [1, 2, 3])
+@for_each("dimensions", [1, 2, 3])
 def test_it_works_with_any_number_of_axes(dimensions):
     model, x = stack(dimensions), torch.randn(3, 2, *range(6, 6 + dimensions))
     model(x)
@@ -83,7 +84,7 @@ def test_a_neuron_can_be_looked_at_through_a_layer_in_front_of_it():
     torch.testing.assert_close(saliency(model, x, ("fc1", 4), method="grad_cam", layer="conv1"), expected)
 
 
-@pytest.mark.parametrize("target", ["conv2", ("conv2", 1)], ids=["layer", "neuron"])
+@for_each("target", ["conv2", ("conv2", 1)])
 def test_a_layer_can_be_looked_at_through_itself(target):
     model, (x, _) = seeded(ConvNet, double=True), pictures(3, double=True)
     activation = model.by_hand(x)[0]["conv2"][-1]
@@ -92,7 +93,7 @@ def test_a_layer_can_be_looked_at_through_itself(target):
     torch.testing.assert_close(found, cam(score, activation, x.shape))
 
 
-@pytest.mark.parametrize("net", ["convolutional", "residual", "residual in place", "relu as a statement"])
+@for_each("net", ["convolutional", "residual", "residual in place", "relu as a statement"])
 def test_the_last_convolution_is_taken_unless_told(net):
     model, (x, _) = seeded(NETS[net]), pictures(3)
     last = [layer for name, layer in CONVOLUTIONS if name == net][-1]
@@ -131,8 +132,8 @@ def test_a_layer_behind_the_target_is_refused():
         saliency(seeded(ConvNet), pictures(2)[0], ("conv1", 2), method="grad_cam")
 
 
-@pytest.mark.parametrize("net, layer", CONVOLUTIONS)
-@pytest.mark.parametrize("neuron", [None, 0, 4], ids=["mean", "first", "fifth"])
+@for_each("net, layer", CONVOLUTIONS)
+@for_each("neuron", [None, 0, 4])
 def test_where_a_neuron_is_active(net, layer, neuron):
     model, (x, _) = seeded(NETS[net], double=True), pictures(70, double=True)
     with torch.no_grad():
@@ -145,7 +146,7 @@ def test_where_a_neuron_is_active(net, layer, neuron):
     assert not found.requires_grad
 
 
-@pytest.mark.parametrize("dimensions", [1, 2, 3])
+@for_each("dimensions", [1, 2, 3])
 def test_where_a_neuron_is_active_along_any_number_of_axes(dimensions):
     model, x = stack(dimensions), torch.randn(3, 2, *range(6, 6 + dimensions))
     _, activation = hooked(model, model[4] if model(x) is not None else None, x)
@@ -153,7 +154,7 @@ def test_where_a_neuron_is_active_along_any_number_of_axes(dimensions):
     torch.testing.assert_close(activation_map(model, x, "3", 2), expected.detach())
 
 
-@pytest.mark.parametrize("wrap", [lambda x: (x,), lambda x: {"x": x}], ids=["tuple", "dict"])
+@for_each("wrap", [lambda x: (x,), lambda x: {"x": x}])
 def test_inputs_of_any_form_have_maps(wrap):
     model, (x, _) = seeded(ConvNet), pictures(3)
     assert torch.equal(activation_map(model, wrap(x), "conv1", 2), activation_map(model, x, "conv1", 2))
@@ -172,7 +173,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
+@for_each("case", REFUSED)
 def test_a_map_of_something_else_is_refused(case):
     layer, neuron, kind, words = REFUSED[case]
     with pytest.raises(kind, match=words):
@@ -196,7 +197,7 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize("case", LAYERS)
+@for_each("case", LAYERS)
 def test_a_layer_that_grad_cam_cannot_take(case):
     layer, kind, words = LAYERS[case]
     model = seeded(ConvNet)

@@ -1,11 +1,11 @@
 """Saliency of models that differentiate themselves, or whose author listens to gradients."""
 
-import pytest
 import torch
 from torch import Tensor, nn
 
 from lightning_neurons import saliency
 from lightning_neurons.attribution.saliency import METHODS
+from tests.tables import for_each
 
 
 def network() -> nn.Sequential:
@@ -13,7 +13,7 @@ def network() -> nn.Sequential:
     return nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2))
 
 
-@pytest.mark.parametrize("create_graph", [True, False])
+@for_each("create_graph", [True, False])
 def test_a_forward_that_takes_slopes_of_its_inputs_is_explained(create_graph):
     def forward(model: nn.Module, inputs: Tensor) -> Tensor:
         x = inputs if inputs.requires_grad else inputs.clone().requires_grad_()
@@ -32,7 +32,7 @@ def test_a_forward_that_takes_slopes_of_its_inputs_is_explained(create_graph):
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("method", sorted(set(METHODS) - {"grad_cam"}))
+@for_each("method", sorted(set(METHODS) - {"grad_cam"}))
 def test_backward_hooks_neither_change_a_map_nor_hear_of_it(method):
     plain, hooked, x, heard = network(), network(), torch.randn(4, 3), []
     for module in hooked.modules():

@@ -3,12 +3,12 @@
 import math
 
 import numpy as np
-import pytest
 import torch
 from torch import Tensor, nn
 
 from lightning_neurons import saliency
 from tests.models import NETS, pictures, seeded
+from tests.tables import for_each
 
 EPSILON = 1e-6
 METHODS = ("gradient", "grad_x_input", "integrated_gradients", "grad_cam")
@@ -41,15 +41,15 @@ OF = {
 }
 
 
-@pytest.mark.parametrize("net", NETS)
-@pytest.mark.parametrize("of", OF)
+@for_each("net", NETS)
+@for_each("of", OF)
 def test_a_class_has_the_gradient_of_finite_differences(net, of):
     model, (x, _) = seeded(NETS[net], double=True), pictures(2, double=True)
     found = saliency(model, x, 2, of=of)
     torch.testing.assert_close(found, finite_differences(lambda x: OF[of](model(x))[:, 2], x), rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("net, layer", LAYERS)
+@for_each("net, layer", LAYERS)
 def test_a_neuron_has_the_gradient_of_its_mean_activation(net, layer):
     model, (x, _) = seeded(NETS[net], double=True), pictures(2, double=True)
 
@@ -60,7 +60,7 @@ def test_a_neuron_has_the_gradient_of_its_mean_activation(net, layer):
     torch.testing.assert_close(found, finite_differences(activation, x), rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("net, layer", LAYERS)
+@for_each("net, layer", LAYERS)
 def test_a_layer_has_the_gradient_of_the_mean_of_its_neurons(net, layer):
     model, (x, _) = seeded(NETS[net], double=True), pictures(2, double=True)
     found = saliency(model, x, layer)
@@ -77,8 +77,8 @@ MAKES = {
 }
 
 
-@pytest.mark.parametrize("make", MAKES)
-@pytest.mark.parametrize("of", OF)
+@for_each("make", MAKES)
+@for_each("of", OF)
 def test_each_sample_may_have_a_class_of_its_own(make, of):
     model, x = convolutional(4)
     classes = [3, 0, 0, 2]
@@ -93,14 +93,14 @@ def test_two_classes_for_two_samples_are_no_neuron():
     torch.testing.assert_close(found[1:], saliency(model, x[1:], 1))
 
 
-@pytest.mark.parametrize("klass", [np.int64(2), torch.tensor(2)], ids=["numpy", "tensor"])
+@for_each("klass", [np.int64(2), torch.tensor(2)])
 def test_one_class_may_come_in_any_form(klass):
     model, x = convolutional()
     assert torch.equal(saliency(model, x, klass), saliency(model, x, 2))
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("of", OF)
+@for_each("method", METHODS)
+@for_each("of", OF)
 def test_without_a_target_each_sample_has_its_predicted_class(method, of):
     model, (x, _) = seeded(NETS["read, then rectified in place"], double=True), pictures(6, double=True)
     model.fc.bias.data.zero_()
@@ -109,13 +109,13 @@ def test_without_a_target_each_sample_has_its_predicted_class(method, of):
     assert torch.equal(saliency(model, x, method=method, of=of), saliency(model, x, predicted, method=method, of=of))
 
 
-@pytest.mark.parametrize("target", [1, ("conv1", 2), "conv2", None], ids=["class", "neuron", "layer", "predicted"])
+@for_each("target", [1, ("conv1", 2), "conv2", None])
 def test_grad_x_input_is_their_product(target):
     model, x = convolutional()
     assert torch.equal(saliency(model, x, target, method="grad_x_input"), saliency(model, x, target) * x)
 
 
-@pytest.mark.parametrize("method", [*METHODS, "smoothgrad"])
+@for_each("method", [*METHODS, "smoothgrad"])
 def test_absolute_values_are_those_of_the_finished_map(method):
     model, x = convolutional()
     options = {"method": method, "smoothing": 0.8}
@@ -138,15 +138,15 @@ def blurred(values, sigma):
     return values
 
 
-@pytest.mark.parametrize("sigma", [0.3, 1, 2.5, 20.0])
-@pytest.mark.parametrize("space", [(7,), (5, 8), (3, 4, 5)], ids=["signal", "picture", "volume"])
+@for_each("sigma", [0.3, 1, 2.5, 20.0])
+@for_each("space", [(7,), (5, 8), (3, 4, 5)])
 def test_smoothing_is_a_gaussian_with_repeated_edges(sigma, space):
     model = nn.Sequential(nn.Flatten(), nn.Linear(2 * math.prod(space), 3)).double()
     x = torch.randn(2, 2, *space, dtype=torch.float64)
     torch.testing.assert_close(saliency(model, x, 0, smoothing=sigma), blurred(saliency(model, x, 0), sigma))
 
 
-@pytest.mark.parametrize("target", [0, ("1", 0), "1"], ids=["class", "neuron", "layer"])
+@for_each("target", [0, ("1", 0), "1"])
 def test_smoothing_keeps_a_constant_map(target):
     model = nn.Sequential(nn.Flatten(), nn.Linear(36, 1, bias=False))
     model[1].weight.data.fill_(0.25)
@@ -162,15 +162,15 @@ SLOPES = {
 }
 
 
-@pytest.mark.parametrize("of", SLOPES)
+@for_each("of", SLOPES)
 def test_a_linear_model_has_a_closed_form(of):
     model, x = nn.Linear(5, 3).double(), torch.randn(4, 5, dtype=torch.float64)
     expected = torch.stack([SLOPES[of](p, model.weight) for p in model(x).softmax(1)]).detach()
     torch.testing.assert_close(saliency(model, x, 1, of=of), expected)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("target", [2, None, "conv2"], ids=["class", "predicted", "layer"])
+@for_each("method", METHODS)
+@for_each("target", [2, None, "conv2"])
 def test_a_sample_does_not_depend_on_the_others_of_its_batch(method, target):
     model, x = convolutional(70)
     found = saliency(model, x, target, method=method, **({"steps": 5} if method == "integrated_gradients" else {}))
@@ -186,7 +186,7 @@ class Powers(nn.Module):
         return torch.stack([(x**2).flatten(1).sum(1), (x**3).flatten(1).sum(1)], 1)
 
 
-@pytest.mark.parametrize("target", [1, None, ("conv1", 0)], ids=["class", "predicted", "neuron"])
+@for_each("target", [1, None, ("conv1", 0)])
 def test_smoothgrad_without_noise_is_the_gradient(target):
     model, x = convolutional(40)
     assert torch.equal(saliency(model, x, target, method="smoothgrad", noise=0), saliency(model, x, target))
@@ -206,7 +206,7 @@ def test_smoothgrad_has_sixteen_samples_and_fifteen_percent_noise_unless_told():
     assert torch.equal(saliency(model, x, 1, method="smoothgrad"), told)
 
 
-@pytest.mark.parametrize("scale", [1.0, 10.0])
+@for_each("scale", [1.0, 10.0])
 def test_smoothgrad_tends_to_the_mean_over_the_noise(scale):
     x = scale * torch.tensor([[0.0, 0.5, 1.0], [-2.0, 1.0, 2.0]], dtype=torch.float64)
     deviation = 0.2 * torch.tensor([[1.0], [4.0]], dtype=torch.float64) * scale

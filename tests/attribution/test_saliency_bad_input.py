@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from lightning_neurons import ArgumentError, MeasurementError, UnknownNameError, integrated_gradients, saliency
 from lightning_neurons.attribution.saliency import METHODS
 from tests.models import ConvNet, pictures, seeded
+from tests.tables import for_each
 
 
 def asked(target=1, *, model=None, x=None, **options):
@@ -24,9 +25,9 @@ CLASSES = {
 }
 
 
-@pytest.mark.parametrize("case", CLASSES)
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("of", ["logit", "probability", "loss"])
+@for_each("case", CLASSES)
+@for_each("method", METHODS)
+@for_each("of", ["logit", "probability", "loss"])
 def test_a_class_that_the_model_does_not_have(case, method, of):
     target, words = CLASSES[case]
     with pytest.raises(ArgumentError, match=words):
@@ -51,13 +52,13 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("case", WRONG)
+@for_each("case", WRONG)
 def test_a_target_of_another_kind(case):
     with pytest.raises(ArgumentError, match=r'(?s)target=.*a class index.*\("layer", neuron\) or the name of a layer'):
         asked(WRONG[case])
 
 
-@pytest.mark.parametrize("case", ["empty list", "numpy array", "table"])
+@for_each("case", ["empty list", "numpy array", "table"])
 def test_what_a_target_may_be_includes_a_class_per_sample(case):
     with pytest.raises(ArgumentError, match=r"one (class )?(per|for each)"):
         asked(WRONG[case])
@@ -73,13 +74,13 @@ PER_SAMPLE = {
 }
 
 
-@pytest.mark.parametrize("case", PER_SAMPLE)
+@for_each("case", PER_SAMPLE)
 def test_classes_that_are_not_one_for_each_sample(case):
     with pytest.raises(ArgumentError, match=r"target=.*one whole number for each of the 3 samples"):
         asked(PER_SAMPLE[case])
 
 
-@pytest.mark.parametrize("target", ["conv3", ("conv3", 1), "act"], ids=["layer", "neuron", "no layer"])
+@for_each("target", ["conv3", ("conv3", 1), "act"])
 def test_an_unknown_layer_names_the_nearest(target):
     with pytest.raises(UnknownNameError, match=r"target: nothing matches .*Known: conv1, conv2, fc1, fc2"):
         asked(target)
@@ -88,14 +89,14 @@ def test_an_unknown_layer_names_the_nearest(target):
             asked(target)
 
 
-@pytest.mark.parametrize("neuron", [6, -1, 10**9])
+@for_each("neuron", [6, -1, 10**9])
 def test_a_neuron_that_the_layer_does_not_have(neuron):
     with pytest.raises(ArgumentError, match=r"target=\('conv1', .*neurons of 0 to 5 in 'conv1'"):
         asked(("conv1", neuron))
 
 
-@pytest.mark.parametrize("of", ["loss", "probability"])
-@pytest.mark.parametrize("target", ["conv1", ("conv1", 2)], ids=["layer", "neuron"])
+@for_each("of", ["loss", "probability"])
+@for_each("target", ["conv1", ("conv1", 2)])
 def test_only_classes_have_losses_and_probabilities(of, target):
     with pytest.raises(ArgumentError, match=rf'of=\'{of}\' .*"logit" where target is a neuron or a layer'):
         asked(target, of=of)
@@ -126,7 +127,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("case", OPTIONS)
+@for_each("case", OPTIONS)
 def test_an_option_out_of_range(case):
     options, words = OPTIONS[case]
     with pytest.raises(ArgumentError, match=words):
@@ -138,8 +139,8 @@ OWNERS = {"samples": "smoothgrad", "noise": "smoothgrad", "steps": "integrated_g
 VALUES = {"samples": 4, "noise": 0.0, "steps": 4, "baseline": 0, "layer": "conv1"}
 
 
-@pytest.mark.parametrize("option", OWNERS)
-@pytest.mark.parametrize("method", METHODS)
+@for_each("option", OWNERS)
+@for_each("method", METHODS)
 def test_options_of_another_method(option, method):
     if OWNERS[option] == method:
         assert asked(method=method, **{option: VALUES[option]}).shape == (3, 3, 8, 8)
@@ -150,8 +151,8 @@ def test_options_of_another_method(option, method):
         asked(method=method, **{option: VALUES[option]})
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")], ids=["nan", "inf", "-inf"])
-@pytest.mark.parametrize("method", METHODS)
+@for_each("bad", [float("nan"), float("inf"), -float("inf")])
+@for_each("method", METHODS)
 def test_inputs_that_are_not_finite(bad, method):
     x = pictures(3)[0]
     x[1, 2, 3, 4] = bad
@@ -159,8 +160,8 @@ def test_inputs_that_are_not_finite(bad, method):
         asked(x=x, method=method)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("target", [1, None, "conv1", []], ids=["class", "predicted", "layer", "list"])
+@for_each("method", METHODS)
+@for_each("target", [1, None, "conv1", []])
 def test_an_empty_batch(method, target):
     if target == []:
         target = torch.zeros(0, dtype=torch.int64)
@@ -168,8 +169,8 @@ def test_an_empty_batch(method, target):
         asked(target, x=torch.zeros(0, 3, 8, 8), method=method)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("target", [1, None, ("fc1", 1)], ids=["class", "predicted", "neuron"])
+@for_each("method", METHODS)
+@for_each("target", [1, None, ("fc1", 1)])
 def test_a_size_that_the_model_refuses(method, target):
     words = r"ConvNet refuses inputs of shape \(3, 3, 9, 12\): RuntimeError: mat1 and mat2 .*"
     with pytest.raises(MeasurementError, match=words) as raised:
@@ -177,7 +178,7 @@ def test_a_size_that_the_model_refuses(method, target):
     assert isinstance(raised.value.__cause__, RuntimeError)
 
 
-@pytest.mark.parametrize("model", [ConvNet, lambda x: x, "net"], ids=["class", "function", "word"])
+@for_each("model", [ConvNet, lambda x: x, "net"])
 def test_what_is_no_model(model):
     with pytest.raises(ArgumentError, match=r"model=.*a torch\.nn\.Module \(an instance, not its class\)"):
         asked(model=model)
@@ -201,9 +202,9 @@ class Cut(ConvNet):
             return super().forward(x)
 
 
-@pytest.mark.parametrize("how", ["detach", "no_grad", "ignore"])
-@pytest.mark.parametrize("method", ["gradient", "grad_x_input", "smoothgrad", "integrated_gradients"])
-@pytest.mark.parametrize("target, name", [(1, "class 1"), (("conv1", 2), "conv1 2")], ids=["class", "neuron"])
+@for_each("how", ["detach", "no_grad", "ignore"])
+@for_each("method", ["gradient", "grad_x_input", "smoothgrad", "integrated_gradients"])
+@for_each("target, name", [(1, "class 1"), (("conv1", 2), "conv1 2")])
 def test_a_model_that_lets_no_gradient_through(how, method, target, name):
     with pytest.raises(MeasurementError, match=rf"target: {name} does not depend on the inputs .*detach.*no_grad"):
         asked(target, model=seeded(Cut, how), method=method)
@@ -228,15 +229,14 @@ class Pair(nn.Module):
         return left * right
 
 
-@pytest.mark.parametrize("form, names", [(tuple, "0, 1"), (list, "0, 1"), (dict, "left, right")])
+@for_each("form, names", [(tuple, "0, 1"), (list, "0, 1"), (dict, "left, right")])
 def test_two_tensors_of_floating_point_are_refused(form, names):
     pair = {"left": torch.rand(2, 3), "right": torch.rand(2, 3)}
     with pytest.raises(ArgumentError, match=rf"inputs='{names}'.*one tensor of floating point.*forward="):
         saliency(Pair(), pair if form is dict else form(pair.values()), 1)
 
 
-@pytest.mark.parametrize("inputs", [None, "text", 3, [], {}, {"x": 1}, [[1.0, 2.0]]],
-                         ids=["none", "text", "number", "empty list", "empty dict", "no tensor", "nested"])  # fmt: skip
+@for_each("inputs", [None, "text", 3, [], {}, {"x": 1}, [[1.0, 2.0]]])
 def test_what_is_no_batch_is_refused(inputs):
     with pytest.raises(ArgumentError, match=r"inputs=.*a tensor, or a tuple or dict of tensors"):
         saliency(nn.Linear(2, 2), inputs, 1)

@@ -10,6 +10,7 @@ from lightning_neurons import ArgumentError, MeasurementError, integrated_gradie
 from lightning_neurons.demo import DigitsModule
 from tests.callbacks.modules import Plain, dataset
 from tests.models import ConvNet, pictures, seeded
+from tests.tables import for_each
 
 
 class Reader(nn.Module):
@@ -52,8 +53,8 @@ def at_words(net, tokens, klass, mask=None):
     return words.detach(), torch.autograd.grad(logits[:, klass].sum(), words)[0]
 
 
-@pytest.mark.parametrize("places", [False, True], ids=["words alone", "words and places"])
-@pytest.mark.parametrize("mask", MASKS)
+@for_each("places", [False, True])
+@for_each("mask", MASKS)
 def test_a_token_has_the_norm_of_the_gradient_at_its_embedding(places, mask):
     net, extra = reader(places), MASKS[mask]
     words, gradient = at_words(net, TOKENS, 1, extra)
@@ -68,15 +69,14 @@ def test_a_single_row_of_tokens_that_counts_from_zero_is_not_taken_for_places():
     torch.testing.assert_close(saliency(net, tokens, 1), at_words(net, tokens, 1)[1].norm(dim=-1))
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=["int64", "int32"])
+@for_each("dtype", [torch.int64, torch.int32])
 def test_tokens_of_any_integer_type(dtype):
     net = reader()
     assert torch.equal(saliency(net, TOKENS.to(dtype), 2), saliency(net, TOKENS, 2))
 
 
-@pytest.mark.parametrize("target", [None, ("hidden", 2), "hidden", [0, 1, 2, 0]],
-                         ids=["predicted", "neuron", "layer", "per sample"])  # fmt: skip
-@pytest.mark.parametrize("method", ["gradient", "smoothgrad", "integrated_gradients"])
+@for_each("target", [None, ("hidden", 2), "hidden", [0, 1, 2, 0]])
+@for_each("method", ["gradient", "smoothgrad", "integrated_gradients"])
 def test_tokens_can_be_asked_about_anything(target, method):
     found = saliency(reader(places=True), {"tokens": TOKENS, "mask": MASKS["booleans"]}, target, method=method)
     assert found.shape == TOKENS.shape
@@ -128,13 +128,13 @@ class Hashed(Reader):
         return super().forward((7 * tokens + 1) % 11, mask)
 
 
-@pytest.mark.parametrize("make, inputs, dtype", [
+@for_each("make, inputs, dtype", [
     (ConvNet, torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "uint8"),
     (ConvNet, torch.zeros(2, 3, 8, 8, dtype=torch.int64), "int64"),
     (lambda: nn.Linear(4, 2), torch.zeros(2, 4, dtype=torch.bool), "bool"),
     (lambda: nn.Linear(4, 2), torch.zeros(2, 4, dtype=torch.complex64), "complex64"),
     (Hashed, TOKENS, "int64"),
-], ids=["pictures of bytes", "pictures of int64", "booleans", "complex", "tokens that are hashed"])  # fmt: skip
+])  # fmt: skip
 def test_what_has_no_gradient_is_refused(make, inputs, dtype):
     with pytest.raises(ArgumentError, match=rf"inputs='torch\.{dtype}'.*floating point.*nn\.Embedding"):
         saliency(seeded(make), inputs, 1)
@@ -145,9 +145,8 @@ def test_tokens_that_the_embedding_refuses_are_refused_with_the_cause():
         saliency(seeded(Reader), torch.tensor([[3, 11]]), 1)
 
 
-@pytest.mark.parametrize("shape", [(5,), (4, 9), (3, 5, 6), (2, 3, 4, 5)],
-                         ids=["table", "signals", "pictures", "volumes"])  # fmt: skip
-@pytest.mark.parametrize("method", ["gradient", "grad_x_input", "smoothgrad", "integrated_gradients"])
+@for_each("shape", [(5,), (4, 9), (3, 5, 6), (2, 3, 4, 5)])
+@for_each("method", ["gradient", "grad_x_input", "smoothgrad", "integrated_gradients"])
 def test_inputs_of_any_number_of_axes(shape, method):
     model, x = nn.Sequential(nn.Flatten(), nn.Linear(torch.Size(shape).numel(), 3)), torch.randn(35, *shape)
     found = saliency(model, x, 1, method=method)
@@ -170,7 +169,7 @@ def test_a_lightning_module_is_a_model():
     torch.testing.assert_close(saliency(module, x, ("net.conv2", 1)), saliency(module.net, x, ("conv2", 1)))
 
 
-@pytest.mark.parametrize("method", ["gradient", "smoothgrad", "integrated_gradients", "grad_cam"])
+@for_each("method", ["gradient", "smoothgrad", "integrated_gradients", "grad_cam"])
 def test_forward_says_how_to_run_a_model(trained, method):
     module, (net, x, _) = DigitsModule(), trained
     module.net = net
@@ -211,18 +210,17 @@ WRAPPED = {
 }
 
 
-@pytest.mark.parametrize("wrap", WRAPPED)
-@pytest.mark.parametrize("of", ["logit", "probability", "loss"])
+@for_each("wrap", WRAPPED)
+@for_each("of", ["logit", "probability", "loss"])
 def test_logits_are_found_in_outputs(wrap, of):
     model, x = seeded(Wrapped, WRAPPED[wrap]), torch.randn(5, 4)
     for target in (2, None):
         torch.testing.assert_close(saliency(model, x, target, of=of), saliency(model.net, x, target, of=of))
 
 
-@pytest.mark.parametrize("wrap", [lambda y: (y, y), lambda y: None, lambda y: y.argmax(1), lambda y: {"y": y, "z": y},
-                                  lambda y: y.sum()],
-                         ids=["tuple", "none", "whole numbers", "dict", "one number"])  # fmt: skip
-@pytest.mark.parametrize("target", [1, None], ids=["class", "predicted"])
+@for_each("wrap", [lambda y: (y, y), lambda y: None, lambda y: y.argmax(1), lambda y: {"y": y, "z": y},
+                                  lambda y: y.sum()])  # fmt: skip
+@for_each("target", [1, None])
 def test_outputs_without_logits_are_refused_unless_a_layer_is_meant(wrap, target):
     model, x = seeded(Wrapped, wrap), torch.randn(5, 4)
     with pytest.raises(MeasurementError, match=r'the model returned .*expected logits .*forward=.*\("layer", neuron\)'):
@@ -237,8 +235,8 @@ SLOPES = {
 }
 
 
-@pytest.mark.parametrize("columns", [lambda y: y[:, 0], lambda y: y[:, :1]], ids=["(batch,)", "(batch, 1)"])
-@pytest.mark.parametrize("of", SLOPES)
+@for_each("columns", [lambda y: y[:, 0], lambda y: y[:, :1]])
+@for_each("of", SLOPES)
 def test_a_binary_model_has_one_class(columns, of):
     model, x = seeded(Wrapped, columns, double=True), torch.randn(5, 4, dtype=torch.float64)
     with torch.no_grad():

@@ -11,6 +11,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from lightning_neurons import ArgumentError, MeasurementError, randomization_check, saliency
 from tests.models import ConvNet, Single, pictures, seeded
+from tests.tables import for_each
 
 LAYERS = ["fc2", "fc1", "norm2", "conv2", "norm1", "conv1"]
 
@@ -24,7 +25,7 @@ def same_state(model, kept):
     return now.keys() == kept.keys() and all(now[n][0] == i and torch.equal(now[n][1], t) for n, (i, t) in kept.items())
 
 
-@pytest.mark.parametrize("method", ["gradient", "grad_x_input", "smoothgrad", "grad_cam"])
+@for_each("method", ["gradient", "grad_x_input", "smoothgrad", "grad_cam"])
 def test_similarity_falls_on_a_trained_network(trained, method):
     net, x, labels = trained
     found = randomization_check(net, x[:24], labels[:24], method=method)
@@ -104,7 +105,7 @@ def test_the_same_seed_gives_the_same_numbers(trained):
     assert [s.spearman for s in first] == [s.spearman for s in again] != [s.spearman for s in other]
 
 
-@pytest.mark.parametrize("layers", [["conv1"], ("fc1", "conv2"), []], ids=["one", "two", "none"])
+@for_each("layers", [["conv1"], ("fc1", "conv2"), []])
 def test_layers_can_be_chosen(trained, layers):
     net, x, _ = trained
     assert [step.layer for step in randomization_check(net, x[:4], layers=layers)] == list(layers)
@@ -145,7 +146,7 @@ def test_weights_that_cannot_be_drawn_anew_are_named():
     assert [step.layer for step in found] == ["net.2", "net.1", "net.0"]
 
 
-@pytest.mark.parametrize("make", [Scaled, nn.Flatten], ids=["weights of its own", "no weights"])
+@for_each("make", [Scaled, nn.Flatten])
 def test_a_model_without_weights_to_draw_is_refused(make):
     with pytest.raises(ArgumentError, match=rf"model='{make.__name__}' .*modules with reset_parameters"):
         randomization_check(make(), torch.randn(4, 9), 1)
@@ -163,9 +164,8 @@ def test_in_the_end_weights_are_random_everywhere(trained):
     assert [name for name, p in net.named_parameters() if torch.equal(p, seen[-1][name])] == []
 
 
-@pytest.mark.parametrize("options", [{"samples": 3, "noise": 0.1, "method": "smoothgrad"}, {"smoothing": 1.0},
-                                     {"of": "loss"}, {"method": "integrated_gradients", "steps": 3}],
-                         ids=["smoothgrad", "smoothing", "loss", "integrated gradients"])  # fmt: skip
+@for_each("options", [{"samples": 3, "noise": 0.1, "method": "smoothgrad"}, {"smoothing": 1.0},
+                                     {"of": "loss"}, {"method": "integrated_gradients", "steps": 3}])  # fmt: skip
 def test_options_are_those_of_saliency(trained, options):
     net, x, _ = trained
     found = randomization_check(net, x[:3], 2, layers=["fc2"], **options)
@@ -187,7 +187,7 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("case", BAD)
+@for_each("case", BAD)
 def test_arguments_out_of_range_are_refused(trained, case):
     net, x, _ = trained
     options, words = BAD[case]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_neurons import MeasurementError, activation_map, integrated_gradients, randomization_check, saliency
 from lightning_neurons.attribution.saliency import METHODS
 from tests.models import ConvNet, pictures, seeded
+from tests.tables import for_each
 
 QUESTIONS = {method: lambda net, x, method=method: saliency(net, x, 1, method=method) for method in METHODS} | {
     "predicted": lambda net, x: saliency(net, x),
@@ -85,7 +86,7 @@ def differences(before, after):
     return [key for key in before if before[key] != after[key]]
 
 
-@pytest.mark.parametrize("name", QUESTIONS)
+@for_each("name", QUESTIONS)
 def test_the_model_is_as_it_was(name):
     net, (x, _) = restless(), pictures(3)
     before = kept(net)
@@ -93,7 +94,7 @@ def test_the_model_is_as_it_was(name):
     assert differences(before, kept(net)) == []
 
 
-@pytest.mark.parametrize("name", QUESTIONS)
+@for_each("name", QUESTIONS)
 def test_the_result_is_that_of_evaluation_mode(name):
     net, (x, _) = restless(), pictures(3)
     quiet = seeded(ConvNet).eval()
@@ -101,10 +102,10 @@ def test_the_result_is_that_of_evaluation_mode(name):
     torch.testing.assert_close(QUESTIONS[name](net, x), QUESTIONS[name](quiet, x), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", QUESTIONS)
-@pytest.mark.parametrize("when", [1, 2, 3])
-@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
-def test_the_model_is_as_it_was_after_a_failure(name, when, error):
+@for_each("number, name", enumerate(QUESTIONS))
+@for_each("when", [1, 2, 3])
+def test_the_model_is_as_it_was_after_a_failure(number, name, when):
+    error = (ZeroDivisionError, KeyboardInterrupt)[(number + when) % 2]
     net, (x, _) = restless(), pictures(70)
     counted, raised = Mock(calls=0), None  # what a hook holds of its own would be put back
 
@@ -135,8 +136,8 @@ def test_a_failure_says_what_happened():
         saliency(net, pictures(2)[0], 1)
 
 
-@pytest.mark.parametrize("name", QUESTIONS)
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+@for_each("name", QUESTIONS)
+@for_each("context", [torch.no_grad, torch.inference_mode])
 def test_gradients_are_taken_where_they_are_switched_off(name, context):
     net, (x, _) = restless(), pictures(3)
     expected = QUESTIONS[name](net, x)
@@ -147,7 +148,7 @@ def test_gradients_are_taken_where_they_are_switched_off(name, context):
         assert differences(before, kept(net)) == []
 
 
-@pytest.mark.parametrize("name", QUESTIONS)
+@for_each("name", QUESTIONS)
 def test_a_frozen_model_gives_the_same(name):
     net, (x, _) = seeded(ConvNet), pictures(3)
     expected = QUESTIONS[name](net, x)
@@ -156,8 +157,8 @@ def test_a_frozen_model_gives_the_same(name):
     assert not any(p.requires_grad for p in net.parameters())
 
 
-@pytest.mark.parametrize("name", QUESTIONS)
-@pytest.mark.parametrize("grown", [False, True], ids=["leaf", "grown"])
+@for_each("name", QUESTIONS)
+@for_each("grown", [False, True])
 def test_inputs_stay_as_they_were(name, grown):
     net, (leaf, _) = seeded(ConvNet), pictures(3)
     leaf.requires_grad_()
@@ -177,7 +178,7 @@ class WritesIntoItsInput(ConvNet):
         return super().forward(x)
 
 
-@pytest.mark.parametrize("name", QUESTIONS)
+@for_each("name", QUESTIONS)
 def test_inputs_stay_as_they_were_though_the_model_writes_into_them(name):
     net, (x, _) = seeded(WritesIntoItsInput), pictures(3)
     before = x.clone()
@@ -186,15 +187,15 @@ def test_inputs_stay_as_they_were_though_the_model_writes_into_them(name):
     assert torch.equal(x, before)
 
 
-@pytest.mark.parametrize("name", ["gradient", "smoothgrad", "grad_cam", "predicted", "neuron", "activation map"])
+@for_each("name", ["gradient", "smoothgrad", "grad_cam", "predicted", "neuron", "activation map"])
 def test_a_model_that_writes_into_its_inputs_is_a_model_too(name):
     net, twin, (x, _) = seeded(WritesIntoItsInput), seeded(ConvNet), pictures(3)
     found = QUESTIONS[name](net, x.clone())
     torch.testing.assert_close(found, QUESTIONS[name](twin, x - 0.5))
 
 
-@pytest.mark.parametrize("name", [n for n in QUESTIONS if n not in {"randomization check", "integrated_gradients"}])
-@pytest.mark.parametrize("dtype, error", [(torch.float64, 1e-4), (torch.bfloat16, 0.2)], ids=["float64", "bfloat16"])
+@for_each("name", [n for n in QUESTIONS if n not in {"randomization check", "integrated_gradients"}])
+@for_each("dtype, error", [(torch.float64, 1e-4), (torch.bfloat16, 0.2)])
 def test_models_of_other_precisions(name, dtype, error):
     x = pictures(3)[0].bfloat16().float()
     net = seeded(ConvNet).bfloat16().float()

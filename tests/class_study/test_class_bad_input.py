@@ -10,6 +10,7 @@ from torch import nn
 from lightning_neurons import ArgumentError, MeasurementError, UnknownNameError, class_study, plan_keeping
 from tests.ablation.silenced import batches_of, net_of
 from tests.models import ConvNet, pictures, seeded
+from tests.tables import for_each
 
 X, Y = pictures(12)
 
@@ -113,7 +114,7 @@ WRONG = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", WRONG)
+@for_each("name", WRONG)
 def test_bad_input(name):
     options, error, said = WRONG[name]
     given = {"model": net_of(), "batches": batches_of(12), **options}
@@ -158,8 +159,8 @@ def trace_of(net):
     return hooks, ids, {n: t.clone() for n, t in net.state_dict().items()}, torch.get_rng_state(), random.getstate()
 
 
-@pytest.mark.parametrize("method", ["thresholding", "masking"])
-@pytest.mark.parametrize("fails", [None, 0, 4, 12])
+@for_each("method", ["thresholding", "masking"])
+@for_each("fails", [None, 0, 4, 12])
 def test_the_model_is_left_as_it_was(fails, method):
     net, calls = seeded(ConvNet).train(), []
     net.bn2.eval()

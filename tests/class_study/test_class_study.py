@@ -25,6 +25,7 @@ from tests.ablation.silenced import (
     selectivity_of,
 )
 from tests.models import ConvNet, pictures, seeded
+from tests.tables import for_each
 
 KINDS = ["whole", "subnetwork", "ablation", "random subnetwork", "random ablation", "other subnetworks"]
 
@@ -36,8 +37,8 @@ def assert_row(row, found):
     assert row.deviation == pytest.approx(spread, nan_ok=True, abs=1e-12)
 
 
-@pytest.mark.parametrize("replacement", ["zero", "mean"])
-@pytest.mark.parametrize("rule", [{}, {"share": 0.4}, {"cumulative": 0.6}, {"threshold": 0.3}], ids=str)
+@for_each("replacement", ["zero", "mean"])
+@for_each("rule", [{}, {"share": 0.4}, {"cumulative": 0.6}, {"threshold": 0.3}])
 def test_every_figure_equals_a_loop(rule, replacement):
     net, batches = net_of(), batches_of(7, 6, 8)
     means = means_of(net, batches) if replacement == "mean" else None
@@ -85,8 +86,8 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("method", ["thresholding", "masking"])
-@pytest.mark.parametrize("name", RULES)
+@for_each("method", ["thresholding", "masking"])
+@for_each("name", RULES)
 def test_rules_choose_what_they_say(name, method):
     value, by_hand = RULES[name]
     value = 0.002 if name == "threshold" and method == "masking" else value
@@ -98,7 +99,7 @@ def test_rules_choose_what_they_say(name, method):
             assert report.outside(klass)[layer] == sorted({*range(WIDTHS[layer])} - {*by_hand(scores, value)})
 
 
-@pytest.mark.parametrize("replacement", ["zero", "mean"])
+@for_each("replacement", ["zero", "mean"])
 def test_masking_is_the_change_of_each_class_without_each_neuron(replacement):
     net, batches = net_of(), batches_of(6, 5)
     means = means_of(net, batches) if replacement == "mean" else None
@@ -115,7 +116,7 @@ def test_masking_is_the_change_of_each_class_without_each_neuron(replacement):
     assert report.settings["controls"] == 3
 
 
-@pytest.mark.parametrize("classes", [None, [2, 0], [1]])
+@for_each("classes", [None, [2, 0], [1]])
 def test_selectivity_and_entropy_are_over_all_classes_that_have_samples(classes):
     net, batches = net_of(), batches_of(16, 5)
     net[0].weight.data[2], net[0].bias.data[2] = 0, -1  # dead
@@ -204,7 +205,7 @@ def test_the_report_is_saved_as_json(tmp_path):
     assert found["importance"]["0"] == report.importance["0"].tolist()
 
 
-@pytest.mark.parametrize("method", ["thresholding", "masking"])
+@for_each("method", ["thresholding", "masking"])
 def test_any_cut_into_batches_gives_the_same(method):
     net = seeded(ConvNet)
     whole, cut = (class_study(net, batches_of(*s), method=method, seed=3) for s in ([20], [3, 1, 9, 7]))

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F  # noqa: N812
 
 from tests.criteria.streams import laws, stream
+from tests.tables import for_each
 
 SAMPLES = 200_000
 
@@ -28,7 +29,7 @@ def normal(mean: float = 0.0, deviation: float = 1.0) -> torch.Tensor:
     return mean + deviation * torch.randn(SAMPLES, 1, 1, generator=generator, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("mean, deviation", [(0.0, 1.0), (0.5, 1.0), (-1.0, 2.0), (2.0, 0.5)])
+@for_each("mean, deviation", [(0.0, 1.0), (0.5, 1.0), (-1.0, 2.0), (2.0, 0.5)])
 def test_relu_of_a_normal_variable_has_the_share_of_zeros_and_the_mean_of_the_formula(mean, deviation):
     scores = stream(["apoz", "active_share", "mean"], normal(mean, deviation).relu())
     zeros, ratio = cdf(-mean / deviation), mean / deviation

@@ -12,6 +12,7 @@ from lightning_neurons.criteria import agreement
 from lightning_neurons.errors import ArgumentError
 from tests import reference
 from tests.criteria.streams import laws
+from tests.tables import for_each
 
 numbers = st.sampled_from([-1.0, 0.0, 0.5, 0.5, 2.0, 3.0, math.nan])
 pairs = st.lists(st.tuples(numbers, numbers), min_size=0, max_size=10)
@@ -68,7 +69,7 @@ def test_fewer_than_two_measured_neurons_have_no_correlation():
     assert math.isnan(agreement(tensor([]), tensor([])).jaccard)
 
 
-@pytest.mark.parametrize("share", [0.1, 0.3])
+@for_each("share", [0.1, 0.3])
 def test_random_top_sets_overlap_as_the_formula_says(share):
     generator = random.Random(0)
     found = [
@@ -84,7 +85,7 @@ def test_rankings_of_different_lengths_are_refused():
         agreement(torch.ones(3), torch.ones(2))
 
 
-@pytest.mark.parametrize("share", [-0.1, 1.1, math.nan])
+@for_each("share", [-0.1, 1.1, math.nan])
 def test_a_share_out_of_range_is_refused(share):
     with pytest.raises(ArgumentError, match=rf"share={share} is not allowed: expected a share in \[0, 1\]"):
         agreement(torch.arange(3.0), torch.arange(3.0), share=share)

@@ -17,6 +17,7 @@ from lightning_neurons.criteria import (
 from lightning_neurons.criteria.deadness import near_zero
 from lightning_neurons.errors import ArgumentError, UnknownNameError
 from tests.criteria.streams import stream
+from tests.tables import for_each
 
 CUBES = Statistic("cubes", lambda view: (view.activation**3).sum(-1))
 THIRD_MOMENT = Criterion("third_moment", (CUBES,), lambda summary: summary.per_value(CUBES))
@@ -67,7 +68,7 @@ def test_the_defaults_are_known_and_the_cheapest_passes_suffice_for_them():
     assert all(CRITERIA[name].needs == {"gradient"} for name in GRADIENT_CRITERIA)
 
 
-@pytest.mark.parametrize("given, nearest", [("tailor", "'taylor'"), ("grad", "'gradient'"), ("apo", "'apoz'")])
+@for_each("given, nearest", [("tailor", "'taylor'"), ("grad", "'gradient'"), ("apo", "'apoz'")])
 def test_an_unknown_name_suggests_the_nearest(given, nearest):
     with pytest.raises(UnknownNameError) as error:
         resolve(["mean", given])
@@ -75,7 +76,7 @@ def test_an_unknown_name_suggests_the_nearest(given, nearest):
         assert part in str(error.value)
 
 
-@pytest.mark.parametrize(
+@for_each(
     "given, got, allowed",
     [
         ("rms", "criteria='rms'", "a list, such as ['rms']"),
@@ -89,7 +90,6 @@ def test_an_unknown_name_suggests_the_nearest(given, nearest):
             "statistics of different names",
         ),
     ],
-    ids=["a string", "nothing", "a number", "two of a name", "two thresholds", "two statistics of a name"],
 )
 def test_a_bad_list_of_criteria_says_what_came_and_what_is_allowed(given, got, allowed):
     with pytest.raises(ArgumentError) as error:
@@ -103,7 +103,7 @@ def test_a_view_without_gradient_says_how_to_get_one():
         LayerView(torch.ones(1, 1, 1)).gate_gradient  # noqa: B018
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@for_each("dtype", [torch.float16, torch.bfloat16])
 def test_a_view_adds_half_precision_in_single_precision(dtype):
     view = LayerView(torch.full((1, 1, 4096), 300.0, dtype=dtype), torch.full((1, 1, 4096), 300.0, dtype=dtype))
     value = float(torch.tensor(300.0, dtype=dtype))

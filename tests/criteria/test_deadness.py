@@ -13,6 +13,7 @@ from lightning_neurons.criteria import CRITERIA, LayerTraits
 from lightning_neurons.criteria.deadness import constant, dormant, near_zero, never_fired_bound
 from lightning_neurons.errors import ArgumentError
 from tests.criteria.streams import laws, stream, traits
+from tests.tables import for_each
 
 
 def dead_relu_net() -> nn.Sequential:
@@ -126,19 +127,19 @@ def test_saturation_is_refused_behind_a_relu_with_the_reason_and_the_alternative
         assert part in refused["saturated"]
 
 
-@pytest.mark.parametrize("function", [nn.Tanh(), nn.Sigmoid()], ids=["tanh", "sigmoid"])
+@for_each("function", [nn.Tanh(), nn.Sigmoid()])
 def test_saturation_is_measured_behind_bounded_functions(function):
     assert layer_behind(function).keys() == {"apoz"}
 
 
-@pytest.mark.parametrize("name", ["near_zero", "dormant", "constant"])
+@for_each("name", ["near_zero", "dormant", "constant"])
 def test_a_measure_for_every_layer_refuses_none(name):
     assert CRITERIA[name].refuse(LayerTraits("anything")) is None
     assert CRITERIA[name].refuse(traits()) is None
 
 
-@pytest.mark.parametrize("make, argument", [(near_zero, "threshold"), (dormant, "tau"), (constant, "tolerance")])
-@pytest.mark.parametrize("value", [-0.1, math.nan, math.inf])
+@for_each("make, argument", [(near_zero, "threshold"), (dormant, "tau"), (constant, "tolerance")])
+@for_each("value", [-0.1, math.nan, math.inf])
 def test_a_threshold_out_of_range_is_refused(make, argument, value):
     with pytest.raises(ArgumentError, match=rf"{argument}={value!r} is not allowed: expected a finite number"):
         make(value)

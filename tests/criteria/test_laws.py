@@ -1,6 +1,5 @@
 """What holds for every criterion, whatever the values are."""
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,6 +8,7 @@ from torch import nn
 from lightning_neurons import measure
 from lightning_neurons.criteria import CRITERIA, LayerTraits
 from tests.criteria.streams import ACTIVITY, BOUNDS, GRADIENTS, LAYER, laws, stream, traits
+from tests.tables import for_each
 
 seeds = st.integers(0, 10_000)
 
@@ -103,13 +103,13 @@ def test_deadness_lies_between_0_and_1(seed):
         assert ((scores[name] >= 0) & (scores[name] <= 1)).all(), name
 
 
-@pytest.mark.parametrize("name", CRITERIA)
+@for_each("name", CRITERIA)
 def test_a_silent_layer_without_gradients_gives_numbers(name):
     silent = torch.zeros(4, 3, 2)
     assert not stream([name], silent, silent, silent, layer=traits(3))[name].isnan().any()
 
 
-@pytest.mark.parametrize("name", ACTIVITY + GRADIENTS)
+@for_each("name", ACTIVITY + GRADIENTS)
 def test_one_dead_neuron_spoils_no_score(name):
     tensors = random_tensors(0)
     for tensor in tensors:
@@ -117,7 +117,7 @@ def test_one_dead_neuron_spoils_no_score(name):
     assert stream([name], *tensors)[name].isfinite().all()
 
 
-@pytest.mark.parametrize("normed", [False, True], ids=["plain", "tanh"])
+@for_each("normed", [False, True])
 def test_a_linear_layer_equals_a_1x1_convolution(normed):
     """The whole way through ``measure``: same weights, same images."""
     linear, conv = nn.Linear(6, 5), nn.Conv2d(6, 5, 1)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from lightning_neurons import measure
 from lightning_neurons.criteria import CRITERIA, LayerTraits
 from tests import reference
+from tests.tables import for_each
 
 INCOMING = ("weight_l1", "weight_l2")
 OUTGOING = ("outgoing_l1", "outgoing_l2")
@@ -22,7 +23,7 @@ def assert_norms_of(scores: dict[str, list[float]], names: tuple[str, str], rows
     assert scores[names[1]] == pytest.approx(reference.l2(rows))
 
 
-@pytest.mark.parametrize(
+@for_each(
     "layer, shape",
     [
         (nn.Linear(4, 6), (4,)),
@@ -30,14 +31,13 @@ def assert_norms_of(scores: dict[str, list[float]], names: tuple[str, str], rows
         (nn.Conv2d(4, 6, 3, groups=2), (4, 5, 5)),
         (nn.Conv3d(4, 6, 2), (4, 3, 3, 3)),
     ],
-    ids=lambda v: type(v).__name__ if isinstance(v, nn.Module) else "",
 )
 def test_incoming_weights_are_those_that_make_the_neuron(layer, shape):
     rows = layer.weight.flatten(1).tolist()
     assert_norms_of(scores_of(nn.Sequential(layer), torch.randn(2, *shape), INCOMING), INCOMING, rows)
 
 
-@pytest.mark.parametrize("groups", [1, 2])
+@for_each("groups", [1, 2])
 def test_incoming_weights_of_a_transposed_convolution_lie_on_its_second_axis(groups):
     layer = nn.ConvTranspose2d(4, 6, 3, groups=groups)
     each = 6 // groups
@@ -86,7 +86,7 @@ def test_the_scale_of_the_norm_behind_is_taken_without_its_sign():
     assert scores_of(net, torch.randn(2, 1, 3, 3), ["norm_scale"])["norm_scale"] == [0.5, 2, 0]
 
 
-@pytest.mark.parametrize("norm", [None, nn.BatchNorm2d(3, affine=False)], ids=["no norm", "norm without scale"])
+@for_each("norm", [None, nn.BatchNorm2d(3, affine=False)])
 def test_norm_scale_is_refused_without_a_scale(norm):
     net = nn.Sequential(nn.Conv2d(1, 3, 2), *([norm] if norm else []), nn.ReLU())
     report = measure(net, [torch.randn(2, 1, 3, 3)], criteria=["rms", "norm_scale"])
@@ -105,21 +105,21 @@ class Residual(nn.Module):
         return hidden + self.second(hidden)
 
 
-@pytest.mark.parametrize("name", OUTGOING)
+@for_each("name", OUTGOING)
 def test_outgoing_weights_are_refused_where_a_residual_sum_reads_too(name):
     report = measure(Residual(), [torch.randn(2, 3)], criteria=["rms", name])
     for part in ("'first'", "residual sum", "'weight_l2'"):
         assert part in report.refused[name]["first"]
 
 
-@pytest.mark.parametrize("name", INCOMING)
+@for_each("name", INCOMING)
 def test_incoming_weights_are_refused_where_there_are_none(name):
     reason = CRITERIA[name].refuse(LayerTraits("pool")) or ""
     assert "'pool' has no weight tensor" in reason
     assert "'rms'" in reason
 
 
-@pytest.mark.parametrize("name", [*INCOMING, *OUTGOING, "norm_scale"])
+@for_each("name", [*INCOMING, *OUTGOING, "norm_scale"])
 def test_no_data_is_needed(name):
     assert CRITERIA[name].statistics == ()
     assert CRITERIA[name].needs == frozenset()

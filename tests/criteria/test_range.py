@@ -11,6 +11,7 @@ from lightning_neurons import measure
 from lightning_neurons.criteria import CRITERIA
 from tests import reference
 from tests.criteria.streams import BOUNDS, stream, traits
+from tests.tables import for_each
 
 SHARES = ("near_zero", "saturated", "apoz")
 """Of ``near_zero`` the histogram resolves a part of the range; who is dead is exact in all of it."""
@@ -47,8 +48,8 @@ def assert_right(tensors: list[Tensor], **kwargs: bool) -> None:
 
 
 @pytest.mark.usefixtures("_size")
-@pytest.mark.parametrize("space", [1, 6, 64])
-@pytest.mark.parametrize(
+@for_each("space", [1, 6, 64])
+@for_each(
     "size, slope", [(1e-30, 1.0), (1e-21, 1e-12), (1e-9, 1e-25), (1e-5, 1e-30), (1e9, 1.0), (1e20, 1e12), (1e25, 1e-30)]
 )
 def test_a_layer_of_any_size_has_the_scores_of_naive_code(size, slope, space):
@@ -60,7 +61,7 @@ def test_a_layer_of_any_size_has_the_scores_of_naive_code(size, slope, space):
 
 
 @pytest.mark.usefixtures("_size")
-@pytest.mark.parametrize("space", [1, 6])
+@for_each("space", [1, 6])
 def test_neurons_of_any_size_do_not_disturb_one_another(space):
     sizes = torch.tensor([1.0, 1e-25, 1e20, 1e-18, 0])[:, None]
     activations = (torch.rand(7, 5, space) + 0.5) * sizes
@@ -68,7 +69,7 @@ def test_neurons_of_any_size_do_not_disturb_one_another(space):
     assert_right([activations, gradients, gradients], rectified=True)
 
 
-@pytest.mark.parametrize("space", [1, 6])
+@for_each("space", [1, 6])
 def test_float64_goes_further(space):
     values = torch.randn(5, 2, space, dtype=torch.float64).abs() + 0.1
     values[:, 1] = 0
@@ -80,7 +81,7 @@ def test_float64_goes_further(space):
     assert [math.isnan(huge[name][0].item()) for name in ("variance", "constant")] == [True, True]
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@for_each("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_at_the_end_of_its_range(dtype):
     largest = torch.finfo(dtype).max
     values = torch.tensor([[[largest, largest]], [[largest, -largest]]], dtype=dtype)
@@ -90,7 +91,7 @@ def test_half_precision_at_the_end_of_its_range(dtype):
     assert (scores["near_zero"].item(), scores["active_share"].item()) == (0, 0.75)
 
 
-@pytest.mark.parametrize("scale", [1e-20, 1e-12, 1e12])
+@for_each("scale", [1e-20, 1e-12, 1e12])
 def test_fisher_of_small_and_large_losses_is_that_of_float64(scale):
     torch.manual_seed(0)
     net, inputs = nn.Sequential(nn.Linear(5, 40), nn.ReLU(), nn.Linear(40, 1)), torch.randn(256, 5)

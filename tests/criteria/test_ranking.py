@@ -12,6 +12,7 @@ from lightning_neurons.criteria import CRITERIA, effective_number, normalize, or
 from lightning_neurons.errors import ArgumentError
 from tests import reference
 from tests.criteria.streams import laws
+from tests.tables import for_each
 
 NAN, INF = math.nan, math.inf
 few = st.sampled_from([0.0, 0.1, 1.0, 1.0, 2.5, 7.0, 1e-9])
@@ -72,7 +73,7 @@ def test_rounding_costs_cumulative_no_neuron_more():
     assert chosen([0.1] * 10, cumulative=1.0) == set(range(10))
 
 
-@pytest.mark.parametrize("rule", [{"share": 0.5}, {"count": 2}, {"threshold": 0.0}, {"cumulative": 0.5}], ids=str)
+@for_each("rule", [{"share": 0.5}, {"count": 2}, {"threshold": 0.0}, {"cumulative": 0.5}])
 def test_nothing_can_be_chosen_where_nothing_was_measured(rule):
     assert chosen([NAN, NAN], **rule) == set()
     assert chosen([], **rule) == set()
@@ -82,14 +83,14 @@ def test_cumulative_of_zeros_is_empty():
     assert chosen([0.0, 0.0], cumulative=0.5) == set()
 
 
-@pytest.mark.parametrize("rules", [{}, {"share": 0.1, "count": 3}, {"threshold": 0.0, "cumulative": 0.5}], ids=str)
+@for_each("rules", [{}, {"share": 0.1, "count": 3}, {"threshold": 0.0, "cumulative": 0.5}])
 def test_select_takes_exactly_one_rule(rules):
     with pytest.raises(ArgumentError, match="exactly one of share, count, threshold, cumulative") as error:
         select(torch.ones(3), **rules)
     assert all(name in str(error.value) for name in rules)
 
 
-@pytest.mark.parametrize(
+@for_each(
     "rule, got, allowed",
     [
         ({"share": 1.5}, "share=1.5", "a share in [0, 1]"),
@@ -106,7 +107,6 @@ def test_select_takes_exactly_one_rule(rules):
         ({"cumulative": -0.5}, "cumulative=-0.5", "a share in [0, 1]"),
         ({"cumulative": NAN}, "cumulative=nan", "a share in [0, 1]"),
     ],
-    ids=str,
 )
 def test_a_rule_out_of_range_says_what_came_and_what_is_allowed(rule, got, allowed):
     with pytest.raises(ArgumentError) as error:
@@ -143,7 +143,7 @@ def test_no_normalisation_is_the_default_and_changes_nothing():
     assert normalize(scores)["a"] is scores["a"]
 
 
-@pytest.mark.parametrize("how", ["sum", "l2"])
+@for_each("how", ["sum", "l2"])
 def test_scores_in_loss_units_are_normalised_with_a_warning(how):
     scores = {"a": torch.ones(2), "b": torch.ones(3)}
     with pytest.warns(UserWarning, match=rf"normalize='{how}'.*units of the loss.*Use normalize='none'"):
@@ -167,7 +167,7 @@ def test_an_unknown_normalisation_names_the_nearest():
         assert part in str(error.value)
 
 
-@pytest.mark.parametrize("alike", [1, 3, 8])
+@for_each("alike", [1, 3, 8])
 def test_the_effective_number_of_neurons_that_score_alike_is_their_number(alike):
     assert effective_number(tensor([0.5] * alike + [0.0] * 4)) == pytest.approx(alike)
     assert effective_number(tensor([-0.5] * alike + [NAN])) == pytest.approx(alike)

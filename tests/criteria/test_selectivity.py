@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from lightning_neurons.criteria.selectivity import class_entropy, class_selectivity, reuse, shared_by
 from tests.criteria.streams import laws
+from tests.tables import for_each
 
 NAN = math.nan
 seeds = st.integers(0, 10_000)
@@ -19,7 +20,7 @@ def column(*values: float) -> torch.Tensor:
     return torch.tensor(values)[:, None]
 
 
-@pytest.mark.parametrize(
+@for_each(
     "values, expected",
     [
         ((4, 1, 1, 1), 0.6),
@@ -40,7 +41,7 @@ def test_selectivity_in_closed_form(values, expected):
     assert class_selectivity(column(*map(float, values))).item() == pytest.approx(expected, abs=1e-9, nan_ok=True)
 
 
-@pytest.mark.parametrize(
+@for_each(
     "values, expected",
     [
         ((1, 1, 1, 1), 1.0),
@@ -130,7 +131,7 @@ def test_the_chance_level_depends_on_sizes_alone_and_is_symmetric():
     torch.testing.assert_close(first, first.t())
 
 
-@pytest.mark.parametrize("share", [0.1, 0.25, 0.5, 0.9])
+@for_each("share", [0.1, 0.25, 0.5, 0.9])
 def test_equal_shares_of_one_layer_have_the_chance_level_in_closed_form(share):
     for width, tolerance in ((40, 0.15), (40_000, 2e-4)):
         members = torch.zeros(2, width, dtype=torch.bool)
@@ -147,7 +148,7 @@ def first_of(sizes: list[tuple[int, ...]], widths: tuple[int, ...]) -> dict[str,
     }
 
 
-@pytest.mark.parametrize(
+@for_each(
     "widths, one, other",
     [
         ((4,), (2,), (2,)),

@@ -10,6 +10,7 @@ from lightning_neurons import measure
 from lightning_neurons.criteria import CRITERIA
 from tests import reference
 from tests.criteria.streams import laws, stream
+from tests.tables import for_each
 
 
 def gradients_of(loss, activations: Tensor) -> Tensor:
@@ -58,7 +59,7 @@ def test_minus_the_gate_gradient_is_the_exact_change_of_a_linear_loss():
         assert scores["taylor_fo"][neuron].item() == pytest.approx(change**2)
 
 
-@pytest.mark.parametrize("at_optimum", [False, True])
+@for_each("at_optimum", [False, True])
 def test_a_squared_error_changes_by_the_slope_and_half_the_curvature(at_optimum):
     """``L = (w h - y)^2 / 2``: zeroing h changes the mean loss by ``-E[u] + w^2 E[h^2] / 2`` exactly."""
     h, y = torch.randn(500, 1, 1, dtype=torch.float64), torch.randn(500, 1, 1, dtype=torch.float64)
@@ -117,7 +118,7 @@ def test_the_gradient_of_the_output_layer_is_the_prediction_minus_the_label():
     torch.testing.assert_close(scores, errors.square().mean(0) / errors.square().mean(0).sum())
 
 
-@pytest.mark.parametrize("name, square", [("taylor", False), ("taylor_fo", True), ("fisher", True)])
+@for_each("name, square", [("taylor", False), ("taylor_fo", True), ("fisher", True)])
 def test_a_mean_instead_of_a_sum_would_divide_scores_by_the_batch_size(name, square):
     activations, gradients = torch.randn(8, 2, 3), torch.randn(8, 2, 3)
     summed, averaged = (stream([name], activations, g)[name] for g in (gradients, gradients / 8))

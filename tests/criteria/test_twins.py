@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -10,6 +9,7 @@ from lightning_neurons.criteria import CRITERIA, LayerTraits
 from lightning_neurons.criteria.deadness import constant, dormant, near_zero
 from tests import reference
 from tests.criteria.streams import BOUNDS, LAYER, stream
+from tests.tables import for_each
 
 SHAPES = [(7, 5, 1), (6, 4, 6), (1, 3, 8)]
 
@@ -43,27 +43,27 @@ def test_every_criterion_has_a_twin():
     assert reference.TWINS.keys() == CRITERIA.keys()
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("name", CRITERIA)
+@for_each("shape", SHAPES)
+@for_each("name", CRITERIA)
 def test_a_criterion_equals_its_twin(name, shape):
     case, tensors, layer = random_case(shape)
     assert_close(stream([name], *tensors, layer=layer)[name], reference.TWINS[name](case))
 
 
-@pytest.mark.parametrize("name", CRITERIA)
+@for_each("name", CRITERIA)
 def test_a_criterion_equals_its_twin_in_uneven_batches_beside_all_others(name):
     case, tensors, layer = random_case((11, 4, 6), seed=1)
     scores = stream(CRITERIA, *tensors, layer=layer, sizes=[4, 1, 6])
     assert_close(scores[name], reference.TWINS[name](case))
 
 
-@pytest.mark.parametrize("name", CRITERIA)
+@for_each("name", CRITERIA)
 def test_what_is_known_of_a_rectifier_changes_no_score(name):
     case, tensors, layer = random_case((5, 4, 7), seed=2)
     assert_close(stream([name], *tensors, layer=layer, rectified=True)[name], reference.TWINS[name](case))
 
 
-@pytest.mark.parametrize("name", sorted(CRITERIA.keys() - {"apoz"}))
+@for_each("name", sorted(CRITERIA.keys() - {"apoz"}))
 def test_a_criterion_equals_its_twin_on_values_of_both_signs(name):
     case, tensors, layer = random_case((8, 4, 5), seed=3)
     tensors[0] = torch.randn(8, 4, 5).tanh()
@@ -72,8 +72,8 @@ def test_a_criterion_equals_its_twin_on_values_of_both_signs(name):
     assert_close(stream([name], *tensors, layer=layer)[name], reference.TWINS[name](case))
 
 
-@pytest.mark.parametrize("threshold", [0.02, 0.3, 1.0])
-@pytest.mark.parametrize("relative", [True, False], ids=["relative", "absolute"])
+@for_each("threshold", [0.02, 0.3, 1.0])
+@for_each("relative", [True, False])
 def test_near_zero_equals_its_twin_at_other_thresholds(threshold, relative):
     activations = torch.randn(40, 6, 8) * torch.tensor([1.0, 0.5, 2.0, 0.01, 3.0, 0.1])[:, None]
     values = activations.tolist()
@@ -84,14 +84,14 @@ def test_near_zero_equals_its_twin_at_other_thresholds(threshold, relative):
     assert len(set(scores)) > 2
 
 
-@pytest.mark.parametrize("tau", [0.0, 0.025, 0.1, 1.0])
+@for_each("tau", [0.0, 0.025, 0.1, 1.0])
 def test_dormant_equals_its_twin_at_other_thresholds(tau):
     activations = torch.randn(9, 6, 4).relu() * torch.tensor([1.0, 0.0, 0.02, 0.08, 3.0, 0.9])[:, None]
     case = reference.Case(activations.tolist(), [], [], tau=tau)
     assert stream([dormant(tau)], activations)["dormant"].tolist() == reference.TWINS["dormant"](case)
 
 
-@pytest.mark.parametrize("tolerance", [0.0, 1e-3, 0.1, 1.0])
+@for_each("tolerance", [0.0, 1e-3, 0.1, 1.0])
 def test_constant_equals_its_twin_at_other_tolerances(tolerance):
     spread = torch.tensor([0.0, 0.05, 0.5, 5.0])[:, None]
     activations = 1 + spread * torch.randn(9, 4, 4)

@@ -11,6 +11,7 @@ from lightning_neurons import MeasurementError
 from lightning_neurons.data.batches import batch_size_of, inputs_of, rows_of, targets_of, tensors_of
 from lightning_neurons.data.joining import join
 from lightning_neurons.layers.sample_axis import samples_first
+from tests.tables import for_each
 
 Pair = namedtuple("Pair", ["image", "label"])
 
@@ -66,7 +67,7 @@ def same(one, other) -> bool:
     return all(map(same, vars(one).values(), vars(other).values())) if hasattr(one, "__dict__") else one == other
 
 
-@pytest.mark.parametrize("form", FORMS)
+@for_each("form", FORMS)
 def test_size_rows_and_joining_agree_in_every_form(form):
     whole = made(form, 0, 5)
     assert batch_size_of(whole) == 5
@@ -87,12 +88,12 @@ def test_a_list_of_as_many_tensors_as_samples_is_still_a_list_of_quantities():
     assert same(rows_of([x, y], torch.tensor([1]), 2), [x[1:], y[1:]])
 
 
-@pytest.mark.parametrize("form", ["pair", "list", "dict", "dataclass", "frozen dataclass", "named tuple", "nested"])
+@for_each("form", ["pair", "list", "dict", "dataclass", "frozen dataclass", "named tuple", "nested"])
 def test_targets_are_found_where_the_batch_shows_them(form):
     assert targets_of(made(form, 2, 6)).tolist() == [2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("key", ["target", "targets", "label", "labels", "y"])
+@for_each("key", ["target", "targets", "label", "labels", "y"])
 def test_targets_are_found_under_every_usual_name(key):
     assert targets_of({"x": torch.zeros(3, 2), key: torch.arange(3)}).tolist() == [0, 1, 2]
 
@@ -102,7 +103,7 @@ def test_a_target_that_is_no_class_does_not_hide_the_label():
     assert targets_of(batch).tolist() == [0, 1, 2]
 
 
-@pytest.mark.parametrize(
+@for_each(
     "batch",
     [
         torch.zeros(3, 2),
@@ -115,7 +116,6 @@ def test_a_target_that_is_no_class_does_not_hide_the_label():
         {"x": torch.zeros(3, 2), "label": 3},
         "text",
     ],
-    ids=["tensor", "floats", "matrix", "other length", "booleans", "strings", "no key", "a number", "text"],
 )
 def test_what_is_no_class_per_sample_is_no_target(batch):
     assert targets_of(batch) is None
@@ -135,7 +135,7 @@ def test_tensors_are_listed_in_order_down_to_the_bottom():
     assert [tuple(t.shape) for t in tensors_of(made("nested", 0, 2))] == [(2, 3), (2, 3), (2,), ()]
 
 
-@pytest.mark.parametrize("batch", [["a", "b"], {}, torch.tensor(3.0), {"step": torch.tensor(1)}, None])
+@for_each("batch", [["a", "b"], {}, torch.tensor(3.0), {"step": torch.tensor(1)}, None])
 def test_a_batch_without_a_tensor_that_has_samples_is_refused(batch):
     with pytest.raises(MeasurementError, match="found no tensor"):
         batch_size_of(batch)

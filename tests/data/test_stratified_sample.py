@@ -1,12 +1,12 @@
 """The bounded sample: never too many, all if they fit, spread over stream and classes, honestly described."""
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_neurons.data.stratified_sample import StratifiedSample
+from tests.tables import for_each
 
 
 def stream(classes: Tensor, batch_size: int, width: int = 2):
@@ -53,7 +53,7 @@ def test_classes_are_picked_in_proportion_and_rare_ones_too():
     assert (counts - torch.tensor([60, 30, 9.7, 0.3])).abs().max() <= 2
 
 
-@pytest.mark.parametrize("size", [10, 64])
+@for_each("size", [10, 64])
 def test_a_stream_sorted_by_class_gives_every_class_its_share(size):
     classes = torch.arange(10).repeat_interleave(100)
     counts = torch.bincount(classes[picked(StratifiedSample(50, 1000), stream(classes, size))], minlength=10)
@@ -76,7 +76,7 @@ def test_the_sample_is_deterministic_and_draws_no_random_numbers():
     assert picked(StratifiedSample(40, 300), stream(classes, 32)) == first
 
 
-@pytest.mark.parametrize("targets", [False, True])
+@for_each("targets", [False, True])
 def test_of_a_stream_of_unknown_length_the_first_samples_are_taken(targets):
     sample = StratifiedSample(19, None)
     assert picked(sample, stream(torch.arange(64) % 3, 8), targets=targets) == list(range(19))
@@ -106,8 +106,8 @@ def test_class_numbers_may_be_large():
     assert set(counts) == {5, 10**9, 2**40}
 
 
-@pytest.mark.parametrize(
-    ("most", "targets", "words"),
+@for_each(
+    "most, targets, words",
     [
         (100, True, "sensitivity on all 60 samples"),
         (60, False, "sensitivity on all 60 samples"),

@@ -2,7 +2,6 @@
 
 import random
 
-import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
@@ -12,6 +11,7 @@ from lightning_neurons.pruning.structure.example import Example
 from lightning_neurons.pruning.structure.structure import discover
 from lightning_neurons.pruning.surgery.surgery import cut, cuts_of
 from tests.models import NETS, CharTransformer, ConvNet, pictures, seeded
+from tests.tables import for_each
 
 
 def test_new_data_keeps_the_object_and_forgets_the_old_gradient():
@@ -84,7 +84,7 @@ def check_conforms(target: nn.Module, source: nn.Module, x: Tensor) -> None:
     assert all(p.grad is not None and p.grad.shape == p.shape for p in target.parameters())
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@for_each("name", NETWORKS)
 def test_a_model_shrinks_to_a_checkpoint_and_grows_back(name):
     make, x = NETWORKS[name]
     wide, narrow = seeded(make, seed=5), narrowed(make, x)

@@ -14,6 +14,7 @@ from lightning_neurons.dependency.torch_pruning_adapter import find_coupling
 from lightning_neurons.pruning.structure.example import Example
 from lightning_neurons.pruning.structure.structure import discover
 from tests.models import seeded
+from tests.tables import for_each
 
 
 class CrossStage(nn.Module):
@@ -210,7 +211,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@for_each("name", CASES)
 def test_neurons_are_followed_through_what_lays_them_out_anew(name):
     make, size, parts = CASES[name]
     found = find_coupling(seeded(make, double=True), Example(torch.randn(size).double()).run)
@@ -260,8 +261,8 @@ class Odd(nn.Module):
         return self.head(F.relu(self.last(self.way(self.odd(F.relu(self.first(x)))))))
 
 
-@pytest.mark.parametrize(
-    ("way", "reason"),
+@for_each(
+    "way, reason",
     [
         (lambda x: torch.stack(x.unbind(1)[::-1], 1), "single ones of them are picked out"),
         (lambda x: x - x.mean(1, keepdim=True), "mean makes one value of all of them"),
@@ -270,7 +271,6 @@ class Odd(nn.Module):
         (lambda x: x @ torch.ones(8, 8), r"a function reads them, not a layer \(mm\)"),
         (lambda x: torch.cat([x[:, :1], torch.ones(2, 1), x[:, 1:6], torch.zeros(2, 1)], 1), "more than one constant"),
     ],
-    ids=["unbind", "mean", "pad", "select", "product", "constants"],
 )
 def test_the_layer_that_cannot_be_followed_is_refused_with_the_reason_and_the_others_are_cut(way, reason):
     net, x = seeded(Odd, way), torch.randn(2, 4)
@@ -315,7 +315,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("name", WAYS)
+@for_each("name", WAYS)
 def test_a_layer_that_is_not_seen_is_named_with_the_reason_and_the_rest_is_cut(name):
     way, reason = WAYS[name]
     net, x = seeded(HalfSeen, way), torch.randn(3, 4)
@@ -349,7 +349,7 @@ ENDS = {
 }
 
 
-@pytest.mark.parametrize("name", ENDS)
+@for_each("name", ENDS)
 def test_the_reason_why_a_stream_is_not_cut_is_the_true_one(name):
     end, reason = ENDS[name]
     found = discover(seeded(Stream, end), Example(torch.randn(3, 4)))

@@ -16,6 +16,7 @@ from lightning_neurons.pruning.structure.example import Example
 from lightning_neurons.pruning.structure.structure import discover
 from tests.models import Single, pictures, seeded
 from tests.pruning.nets import Joined, LeNet, net_and_inputs
+from tests.tables import for_each
 
 
 @cache
@@ -34,8 +35,8 @@ def from_(start: int, count: int, width: int = 1) -> list[list[int]]:
     return [list(range(start + i * width, start + (i + 1) * width)) for i in range(count)]
 
 
-@pytest.mark.parametrize(
-    ("name", "root", "parts"),
+@for_each(
+    "name, root, parts",
     [
         ("LeNet", "conv1", {"conv1": ("makes", from_(0, 4)), "conv2": ("reads", from_(0, 4))}),
         ("LeNet", "conv2", {"conv2": ("makes", from_(0, 5)), "fc1": ("reads", from_(0, 5, width=4))}),
@@ -83,7 +84,6 @@ def from_(start: int, count: int, width: int = 1) -> list[list[int]]:
             },
         ),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_group_has_all_modules_that_get_narrower_and_the_places_of_each_unit_in_them(name, root, parts):
     assert parts_of(coupling_of(name), root) == parts
@@ -94,7 +94,7 @@ def test_of_a_bare_parameter_the_axis_is_known():
     assert all(part.axis == (1 if part.role == "holds" else None) for part in stream.parts)
 
 
-@pytest.mark.parametrize("name", ["LeNet", "ResNet B", "DenseNet", "MobileNetV3", "joined", "transformer"])
+@for_each("name", ["LeNet", "ResNet B", "DenseNet", "MobileNetV3", "joined", "transformer"])
 def test_every_neuron_of_every_layer_that_ran_is_in_exactly_one_group(name):
     net, _ = net_and_inputs(name)
     places = [(n, i) for g in coupling_of(name).groups for n, units in g.layers.items() for unit in units for i in unit]
@@ -154,7 +154,7 @@ def hooks_of(net: nn.Module) -> list[int]:
     return [len(v) for m in net.modules() for k, v in vars(m).items() if k.endswith("_hooks")]
 
 
-@pytest.mark.parametrize("make", [Failing, Detached, Number])
+@for_each("make", [Failing, Detached, Number])
 def test_a_model_that_cannot_be_traced_is_named_and_left_alone(make):
     net, x = seeded(make), pictures(2)[0]
     net.conv1.register_forward_hook(lambda module, inputs, out: None)

@@ -1,11 +1,11 @@
 """Where neurons lie behind an operation: what its node in the graph says, beside doing the same to their numbers."""
 
-import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from lightning_neurons.dependency.layout import behind, contracts, name_of, parts_of, reduces
+from tests.tables import for_each
 
 SIZE = 2, 6, 3, 4
 
@@ -56,7 +56,7 @@ def found_behind(operation) -> tuple[int, tuple[int, ...]] | None:
     return axis, numbers
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
+@for_each("name", OPERATIONS)
 def test_the_neurons_are_where_the_operation_has_put_them(name):
     axis, numbers = found_behind(OPERATIONS[name])
     moved = numbers_behind(OPERATIONS[name])
@@ -77,8 +77,8 @@ def test_a_split_says_where_its_parts_begin_on_the_axis_that_it_divides():
     assert parts_of(x.chunk(2, -1)[0].grad_fn, 1) is None
 
 
-@pytest.mark.parametrize(
-    ("operation", "reduced"),
+@for_each(
+    "operation, reduced",
     [
         (lambda x: x.mean(1, keepdim=True), True),
         (lambda x: x.sum((-3, 2)), True),
@@ -92,8 +92,8 @@ def test_a_sum_or_a_mean_over_the_neurons_is_told_from_one_over_the_map(operatio
     assert reduces(node, 4, 1) is reduced
 
 
-@pytest.mark.parametrize(
-    ("operation", "axis", "summed"),
+@for_each(
+    "operation, axis, summed",
     [
         (lambda x: x @ torch.ones(6, 6), 1, True),
         (lambda x: x @ torch.ones(6, 6), 0, False),
@@ -111,7 +111,7 @@ def test_a_product_sums_over_one_axis_of_each_factor(operation, axis, summed):
     assert contracts(node, number, (6, 6), axis) is summed
 
 
-@pytest.mark.parametrize(("groups", "summed"), [(1, True), (2, True), (4, False)])
+@for_each("groups, summed", [(1, True), (2, True), (4, False)])
 def test_a_convolution_sums_over_channels_unless_each_is_alone(groups, summed):
     x = torch.zeros(2, 4, 5, requires_grad=True)
     node = F.conv1d(x, torch.ones(4, 4 // groups, 3), groups=groups).grad_fn

@@ -1,6 +1,5 @@
 """Who reads a layer's neurons, and by which weights: compared with loops over single weights."""
 
-import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
@@ -9,6 +8,7 @@ from lightning_neurons import find_neurons
 from lightning_neurons.hooks.weights import incoming_weight, outgoing_weight, traits_of
 from lightning_neurons.layers.layer import modules_by_name
 from tests.models import ConvNet, ResidualNet, pictures
+from tests.tables import for_each
 
 
 def reader_of_first(*modules: nn.Module, shape) -> tuple[tuple[str, int], ...] | None:
@@ -22,7 +22,7 @@ def test_a_flattened_picture_gives_each_neuron_its_positions_in_the_linear_reade
     assert readers == (("4", 9),)
 
 
-@pytest.mark.parametrize(
+@for_each(
     "pool",
     [
         nn.MaxPool2d(2),
@@ -32,7 +32,6 @@ def test_a_flattened_picture_gives_each_neuron_its_positions_in_the_linear_reade
         nn.Upsample(3),
         nn.ZeroPad2d(1),
     ],
-    ids=str,
 )
 def test_pooling_padding_and_resizing_hand_the_neurons_on(pool):
     assert reader_of_first(nn.Conv2d(3, 4, 3), nn.ReLU(), pool, nn.Conv2d(4, 2, 3), shape=(2, 3, 8, 8)) == (("3", 1),)
@@ -103,7 +102,7 @@ def single_weights(module: nn.Module) -> list[tuple[int, int, Tensor]]:
     return found
 
 
-@pytest.mark.parametrize("module", CONVOLUTIONS, ids=str)
+@for_each("module", CONVOLUTIONS)
 def test_weights_of_grouped_depthwise_and_transposed_convolutions_equal_naive_loops(module):
     pairs = single_weights(module)
     space = (5,) * (module.weight.ndim - 2)
@@ -125,7 +124,7 @@ def test_weights_behind_a_flattened_picture_are_those_of_the_neurons_own_positio
     assert torch.equal(sorted_rows(traits_of(conv2, modules_by_name(net)).outgoing), sorted_rows(torch.stack(expected)))
 
 
-@pytest.mark.parametrize("tokens", [3, 4])
+@for_each("tokens", [3, 4])
 def test_flattened_tokens_never_give_a_neuron_the_weights_of_others(tokens):
     width = 4
     net = nn.Sequential(nn.Linear(2, width), nn.ReLU(), nn.Flatten(), nn.Linear(tokens * width, 5))
@@ -159,7 +158,7 @@ def test_the_norms_scale_is_found_behind_the_layer_and_nowhere_else():
     assert third.norm_scale is None
 
 
-@pytest.mark.parametrize("computed", ["spectral norm", "noise"])
+@for_each("computed", ["spectral norm", "noise"])
 def test_to_look_at_a_weight_that_is_computed_at_every_reading_changes_nothing(computed):
     class Noise(nn.Module):
         def forward(self, weight: Tensor) -> Tensor:

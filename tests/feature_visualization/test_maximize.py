@@ -8,6 +8,7 @@ from torch import nn
 
 from lightning_neurons import maximize_activation
 from tests.attribution.trained import digit_pictures, trained_digits
+from tests.tables import for_each
 
 WAYS = {
     "default": {},
@@ -53,8 +54,8 @@ def percentile(values):
     return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("klass", range(10))
+@for_each("way", WAYS)
+@for_each("klass", range(10))
 def test_every_class_gets_higher_than_on_nearly_all_data(way, klass):
     found = of_classes(way)
     logits = by_hand(trained_digits(), klass, digit_pictures()[0])
@@ -62,7 +63,7 @@ def test_every_class_gets_higher_than_on_nearly_all_data(way, klass):
     assert found.activations[klass] > share * percentile(logits)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@for_each("way", WAYS)
 def test_the_picture_of_a_class_is_taken_for_it(way):
     with torch.no_grad():
         assert trained_digits()(of_classes(way).inputs).argmax(1).tolist() == list(range(10))
@@ -96,7 +97,7 @@ def test_the_activations_are_those_of_a_plain_forward():
     torch.testing.assert_close(found.activations, torch.tensor(own))
 
 
-@pytest.mark.parametrize("klass", range(10))
+@for_each("klass", range(10))
 def test_every_probability_gets_higher_than_on_nearly_all_data(klass):
     found, data = of_probabilities()
     assert found.activations[klass] > percentile(data[:, klass])
@@ -121,7 +122,7 @@ def of_probabilities():
     return maximize_activation(net, range(10), images=x, value_range=RANGE, of="probability"), data
 
 
-@pytest.mark.parametrize("target, minus", [(4, 9), (9, 4), (("fc1", 7), ("fc1", 63)), (3, ("fc1", 7)), ("conv2", 1)])
+@for_each("target, minus", [(4, 9), (9, 4), (("fc1", 7), ("fc1", 63)), (3, ("fc1", 7)), ("conv2", 1)])
 def test_a_difference_gets_higher_than_on_nearly_all_data(target, minus):
     net, x = trained_digits(), digit_pictures()[0]
     found = maximize_activation(net, target, minus=minus, images=x, value_range=RANGE)
@@ -171,10 +172,9 @@ def test_the_numbers_of_the_data_are_repeated_for_every_seed():
     torch.testing.assert_close(found.data_activations, own)
 
 
-@pytest.mark.parametrize(
+@for_each(
     "form",
     [lambda x, y: [(x[:100], y[:100]), (x[100:], y[100:])], lambda x, y: (part for part in x.split(7)), lambda x, y: x],
-    ids=["pairs", "a generator", "a tensor"],
 )
 def test_images_may_come_in_any_batches(form):
     x, y = digit_pictures()

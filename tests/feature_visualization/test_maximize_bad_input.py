@@ -12,6 +12,7 @@ from torch.utils.data import TensorDataset
 from lightning_neurons import ArgumentError, MeasurementError, UnknownNameError, maximize_activation
 from tests.isolation.test_no_trace import state_of
 from tests.models import ConvNet, seeded
+from tests.tables import for_each
 
 X = torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 GOOD = {"input_shape": (3, 8, 8), "value_range": (0.0, 1.0), "steps": 2}
@@ -102,7 +103,7 @@ CASES = BAD | {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@for_each("case", CASES)
 def test_a_bad_argument_is_named_with_what_would_work(case):
     options, message = CASES[case]
     options = {"target": 1} | GOOD | options
@@ -116,7 +117,7 @@ def test_a_bad_argument_is_named_with_what_would_work(case):
         assert torch.equal(options["images"].nan_to_num(), kept.nan_to_num())
 
 
-@pytest.mark.parametrize("target", ["conv3", ("conv3", 0), ("conv", 0)])
+@for_each("target", ["conv3", ("conv3", 0), ("conv", 0)])
 def test_an_unknown_layer_names_the_nearest(target):
     with pytest.raises(
         UnknownNameError, match=r"^target: nothing matches .*Did you mean 'conv1', 'conv2'|'conv2', 'conv1'"
@@ -126,7 +127,7 @@ def test_an_unknown_layer_names_the_nearest(target):
         maximize_activation(seeded(ConvNet), 1, minus=target, **GOOD)
 
 
-@pytest.mark.parametrize("option", [{"scale": 0.1}, {"rotation": 1}])
+@for_each("option", [{"scale": 0.1}, {"rotation": 1}])
 def test_signals_can_be_neither_turned_nor_grown(option):
     name = next(iter(option))
     with pytest.raises(ArgumentError, match=f"^{name}=.*without two axes of positions"):
@@ -135,13 +136,13 @@ def test_signals_can_be_neither_turned_nor_grown(option):
         maximize_activation(nn.Flatten(), 1, input_shape=(9,), value_range=(0.0, 1.0), jitter=1)
 
 
-@pytest.mark.parametrize("model", [ConvNet, lambda x: x, None, "net"], ids=["a class", "a function", "None", "text"])
+@for_each("model", [ConvNet, lambda x: x, None, "net"])
 def test_what_is_no_model_is_refused(model):
     with pytest.raises(ArgumentError, match=r"^model=.*torch.nn.Module"):
         maximize_activation(model, 1, **GOOD)
 
 
-@pytest.mark.parametrize("target", [1, ("conv1", 1), ("fc1", 2), "fc1"], ids=str)
+@for_each("target", [1, ("conv1", 1), ("fc1", 2), "fc1"])
 def test_a_shape_that_the_model_refuses_is_named_with_the_cause(target):
     net = seeded(ConvNet).train()
     before, shape = state_of(net), (4, 8, 8)
@@ -168,8 +169,8 @@ class WithoutGradients(Detached):
             return super().forward(x)
 
 
-@pytest.mark.parametrize("make", [Detached, WithoutGradients])
-@pytest.mark.parametrize("target", [1, ("conv", 1), "conv"], ids=str)
+@for_each("make", [Detached, WithoutGradients])
+@for_each("target", [1, ("conv", 1), "conv"])
 def test_a_model_that_detaches_its_input_is_refused(make, target):
     net = seeded(make).train()
     before = state_of(net)

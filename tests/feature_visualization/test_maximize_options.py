@@ -10,6 +10,7 @@ from torch import nn
 from lightning_neurons import maximize_activation
 from tests.attribution.trained import trained_digits
 from tests.models import ConvNet, seeded
+from tests.tables import for_each
 
 SMALL = {"input_shape": (3, 8, 8), "value_range": (0.0, 1.0)}
 STILL = {"jitter": 0, "scale": 0, "rotation": 0}
@@ -20,7 +21,7 @@ def maximized(target=1, *, model=None, **options):
     return maximize_activation(seeded(ConvNet) if model is None else model, target, **(SMALL | options))
 
 
-@pytest.mark.parametrize("kind", ["fourier", "pixel", "maco"])
+@for_each("kind", ["fourier", "pixel", "maco"])
 def test_a_seed_decides_everything(kind):
     options = {"parametrization": kind, "images": torch.rand(5, 3, 8, 8), "steps": 6, **MOVED}
     one = maximized(1, seed=3, **options)
@@ -32,7 +33,7 @@ def test_a_seed_decides_everything(kind):
     assert not torch.equal(one.images, other.images)
 
 
-@pytest.mark.parametrize("kind", ["fourier", "pixel", "maco"])
+@for_each("kind", ["fourier", "pixel", "maco"])
 def test_a_row_of_a_batch_is_the_same_as_alone(kind):
     options = {"parametrization": kind, "images": torch.rand(5, 3, 8, 8), "steps": 20, **MOVED}
     targets, seeds = [("conv2", 1), 3, "conv1"], [5, 0]
@@ -43,7 +44,7 @@ def test_a_row_of_a_batch_is_the_same_as_alone(kind):
         torch.testing.assert_close(found.activations[row], alone.activations[0], atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("steps, frames, kept", [(5, 0, 0), (5, 1, 1), (5, 2, 2), (5, 6, 6), (5, 99, 6), (8, 5, 5)])
+@for_each("steps, frames, kept", [(5, 0, 0), (5, 1, 1), (5, 2, 2), (5, 6, 6), (5, 99, 6), (8, 5, 5)])
 def test_as_many_frames_as_are_asked_for(steps, frames, kept):
     found = maximized(steps=steps, frames=frames)
     assert found.frames.shape == (kept, 1, 3, 8, 8)
@@ -59,8 +60,8 @@ def test_grey_is_the_middle_of_the_range():
     torch.testing.assert_close(found.frames[0], torch.ones(1, 3, 8, 8))
 
 
-@pytest.mark.parametrize("validity", ["sigmoid", "clip"])
-@pytest.mark.parametrize("kind", ["fourier", "pixel"])
+@for_each("validity", ["sigmoid", "clip"])
+@for_each("kind", ["fourier", "pixel"])
 def test_the_first_frame_is_the_picture_to_start_from(kind, validity):
     picture = 4 * torch.rand(3, 8, 8) - 1
     picture[0, 0, :2] = torch.tensor([-1.0, 3.0])
@@ -79,10 +80,10 @@ def test_nothing_moves_without_a_learning_rate():
     torch.testing.assert_close(found.image, picture, atol=1e-2, rtol=0)
 
 
-@pytest.mark.parametrize(
-    "shape", [(2, 12), (2, 7), (1, 1), (5,), (1, 4, 6, 5), (1, 3, 3, 3), (2, 5, 9), (1, 1, 1)], ids=str
-)
-@pytest.mark.parametrize("validity", ["sigmoid", "clip"])
+SHAPES = [(2, 12), (2, 7), (1, 1), (5,), (1, 4, 6, 5), (1, 3, 3, 3), (2, 5, 9), (1, 1, 1)]
+
+
+@for_each("shape, validity", zip(SHAPES, ["sigmoid", "clip"] * 4, strict=True))
 def test_pictures_of_any_number_of_axes(shape, validity):
     weights = torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
@@ -143,9 +144,15 @@ def excited(model, targets=(0, 1), *, steps=64, **options):
     return maximize_activation(model, targets, input_shape=(1, 8, 8), value_range=(0.0, 1.0), steps=steps, **options)
 
 
-@pytest.mark.parametrize("validity", ["sigmoid", "clip"])
-@pytest.mark.parametrize("kind", ["fourier", "pixel"])
-@pytest.mark.parametrize("options", [MOVED, STILL], ids=["moved", "still"])
+EACH_PAIR = [
+    ("sigmoid", "fourier", MOVED),
+    ("clip", "fourier", STILL),
+    ("sigmoid", "pixel", STILL),
+    ("clip", "pixel", MOVED),
+]
+
+
+@for_each("validity, kind, options", EACH_PAIR)
 def test_a_row_that_is_not_finite_stops_and_the_others_go_on(validity, kind, options):
     options = options | {"validity": validity, "parametrization": kind}
     with pytest.warns(UserWarning, match=r"^class 0 \(seed 0\) was NaN or infinite.*last good picture"):
@@ -159,8 +166,7 @@ def test_a_row_that_is_not_finite_stops_and_the_others_go_on(validity, kind, opt
     assert found.trajectory.shape == (64, 2)
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("kind", ["fourier", "pixel"])
+@for_each("value, kind", [(torch.nan, "fourier"), (torch.inf, "pixel"), (-torch.inf, "fourier")])
 def test_the_picture_that_is_kept_was_still_good(value, kind):
     with pytest.warns(UserWarning, match="last good picture"):
         found = excited(TooBright(value), 0, parametrization=kind, **STILL)
@@ -168,7 +174,7 @@ def test_the_picture_that_is_kept_was_still_good(value, kind):
     assert found.activations.isfinite().all()
 
 
-@pytest.mark.parametrize("good", [1, 2, 9])
+@for_each("good", [1, 2, 9])
 def test_the_note_says_which_and_when_and_the_picture_is_that_before(good):
     with pytest.warns(UserWarning, match=f"^class 0 .seed 7. .* at step {good}:"):
         found = excited(Counting(good), seed=7, frames=65)
@@ -210,7 +216,7 @@ def test_a_gradient_that_is_not_finite_stops_as_well():
     assert found.images[1].mean() > 0.6
 
 
-@pytest.mark.parametrize("steps", [20, 24, 26, 27, 28, 29, 30, 40])
+@for_each("steps", [20, 24, 26, 27, 28, 29, 30, 40])
 def test_what_is_reached_is_finite_or_a_note_says_otherwise(steps):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -230,8 +236,8 @@ def test_the_best_seed_is_one_that_is_finite():
     assert found.best == 1
 
 
-@pytest.mark.parametrize("validity", ["sigmoid", "clip"])
-@pytest.mark.parametrize("kind", ["fourier", "pixel"])
+@for_each("validity", ["sigmoid", "clip"])
+@for_each("kind", ["fourier", "pixel"])
 def test_the_maximum_of_a_linear_model_is_found(kind, validity):
     weights = torch.randn(24, generator=torch.Generator().manual_seed(0))
     net = nn.Sequential(nn.Flatten(), nn.Linear(24, 1, bias=False)).requires_grad_(False)

@@ -13,6 +13,7 @@ from tests.ablation.test_ablate_untouched import used
 from tests.attribution.trained import digit_pictures, trained_digits
 from tests.isolation.test_no_trace import state_of
 from tests.models import NETS, ConvNet, Recurrent, ResidualNet, pictures, seeded
+from tests.tables import for_each
 
 OPTIONS = {
     "default": {},
@@ -75,12 +76,13 @@ class Failing(ConvNet):
         return super().forward(x)
 
 
-@pytest.mark.parametrize("good", [0, 1, 3, 5, 6])
-@pytest.mark.parametrize("target", [1, ("conv2", 1)], ids=str)
-@pytest.mark.parametrize(
-    "error, raised", [(ZeroDivisionError, MeasurementError), (KeyboardInterrupt, KeyboardInterrupt)]
-)
-def test_an_exception_in_the_forward_leaves_no_trace(good, target, error, raised):
+ERRORS = [(ZeroDivisionError, MeasurementError), (KeyboardInterrupt, KeyboardInterrupt)]
+
+
+@for_each("number, good", enumerate([0, 1, 3, 5, 6]))
+@for_each("which, target", enumerate([1, ("conv2", 1)]))
+def test_an_exception_in_the_forward_leaves_no_trace(number, good, which, target):
+    error, raised = ERRORS[(number + which) % 2]
     net = used(seeded(Failing, good, error))
     before, python = state_of(net), random.getstate()
     with pytest.raises(raised, match="on purpose"):
@@ -90,11 +92,13 @@ def test_an_exception_in_the_forward_leaves_no_trace(good, target, error, raised
     assert net.seen == []
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("target", [1, ("conv2", 1)], ids=str)
-def test_gradients_are_found_where_they_are_switched_off(option, mode, target):
-    net = seeded(ConvNet)
+MODES = [torch.no_grad, torch.inference_mode]
+
+
+@for_each("number, option", enumerate(OPTIONS))
+@for_each("which, target", enumerate([1, ("conv2", 1)]))
+def test_gradients_are_found_where_they_are_switched_off(number, option, which, target):
+    net, mode = seeded(ConvNet), MODES[(number + which) % 2]
     expected = maximized(net, target, **OPTIONS[option])
     with mode():
         found = maximized(net, target, **OPTIONS[option])
@@ -141,8 +145,7 @@ def test_a_model_that_catches_exceptions_is_left_early_all_the_same():
     assert hook.call_count == 1
 
 
-@pytest.mark.parametrize("after", [nn.Identity, lambda: nn.BatchNorm2d(4).eval()], ids=["plain", "with norm"])
-@pytest.mark.parametrize("kind", ["fourier", "pixel"])
+@for_each("after, kind", [(nn.Identity, "fourier"), (lambda: nn.BatchNorm2d(4).eval(), "pixel")])
 def test_a_neuron_that_is_silent_at_the_start_wakes(after, kind):
     net = nn.Sequential(nn.Conv2d(1, 4, 3), after(), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
     with torch.no_grad():
@@ -182,8 +185,8 @@ def test_a_lightning_module_and_a_forward_of_ones_own():
         torch.testing.assert_close(negative.activation, -trained_digits()(negative.inputs)[0, 3].item())
 
 
-@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float64, torch.float16], ids=str)
-@pytest.mark.parametrize("target", [1, ("conv2", 1), ("fc1", 0)], ids=str)
+@for_each("kind", [torch.bfloat16, torch.float64, torch.float16])
+@for_each("target", [1, ("conv2", 1), ("fc1", 0)])
 def test_models_of_other_numbers(kind, target):
     net = seeded(ConvNet).to(kind)
     found = maximized(net, target, images=X.to(kind), steps=20)

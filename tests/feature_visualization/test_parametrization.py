@@ -11,10 +11,11 @@ from lightning_neurons import maximize_activation
 from lightning_neurons.feature_visualization.parametrization import Colours, Fourier, Maco, Pixel, frequencies
 from lightning_neurons.feature_visualization.reference import colours_of, spectrum_of
 from tests.models import ConvNet, seeded
+from tests.tables import for_each
 
 SPACES = [(8,), (7,), (1,), (6, 8), (5, 7), (8, 5), (1, 4), (4, 4, 4), (3, 5, 7), (2, 3, 4)]
 SHAPES = [(channels, *space) for channels in (1, 3, 5) for space in SPACES]
-with_shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
+with_shapes = for_each("shape", SHAPES)
 
 
 def generators(*seeds):
@@ -33,7 +34,7 @@ def whitened(shape, count=9):
 
 
 @with_shapes
-@pytest.mark.parametrize("kind", ["pixel", "fourier"])
+@for_each("kind", ["pixel", "fourier"])
 def test_pictures_survive_the_way_there_and_back(kind, shape):
     described = Pixel(shape) if kind == "pixel" else Fourier(shape, some_colours(shape[0]))
     latent = torch.randn(4, *shape)
@@ -62,12 +63,12 @@ def by_numpy(space):
     return torch.tensor(found).float()
 
 
-@pytest.mark.parametrize("space", SPACES, ids=str)
+@for_each("space", SPACES)
 def test_frequencies_are_those_of_numpy(space):
     torch.testing.assert_close(frequencies(space), by_numpy(space))
 
 
-@pytest.mark.parametrize("space", [(8,), (7,), (6, 8), (5, 7), (3, 4, 5)], ids=str)
+@for_each("space", [(8,), (7,), (6, 8), (5, 7), (3, 4, 5)])
 def test_fourier_coefficients_are_scaled_by_one_over_frequency(space):
     described = Fourier((1, *space), Colours(torch.eye(1)))
     raw = torch.zeros(1, 1, *frequencies(space).shape, 2)
@@ -78,14 +79,14 @@ def test_fourier_coefficients_are_scaled_by_one_over_frequency(space):
     torch.testing.assert_close(scaled, scaled.mean().expand_as(scaled), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("size", [8, 16, 32, 64])
+@for_each("size", [8, 16, 32, 64])
 def test_the_contrast_of_noise_is_about_the_same_at_every_size(size):
     described = Fourier((3, size, size), Colours(torch.eye(3)))
     pictures = described.decode(described.noise(generators(*range(20))))
     assert 0.005 < pictures.std() < 0.03
 
 
-@pytest.mark.parametrize("shape", [(3, 6, 6), (5, 4, 7), (3, 20), (2, 3, 4, 5)], ids=str)
+@for_each("shape", [(3, 6, 6), (5, 4, 7), (3, 20), (2, 3, 4, 5)])
 def test_colours_are_not_correlated_in_the_pictures_they_come_from(shape):
     latent, colours = whitened(shape)
     plain = colours.plain(latent).movedim(1, -1).reshape(-1, shape[0]).double()
@@ -99,7 +100,7 @@ def test_colours_are_not_correlated_in_the_pictures_they_come_from(shape):
     assert colours.mix.norm(dim=0).max().item() == pytest.approx(1)
 
 
-@pytest.mark.parametrize("latent", [None, torch.rand(4, 3)], ids=["no pictures", "vectors"])
+@for_each("latent", [None, torch.rand(4, 3)])
 def test_colours_are_plain_channels_where_nothing_is_known(latent):
     assert torch.equal(colours_of(latent, 3).mix, torch.eye(3))
 
@@ -111,9 +112,7 @@ def test_mixed_colours_against_a_loop():
         torch.testing.assert_close(mixed[:, i], sum(colours.mix[i, j] * plain[:, j] for j in range(3)))
 
 
-@pytest.mark.parametrize(
-    "latent", [torch.zeros(4, 3, 5, 5), torch.rand(4, 1, 5, 5).expand(4, 3, 5, 5)], ids=["constant", "grey"]
-)
+@for_each("latent", [torch.zeros(4, 3, 5, 5), torch.rand(4, 1, 5, 5).expand(4, 3, 5, 5)])
 def test_colours_of_pictures_without_any_can_still_be_inverted(latent):
     colours = colours_of(latent, 3)
     assert colours.mix.isfinite().all()
@@ -130,7 +129,7 @@ def free(space):
     return found
 
 
-@pytest.mark.parametrize("shape", [(3, 8, 8), (3, 7, 9), (1, 8, 5), (2, 16), (1, 4, 6, 6)], ids=str)
+@for_each("shape", [(3, 8, 8), (3, 7, 9), (1, 8, 5), (2, 16), (1, 4, 6, 6)])
 def test_maco_keeps_the_magnitudes(shape):
     latent, colours = whitened(shape)
     spectrum = spectrum_of(latent, colours)
@@ -145,7 +144,7 @@ def test_maco_keeps_the_magnitudes(shape):
     assert (found <= expected.amax() + 1e-3).all()
 
 
-@pytest.mark.parametrize("shape", [(3, 8, 8), (3, 7, 9), (2, 16)], ids=str)
+@for_each("shape", [(3, 8, 8), (3, 7, 9), (2, 16)])
 def test_maco_describes_a_picture_with_those_magnitudes_exactly(shape):
     latent, colours = whitened(shape, count=1)
     spectrum = spectrum_of(latent, colours)

@@ -16,6 +16,7 @@ from lightning_neurons.attribution.readout import Readout
 from lightning_neurons.feature_visualization.parametrization import Colours
 from lightning_neurons.feature_visualization.reference import activations_on, batches_of, some_of, spectrum_of
 from tests.models import ConvNet, pictures, seeded
+from tests.tables import for_each
 
 
 def magnitudes_by_loop(picture):
@@ -32,7 +33,7 @@ def magnitudes_by_loop(picture):
     return found
 
 
-@pytest.mark.parametrize("shape", [(2, 4, 5), (1, 5, 4), (2, 6), (1, 2, 3, 2)], ids=str)
+@for_each("shape", [(2, 4, 5), (1, 5, 4), (2, 6), (1, 2, 3, 2)])
 def test_the_spectrum_against_a_loop(shape):
     latent, mix = torch.randn(3, *shape) + 2, torch.eye(shape[0]) + 0.3 * torch.rand(shape[0], shape[0])
     spectrum = spectrum_of(latent, Colours(mix))
@@ -58,23 +59,20 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
+@for_each("form", FORMS)
 def test_all_pictures_come_once_and_in_order_in_small_parts(form):
     batches = list(batches_of(FORMS[form]()))
     assert max(map(len, batches)) <= 64
     assert torch.equal(torch.cat(batches), X)
 
 
-@pytest.mark.parametrize(
-    "images", [TensorDataset(X), "pictures", {"x": X}, 5, X.numpy(), [{"x": X}], ["a"], [np.zeros((2, 2))]],
-    ids=["a data set", "text", "a mapping", "a number", "an array", "mappings", "texts", "arrays"],
-)  # fmt: skip
+@for_each("images", [TensorDataset(X), "pictures", {"x": X}, 5, X.numpy(), [{"x": X}], ["a"], [np.zeros((2, 2))]])
 def test_anything_else_is_refused(images):
     with pytest.raises(ArgumentError, match=r"^images=.*expected (a tensor|pictures of floating point)"):
         list(batches_of(images))
 
 
-@pytest.mark.parametrize(
+@for_each(
     "images, message",
     [
         (X.int(), r"torch.int32 \(200, 1, 2, 2\).*expected pictures of floating point"),
@@ -83,14 +81,13 @@ def test_anything_else_is_refused(images):
         ([X, X * torch.nan], "NaN or infinite values.*expected finite values"),
         (X / 0, "NaN or infinite values.*expected finite values"),
     ],
-    ids=["whole numbers", "numbers", "two shapes", "NaN", "infinity"],
 )
 def test_pictures_that_cannot_be_used_are_refused(images, message):
     with pytest.raises(ArgumentError, match=f"^images=.*{message}"):
         list(batches_of(images))
 
 
-@pytest.mark.parametrize("count", [1, 64, 512, 513, 1024, 3000])
+@for_each("count", [1, 64, 512, 513, 1024, 3000])
 def test_statistics_take_at_most_512_pictures_from_everywhere(count):
     everything = torch.arange(float(count)).view(count, 1)
     some = some_of(everything.split(64))
@@ -102,7 +99,7 @@ def test_statistics_take_at_most_512_pictures_from_everywhere(count):
     assert some.max() >= count - 1 - 2 * count / 256
 
 
-@pytest.mark.parametrize("size", [1, 3, 5])
+@for_each("size", [1, 3, 5])
 def test_statistics_of_small_batches_take_at_most_512_pictures(size):
     assert len(some_of(torch.zeros(2000, 1).split(size))) <= 512
 

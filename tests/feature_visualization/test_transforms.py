@@ -10,6 +10,7 @@ from lightning_neurons import ArgumentError, maximize_activation
 from lightning_neurons.feature_visualization.regularizers import distance_from_grey, total_variation
 from lightning_neurons.feature_visualization.transforms import Robustness
 from tests.attribution.trained import trained_digits
+from tests.tables import for_each
 
 
 def moved(pictures, *, jitter=0.0, scale=0.0, rotation=0.0, draws):
@@ -23,20 +24,20 @@ def dot(height, width, *, down=0, right=0):
     return picture
 
 
-@pytest.mark.parametrize("shape", [(2, 3), (2, 3, 7), (2, 3, 6, 5), (2, 1, 3, 4, 5)], ids=str)
+@for_each("shape", [(2, 3), (2, 3, 7), (2, 3, 6, 5), (2, 1, 3, 4, 5)])
 def test_amounts_of_zero_change_nothing(shape):
     pictures = torch.rand(shape)
     assert torch.equal(moved(pictures, draws=[1.0, -1.0, 1.0, -1.0, 1.0]), pictures)
 
 
-@pytest.mark.parametrize("options", [{"jitter": 2.0}, {"scale": 0.5}, {"rotation": 90.0}], ids=str)
+@for_each("options", [{"jitter": 2.0}, {"scale": 0.5}, {"rotation": 90.0}])
 def test_draws_of_zero_change_nothing(options):
     pictures = torch.rand(2, 3, 7, 6)
     torch.testing.assert_close(moved(pictures, draws=[0.0] * 5, **options), pictures, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("across, down", [(2, 0), (0, 1), (-1, 2), (1, -2)])
-@pytest.mark.parametrize("size", [(9, 9), (8, 12), (7, 10)], ids=str)
+@for_each("across, down", [(2, 0), (0, 1), (-1, 2), (1, -2)])
+@for_each("size", [(9, 9), (8, 12), (7, 10)])
 def test_whole_positions_are_a_roll_but_for_the_edges(across, down, size):
     pictures = torch.rand(2, 3, *size)
     found = moved(pictures, jitter=2.0, draws=[across / 2, down / 2, 0.0, 0.0, 0.0])
@@ -44,7 +45,7 @@ def test_whole_positions_are_a_roll_but_for_the_edges(across, down, size):
     torch.testing.assert_close(found[..., 2:-2, 2:-2], rolled[..., 2:-2, 2:-2], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("axis, draws", [(2, [1.0, 0.0, 0.0, 0.0, 0.0]), (2, [-0.5, 1.0, 1.0, 1.0, 1.0])])
+@for_each("axis, draws", [(2, [1.0, 0.0, 0.0, 0.0, 0.0]), (2, [-0.5, 1.0, 1.0, 1.0, 1.0])])
 def test_signals_are_rolled(axis, draws):
     pictures = torch.rand(2, 3, 11)
     found = moved(pictures, jitter=4.0, draws=draws)
@@ -65,7 +66,7 @@ def test_volumes_are_rolled_along_every_axis():
     assert still == set(), "jitter moves along each axis"
 
 
-@pytest.mark.parametrize("size", [(5, 5), (9, 9), (8, 8), (5, 9), (9, 5)], ids=str)
+@for_each("size", [(5, 5), (9, 9), (8, 8), (5, 9), (9, 5)])
 def test_a_quarter_turn_is_that_of_rot90(size):
     size = torch.Size(size)
     if size[0] == size[1]:
@@ -78,15 +79,15 @@ def test_a_quarter_turn_is_that_of_rot90(size):
     torch.testing.assert_close(found[..., high, wide], dot(5, 5, down=-2), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("angle", [-180, -90, 90, 180])
+@for_each("angle", [-180, -90, 90, 180])
 def test_angles_of_either_sign(angle):
     found = moved(dot(9, 9, right=3), rotation=180.0, draws=[0.0, 0.0, 0.0, 0.0, angle / 180])
     turned = dot(9, 9, right=3).rot90(angle // 90, (2, 3))
     torch.testing.assert_close(found, turned, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("size", [(33, 33), (33, 65), (65, 33)], ids=str)
-@pytest.mark.parametrize("degrees", [5.0, 30.0])
+@for_each("size", [(33, 33), (33, 65), (65, 33)])
+@for_each("degrees", [5.0, 30.0])
 def test_distances_from_the_middle_stay_when_turned(size, degrees):
     down, right = torch.meshgrid(*(torch.arange(n) - n // 2 for n in size), indexing="ij")
     blob = (-((down**2 + (right - 8) ** 2) / 8.0)).exp()
@@ -96,8 +97,8 @@ def test_distances_from_the_middle_stay_when_turned(size, degrees):
     assert middle == pytest.approx(expected, abs=0.05)
 
 
-@pytest.mark.parametrize("draw, factor", [(1.0, 1.5), (-1.0, 0.5), (0.5, 1.25)])
-@pytest.mark.parametrize("size", [(41, 41), (31, 61)], ids=str)
+@for_each("draw, factor", [(1.0, 1.5), (-1.0, 0.5), (0.5, 1.25)])
+@for_each("size", [(41, 41), (31, 61)])
 def test_pictures_grow_and_shrink_by_their_share(draw, factor, size):
     down, right = torch.meshgrid(*(torch.arange(n) - n // 2 for n in size), indexing="ij")
     for distance, axis in ((down, 0), (right, 1)):
@@ -128,7 +129,7 @@ def test_rows_are_moved_by_their_own_amounts():
     assert pictures.min() - 1e-5 <= together.min() <= together.max() <= pictures.max() + 1e-5
 
 
-@pytest.mark.parametrize(
+@for_each(
     "space, amounts",
     [
         ((32, 48), (2, 0.05, 5)),
@@ -139,14 +140,13 @@ def test_rows_are_moved_by_their_own_amounts():
         ((16, 32, 48), (1, 0, 0)),
         ((), (0, 0, 0)),
     ],
-    ids=str,
 )
 def test_defaults_suit_the_size(space, amounts):
     robustness = Robustness.checked(space, None, None, None)
     assert (robustness.jitter, robustness.scale, robustness.rotation) == amounts
 
 
-@pytest.mark.parametrize("name, given", [("jitter", 5), ("scale", 0.91), ("rotation", 181), ("rotation", -1)])
+@for_each("name, given", [("jitter", 5), ("scale", 0.91), ("rotation", 181), ("rotation", -1)])
 def test_amounts_are_bounded(name, given):
     amounts = {"jitter": None, "scale": None, "rotation": None} | {name: given}
     with pytest.raises(ArgumentError, match=f"^{name}={given} is not allowed: expected a number in"):
@@ -165,7 +165,7 @@ def differences(picture):
     return sum(sum(found) / len(found) for found in (across, down) if found)
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (3, 1, 1, 6), (2, 2, 1, 1)], ids=str)
+@for_each("shape", [(2, 3, 4, 5), (3, 1, 1, 6), (2, 2, 1, 1)])
 def test_regularisers_against_loops(shape):
     shown = torch.rand(shape, dtype=torch.float64)
     expected = [differences(picture) for picture in shown.tolist()]
@@ -183,8 +183,8 @@ def roughness(picture):
     return sum(picture.diff(dim=axis).abs().mean().item() for axis in (-1, -2))
 
 
-@pytest.mark.parametrize("kind", ["fourier", "pixel"])
-@pytest.mark.parametrize("option", [{"total_variation": 10.0}, {"blur": 1.0}], ids=["total variation", "blur"])
+@for_each("kind", ["fourier", "pixel"])
+@for_each("option", [{"total_variation": 10.0}, {"blur": 1.0}])
 def test_penalties_make_pictures_smoother(kind, option):
     plain = maximized(3, parametrization=kind, steps=96)
     smooth = maximized(3, parametrization=kind, steps=96, **option)

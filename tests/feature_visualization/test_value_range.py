@@ -11,6 +11,7 @@ from lightning_neurons.feature_visualization.parametrization import Colours, Fou
 from lightning_neurons.feature_visualization.value_range import VALIDITIES, Range
 from tests.attribution.trained import digit_pictures, trained_digits
 from tests.models import ConvNet, seeded
+from tests.tables import for_each
 
 SMALL = {"input_shape": (3, 8, 8), "value_range": (0.0, 1.0)}
 STILL = {"jitter": 0, "scale": 0, "rotation": 0}
@@ -36,8 +37,8 @@ def range_(low=0.0, high=1.0, validity="sigmoid", channels=1):
     return Range(low, high, torch.zeros(channels), torch.ones(channels), validity)
 
 
-@pytest.mark.parametrize("validity", VALIDITIES)
-@pytest.mark.parametrize("low, high", BOUNDS)
+@for_each("validity", VALIDITIES)
+@for_each("low, high", BOUNDS)
 def test_any_latent_picture_becomes_one_in_the_range(low, high, validity):
     latent = torch.tensor([-math.inf, -1e30, -20.0, -2.0, 0.0, 2.0, 20.0, 1e30, math.inf]).view(1, 1, -1)
     valid = range_(low, high, validity).valid(latent)
@@ -47,7 +48,7 @@ def test_any_latent_picture_becomes_one_in_the_range(low, high, validity):
     assert (valid.diff() >= 0).all()
 
 
-@pytest.mark.parametrize("low, high", BOUNDS)
+@for_each("low, high", BOUNDS)
 def test_values_are_those_of_the_closed_form(low, high):
     for value in (-3.0, -1.7, -0.2, 0.0, 0.4, 1.9, 3.0):
         latent = torch.tensor([[[value]]])
@@ -57,16 +58,16 @@ def test_values_are_those_of_the_closed_form(low, high):
         assert range_(low, high, "clip").valid(latent).item() == pytest.approx(cut, rel=1e-5)
 
 
-@pytest.mark.parametrize("validity", VALIDITIES)
-@pytest.mark.parametrize("low, high", BOUNDS)
+@for_each("validity", VALIDITIES)
+@for_each("low, high", BOUNDS)
 def test_the_slope_in_the_middle_is_a_quarter_of_the_range(low, high, validity):
     latent = torch.zeros(1, 1, 1, requires_grad=True)
     range_(low, high, validity).valid(latent).sum().backward()
     assert latent.grad.item() == pytest.approx((high - low) / 4)
 
 
-@pytest.mark.parametrize("validity", VALIDITIES)
-@pytest.mark.parametrize("low, high", BOUNDS)
+@for_each("validity", VALIDITIES)
+@for_each("low, high", BOUNDS)
 def test_latent_is_the_inverse_inside_of_the_range(low, high, validity):
     valid = range_(low, high, validity)
     pictures = low + (high - low) * torch.linspace(0.002, 0.998, 50).view(1, 2, 25)
@@ -75,7 +76,7 @@ def test_latent_is_the_inverse_inside_of_the_range(low, high, validity):
     torch.testing.assert_close(valid.latent(valid.valid(latent)), latent, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("validity", VALIDITIES)
+@for_each("validity", VALIDITIES)
 def test_the_bounds_and_what_lies_beyond_have_finite_latent_values(validity):
     pictures = torch.tensor([-5.0, -1.0, 3.0, 9.0]).view(1, 1, 4)
     valid = range_(-1.0, 3.0, validity)
@@ -84,7 +85,7 @@ def test_the_bounds_and_what_lies_beyond_have_finite_latent_values(validity):
     torch.testing.assert_close(valid.valid(valid.latent(pictures)), expected, atol=0.01, rtol=0)
 
 
-@pytest.mark.parametrize("shape", [(2, 3), (2, 3, 5), (2, 3, 4, 5), (2, 3, 2, 4, 3)], ids=str)
+@for_each("shape", [(2, 3), (2, 3, 5), (2, 3, 4, 5), (2, 3, 2, 4, 3)])
 def test_inputs_are_normalised_by_channel_and_back(shape):
     mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 1.0, 2.0])
     valid, pictures = Range(0.0, 1.0, mean, std, "clip"), torch.rand(shape)
@@ -95,22 +96,22 @@ def test_inputs_are_normalised_by_channel_and_back(shape):
     torch.testing.assert_close(valid.pictures(inputs), pictures)
 
 
-@pytest.mark.parametrize("low, high", BOUNDS)
+@for_each("low, high", BOUNDS)
 def test_shown_runs_from_zero_to_one(low, high):
     pictures = torch.tensor([low, (low + high) / 2, high]).view(1, 1, 3)
     torch.testing.assert_close(range_(low, high).shown(pictures), torch.tensor([[[0.0, 0.5, 1.0]]]))
 
 
-@pytest.mark.parametrize("described", [Pixel((2, 6)), Fourier((2, 6), Colours(torch.eye(2)))], ids=["pixel", "fourier"])
+@for_each("described", [Pixel((2, 6)), Fourier((2, 6), Colours(torch.eye(2)))])
 def test_projected_describes_the_nearest_picture(described):
     latent = 4 * torch.randn(3, 2, 6)
     projected = described.decode(range_(validity="clip").projected(described.encode(latent), described))
     torch.testing.assert_close(projected, latent.clamp(-2, 2), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("low, high", [(0.0, 1.0), (-1.0, 1.0), (0, 255)])
-@pytest.mark.parametrize("validity", ["sigmoid", "clip"])
-@pytest.mark.parametrize("kind", ["fourier", "pixel", "maco"])
+@for_each("low, high", [(0.0, 1.0), (-1.0, 1.0), (0, 255)])
+@for_each("validity", ["sigmoid", "clip"])
+@for_each("kind", ["fourier", "pixel", "maco"])
 def test_pictures_stay_in_the_range_at_every_step(low, high, validity, kind):
     images = low + (high - low) * torch.rand(5, 3, 8, 8)
     found = maximized(
@@ -125,7 +126,7 @@ def test_pictures_stay_in_the_range_at_every_step(low, high, validity, kind):
     torch.testing.assert_close(found.shown * (high - low) + low, found.images)
 
 
-@pytest.mark.parametrize("name", NORMALISATIONS)
+@for_each("name", NORMALISATIONS)
 def test_the_model_sees_normalised_pictures(name):
     mean, std = NORMALISATIONS[name]
     net, kept = seeded(ConvNet), Mock(seen=[])  # what a hook holds of its own would be put back

@@ -1,6 +1,5 @@
 """What is delivered while a model runs: the same activations and gradients as written out by hand."""
 
-import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
@@ -8,6 +7,7 @@ from torch import Tensor, nn
 from lightning_neurons.layers.layer import candidates
 from lightning_neurons.measurement.passes import Passes
 from tests.models import NETS, ConvNet, Recurrent, ResidualNet, pictures, seeded
+from tests.tables import for_each
 
 
 class Recorder:
@@ -41,7 +41,7 @@ def differentiated(model: nn.Module, x: Tensor, y: Tensor) -> Recorder:
     return recorder
 
 
-@pytest.mark.parametrize("name", NETS)
+@for_each("name", NETS)
 def test_gradients_and_activations_equal_those_written_by_hand(name):
     net = seeded(NETS[name], double=True)
     x, y = pictures(double=True)
@@ -58,7 +58,7 @@ def test_gradients_and_activations_equal_those_written_by_hand(name):
             torch.testing.assert_close(recorder.gradients[layer][call][1], gradient, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", NETS)
+@for_each("name", NETS)
 def test_the_first_forward_that_is_watched_delivers_the_same_as_later_ones(name):
     net = seeded(NETS[name], double=True)
     x, _ = pictures(double=True)
@@ -74,7 +74,7 @@ def test_the_first_forward_that_is_watched_delivers_the_same_as_later_ones(name)
                 torch.testing.assert_close(seen, value.detach(), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", NETS)
+@for_each("name", NETS)
 def test_the_models_output_is_bitwise_the_same_while_it_is_watched(name):
     net, (x, y) = seeded(NETS[name]), pictures()
     outputs = [net(x).detach()]

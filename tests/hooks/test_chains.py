@@ -1,11 +1,11 @@
 """Where neurons get their final value: the chain behind each layer, and what ends it."""
 
-import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from lightning_neurons import find_neurons
+from tests.tables import for_each
 
 
 class Body(nn.Module):
@@ -37,7 +37,7 @@ ACTIVATIONS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("module", "function"), ACTIVATIONS, ids=[str(m) for m, _ in ACTIVATIONS])
+@for_each("module, function", ACTIVATIONS)
 def test_every_activation_module_ends_the_chain_under_its_functions_name(module, function):
     (layer,) = find_neurons(nn.Sequential(nn.Linear(3, 4), module), torch.randn(5, 3))
     assert layer.activation_point == f"0 > {function} (1)"
@@ -45,10 +45,9 @@ def test_every_activation_module_ends_the_chain_under_its_functions_name(module,
     assert layer.bounds == {"sigmoid": (0, 1), "hardsigmoid": (0, 1), "tanh": (-1, 1)}.get(function)
 
 
-@pytest.mark.parametrize(
+@for_each(
     "function",
     [F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.relu_, lambda x: F.relu(x, inplace=True), F.relu6],
-    ids=["F.relu", "torch.relu", "torch.relu_", "x.relu", "x.relu_", "F.relu_", "F.relu in place", "F.relu6"],
 )
 def test_functional_rectifiers_are_seen_in_place_or_not(function):
     layers = find_neurons(Body(lambda m, x: function(m.bn(m.a(x)))), torch.randn(2, 4, 6, 6))
@@ -63,20 +62,16 @@ NORMS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("module", "function"), NORMS, ids=[f for _, f in NORMS])
+@for_each("module, function", NORMS)
 def test_every_norm_module_is_a_link(module, function):
     net = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), module, nn.ReLU())
     assert find_neurons(net, torch.randn(2, 4, 6, 6))[0].activation_point == f"0 > {function} (1) > relu (2)"
 
 
-@pytest.mark.parametrize(
-    ("dropout", "name"),
-    [
+@for_each("dropout, name", [
         (nn.Dropout(), "dropout"), (nn.Dropout2d(), "dropout2d"), (nn.AlphaDropout(), "alpha_dropout"),
         (nn.Dropout(inplace=True), "dropout"),
-    ],
-    ids=str,
-)  # fmt: skip
+    ])  # fmt: skip
 def test_dropout_is_a_link_before_and_behind_an_activation_function(dropout, name):
     net = nn.Sequential(nn.Conv2d(4, 4, 3), dropout, nn.ReLU(), dropout)
     (layer,) = find_neurons(net, torch.randn(2, 4, 6, 6))
@@ -118,7 +113,7 @@ def residual_in_place(m, x):
     return m.inplace(out)
 
 
-@pytest.mark.parametrize("forward", [residual, residual_in_place])
+@for_each("forward", [residual, residual_in_place])
 def test_a_residual_sum_ends_the_chain_at_the_norm_in_place_or_not(forward):
     assert points(forward) == {"a": "a > relu", "b": "b > batch_norm (bn)"}
 
@@ -152,10 +147,7 @@ def test_a_norm_behind_the_activation_function_is_no_part_of_the_chain():
     assert points(lambda m, x: m.b(m.bn(F.relu(m.a(x))))) == {"a": "a > relu", "b": "b"}
 
 
-@pytest.mark.parametrize(
-    "unchanged", [Tensor.contiguous, Tensor.float, lambda x: x.to("cpu"), lambda x: x.to(x.dtype)],
-    ids=["contiguous", "float", "to device", "to dtype"],
-)  # fmt: skip
+@for_each("unchanged", [Tensor.contiguous, Tensor.float, lambda x: x.to("cpu"), lambda x: x.to(x.dtype)])
 def test_a_call_that_returns_the_very_same_tensor_is_no_reading(unchanged):
     assert points(lambda m, x: F.relu(unchanged(m.a(x)))) == {"a": "a > relu"}
 

@@ -1,11 +1,11 @@
 """Which layers make the output, and which are summed into one stream: by name, for nets whose answer is known."""
 
-import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from lightning_neurons.hooks.find_neurons import find_neurons
+from tests.tables import for_each
 
 
 class Net(nn.Module):
@@ -95,7 +95,7 @@ OUTPUTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", OUTPUTS)
+@for_each("name", OUTPUTS)
 def test_the_layers_that_make_the_output(name):
     net, expected = OUTPUTS[name]
     assert {layer.name for layer in find_neurons(net, torch.ones(2, 4)) if layer.output} == expected
@@ -151,7 +151,7 @@ STREAMS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", STREAMS)
+@for_each("name", STREAMS)
 def test_the_layers_that_are_summed(name):
     net, expected = STREAMS[name]
     found = {frozenset({layer.name, *layer.twins}) for layer in find_neurons(net, torch.ones(2, 4)) if layer.twins}

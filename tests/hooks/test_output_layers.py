@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from lightning_neurons import ArgumentError, class_study
 from lightning_neurons.hooks.output_layers import Origins
 from tests.models import seeded
+from tests.tables import for_each
 
 
 class Wired(nn.Module):
@@ -52,7 +53,7 @@ WIRINGS = {
 }
 
 
-@pytest.mark.parametrize("name", WIRINGS)
+@for_each("name", WIRINGS)
 def test_where_a_result_comes_from(name):
     run, nearest, every = WIRINGS[name]
     net, x = seeded(Wired, run), torch.randn(6, 4)
@@ -100,7 +101,7 @@ class TwoHeads(nn.Module):
 DATA = [(torch.randn(24, 5, generator=torch.Generator().manual_seed(0)), torch.arange(24) % 3)]
 
 
-@pytest.mark.parametrize("ours_first", [True, False])
+@for_each("ours_first", [True, False])
 def test_the_head_that_is_not_asked_for_is_left_out(ours_first):
     net = seeded(TwoHeads, ours_first=ours_first)
     for place, layers, chain in (

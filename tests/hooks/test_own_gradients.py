@@ -16,6 +16,7 @@ from lightning_neurons.errors import MeasurementError
 from lightning_neurons.measurement.losses import fgsm
 from lightning_neurons.measurement.passes import Passes
 from tests.hooks.test_capture import Recorder
+from tests.tables import for_each
 
 
 class Net(nn.Module):
@@ -192,7 +193,7 @@ def measured(net: Net, loss) -> Recorder:
     return recorder
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: getattr(loss, "__name__", None))
+@for_each("loss", LOSSES)
 def test_gradients_are_those_of_the_returned_loss_alone(loss):
     (expected, seen), net = once_retained(loss), fresh()
     found = measured(net, loss)
@@ -279,7 +280,7 @@ def own_backward_of_hidden_values(net: Net, x: Tensor, z: Tensor, y: Tensor) -> 
     return plain(net, x, z, y)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@for_each("kind", KINDS)
 def test_backward_hooks_change_nothing_and_hear_of_no_backward_but_the_forwards_own(kind):
     expected = {loss: once_retained(loss)[0] for loss in (plain, own_backward_of_hidden_values)}
     net, heard = fresh(), []
@@ -325,7 +326,7 @@ def test_activation_points_are_found_and_watched_behind_backward_hooks():
         assert all(torch.equal(*pair) for pair in zip(found.activations[name], values, strict=True))
 
 
-@pytest.mark.parametrize("asks", ["first", "hidden"])
+@for_each("asks", ["first", "hidden"])
 def test_activations_that_require_gradients_by_themselves_make_no_difference(asks):
     expected, net = measured(fresh(), plain).gradients, fresh()
     (net.a if asks == "first" else net.act).register_forward_hook(lambda m, inputs, output: output.requires_grad_(True))
@@ -374,8 +375,7 @@ def test_views_and_values_that_are_written_into_are_differentiated():
 
 
 def test_a_loss_of_other_values_is_refused_and_nothing_stays_behind():
-    net = fresh()
-    names = ("_get_backward_hooks", "_get_backward_pre_hooks")
+    net, names = fresh(), ("_get_backward_hooks", "_get_backward_pre_hooks")
     before = [vars(nn.Module)[name] for name in names], dict(vars(torch.utils.checkpoint))
     with pytest.raises(MeasurementError, match="does not depend on any watched layer"):
         measured(net, lambda net, x, z, y: net(x, z).detach().sum() + leaf(x).sum())

@@ -11,6 +11,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from lightning_neurons import find_neurons, measure
+from tests.tables import for_each
 
 MEAN, SCALE = torch.linspace(-0.1, 0.1, 8), torch.linspace(0.5, 2, 8).view(1, 8)
 
@@ -136,7 +137,7 @@ def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return F.cross_entropy(model(batch[0]), batch[1])
 
 
-@pytest.mark.parametrize("name", FOLLOWED)
+@for_each("name", FOLLOWED)
 def test_transposes_and_detached_values_are_followed(name):
     net, batches = network(FOLLOWED[name])
     mean, taylor = by_hand(net, batches)
@@ -149,7 +150,7 @@ def test_transposes_and_detached_values_are_followed(name):
     assert report.dead("layer").tolist() == [is_rectified and neuron == 1 for neuron in range(8)]
 
 
-@pytest.mark.parametrize("name", SAID)
+@for_each("name", SAID)
 def test_what_cannot_be_followed_is_said_in_the_report(name):
     function, words = SAID[name]
     net, batches = network(function)

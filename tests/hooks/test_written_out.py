@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 
-import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from lightning_neurons import find_neurons, measure
+from tests.tables import for_each
 
 
 def assigned(x: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ def by_hand(net: Net, batches) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     )
 
 
-@pytest.mark.parametrize("name", [*RECTIFIERS, *OTHERS])
+@for_each("name", [*RECTIFIERS, *OTHERS])
 def test_values_are_those_behind_the_function(name):
     net, batches = network({**RECTIFIERS, **OTHERS}[name])
     values, fisher = by_hand(net, batches)
@@ -170,7 +170,7 @@ POINTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", POINTS)
+@for_each("name", POINTS)
 def test_where_the_chain_ends(name):
     then, point = POINTS[name]
     assert find_neurons(Chain(nn.Linear(3, 4), then), torch.randn(2, 5, 3))[0].activation_point == point
@@ -182,8 +182,8 @@ def test_the_axis_is_that_of_the_activation_point():
     assert (layer.activation_point, layer.axis) == ("layer > layer_norm (layer_norm) > square", -1)
 
 
-@pytest.mark.parametrize(
-    ("then", "note"),
+@for_each(
+    "then, note",
     [
         (lambda m, x: torch.cat([F.relu(x), F.relu(-x)], -1), "its values go to relu and neg, which do not reunite"),
         (lambda m, x: F.relu(F.max_pool1d(x, 2)), "its values are pooled before they go to relu"),

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from lightning_neurons import MeasurementError, PruningError, describe_structure, prune
 from lightning_neurons.isolation.copying import copy_of, what_fails
 from tests.models import Single, seeded
+from tests.tables import for_each
 
 
 class Hooked(nn.Module):
@@ -62,7 +63,7 @@ class Hooked(nn.Module):
 WAYS = ["closure", "default", "partial", "self", "method", "two functions", "weak reference"]
 
 
-@pytest.mark.parametrize("way", WAYS)
+@for_each("way", WAYS)
 def test_a_hook_of_a_copy_writes_into_the_copy(way):
     net, x = seeded(Hooked, way), torch.ones(3, 4)
     twin = copy_of(net)
@@ -74,7 +75,7 @@ def test_a_hook_of_a_copy_writes_into_the_copy(way):
     assert torch.equal(out, twin.h(torch.relu(twin.a(x))) + twin.g(torch.relu(twin.a(x))))
 
 
-@pytest.mark.parametrize("way", WAYS)
+@for_each("way", WAYS)
 def test_a_layer_whose_feature_a_hook_hands_on_is_cut_exactly_and_nothing_is_left_in_the_model(way):
     net, x = seeded(Hooked, way, double=True), torch.ones(3, 4).double()
     describe_structure(net, x)
@@ -142,7 +143,7 @@ def test_values_with_graphs_in_containers_do_not_stop_a_copy():
     assert len(net.outputs) == 1
 
 
-@pytest.mark.parametrize("path", ["", "net", "net.0"], ids=lambda path: path or "top")
+@for_each("path", ["", "net", "net.0"])
 def test_a_module_that_cannot_be_copied_is_named(path):
     net = seeded(Keeping)
     net.get_submodule(path).only = Single(1, 1)
@@ -177,7 +178,7 @@ UNCOPYABLE = {
 }
 
 
-@pytest.mark.parametrize("kind", UNCOPYABLE)
+@for_each("kind", UNCOPYABLE)
 def test_what_cannot_be_copied_is_shared_wherever_it_is(kind):
     net, x, made = seeded(Keeping), torch.ones(3, 4), [UNCOPYABLE[kind]() for _ in range(3)]
     net.busy, net.net[0].busy, held = made[0], {"deep": [made[1]]}, [made[2]]

@@ -6,13 +6,13 @@ import queue
 import threading
 import weakref
 
-import pytest
 import torch
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torchmetrics import SumMetric
 
 from lightning_neurons.isolation.isolation import isolated
+from tests.tables import for_each
 
 ONE, TEN = torch.ones(2), torch.full((2,), 10.0)
 CURRENT: "contextvars.ContextVar[SumMetric]" = contextvars.ContextVar("current")
@@ -143,7 +143,7 @@ class Taught(Steps):
 KINDS = (WeakValues, WeakOne, Variable, Cached, Threads, Queued, MethodsOfAList, Imports, Taught)
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+@for_each("kind", KINDS)
 def test_what_a_run_adds_is_taken_back(kind):
     module = kind()
     module.step(ONE)
@@ -179,7 +179,7 @@ def test_metrics_of_an_installed_package_that_are_no_torchmetrics(tmp_path, monk
     assert (module.dice.rows, module.dice.n) == ([1], 1)
 
 
-@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.SGD])
+@for_each("kind", [torch.optim.Adam, torch.optim.SGD])
 def test_an_optimizer_that_the_model_does_not_hold_goes_on_as_if_it_had_not_stepped(kind):
     def trained(again):
         torch.manual_seed(0)

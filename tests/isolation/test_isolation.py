@@ -16,6 +16,7 @@ from lightning_neurons.isolation.isolation import (
     isolated,
     kept_random_state,
 )
+from tests.tables import for_each
 
 
 @pytest.fixture(params=["normally", "with an exception"])
@@ -132,7 +133,7 @@ def plain(module: Collector) -> dict[str, object]:
     }
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@for_each("change", CHANGES)
 def test_plain_attributes_come_back_as_the_same_objects_with_their_contents(change, leave):
     module = Collector()
     before = plain(module)

@@ -2,7 +2,6 @@
 
 from types import SimpleNamespace
 
-import pytest
 import torch
 from torch import nn
 from torchmetrics import MetricCollection, MetricTracker, MinMaxMetric, SumMetric
@@ -10,6 +9,7 @@ from torchmetrics.classification import BinaryAccuracy, BinaryAUROC, MulticlassA
 from torchmetrics.wrappers import BootStrapper, ClasswiseWrapper, Running
 
 from lightning_neurons.isolation.isolation import isolated
+from tests.tables import for_each
 
 
 def tracker():
@@ -61,8 +61,8 @@ def results(metric, module, *, measured):
     return repr(found)
 
 
-@pytest.mark.parametrize("name", METRICS)
-@pytest.mark.parametrize("holder", HOLDERS)
+@for_each("name", METRICS)
+@for_each("holder", HOLDERS)
 def test_a_metric_gives_what_it_would_without_a_measurement(name, holder):
     def run(measured):
         torch.manual_seed(0)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_neurons import find_neurons, measure
 from tests.models import NETS, ConvNet, cross_entropy, pictures, seeded
+from tests.tables import for_each
 
 
 def hooks_of(model: nn.Module) -> dict[str, int]:
@@ -55,7 +56,7 @@ def everything(net: nn.Module, x: Tensor, y: Tensor) -> None:
     measure(net, batches, loss_fn=cross_entropy, inputs="fgsm", eps=0.1)
 
 
-@pytest.mark.parametrize("name", NETS)
+@for_each("name", NETS)
 def test_finding_and_measuring_leave_no_trace(name):
     net = seeded(NETS[name])
     net.train()
@@ -95,13 +96,16 @@ def test_the_model_pickles_deepcopies_and_trains_as_before():
 
 WITHOUT_TYPE_CHECKS = """
 import random, torch
-from lightning_neurons import find_neurons, measure
+from lightning_neurons import ablate, find_neurons, measure
 net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
 net.register_forward_hook(lambda *_: (random.random(), None)[1])
 x, y = torch.randn(5, 3), torch.arange(5) % 2
 before = random.getstate()
+loss_fn = lambda m, b: torch.nn.functional.cross_entropy(m(b[0]), b[1])
 find_neurons(net, x)
-measure(net, [(x, y)], loss_fn=lambda m, b: torch.nn.functional.cross_entropy(m(b[0]), b[1]))
+measure(net, [(x, y)], loss_fn=loss_fn)
+ablate(net, [(x, y)], loss_fn)
+ablate(net, [(x, y)], loss_fn, budget=1.0)
 assert random.getstate() == before
 print("the same")
 """
@@ -136,8 +140,8 @@ class Raising(nn.Module):
         return self.fc(self.drop(x).mean((2, 3)))
 
 
-@pytest.mark.parametrize("fail_from", [1, 2, 3, 4])
-@pytest.mark.parametrize("backward", [False, True])
+@for_each("fail_from", [1, 2, 3, 4])
+@for_each("backward", [False, True])
 def test_an_exception_in_the_forward_passes_through_and_leaves_no_trace(fail_from, backward):
     net, (x, y) = Raising(fail_from).train(), pictures()
     before = state_of(net)
@@ -156,7 +160,7 @@ def test_an_exception_while_neurons_are_looked_for_leaves_no_trace():
     assert state_of(net) == before
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@for_each("mode", [torch.no_grad, torch.inference_mode])
 def test_measuring_works_inside_a_mode_without_gradients_and_leaves_the_mode_on(mode):
     net, batch = seeded(ConvNet), pictures()
     expected = measure(net, [batch], loss_fn=cross_entropy).scores["taylor"]

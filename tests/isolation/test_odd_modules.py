@@ -3,12 +3,12 @@
 import copy
 from collections.abc import Callable
 
-import pytest
 import torch
 from torch import Tensor, nn
 
 from lightning_neurons import prune
 from tests.models import pictures, seeded
+from tests.tables import for_each
 
 
 class Joining(nn.Module):
@@ -36,8 +36,8 @@ FUNCTIONS = {
 }
 
 
-@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
-@pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
+@for_each("function", FUNCTIONS.values())
+@for_each("norm", NORMS.values())
 def test_what_stands_in_front_of_a_concatenation_is_cut_exactly(norm, function):
     net, (x, _) = seeded(Joining, norm, function, double=True), pictures(3, double=True)
     silent = copy.deepcopy(net)
@@ -63,7 +63,7 @@ class Sometimes(nn.Module):
         return self.b(h) + (self.auxiliary(h) if self.training else 0)
 
 
-@pytest.mark.parametrize("plan", [{"a": [0, 3]}, 0.25], ids=["plan", "share"])
+@for_each("plan", [{"a": [0, 3]}, 0.25])
 def test_modules_with_parameters_that_did_not_run_are_named(plan):
     report = prune(seeded(Sometimes), torch.randn(3, 4), plan)
     assert len(report.plan.neurons["a"]) == 2
@@ -71,7 +71,7 @@ def test_modules_with_parameters_that_did_not_run_are_named(plan):
     assert [note for note in report.notes if note.startswith("did not run")] == [said]
 
 
-@pytest.mark.parametrize("register", [Tensor.register_hook, Tensor.register_post_accumulate_grad_hook])
+@for_each("register", [Tensor.register_hook, Tensor.register_post_accumulate_grad_hook])
 def test_hooks_on_gradients_are_named(register):
     net = seeded(Sometimes)
     register(net.a.weight, lambda gradient: None)
@@ -91,7 +91,7 @@ class TwoNames(nn.Module):
         return self.net(x)
 
 
-@pytest.mark.parametrize("later", [False, True], ids=["backbone first", "net first"])
+@for_each("later", [False, True])
 def test_a_module_with_two_names_is_one_module(later):
     net, x = seeded(TwoNames, later=later, double=True), torch.randn(3, 4).double()
     plain = copy.deepcopy(net.net)

@@ -24,6 +24,7 @@ from lightning_neurons.errors import MeasurementError
 from lightning_neurons.isolation import reachable as reach_module
 from lightning_neurons.isolation.isolation import isolated
 from lightning_neurons.isolation.model_state import ModelState
+from tests.tables import for_each
 
 COUNTS = {"global": 0}
 CALLS = 0
@@ -186,7 +187,7 @@ def holder():
 
 
 @pytest.mark.filterwarnings("ignore:Pickle, copy, and deepcopy support:DeprecationWarning")
-@pytest.mark.parametrize("change", CHANGES)
+@for_each("change", CHANGES)
 def test_what_code_can_reach_comes_back(change, holder):
     before = seen(holder)
     with isolated(holder):
@@ -243,7 +244,7 @@ class Endless:
             return next(self.running)
 
 
-@pytest.mark.parametrize(
+@for_each(
     "draws",
     [
         lambda data: functools.partial(next, iter(data)),
@@ -253,7 +254,6 @@ class Endless:
         lambda data: Endless(zip(data, data, strict=True)).__next__,
         lambda data: Endless(CombinedLoader([data], "max_size_cycle")).__next__,
     ],
-    ids=["a partial", "a DataLoader", "a generator", "an endless one", "a zip", "a CombinedLoader"],
 )
 def test_an_iterator_that_cannot_be_copied_is_not_drawn_from(draws):
     data = DataLoader(TensorDataset(torch.arange(6)), batch_size=2, shuffle=True)

@@ -7,10 +7,11 @@ from torch import Tensor, nn
 from lightning_neurons import ArgumentError, UnknownNameError, find_neurons, measure, register_layer
 from lightning_neurons.layers.registry import LAYER_FAMILIES
 from tests.models import ConvNet, Recurrent, cross_entropy, pictures, seeded
+from tests.tables import for_each
 
 
-@pytest.mark.parametrize(
-    ("layer", "shape", "neurons", "axis"),
+@for_each(
+    "layer, shape, neurons, axis",
     [
         (nn.Conv1d(2, 3, 3), (2, 2, 7), 3, 1),
         (nn.Conv2d(2, 4, 3), (2, 2, 7, 7), 4, 1),
@@ -21,7 +22,6 @@ from tests.models import ConvNet, Recurrent, cross_entropy, pictures, seeded
         (nn.Linear(2, 6), (3, 2), 6, -1),
         (nn.Linear(2, 6), (3, 5, 2), 6, -1),
     ],
-    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
 )
 def test_every_kind_of_layer_is_found_with_its_neurons_and_axis(layer, shape, neurons, axis):
     (found,) = find_neurons(nn.Sequential(layer, nn.ReLU()), torch.randn(shape))
@@ -30,9 +30,7 @@ def test_every_kind_of_layer_is_found_with_its_neurons_and_axis(layer, shape, ne
     assert (found.calls, found.rectified, found.note) == (1, True, "")
 
 
-@pytest.mark.parametrize(
-    "lazy", [(nn.LazyConv2d(4, 3),), (nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d())], ids=["layer", "layer and norm"]
-)
+@for_each("lazy", [(nn.LazyConv2d(4, 3),), (nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d())])
 def test_a_lazy_layer_is_refused_by_name_until_it_has_seen_a_batch(lazy):
     net = nn.Sequential(*lazy, nn.Flatten(), nn.LazyLinear(2))
     x = torch.randn(2, 3, 5, 5)
@@ -107,7 +105,7 @@ class TwoInputs(nn.Module):
         return torch.relu(self.left(a)) + torch.tanh(self.right(b))
 
 
-@pytest.mark.parametrize("form", ["tuple", "dict", "list"])
+@for_each("form", ["tuple", "dict", "list"])
 def test_inputs_may_be_positional_or_named(form):
     a, b = torch.randn(5, 3), torch.randn(5, 2)
     layers = find_neurons(TwoInputs(), {"tuple": (a, b), "dict": {"b": b, "a": a}, "list": [a, b]}[form])
@@ -126,8 +124,8 @@ def test_a_compiled_inner_net_is_found_and_measured_under_its_own_names():
         assert torch.equal(scores[1][name], score)
 
 
-@pytest.mark.parametrize(
-    ("patterns", "names"),
+@for_each(
+    "patterns, names",
     [
         (["conv1"], ["conv1"]),
         (["fc*", "conv2"], ["conv2", "fc1", "fc2"]),
@@ -148,8 +146,8 @@ def test_choosing_some_layers_changes_nothing_that_is_known_of_them():
         assert find_neurons(ConvNet(), x, layers=[name]) == [everything[name]]
 
 
-@pytest.mark.parametrize(
-    ("patterns", "message"),
+@for_each(
+    "patterns, message",
     [
         (["cnv1"], r"nothing matches 'cnv1'. Did you mean 'conv1'"),
         (["conv1", "head.*"], r"nothing matches 'head.\*'"),
@@ -162,7 +160,7 @@ def test_a_pattern_that_matches_nothing_names_the_nearest(patterns, message):
         find_neurons(ConvNet(), pictures()[0], layers=patterns)
 
 
-@pytest.mark.parametrize("patterns", ["conv1", []])
+@for_each("patterns", ["conv1", []])
 def test_layers_must_be_a_list_that_is_not_empty(patterns):
     with pytest.raises(ArgumentError, match="layers="):
         find_neurons(ConvNet(), pictures()[0], layers=patterns)

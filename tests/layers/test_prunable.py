@@ -17,6 +17,7 @@ from lightning_neurons import (
 )
 from lightning_neurons.layers.registry import LAYER_FAMILIES
 from lightning_neurons.layers.width_handlers import HANDLERS, handler_of
+from tests.tables import for_each
 
 
 class Turned(nn.Module):
@@ -61,7 +62,7 @@ REFUSED_AT_ONCE = [
 ]
 
 
-@pytest.mark.parametrize(("wrong", "message"), REFUSED_AT_ONCE, ids=[message for _, message in REFUSED_AT_ONCE])
+@for_each("wrong, message", REFUSED_AT_ONCE)
 def test_what_no_module_could_make_right_is_refused_at_once(wrong, message):
     arguments = {"module_type": Turned, **RIGHT, **wrong}
     with pytest.raises(ArgumentError, match="^" + re.escape(message)):
@@ -86,9 +87,7 @@ REFUSED_BY_MODULE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("wrong", "error", "message"), REFUSED_BY_MODULE, ids=[message for _, _, message in REFUSED_BY_MODULE]
-)
+@for_each("wrong, error, message", REFUSED_BY_MODULE)
 def test_what_is_not_true_of_a_module_is_refused_when_it_is_measured_pruned_or_loaded(wrong, error, message):
     register_layer(Turned, neurons=lambda module: module.units, axis=-1)
     register_prunable(Turned, **{**RIGHT, **wrong})

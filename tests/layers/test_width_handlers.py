@@ -3,13 +3,13 @@
 import copy
 import re
 
-import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from lightning_neurons.dependency.conform import set_data
 from lightning_neurons.layers.width_handlers import axes, is_depthwise, refit, why_fixed
+from tests.tables import for_each
 
 BOTH, NORM = {"weight": 0, "bias": 0}, {"weight": 0, "bias": 0, "running_mean": 0, "running_var": 0}
 AXES = [
@@ -32,13 +32,13 @@ AXES = [
 ]
 
 
-@pytest.mark.parametrize("module, makes, reads", AXES, ids=lambda m: str(m) if isinstance(m, nn.Module) else "")
+@for_each("module, makes, reads", AXES)
 def test_axes_are_those_on_which_neurons_lie(module, makes, reads):
     assert axes(module, "makes") == axes(module, "passes") == makes
     assert axes(module, "reads") == reads
 
 
-@pytest.mark.parametrize(
+@for_each(
     "module, expected",
     [
         (nn.Conv2d(4, 4, 3, groups=4), True),
@@ -74,13 +74,13 @@ FIXED = {
 }
 
 
-@pytest.mark.parametrize("name", FIXED)
+@for_each("name", FIXED)
 def test_a_width_that_cannot_be_changed_is_refused_with_a_reason(name):
     make, reason = FIXED[name]
     assert re.search(reason, why_fixed(make()) or "no reason")
 
 
-@pytest.mark.parametrize("module", [m for m, _, _ in AXES if not isinstance(m, nn.LSTM | nn.GroupNorm)], ids=str)
+@for_each("module", [m for m, _, _ in AXES if not isinstance(m, nn.LSTM | nn.GroupNorm)])
 def test_other_widths_can_be_changed(module):
     assert why_fixed(module) is None
 
@@ -98,7 +98,7 @@ RESIZED = [
 ]
 
 
-@pytest.mark.parametrize("module, shape, says", RESIZED, ids=lambda m: str(m) if isinstance(m, nn.Module) else "")
+@for_each("module, shape, says", RESIZED)
 def test_attributes_are_refitted_to_the_tensors(module, shape, says):
     module = copy.deepcopy(module)
     weight = module.weight

@@ -10,6 +10,7 @@ from torch import nn
 from lightning_neurons import ArgumentError, MeasurementError, UnknownNameError, measure
 from tests.isolation.test_no_trace import state_of
 from tests.models import ConvNet, cross_entropy, pictures, seeded
+from tests.tables import for_each
 
 IMPOSSIBLE = {
     "no batches": (MeasurementError, r"it gave no batch", {"batches": []}),
@@ -69,7 +70,7 @@ IMPOSSIBLE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", IMPOSSIBLE)
+@for_each("case", IMPOSSIBLE)
 def test_the_message_names_what_came_and_what_would_work_and_the_model_stays_as_it_was(case):
     error, message, changed = IMPOSSIBLE[case]
     arguments = {"batches": [pictures()], "loss_fn": cross_entropy, **changed}
@@ -80,7 +81,7 @@ def test_the_message_names_what_came_and_what_would_work_and_the_model_stays_as_
     assert state_of(net) == before
 
 
-@pytest.mark.parametrize("loss_fn", [None, lambda m, b: m(b[0]).square().mean()], ids=["without loss", "with loss"])
+@for_each("loss_fn", [None, lambda m, b: m(b[0]).square().mean()])
 def test_a_model_without_layers_is_refused_and_told_how_to_register_one(loss_fn):
     net = nn.Sequential(nn.BatchNorm1d(3), nn.ReLU())
     with pytest.raises((ArgumentError, MeasurementError), match=r"(?i)no layer|register_layer"):

@@ -7,17 +7,18 @@ from torch.utils.data import TensorDataset
 
 from lightning_neurons import ArgumentError, MeasurementError, measure, register_layer
 from lightning_neurons.layers.registry import LAYER_FAMILIES
+from tests.tables import for_each
 
 NET = nn.Sequential(nn.Linear(3, 2))
 
 
-@pytest.mark.parametrize("model", [None, nn.Linear, {"a": 1}])
+@for_each("model", [None, nn.Linear, {"a": 1}])
 def test_what_is_no_module_is_refused(model):
     with pytest.raises(ArgumentError, match=r"model=.*expected a torch\.nn\.Module"):
         measure(model, [torch.zeros(2, 3)])
 
 
-@pytest.mark.parametrize("batches", [None, 3, torch.zeros(2, 3), TensorDataset(torch.zeros(2, 3))])
+@for_each("batches", [None, 3, torch.zeros(2, 3), TensorDataset(torch.zeros(2, 3))])
 def test_what_is_no_series_of_batches_is_refused(batches):
     with pytest.raises(ArgumentError, match=r"batches=.*a DataLoader, or \[batch\]"):
         measure(NET, batches)

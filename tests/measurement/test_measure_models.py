@@ -7,9 +7,10 @@ from torch import nn
 from lightning_neurons import measure
 from tests.measurement.test_measure_options import assert_same
 from tests.models import ConvNet, cross_entropy, pictures, seeded
+from tests.tables import for_each
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@for_each("dtype", [torch.bfloat16, torch.float16])
 def test_models_in_half_precision_are_measured_and_come_close_to_single_precision(dtype):
     net, (x, y) = seeded(ConvNet), pictures(8)
     expected = measure(net, [(x, y)], loss_fn=cross_entropy)
@@ -29,7 +30,7 @@ def test_a_model_in_train_mode_is_measured_in_evaluation_mode_and_stays_in_train
     assert_same(found.scores, expected.scores)
 
 
-@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@for_each("poison", [float("nan"), float("inf")])
 def test_a_sample_that_is_not_finite_is_counted_once_and_left_out(poison):
     net = seeded(ConvNet, double=True)
     x, y = pictures(6, double=True)

@@ -7,6 +7,7 @@ import torch.nn.functional as F  # noqa: N812
 from lightning_neurons import ArgumentError, logit, measure, predicted_logit
 from tests.data.test_batches import Fixed
 from tests.models import ConvNet, cross_entropy, pictures, seeded
+from tests.tables import for_each
 
 CRITERIA = ["gradient", "taylor", "fisher", "second_order"]
 
@@ -28,7 +29,7 @@ def test_predicted_logit_asks_about_each_samples_largest_output():
     assert_same(found.scores, by_hand.scores)
 
 
-@pytest.mark.parametrize("index", [0, 2, -1])
+@for_each("index", [0, 2, -1])
 def test_logit_asks_about_one_output(index):
     net, batch = seeded(ConvNet, double=True), pictures(double=True)
     found = measure(net, [batch], loss_fn=logit(index), criteria=CRITERIA)
@@ -107,7 +108,7 @@ def test_outgoing_weights_are_known_for_a_chosen_layer_as_well():
     torch.testing.assert_close(report.scores["outgoing_l1"]["conv1"], expected)
 
 
-@pytest.mark.parametrize("form", ["generator", "list", "tuple"])
+@for_each("form", ["generator", "list", "tuple"])
 def test_batches_may_be_any_iterable_and_are_read_once(form):
     net, (x, y) = seeded(ConvNet), pictures(6)
     reads = []

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lightning_neurons import Criterion, LayerView, Statistic, measure
 from tests.models import NETS, ConvNet, Recurrent, cross_entropy, pictures, seeded
+from tests.tables import for_each
 
 CRITERIA = ["gradient", "taylor", "taylor_fo", "fisher", "second_order"]
 
@@ -45,7 +46,7 @@ def assert_same_scores(one, other, *, atol: float = 1e-12) -> None:
             torch.testing.assert_close(one[name][layer].double(), score.double(), rtol=1e-9, atol=atol)
 
 
-@pytest.mark.parametrize("name", NETS)
+@for_each("name", NETS)
 def test_every_sensitivity_score_equals_a_loop_over_single_pictures(name):
     net = seeded(NETS[name], double=True)
     x, y = pictures(7, double=True)
@@ -57,7 +58,7 @@ def test_every_sensitivity_score_equals_a_loop_over_single_pictures(name):
         assert scores.sum().item() == pytest.approx(1)
 
 
-@pytest.mark.parametrize("size", [1, 2, 7, 16])
+@for_each("size", [1, 2, 7, 16])
 def test_the_batch_size_changes_no_score(size):
     net = seeded(ConvNet, double=True)
     x, y = pictures(16, double=True)
@@ -68,8 +69,8 @@ def test_the_batch_size_changes_no_score(size):
     assert_same_scores(parts.deadness_by, whole.deadness_by)
 
 
-@pytest.mark.parametrize(
-    ("reduction", "loss_fn"),
+@for_each(
+    "reduction, loss_fn",
     [
         ("sum", lambda m, b: F.cross_entropy(m(b[0]), b[1], reduction="sum")),
         ("none", lambda m, b: F.cross_entropy(m(b[0]), b[1], reduction="none")),
@@ -161,7 +162,7 @@ class Windows(nn.Module):
         return self.fc2(hidden.mean((1, 2)))
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@for_each("size", [1, 2, 3, 4])
 def test_windows_folded_into_the_batch_count_as_positions_whatever_the_batch_size(size):
     net = seeded(Windows, double=True)
     x, y = torch.randn(12, 2, 4, 3, dtype=torch.float64), torch.arange(12) % 4

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
@@ -12,6 +11,7 @@ from lightning_neurons.measurement.losses import fgsm, normal_tensors
 from lightning_neurons.measurement.passes import Passes
 from tests.hooks.test_capture import Recorder
 from tests.models import ConvNet, cross_entropy, pictures, seeded
+from tests.tables import for_each
 
 
 def prepared(net: nn.Module, x, *, samples_that_fit: int) -> Passes:
@@ -22,9 +22,7 @@ def prepared(net: nn.Module, x, *, samples_that_fit: int) -> Passes:
     return passes
 
 
-@pytest.mark.parametrize(
-    ("samples_that_fit", "sizes"), [(1000, [30]), (15, [15, 15]), (11, [10, 10, 10]), (1, [8, 8, 8, 6])]
-)
+@for_each("samples_that_fit, sizes", [(1000, [30]), (15, [15, 15]), (11, [10, 10, 10]), (1, [8, 8, 8, 6])])
 def test_a_batch_is_cut_into_parts_that_fit_the_cache_but_not_smaller_than_worth_it(samples_that_fit, sizes):
     x, y = pictures(30)
     names = [f"n{i}" for i in range(30)]
@@ -116,8 +114,8 @@ def test_fgsm_shifts_the_first_floating_point_tensor_only_and_leaves_the_batch_a
     assert all(p.grad is None and p.requires_grad for p in net.parameters())
 
 
-@pytest.mark.parametrize("ask", [lambda x: x.requires_grad_(), lambda x: setattr(x, "requires_grad", True)])
-@pytest.mark.parametrize("copied", [torch.clone, torch.detach, lambda x: x * 1.0])
+@for_each("ask", [lambda x: x.requires_grad_(), lambda x: setattr(x, "requires_grad", True)])
+@for_each("copied", [torch.clone, torch.detach, lambda x: x * 1.0])
 def test_fgsm_works_on_a_loss_that_attacks_its_inputs_itself(ask, copied):
     net, (x, y) = seeded(ConvNet), pictures()
 

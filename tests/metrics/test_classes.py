@@ -11,6 +11,7 @@ from lightning_neurons.criteria import CRITERIA
 from lightning_neurons.errors import MeasurementError
 from lightning_neurons.metrics.streaming import StreamingCriteria
 from tests.criteria.streams import ACTIVITY, LAYER, laws, named, open_metric, stream, traits, view_of
+from tests.tables import for_each
 
 MEASURED = [name for name, c in CRITERIA.items() if c.statistics and "sampled_gradient" not in c.needs]
 
@@ -46,7 +47,7 @@ def test_all_classes_together_are_the_whole(targets):
         torch.testing.assert_close(by_layer[LAYER], whole[name], rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", MEASURED)
+@for_each("name", MEASURED)
 def test_a_class_without_samples_has_no_scores(name):
     activations = torch.randn(4, 3, 2)
     metric = by_class([name], activations, activations, torch.tensor([0, 2, 0, 2]))
@@ -80,9 +81,7 @@ def test_calls_of_a_shared_layer_stay_with_their_class():
     assert fishers == [450, 4.5]
 
 
-@pytest.mark.parametrize(
-    "targets, got", [(None, "no targets"), (torch.tensor([0, 1]), "2 targets")], ids=["none", "too few"]
-)
+@for_each("targets, got", [(None, "no targets"), (torch.tensor([0, 1]), "2 targets")])
 def test_samples_without_targets_are_refused_by_the_name_of_their_layer(targets, got):
     metric = open_metric(["mean"], traits(1), 1, per_class=True)
     with pytest.raises(MeasurementError, match=rf"per_class: .*{LAYER}.* 3 samples but {got}.*layers="):  # noqa: PT012

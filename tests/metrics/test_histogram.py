@@ -4,7 +4,6 @@ import math
 from itertools import pairwise
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,6 +25,7 @@ from lightning_neurons.metrics.histogram import (
     share_at_most,
 )
 from tests.criteria.streams import LAYER, laws, open_metric, traits
+from tests.tables import for_each
 
 magnitudes = st.floats(LOWEST, HIGHEST, exclude_max=True, width=32)
 
@@ -75,7 +75,7 @@ def test_zeros_tiny_and_huge_values_lie_outside():
     assert bin_index(torch.tensor([LOWEST, HIGHEST * 0.9999])).tolist() == [1, BINS - 2]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@for_each("dtype", [torch.float64, torch.float16, torch.bfloat16])
 def test_other_precisions_lie_in_the_same_bins(dtype):
     values = torch.tensor([0.0, 0.25, -1.5, 96.0], dtype=dtype)
     assert bin_index(values).tolist() == bin_index(values.float()).tolist()
@@ -138,7 +138,7 @@ def test_positions_are_a_few_different_ones_within_the_picture(space):
     assert chosen[-1] < space
 
 
-@pytest.mark.parametrize("side", [8, 16, 32, 56])
+@for_each("side", [8, 16, 32, 56])
 def test_positions_spread_over_rows_and_columns(side):
     chosen = positions(side * side)
     for half in (chosen // side, chosen % side):
@@ -159,7 +159,7 @@ def test_folded_bars_are_sums_of_neighbouring_bins(seed, parts):
     assert bars == expected
 
 
-@pytest.mark.parametrize("parts", [1, 2, 4, 64])
+@for_each("parts", [1, 2, 4, 64])
 def test_edges_are_equal_parts_of_every_power_of_two(parts):
     expected = [2.0**power * (1 + part / parts) for power in range(-20, 12) for part in range(parts)] + [2.0**12]
     assert folded_edges(parts).tolist() == expected

@@ -4,13 +4,13 @@ import datetime
 from collections.abc import Sequence
 from pathlib import Path
 
-import pytest
 import torch
 from torch import Tensor, distributed, multiprocessing
 
 from lightning_neurons.criteria import CRITERIA
 from lightning_neurons.metrics.streaming import StreamingCriteria
 from tests.criteria.streams import BOUNDS, LAYER, LayerTraits, open_metric, view_of
+from tests.tables import for_each
 
 NEURONS = 3
 SCORED = [name for name, c in CRITERIA.items() if c.statistics]
@@ -58,15 +58,15 @@ PARTS = {
 }
 
 
-@pytest.mark.parametrize("per_class", [False, True], ids=["together", "per class"])
-@pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
+@for_each("per_class", [False, True])
+@for_each("parts", PARTS.values())
 def test_two_metrics_merge_to_one(parts, per_class):
     first, second = (metric_of(rows, per_class) for rows in parts)
     first.merge_state(second)
     assert_same_states(first, metric_of([*parts[0], *parts[1]], per_class))
 
 
-@pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
+@for_each("parts", PARTS.values())
 def test_torchmetrics_syncs_two_metrics_to_one_and_back(parts):
     first, second = (metric_of(rows) for rows in parts)
     for metric in (first, second):

@@ -10,6 +10,7 @@ from lightning_neurons import measure
 from lightning_neurons.criteria import CRITERIA
 from lightning_neurons.criteria.contract import NEEDS
 from tests.criteria.streams import ACTIVITY, GRADIENTS, LAYER, open_metric, stream, traits, view_of
+from tests.tables import for_each
 
 BAD = [math.nan, math.inf, -math.inf]
 EACH_NEURON_FOR_ITSELF = sorted(set(ACTIVITY) - {"dormant_score", "dormant", "near_zero"})
@@ -23,8 +24,8 @@ def spoiled(value: float) -> tuple[torch.Tensor, torch.Tensor]:
     return clean, bad
 
 
-@pytest.mark.parametrize("value", BAD, ids=str)
-@pytest.mark.parametrize("name", EACH_NEURON_FOR_ITSELF)
+@for_each("value", BAD)
+@for_each("name", EACH_NEURON_FOR_ITSELF)
 def test_a_bad_value_costs_its_neuron_that_sample_and_others_nothing(name, value):
     clean, bad = spoiled(value)
     found, whole = stream([name, "rms"], bad)[name], stream([name, "rms"], clean)[name]
@@ -33,8 +34,8 @@ def test_a_bad_value_costs_its_neuron_that_sample_and_others_nothing(name, value
     assert found[1].item() == pytest.approx(without[1].item(), rel=1e-12)
 
 
-@pytest.mark.parametrize("value", BAD, ids=str)
-@pytest.mark.parametrize("name", ACTIVITY)
+@for_each("value", BAD)
+@for_each("name", ACTIVITY)
 def test_a_bad_value_is_counted_whichever_criterion_is_measured_alone(name, value):
     metric = open_metric([name], traits(3), 3)
     metric.update(LAYER, view_of(spoiled(value)[1]))
@@ -44,8 +45,8 @@ def test_a_bad_value_is_counted_whichever_criterion_is_measured_alone(name, valu
     assert metric.values[0].tolist() == [40, 35, 40]
 
 
-@pytest.mark.parametrize("value", BAD, ids=str)
-@pytest.mark.parametrize("name", GRADIENTS)
+@for_each("value", BAD)
+@for_each("name", GRADIENTS)
 def test_a_bad_gradient_costs_its_neuron_that_sample(name, value):
     activations, gradients = torch.randn(6, 3, 2), torch.randn(6, 3, 2)
     bad = gradients.clone()
@@ -68,7 +69,7 @@ def test_near_zero_is_of_the_finite_samples():
     assert stream(["near_zero"], activations)["near_zero"].item() == 0.5
 
 
-@pytest.mark.parametrize("name", ACTIVITY + GRADIENTS)
+@for_each("name", ACTIVITY + GRADIENTS)
 def test_a_neuron_without_a_finite_sample_has_no_score(name):
     activations, gradients = torch.randn(5, 3, 2), torch.randn(5, 3, 2)
     activations[:, 1] = gradients[:, 1] = math.nan
@@ -76,7 +77,7 @@ def test_a_neuron_without_a_finite_sample_has_no_score(name):
     assert scores.isnan().tolist() == [False, True, False]
 
 
-@pytest.mark.parametrize("name", ACTIVITY + GRADIENTS)
+@for_each("name", ACTIVITY + GRADIENTS)
 def test_a_layer_without_a_finite_sample_has_no_scores(name):
     nothing = torch.full((5, 2, 3), math.nan)
     assert stream([name], nothing, nothing, nothing)[name].isnan().all()

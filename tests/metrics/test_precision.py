@@ -5,6 +5,7 @@ import torch
 
 from lightning_neurons.criteria import CRITERIA
 from tests.criteria.streams import ACTIVITY, LAYER, open_metric, stream, traits, view_of
+from tests.tables import for_each
 
 STATES = ("totals", "maxima", "samples", "values", "nonfinite", "histogram")
 
@@ -44,7 +45,7 @@ def test_sums_and_counts_go_on_beyond_what_single_precision_can_count():
     assert scores["near_zero"][LAYER].item() == 1 / (seen + 1)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@for_each("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_precisions_give_the_scores_of_their_values(dtype):
     activations, gradients = torch.randn(16, 3, 5).to(dtype), torch.randn(16, 3, 5).to(dtype)
     names = [name for name, c in CRITERIA.items() if c.statistics and "sampled_gradient" not in c.needs]

@@ -8,6 +8,7 @@ from lightning_neurons import measure
 from lightning_neurons.criteria import CRITERIA
 from tests import reference
 from tests.criteria.streams import ACTIVITY, LAYER, open_metric, stream, traits, view_of
+from tests.tables import for_each
 
 BY_GRADIENT = [name for name, c in CRITERIA.items() if c.needs == {"gradient"}]
 
@@ -25,8 +26,8 @@ def in_calls(names, activations: list[Tensor], gradients: list[Tensor] | None = 
     return {name: by_layer[LAYER] for name, by_layer in metric.compute().items()}
 
 
-@pytest.mark.parametrize("sizes", [None, [2, 5, 1]], ids=["one batch", "several"])
-@pytest.mark.parametrize("name", ACTIVITY + BY_GRADIENT)
+@for_each("sizes", [None, [2, 5, 1]])
+@for_each("name", ACTIVITY + BY_GRADIENT)
 def test_calls_are_more_positions_of_the_same_samples(name, sizes):
     """So gate gradients add over calls before they are squared."""
     calls, slopes = ([torch.randn(8, 3, 4) for _ in range(2)] for _ in range(2))
@@ -51,7 +52,7 @@ def test_calls_may_have_different_numbers_of_positions():
         torch.testing.assert_close(found[name], expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("bad_call", [0, 1])
+@for_each("bad_call", [0, 1])
 def test_a_sample_is_left_out_whole_if_one_of_its_calls_is_not_finite(bad_call):
     calls = [torch.randn(6, 2, 1), torch.randn(6, 2, 1)]
     expected = in_calls(ACTIVITY, [c[[0, 1, 3, 4, 5]] for c in calls])

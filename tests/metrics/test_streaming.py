@@ -11,6 +11,7 @@ from lightning_neurons import measure
 from lightning_neurons.criteria import LayerTraits
 from lightning_neurons.metrics.streaming import StreamingCriteria
 from tests.criteria.streams import ACTIVITY, LAYER, named, open_metric, stream, traits, view_of
+from tests.tables import for_each
 
 STATES = ("totals", "maxima", "samples", "values", "nonfinite", "histogram")
 
@@ -80,7 +81,7 @@ def test_an_empty_batch_changes_nothing():
     assert_same_results(metric, before)
 
 
-@pytest.mark.parametrize("copier", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+@for_each("copier", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_a_copy_goes_on_by_itself(copier):
     metric = open_metric([*ACTIVITY, "taylor"], traits(2), 2)
     first, second = torch.randn(4, 2, 3), torch.randn(5, 2, 3)
@@ -119,7 +120,7 @@ def test_reset_forgets_calls_that_waited_for_the_end_of_their_batch():
     assert metric.compute()["mean"][LAYER].item() == 1
 
 
-@pytest.mark.parametrize("way", ["update", "hold"])
+@for_each("way", ["update", "hold"])
 def test_results_follow_what_came_after_they_were_asked_for(way):
     metric = open_metric(["mean"], traits(1), 1)
     metric.update(LAYER, view_of(torch.ones(2, 1, 1)))
@@ -128,7 +129,7 @@ def test_results_follow_what_came_after_they_were_asked_for(way):
     assert metric.compute()["mean"][LAYER].item() == 0.5
 
 
-@pytest.mark.parametrize("space", [1, 3, 40])
+@for_each("space", [1, 3, 40])
 def test_what_happens_to_a_tensor_after_it_was_given_does_not_matter(space):
     values = torch.randn(4, 2, space)
     expected = stream(ACTIVITY, values.clone())

@@ -7,6 +7,7 @@ import torch
 
 from lightning_neurons import CRITERIA, ArgumentError, Criterion, PruningBudget, UnknownNameError
 from lightning_neurons.criteria.deadness import dormant, near_zero
+from tests.tables import for_each
 
 NAN, INF = math.nan, math.inf
 RULES = ["amount", "target_params", "target_macs", "threshold"]
@@ -18,18 +19,14 @@ def named(value) -> str:
     return f"own {value.name}" if isinstance(value, Criterion) else str(value)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@for_each("rule", RULES)
 def test_one_rule_is_enough_and_is_named(rule):
     budget = PruningBudget(**{rule: 0.5})
     assert budget.rule == (rule, 0.5)
     assert budget.criterion == "fisher"
 
 
-@pytest.mark.parametrize(
-    "rules",
-    [{}, *({a: 0.5, b: 0.5} for a in RULES for b in RULES if a < b), dict.fromkeys(RULES, 0.5)],
-    ids=lambda rules: " and ".join(rules) or "none",
-)
+@for_each("rules", [{}, *({a: 0.5, b: 0.5} for a in RULES for b in RULES if a < b), dict.fromkeys(RULES, 0.5)])
 def test_no_rule_or_several_are_refused(rules):
     with pytest.raises(ArgumentError) as error:
         PruningBudget("weight_l2", **rules)
@@ -37,21 +34,21 @@ def test_no_rule_or_several_are_refused(rules):
     assert all(f"{name!r}: 0.5" in str(error.value) for name in rules)
 
 
-@pytest.mark.parametrize("name", ["amount", "target_params", "target_macs", "max_amount"])
-@pytest.mark.parametrize("value", [0, 0.0, -0.1, 1.1, NAN, INF, True, "half", [0.5]], ids=str)
+@for_each("name", ["amount", "target_params", "target_macs", "max_amount"])
+@for_each("value", [0, 0.0, -0.1, 1.1, NAN, INF, True, "half", [0.5]])
 def test_a_share_out_of_range_is_refused(name, value):
     with pytest.raises(ArgumentError) as error:
         PruningBudget(**{"amount": 0.5} if name == "max_amount" else {}, **{name: value})
     assert f"{name}={value!r} is not allowed: expected a share in (0, 1]" in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["amount", "target_params", "target_macs"])
-@pytest.mark.parametrize("value", [1, 1.0, 1e-9], ids=str)
+@for_each("name", ["amount", "target_params", "target_macs"])
+@for_each("value", [1, 1.0, 1e-9])
 def test_a_share_may_be_all_and_as_small_as_one_likes(name, value):
     assert PruningBudget(**{name: value}).rule == (name, float(value))
 
 
-@pytest.mark.parametrize(
+@for_each(
     "options, named",
     [
         ({"min_neurons": 0}, "min_neurons=0 is not allowed: expected a whole number of at least 1"),
@@ -75,7 +72,6 @@ def test_a_share_may_be_all_and_as_small_as_one_likes(name, value):
         ({"ignore": None}, "ignore=None"),
         ({"ignore": 3}, "ignore=3"),
     ],
-    ids=str,
 )
 def test_an_option_out_of_range_says_what_came_and_what_is_allowed(options, named):
     with pytest.raises(ArgumentError) as error:
@@ -83,7 +79,7 @@ def test_an_option_out_of_range_says_what_came_and_what_is_allowed(options, name
     assert named in str(error.value)
 
 
-@pytest.mark.parametrize(
+@for_each(
     "criterion, near",
     [("fischer", "'fisher'"), ("weight_l3", "'weight_l2'"), ("dead", "'deadness'"), ("rnd", "'random'")],
 )
@@ -94,25 +90,25 @@ def test_an_unknown_criterion_names_the_nearest(criterion, near):
     assert near in str(error.value)
 
 
-@pytest.mark.parametrize("criterion", [None, 3, ["fisher"], Criterion], ids=str)
+@for_each("criterion", [None, 3, ["fisher"], Criterion])
 def test_what_is_no_criterion_is_refused(criterion):
     with pytest.raises(ArgumentError, match="criterion"):
         PruningBudget(criterion, amount=0.5)
 
 
-@pytest.mark.parametrize("value", [NAN, True, "low", [1]], ids=str)
+@for_each("value", [NAN, True, "low", [1]])
 def test_a_threshold_is_a_number(value):
     with pytest.raises(ArgumentError, match=r"threshold=.* is not allowed: expected a number"):
         PruningBudget("weight_l2", threshold=value)
 
 
-@pytest.mark.parametrize("value", [-5.0, 0, 7, INF, -INF], ids=str)
+@for_each("value", [-5.0, 0, 7, INF, -INF])
 def test_a_threshold_of_importance_is_any_number(value):
     assert PruningBudget("weight_l2", threshold=value).rule == ("threshold", value)
 
 
-@pytest.mark.parametrize("criterion", ["deadness", "near_zero", "apoz", "dormant", dormant(0.1)], ids=named)
-@pytest.mark.parametrize("value", [0, -0.5, 1.001, INF], ids=str)
+@for_each("criterion", ["deadness", "near_zero", "apoz", "dormant", dormant(0.1)])
+@for_each("value", [0, -0.5, 1.001, INF])
 def test_a_threshold_of_deadness_lies_above_0_and_at_most_at_1(criterion, value):
     PruningBudget(criterion, threshold=1)
     PruningBudget(criterion, threshold=1e-6)
@@ -125,7 +121,7 @@ def test_random_scores_have_no_threshold():
         PruningBudget("random", threshold=0.5)
 
 
-@pytest.mark.parametrize("criterion", [*CRITERIA, "deadness", OWN, dormant(0.5)], ids=named)
+@for_each("criterion", [*CRITERIA, "deadness", OWN, dormant(0.5)])
 def test_only_measures_of_deadness_remove_the_most_silent(criterion):
     budget = PruningBudget(criterion, amount=0.5)
     known = CRITERIA["near_zero"] if criterion == "deadness" else CRITERIA.get(str(criterion), criterion)
@@ -139,7 +135,7 @@ def test_random_scores_are_not_measured():
     assert not budget.by_deadness
 
 
-@pytest.mark.parametrize("criterion", ["deadness", "near_zero"])
+@for_each("criterion", ["deadness", "near_zero"])
 def test_deadness_is_counted_at_the_threshold_of_the_budget(criterion):
     found = PruningBudget(criterion, amount=0.5, activation_threshold=0.3, relative_threshold=False).measured
     same, default = near_zero(0.3, relative=False), PruningBudget(criterion, amount=0.5).measured
@@ -147,7 +143,7 @@ def test_deadness_is_counted_at_the_threshold_of_the_budget(criterion):
     assert default.score.keywords == near_zero().score.keywords
 
 
-@pytest.mark.parametrize(
+@for_each(
     "criterion, rule, scope, expected",
     [
         ("weight_l2", "amount", "global", "l2"),
@@ -162,7 +158,6 @@ def test_deadness_is_counted_at_the_threshold_of_the_budget(criterion):
         ("apoz", "target_params", "global", "none"),
         ("random", "amount", "global", "none"),
     ],
-    ids=named,
 )
 def test_layers_are_made_comparable_where_they_are_compared_and_are_not_yet(criterion, rule, scope, expected):
     budget = PruningBudget(criterion, scope=scope, **{rule: 0.5})
@@ -171,7 +166,7 @@ def test_layers_are_made_comparable_where_they_are_compared_and_are_not_yet(crit
         assert PruningBudget(criterion, scope=scope, normalize=asked, **{rule: 0.5}).normalization == asked
 
 
-@pytest.mark.parametrize("progress", [0.01, 0.25, 0.5, 0.875, 1.0, 1.5])
+@for_each("progress", [0.01, 0.25, 0.5, 0.875, 1.0, 1.5])
 def test_a_part_of_the_way_is_that_part_of_what_goes(progress):
     part = min(progress, 1.0)
     assert PruningBudget(amount=0.6).at(progress).amount == pytest.approx(0.6 * part)
@@ -181,7 +176,7 @@ def test_a_part_of_the_way_is_that_part_of_what_goes(progress):
     assert threshold.at(progress) is threshold
 
 
-@pytest.mark.parametrize("rule", ["amount", "target_params", "target_macs"])
+@for_each("rule", ["amount", "target_params", "target_macs"])
 def test_on_the_way_only_the_rule_changes(rule):
     options = {"scope": "layer", "min_neurons": 3, "ignore": ["head"], "criterion": OWN, "max_amount": 0.7}
     budget = PruningBudget(**options, **{rule: 0.4})
@@ -191,7 +186,7 @@ def test_on_the_way_only_the_rule_changes(rule):
     assert {name: getattr(half, name) for name in options} == options
 
 
-@pytest.mark.parametrize(
+@for_each(
     "patterns, expected",
     [
         ([], set()),
@@ -207,7 +202,7 @@ def test_a_pattern_ignores_the_layers_that_it_matches_and_those_inside(patterns,
     assert PruningBudget(amount=0.5, ignore=patterns).ignores(LAYERS) == expected
 
 
-@pytest.mark.parametrize("pattern", ["hed", "bod", "Head", "stem.conv.weight", ""])
+@for_each("pattern", ["hed", "bod", "Head", "stem.conv.weight", ""])
 def test_a_pattern_that_matches_nothing_is_refused(pattern):
     with pytest.raises(UnknownNameError, match="ignore: nothing matches"):
         PruningBudget(amount=0.5, ignore=["stem", pattern]).ignores(LAYERS)

@@ -14,6 +14,7 @@ from lightning_neurons.pruning.compensation import ridge as least_squares
 from lightning_neurons.pruning.compensation.calibration import in_few
 from lightning_neurons.pruning.compensation.moments import Moments
 from tests.models import seeded
+from tests.tables import for_each
 
 X = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
 
@@ -44,8 +45,8 @@ class Keeping(nn.Module):
         return self.c(torch.cat([y, skip], 1))
 
 
-@pytest.mark.parametrize("how", ["attribute", "list"])
-@pytest.mark.parametrize("sizes", [(32, 32), (40, 24)])
+@for_each("how", ["attribute", "list"])
+@for_each("sizes", [(32, 32), (40, 24)])
 def test_what_a_forward_keeps_on_the_module_is_its_own_while_others_run(how, sizes):
     batches = [part * scale for part, scale in zip(X.split(sizes), (1.0, 5.0), strict=True)]
     found = {}
@@ -56,8 +57,8 @@ def test_what_a_forward_keeps_on_the_module_is_its_own_while_others_run(how, siz
     assert all(torch.equal(tensor, found["local"][name]) for name, tensor in found[how].items())
 
 
-@pytest.mark.parametrize("how", ["mean", "least_squares", "patch_least_squares"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@for_each("how", ["mean", "least_squares", "patch_least_squares"])
+@for_each("value", [float("nan"), float("inf")])
 def test_what_is_no_number_is_an_error_that_names_the_reader(how, value):
     net, x = seeded(Mlp), X.clone()
     x[3, 0] = value
@@ -84,7 +85,7 @@ class Branching(Mlp):
         return self.c(F.relu(self.b(h) if float(x.mean()) > 0 else self.other(h)))
 
 
-@pytest.mark.parametrize("how", ["none", "mean", "least_squares"])
+@for_each("how", ["none", "mean", "least_squares"])
 def test_a_branch_that_the_example_does_not_take_is_found_before_the_cut(how):
     net = seeded(Branching)
     with pytest.raises(PruningError, match=r"fails on batch 1 .*does not run"):
@@ -118,7 +119,7 @@ COMPANY = {
 }
 
 
-@pytest.mark.parametrize("run", COMPANY.values(), ids=COMPANY)
+@for_each("run", COMPANY.values())
 def test_batches_whose_samples_depend_on_one_another_stay_as_they_came(run):
     batches = list(X.split(8))
     assert all(one is other for one, other in zip(in_few(batches, 2, run), batches, strict=True))
@@ -171,14 +172,14 @@ def test_batches_without_a_sample_are_left_out_or_refused():
     assert torch.equal(first.b.weight, second.b.weight)
 
 
-@pytest.mark.parametrize("loss_fn", ["mse", 3])
+@for_each("loss_fn", ["mse", 3])
 def test_a_loss_that_is_no_function_is_refused_at_once(loss_fn):
     with pytest.raises(ArgumentError, match="loss_fn="):
         prune(seeded(Mlp), X[:2], {"a": [0]}, [X], loss_fn=loss_fn)
 
 
-@pytest.mark.parametrize("centred", [True, False])
-@pytest.mark.parametrize("count", [8, 40, 4000])
+@for_each("centred", [True, False])
+@for_each("count", [8, 40, 4000])
 def test_the_ridge_is_the_one_by_which_each_half_predicts_the_other_best(count, centred):
     generator = torch.Generator().manual_seed(count)
     x = torch.randn(6, 2 * count, generator=generator).double()

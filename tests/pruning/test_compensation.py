@@ -10,6 +10,7 @@ from lightning_neurons.pruning.compensation.means import InputMeans, fold_means
 from lightning_neurons.pruning.compensation.weight_shifts import readers_of
 from lightning_neurons.pruning.surgery.surgery import Cut, cut
 from tests.models import ConvNet, pictures, seeded
+from tests.tables import for_each
 
 GONE = (1, 4)
 
@@ -63,11 +64,7 @@ def test_means_are_those_of_every_single_value_read():
     assert not any(module._forward_pre_hooks for module in net.modules())
 
 
-@pytest.mark.parametrize(
-    "module, shape",
-    [(nn.Linear(5, 2), (5,)), (nn.Conv1d(5, 2, 1), (5, 7)), (nn.Conv2d(5, 2, 1), (5, 5, 7))],
-    ids=["vector", "sequence", "picture"],
-)
+@for_each("module, shape", [(nn.Linear(5, 2), (5,)), (nn.Conv1d(5, 2, 1), (5, 7)), (nn.Conv2d(5, 2, 1), (5, 5, 7))])
 def test_means_of_a_single_sample_without_batch_axis_are_by_channel(module, shape):
     x = torch.randn(shape)
     found = InputMeans(module, [""])
@@ -122,8 +119,8 @@ READERS = {
 }
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("name", READERS)
+@for_each("training", [False, True])
+@for_each("name", READERS)
 def test_neurons_that_never_change_go_without_changing_the_output(name, training):
     net = seeded(READERS[name])
     constant(net[0])
@@ -187,7 +184,7 @@ def test_a_reader_with_neither_bias_nor_norm_is_named_in_a_note_and_left_alone()
     assert torch.equal(net[2].weight, was[:, [0, 2, 3, 5]])
 
 
-@pytest.mark.parametrize("stride, kernel, dilation", [(1, 3, 1), (2, 2, 1), (2, 4, 1), (3, 2, 1), (2, 3, 2)])
+@for_each("stride, kernel, dilation", [(1, 3, 1), (2, 2, 1), (2, 4, 1), (3, 2, 1), (2, 3, 2)])
 def test_a_transposed_convolution_is_given_the_mean_over_all_phases(stride, kernel, dilation):
     net = seeded(nn.ConvTranspose2d, 6, 4, kernel, stride, dilation=dilation, double=True)
     lone = torch.zeros(1, 6, 12, 12).double()

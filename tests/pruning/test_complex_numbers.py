@@ -1,11 +1,11 @@
 """Models that compute with complex numbers on the way are tried and cut as any other."""
 
-import pytest
 import torch
 from torch import Tensor, nn
 
 from lightning_neurons import describe_structure, prune
 from tests.models import seeded
+from tests.tables import for_each
 
 X = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0))
 
@@ -47,7 +47,7 @@ def test_a_spectrum_is_cut_with_the_channels_that_it_filters():
     torch.testing.assert_close(net(X), expected)
 
 
-@pytest.mark.parametrize("sizes", [False, True])
+@for_each("sizes", [False, True])
 def test_complex_layers_are_cut_and_what_is_complex_in_the_output_counts(sizes):
     net = seeded(lambda: Complex(sizes=sizes))
     net.second.weight.data[:, [0, 7]] = 0.0

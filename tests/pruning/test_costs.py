@@ -19,6 +19,7 @@ from lightning_neurons.pruning.structure.example import Example
 from lightning_neurons.pruning.structure.structure import Structure, discover
 from lightning_neurons.pruning.surgery.surgery import Cut, cut, cuts_of
 from tests.models import NETS, CharTransformer, pictures
+from tests.tables import for_each
 
 
 class Twice(nn.Module):
@@ -80,8 +81,8 @@ BY_HAND: dict[str, tuple[Any, Any, int, int]] = {  # a model, the shape of a sam
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("name", BY_HAND)
+@for_each("batch", [1, 3])
+@for_each("name", BY_HAND)
 def test_parameters_and_operations_are_those_counted_by_hand(name, batch):
     make, shape, parameters, macs = BY_HAND[name]
     x = torch.zeros(batch, *shape, dtype=torch.long if name == "tied weights" else torch.float)
@@ -96,7 +97,7 @@ def test_operations_are_known_by_layer():
     assert [costs.macs_of(f"{name}.weight") for name in ("start", "again", "head", "unknown")] == [5292, 14112, 8, 0]
 
 
-@pytest.mark.parametrize("form", [lambda x: x, lambda x: (x,), lambda x: {"input": x}], ids=["tensor", "tuple", "dict"])
+@for_each("form", [lambda x: x, lambda x: (x,), lambda x: {"input": x}])
 def test_inputs_of_any_form_count_the_same(form):
     assert costs_of(nn.Conv2d(3, 8, 3), Example(form(torch.zeros(2, *PICTURE)))).macs() == 49 * 216
 
@@ -158,7 +159,7 @@ def some_units(structure: Structure, seed: int) -> dict[str, list[int]]:
     return units
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@for_each("name", EXAMPLES)
 def test_costs_without_units_are_those_of_a_model_that_was_really_cut(name):
     make, x = EXAMPLES[name]
     net = make().eval()
@@ -210,7 +211,7 @@ class First(nn.Module):
         return x[0]
 
 
-@pytest.mark.parametrize("name", WITHOUT_A_WEIGHT)
+@for_each("name", WITHOUT_A_WEIGHT)
 def test_operations_without_a_weight_of_their_own_count_before_and_after_a_cut(name):
     net, x = WITHOUT_A_WEIGHT[name]().eval(), torch.randn(2, 6, 6)
     before = recount(net, x)

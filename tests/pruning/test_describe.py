@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_neurons import describe_structure, find_neurons, prune
 from tests.models import pictures, seeded
 from tests.pruning.nets import NETS, LeNet, Residual, net_and_inputs
+from tests.tables import for_each
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +56,7 @@ def test_the_layers_of_an_inverted_residual_have_their_roles():
     assert found["classifier.3"] == "head"
 
 
-@pytest.mark.parametrize("name", ["MobileNetV2", "MobileNetV3"])
+@for_each("name", ["MobileNetV2", "MobileNetV3"])
 def test_a_residual_block_without_expansion_has_a_depthwise_and_a_projecting_layer(name):
     found = roles(document_of(name))
     assert found["features.1.block.0.0"] == "depthwise"
@@ -68,7 +69,7 @@ def test_without_squeeze_and_excitation_nothing_is_called_so():
     assert SQUEEZE not in {role for name, role in found.items() if not name.startswith("features.1.")}
 
 
-@pytest.mark.parametrize("name", ["MobileNetV2", "MobileNetV3"])
+@for_each("name", ["MobileNetV2", "MobileNetV3"])
 def test_the_blocks_of_a_mobile_net_follow_one_another(name):
     document = document_of(name)
     features = ["features.0.0", "features.1", "features.2", "features.3", "features.4.0"]
@@ -89,7 +90,7 @@ def test_the_groups_of_a_mobile_net_have_their_layers_readers_and_sizes():
     assert reasons == {"classifier.3": "its neurons are the model's output"}
 
 
-@pytest.mark.parametrize("name", ["ResNet A", "ResNet B"])
+@for_each("name", ["ResNet A", "ResNet B"])
 def test_the_blocks_of_a_residual_net_are_its_modules_whatever_the_shortcuts(name):
     document = document_of(name)
     blocks = ["layer1.0", "layer1.1", "layer2.0", "layer2.1"]
@@ -101,7 +102,7 @@ def test_the_blocks_of_a_residual_net_are_its_modules_whatever_the_shortcuts(nam
     assert roles(document)["linear"] == "head"
 
 
-@pytest.mark.parametrize("name", ["LeNet", "VGG", "MLP"])
+@for_each("name", ["LeNet", "VGG", "MLP"])
 def test_in_a_plain_chain_each_layer_is_a_block(name):
     document = document_of(name)
     names = list(roles(document))
@@ -136,7 +137,7 @@ def test_modules_of_a_repeated_type_are_blocks_also_as_attributes():
     assert layers(document)["tail.pair"] == ["tail.pair.0", "tail.pair.1"]
 
 
-@pytest.mark.parametrize("name", NETS)
+@for_each("name", NETS)
 def test_the_document_counts_what_the_model_has(name):
     (net, x), document = net_and_inputs(name), document_of(name)
     found = {layer: entry for block in document["blocks"].values() for layer, entry in block["layers"].items()}
@@ -201,8 +202,8 @@ class Lit(L.LightningModule):
 X, TWO = pictures(2)[0], torch.tensor(2.0)
 
 
-@pytest.mark.parametrize(
-    ("make", "inputs"),
+@for_each(
+    "make, inputs",
     [
         (Structured, X),
         (Structured, (X,)),
@@ -221,7 +222,7 @@ def test_inputs_and_outputs_may_have_any_form(make, inputs):
     assert prune(net, inputs, {"net.conv2": [1]}).widths["net.conv2"] == 4
 
 
-@pytest.mark.parametrize("ran_before", [False, True])
+@for_each("ran_before", [False, True])
 def test_the_names_in_a_compiled_net_are_its_own(ran_before):
     net = nn.Sequential(torch.compile(seeded(LeNet), backend="eager"))
     if ran_before:

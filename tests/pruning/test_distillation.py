@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_neurons import PruningError
 from lightning_neurons.pruning.distillation import checked_logits, distillation_gradient, distillation_loss
+from tests.tables import for_each
 
 SHAPES = [((5, 3), 1), ((1, 2), 1), ((4, 3, 6), 1), ((2, 4, 3, 5), 1), ((5, 3), -1), ((4, 6, 3), -1), ((2, 3, 5, 4), 3)]
 TEMPERATURES = [0.5, 1.0, 2.0, 7.0]
@@ -47,8 +48,8 @@ def gradient_by_hand(
     return weight * temperature * np.stack(found) / len(pairs)
 
 
-@pytest.mark.parametrize("temperature", TEMPERATURES)
-@pytest.mark.parametrize("shape, class_axis", SHAPES)
+@for_each("temperature", TEMPERATURES)
+@for_each("shape, class_axis", SHAPES)
 def test_the_loss_is_the_formula(shape, class_axis, temperature):
     student, teacher = logits(shape, 1), logits(shape, 2)
     found = distillation_loss(student.float(), teacher.float(), temperature=temperature, class_axis=class_axis)
@@ -57,8 +58,8 @@ def test_the_loss_is_the_formula(shape, class_axis, temperature):
     assert float(found) == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("temperature", TEMPERATURES)
-@pytest.mark.parametrize("shape, class_axis", SHAPES)
+@for_each("temperature", TEMPERATURES)
+@for_each("shape, class_axis", SHAPES)
 def test_the_gradient_is_the_difference_of_the_probabilities(shape, class_axis, temperature):
     student, teacher = logits(shape, 1).float(), logits(shape, 2).float()
     found = distillation_gradient(student, teacher, temperature=temperature, weight=0.7, class_axis=class_axis)
@@ -91,7 +92,7 @@ def test_a_weight_of_nothing_is_a_gradient_of_nothing_and_weights_are_factors():
     assert torch.equal(four, 4 * one)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@for_each("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_gradients_are_in_float32_and_those_of_what_the_logits_are(dtype):
     student, teacher = logits((6, 4), 3).to(dtype), logits((6, 4), 4).to(dtype)
     found = distillation_gradient(student, teacher, temperature=2.0, weight=1.0, class_axis=1)
@@ -99,7 +100,7 @@ def test_gradients_are_in_float32_and_those_of_what_the_logits_are(dtype):
     assert rows(found, 1) == pytest.approx(gradient_by_hand(student, teacher, 2.0, 1.0, 1), rel=1e-4, abs=1e-7)
 
 
-@pytest.mark.parametrize("context", [torch.no_grad, torch.enable_grad, lambda: torch.autocast("cpu", torch.bfloat16)])
+@for_each("context", [torch.no_grad, torch.enable_grad, lambda: torch.autocast("cpu", torch.bfloat16)])
 def test_the_gradient_is_the_same_wherever_it_is_asked_for_and_leaves_no_graph(context):
     student, teacher = logits((6, 4), 3).float().requires_grad_(), logits((6, 4), 4).float().requires_grad_()
     options = {"temperature": 2.0, "weight": 1.0, "class_axis": 1}
@@ -119,7 +120,7 @@ def test_logits_far_apart_have_finite_losses_and_gradients():
     assert gradient.tolist() == [[1.0, -1.0, 0.0]]
 
 
-@pytest.mark.parametrize("other", [(5, 4), (4, 3), (5, 3, 1), (3,)])
+@for_each("other", [(5, 4), (4, 3), (5, 3, 1), (3,)])
 def test_logits_of_other_shapes_are_refused_with_both_shapes(other):
     with pytest.raises(PruningError, match="they are not for the same classes") as refused:
         distillation_gradient(torch.zeros(5, 3), torch.zeros(other), temperature=1.0, weight=1.0, class_axis=1)
@@ -139,7 +140,7 @@ OUTPUTS = {
 }
 
 
-@pytest.mark.parametrize("name", OUTPUTS)
+@for_each("name", OUTPUTS)
 def test_logits_are_found_in(name):
     assert checked_logits(OUTPUTS[name], 1) is WANTED
 
@@ -157,7 +158,7 @@ NONE = {
 }
 
 
-@pytest.mark.parametrize("name", NONE)
+@for_each("name", NONE)
 def test_outputs_without_one_set_of_logits_are_refused(name):
     output, message = NONE[name]
     with pytest.raises(PruningError, match=message):

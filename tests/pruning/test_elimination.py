@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_neurons.pruning.selection.elimination import Reading, eliminate
+from tests.tables import for_each
 
 
 def reading(places: tuple[tuple[int, ...], ...], seed: int = 0, *, outputs: int = 3, more: int = 2) -> Reading:
@@ -71,7 +72,7 @@ CASES = {
     "three readers of different kinds": [reading(BLOCKS, 1), reading(UNEQUAL, 2), reading(SCATTERED, 4, outputs=1)],
     "some read by one alone": [reading(EMPTY, 1), reading(SCATTERED, 2)],
 }
-with_each_case = pytest.mark.parametrize("name", CASES)
+with_each_case = for_each("name", CASES)
 
 
 def units_of(readings: list[Reading]) -> int:
@@ -96,7 +97,7 @@ def test_order_and_errors_are_those_of_solving_again_at_every_step(name):
     assert errors == pytest.approx(costs, rel=1e-7, abs=1e-10)
 
 
-@pytest.mark.parametrize("seed", range(10))
+@for_each("seed", range(10))
 def test_other_seeds_too(seed):
     readings = [reading(SCATTERED, seed), reading(UNEQUAL, seed + 20)]
     order, errors = eliminate(readings, 5)
@@ -115,7 +116,7 @@ def test_errors_add_up_to_that_of_all_that_have_gone(name):
     assert min(errors) >= -1e-10
 
 
-@pytest.mark.parametrize("places", [SINGLE, BLOCKS, SCATTERED], ids=["single", "blocks", "scattered"])
+@for_each("places", [SINGLE, BLOCKS, SCATTERED])
 def test_a_cost_is_that_of_the_weights_as_they_are_by_then(places):
     """With the formula of Hassibi and Stork, on weights and an inverse that are computed afresh."""
     one = reading(places, 5, more=0)
@@ -132,8 +133,8 @@ def test_a_cost_is_that_of_the_weights_as_they_are_by_then(places):
         assert errors[step] == pytest.approx(expected, rel=1e-7)
 
 
-@pytest.mark.parametrize("places", [SINGLE, SCATTERED, UNEQUAL], ids=["single", "scattered", "unequal"])
-@pytest.mark.parametrize("seed", range(8))
+@for_each("places", [SINGLE, SCATTERED, UNEQUAL])
+@for_each("seed", range(8))
 def test_no_choice_is_better_than_the_best_and_none_twice_as_bad(places, seed):
     one = reading(places, seed, more=0)
     order, errors = eliminate([one], len(places))

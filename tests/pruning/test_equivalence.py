@@ -16,6 +16,7 @@ from lightning_neurons.pruning.structure.example import Example
 from lightning_neurons.pruning.structure.structure import discover
 from tests.models import pictures, seeded
 from tests.pruning.nets import NETS, Joined, net_and_inputs
+from tests.tables import for_each
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +94,9 @@ KNOWN: dict[str, list[Known]] = {
     "tokens": [Known(9, "fc1"), Known(6, "fc2", "embed place")],
     "transformer": [Known(6, "v"), Known(9, "fc1")],
 }
-GROUPS = [pytest.param(name, known, id=f"{name}, {known.root}") for name in NETS for known in KNOWN[name]]
+AMOUNTS = ["one", "a third", "all but the least"]
+EVERY_GROUP = [(name, known) for name in NETS for known in KNOWN[name]]
+GROUPS = [(*group, AMOUNTS[number % 3]) for number, group in enumerate(EVERY_GROUP)]
 
 
 @contextmanager
@@ -125,7 +128,7 @@ def outputs(net: nn.Module, x: Tensor, places: Iterable[dict[str, list[int]]] = 
         return net(x)
 
 
-@pytest.mark.parametrize("name", NETS)
+@for_each("name", NETS)
 def test_the_groups_that_are_offered_are_those_that_one_counts_by_hand(name):
     net, x = net_and_inputs(name)
     offered = discover(net, Example(x)).offered
@@ -137,8 +140,7 @@ def test_the_groups_that_are_offered_are_those_that_one_counts_by_hand(name):
         assert offered[known.root].neurons(everything) == known.places(everything, behind=False)
 
 
-@pytest.mark.parametrize("how_many", ["one", "a third", "all but the least"])
-@pytest.mark.parametrize(("name", "known"), GROUPS)
+@for_each("name, known, how_many", GROUPS)
 def test_removing_neurons_of_a_group_is_silencing_them(name, known, how_many):
     net, x = net_and_inputs(name)
     neurons = some(known, how_many)
@@ -155,8 +157,8 @@ def test_removing_neurons_of_a_group_is_silencing_them(name, known, how_many):
     torch.testing.assert_close(outputs(net, x), expected, rtol=1e-5, atol=1e-12)
 
 
-@pytest.mark.parametrize("how_many", ["one", "a third", "all but the least"])
-@pytest.mark.parametrize("name", NETS)
+@for_each("how_many", AMOUNTS)
+@for_each("name", NETS)
 def test_removing_neurons_of_all_groups_at_once_is_silencing_them(name, how_many):
     net, x = net_and_inputs(name)
     neurons = {known.root: some(known, how_many) for known in KNOWN[name]}
@@ -166,7 +168,7 @@ def test_removing_neurons_of_all_groups_at_once_is_silencing_them(name, how_many
     torch.testing.assert_close(outputs(net, x), expected, rtol=1e-5, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", NETS)
+@for_each("name", NETS)
 def test_any_coupled_layer_names_the_same_cut(name):
     net, x = net_and_inputs(name)
     structure = discover(net, Example(x))
@@ -178,7 +180,7 @@ def test_any_coupled_layer_names_the_same_cut(name):
             }
 
 
-@pytest.mark.parametrize("amount", [0.3, 0.5, 0.7, 0.9])
+@for_each("amount", [0.3, 0.5, 0.7, 0.9])
 def test_a_budget_leaves_each_layer_its_least_also_where_it_has_only_some_of_a_group(amount):
     net, x = seeded(Joined, wide_first=True, double=True), pictures(3, double=True)[0]
     dense = copy.deepcopy(net)

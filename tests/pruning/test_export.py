@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_neurons import PruningError, load_pruned, prune, pruned_widths
 from tests.models import pictures, seeded
 from tests.pruning.nets import NETS, MobileNet, net_and_inputs
+from tests.tables import for_each
 
 
 class Exported(MobileNet):
@@ -164,7 +165,7 @@ def layers(kind: str, width: int = 8) -> tuple[Layers, Tensor]:
     return model.eval(), given
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "LayerNorm"])
+@for_each("kind", [kind for kind in KINDS if kind != "LayerNorm"])
 def test_every_kind_of_layer_is_loaded_as_it_was_pruned(tmp_path, kind):
     live, given = layers(kind)
     report = prune(live, given, 0.4)
@@ -172,8 +173,8 @@ def test_every_kind_of_layer_is_loaded_as_it_was_pruned(tmp_path, kind):
     assert_same(through_a_file(live, tmp_path / "net.pt", kind=kind), live, given)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("width", [1, 5, 8, 11])
+@for_each("kind", KINDS)
+@for_each("width", [1, 5, 8, 11])
 def test_every_kind_of_layer_takes_the_width_in_a_file(tmp_path, kind, width):
     live, given = layers(kind, width)
     if width <= 8:
@@ -198,7 +199,7 @@ class Stored(nn.Module):
         return self.net(x)
 
 
-@pytest.mark.parametrize("name", NETS)
+@for_each("name", NETS)
 def test_every_kind_of_network_is_loaded_as_it_was_pruned(tmp_path, name):
     live, given = Stored(name).eval(), net_and_inputs(name)[1]
     assert len(prune(live, given, 0.4).plan) > 1

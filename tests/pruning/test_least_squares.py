@@ -3,7 +3,6 @@
 from itertools import pairwise
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,6 +16,7 @@ from lightning_neurons.pruning.compensation.weight_shifts import Wiring
 from lightning_neurons.pruning.surgery.surgery import Cut
 from tests.criteria.streams import laws
 from tests.models import seeded
+from tests.tables import for_each
 
 
 def error_of(moments, matrix, variance_y):
@@ -57,7 +57,7 @@ def covariance(z: Tensor) -> Tensor:
     return torch.cov(z, correction=0)
 
 
-@pytest.mark.parametrize("centred", [True, False])
+@for_each("centred", [True, False])
 def test_without_a_ridge_it_is_the_solution_of_numpy(centred):
     z = values(9)
     x, y = z[:5], z[5:].square()
@@ -66,8 +66,8 @@ def test_without_a_ridge_it_is_the_solution_of_numpy(centred):
     assert found.ridge == 0
 
 
-@pytest.mark.parametrize("centred", [True, False])
-@pytest.mark.parametrize("ridge", [1e-3, 1.0])
+@for_each("centred", [True, False])
+@for_each("ridge", [1e-3, 1.0])
 def test_a_ridge_is_rows_of_data_that_ask_for_no_change(ridge, centred):
     z, start = values(8), torch.randn(3, 5, dtype=torch.float64)
     x, y, count = z[:5], z[5:], z.shape[1]
@@ -86,7 +86,7 @@ def test_the_error_is_what_is_left_when_everything_is_added_up():
     torch.testing.assert_close(found, mean_square(z[5:] - matrix @ z[:5]))
 
 
-@pytest.mark.parametrize("gone", [(0,), (1, 4), (0, 2, 3, 5)])
+@for_each("gone", [(0,), (1, 4), (0, 2, 3, 5)])
 def test_the_error_of_the_outputs_is_the_schur_complement_seen_through_the_weights(gone):
     z, weight = values(), torch.randn(4, 6, dtype=torch.float64)
     keep, gone = [i for i in range(6) if i not in gone], list(gone)
@@ -100,7 +100,7 @@ def test_the_error_of_the_outputs_is_the_schur_complement_seen_through_the_weigh
     torch.testing.assert_close(direct, expected)
 
 
-@pytest.mark.parametrize("gone", range(6))
+@for_each("gone", range(6))
 def test_one_neuron_costs_its_weights_over_the_inverse(gone):
     z, weight = values(seed=3), torch.randn(4, 6, dtype=torch.float64)
     keep = [i for i in range(6) if i != gone]
@@ -166,7 +166,7 @@ CUTS = [Cut("0", "makes", (1, 3)), Cut("2", "reads", (1, 3)), Cut("2", "makes", 
 WIRING = Wiring({"2": 1, "4": 1}, {})
 
 
-@pytest.mark.parametrize("how", ["least_squares", "patch_least_squares", "mean"])
+@for_each("how", ["least_squares", "patch_least_squares", "mean"])
 def test_two_processes_with_half_of_the_data_each_find_what_one_finds(how):
     net, x = three_layers(), torch.randn(90, 5, dtype=torch.float64)
 
@@ -214,8 +214,8 @@ def test_singular_inputs_are_solved_with_as_much_of_a_ridge_as_it_takes():
     torch.testing.assert_close(mean_square(z - found.matrix @ x), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("values_of", [[0.0, 0.0, 0.0], [0.5, 2.0, -1.0], [0.1, 0.3, 1 / 7], [1e4 / 3, 0.7, 0.0]])
-@pytest.mark.parametrize("count", [4, 7, 1000, 3001])
+@for_each("values_of", [[0.0, 0.0, 0.0], [0.5, 2.0, -1.0], [0.1, 0.3, 1 / 7], [1e4 / 3, 0.7, 0.0]])
+@for_each("count", [4, 7, 1000, 3001])
 def test_inputs_that_are_all_constant_change_nothing(values_of, count):
     x = torch.tensor(values_of, dtype=torch.float64)[:, None].repeat(1, count)
     y, start = values(4, count), torch.randn(4, 3, dtype=torch.float64)

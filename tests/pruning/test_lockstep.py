@@ -17,6 +17,7 @@ from lightning_neurons.pruning.structure.example import Example
 from lightning_neurons.pruning.structure.structure import discover
 from lightning_neurons.pruning.surgery.surgery import Cut, cuts_of
 from tests.models import ConvNet, cross_entropy, pictures, seeded
+from tests.tables import for_each
 
 STOPS = ["conv1", "conv2", "fc1", "fc2"]
 BATCHES = [pictures(count, seed=count)[0] for count in (2, 3, 1)]
@@ -127,7 +128,7 @@ def test_what_the_caller_raises_in_between_ends_all_walks():
     assert hooks_of(net) == []
 
 
-@pytest.mark.parametrize("how", ["least_squares", "mean"])
+@for_each("how", ["least_squares", "mean"])
 def test_an_error_on_one_batch_is_that_of_prune_and_leaves_no_trace(how):
     net, x = seeded(Failing).train(), pictures(2)[0]
     before, modes = copy.deepcopy(net.state_dict()), [m.training for m in net.modules()]
@@ -172,7 +173,7 @@ class Catching(nn.Module):
 WAYS = ["except Exception", "except BaseException", "finally", "suppressed"]
 
 
-@pytest.mark.parametrize("how", WAYS)
+@for_each("how", WAYS)
 def test_models_that_catch_errors_are_walked_through(how):
     net, x = seeded(Catching, how), torch.randn(6, 4)
     expected, passed = read_by(net, ["one", "two", "three"], x), set()
@@ -183,7 +184,7 @@ def test_models_that_catch_errors_are_walked_through(how):
         assert walks.walk_to("three", passed, 0) is None, "it has come to its end"
 
 
-@pytest.mark.parametrize("how", WAYS)
+@for_each("how", WAYS)
 def test_models_that_catch_errors_let_walks_end_early(how):
     net, x = seeded(Catching, how), torch.randn(6, 4)
     walks = Lockstep(net, ["one", "two", "three"], run, [x])
@@ -207,8 +208,8 @@ def test_a_model_that_catches_errors_can_be_cut():
     assert net(x).shape == (8, 2)
 
 
-@pytest.mark.parametrize("how", ["least_squares", "patch_least_squares", "mean"])
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@for_each("how", ["least_squares", "patch_least_squares", "mean"])
+@for_each("training", [False, True])
 def test_compensation_only_looks(how, training):
     net, (x, y) = seeded(ConvNet), pictures(12)
     structure = discover(net, Example(x[:2]))

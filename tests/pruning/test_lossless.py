@@ -11,6 +11,7 @@ from lightning_neurons import ArgumentError, PruningBudget, PruningError, Prunin
 from lightning_neurons.pruning.selection import lossless
 from tests.models import pictures, seeded
 from tests.pruning.nets import NETS, MobileNet, SqueezeExcite, net_and_inputs
+from tests.tables import for_each
 
 X = pictures(12, double=True)[0]
 BATCHES = [X[:5], X[5:]]
@@ -88,7 +89,7 @@ FOLDED = {
 }
 
 
-@pytest.mark.parametrize("name", FOLDED)
+@for_each("name", FOLDED)
 def test_a_constant_channel_moves_into_the_bias_of_what_reads_it(name):
     model = with_scales(seeded(Normed, double=True, **FOLDED[name]))
     expected = model.conv2.bias + 0.6 * model.conv2.weight[:, 4].sum((1, 2))
@@ -106,7 +107,7 @@ def test_without_a_bias_a_constant_moves_into_the_mean_of_the_norm_behind():
     assert model.conv2.bias is None
 
 
-@pytest.mark.parametrize("padding", [1, (1, 0), "same"])
+@for_each("padding", [1, (1, 0), "same"])
 def test_at_a_zero_padded_border_a_constant_stays_and_the_dead_go(padding):
     model = with_scales(seeded(Normed, double=True, padding=padding))
     report = checked(model, X)
@@ -128,7 +129,7 @@ def test_without_a_bias_and_a_norm_a_constant_stays_and_the_dead_go():
     assert any(note.startswith("0: 1 constant neurons stay: 2 has no bias") for note in report.notes)
 
 
-@pytest.mark.parametrize("name", ["DenseNet", "decoder", "joined", "MLP", "tokens", "transformer"])
+@for_each("name", ["DenseNet", "decoder", "joined", "MLP", "tokens", "transformer"])
 def test_where_nothing_is_constant_nothing_goes(name):
     model, x = net_and_inputs(name)
     state = {n: t.clone() for n, t in model.state_dict().items()}
@@ -138,7 +139,7 @@ def test_where_nothing_is_constant_nothing_goes(name):
     assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
 
 
-@pytest.mark.parametrize("name", NETS)
+@for_each("name", NETS)
 def test_networks_stay_the_same_function(name):
     model, x = net_and_inputs(name)
     assert not {"head", "linear", "fc3", "out"} & checked(model, x, [x]).plan.neurons.keys()
@@ -161,7 +162,7 @@ def test_dead_and_constant_units_of_squeeze_and_excitation_go():
 STREAM = {"conv1", "layer1.0.conv2", "layer1.1.conv2"}
 
 
-@pytest.mark.parametrize("norms", [1, 2, 3])
+@for_each("norms", [1, 2, 3])
 def test_a_residual_channel_goes_only_where_all_that_is_added_to_it_is_dead(norms):
     model = seeded(NETS["ResNet B"], double=True)
     with torch.no_grad():
@@ -241,7 +242,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize("given, message", REFUSED)
+@for_each("given, message", REFUSED)
 def test_what_contradicts_it_is_refused(given, message):
     model = seeded(mlp, double=True)
     silence(model[0], [1], 0.7)

@@ -15,6 +15,7 @@ from lightning_neurons.pruning.compensation.trial_model import Rehearsal
 from lightning_neurons.pruning.surgery.surgery import Cut
 from tests.models import ConvNet, cross_entropy, pictures, seeded
 from tests.pruning.nets import Decoder, ResNet
+from tests.tables import for_each
 
 X, Y = pictures(24)
 BATCHES = [(X[:4], Y[:4]), (X[4:14], Y[4:14]), (X[14:], Y[14:])]
@@ -69,8 +70,8 @@ def restored(net: nn.Module):
     return lambda model, batch: sum((n.running_var - wanted[name]).abs().sum() for name, n in norms_of(model).items())
 
 
-@pytest.mark.parametrize("how", ["least_squares", "mean", "none"])
-@pytest.mark.parametrize("name", PLANS)
+@for_each("how", ["least_squares", "mean", "none"])
+@for_each("name", PLANS)
 def test_statistics_are_those_of_fresh_norm_layers_in_the_cut_model(name, how):
     make, plan = PLANS[name]
     net, expected = seeded(make), seeded(make)
@@ -88,7 +89,7 @@ def test_statistics_are_those_of_fresh_norm_layers_in_the_cut_model(name, how):
     assert all(torch.equal(p, weights[n]) for n, p in net.named_parameters()), "and nothing else changes"
 
 
-@pytest.mark.parametrize("name", PLANS)
+@for_each("name", PLANS)
 def test_they_are_taken_where_the_loss_falls(name):
     make, plan = PLANS[name]
     net, without, anew = (seeded(make) for _ in range(3))
@@ -109,7 +110,7 @@ def fitted_outputs(make, x):
         return fitted(make)(x)
 
 
-@pytest.mark.parametrize("name", PLANS)
+@for_each("name", PLANS)
 def test_they_are_left_where_the_loss_rises(name):
     make, plan = PLANS[name]
     net, without, anew = seeded(make), seeded(make), seeded(make)
@@ -149,7 +150,7 @@ def test_modes_counts_and_momenta_stay_as_they_are():
     assert torch.equal(net.bn2.num_batches_tracked, before)
 
 
-@pytest.mark.parametrize("batches", [None, [], iter(())], ids=["none", "empty", "used up"])
+@for_each("batches", [None, [], iter(())])
 def test_they_are_estimated_on_batches(batches):
     net, before = seeded(ConvNet), seeded(ConvNet).state_dict()
     with pytest.raises(ArgumentError, match=r"batches=.* expected some batches, with reestimate_norms=True"):

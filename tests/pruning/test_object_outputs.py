@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lightning_neurons import ArgumentError, MeasurementError, class_study, logit, measure, predicted_logit, prune
 from lightning_neurons.hooks.outputs import logits_in
 from tests.models import seeded
+from tests.tables import for_each
 
 
 @dataclass
@@ -48,7 +49,7 @@ def batches() -> list[tuple[Tensor, Tensor]]:
     return [(torch.randn(12, 5, generator=generator), torch.arange(12) % 3) for _ in range(2)]
 
 
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@for_each("form", FORMS.values())
 def test_prune_by_gradients_takes_the_same_neurons_as_with_bare_logits(form):
     for criterion in ("fisher", "second_order_ggn"):
         plans = [
@@ -58,7 +59,7 @@ def test_prune_by_gradients_takes_the_same_neurons_as_with_bare_logits(form):
         assert plans[0] == plans[1] != {}
 
 
-@pytest.mark.parametrize("loss_fn", [predicted_logit, logit(1)], ids=["predicted", "one class"])
+@for_each("loss_fn", [predicted_logit, logit(1)])
 def test_the_loss_functions_read_the_logits_in_an_object(loss_fn):
     scores = [
         measure(seeded(Net, form), batches(), loss_fn=loss_fn, criteria=["taylor"]).scores["taylor"]

@@ -12,6 +12,7 @@ from lightning_neurons import ArgumentError, PruningError
 from lightning_neurons.pruning.surgery.optimizers import checked_optimizers
 from lightning_neurons.pruning.surgery.surgery import Cut, cut
 from tests.models import ConvNet, pictures, seeded
+from tests.tables import for_each
 
 
 def spread(channels: Iterable[int], positions: int) -> tuple[int, ...]:
@@ -50,7 +51,7 @@ OPTIMIZERS = {
     "Rprop": lambda p: torch.optim.Rprop(p, lr=0.01),
     "Adafactor": lambda p: torch.optim.Adafactor(p, lr=0.01),
 }
-with_each_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
+with_each_optimizer = for_each("name", OPTIMIZERS)
 
 
 def expected(value: object, parameter: Tensor, goes: dict[int, tuple[int, ...]]) -> object:
@@ -243,7 +244,7 @@ class Aside(torch.optim.SGD):
         self.slow = [[p.detach().clone() for p in group["params"]] for group in self.param_groups]
 
 
-@pytest.mark.parametrize("wrap", [lambda one: one, Holding], ids=["itself", "held"])
+@for_each("wrap", [lambda one: one, Holding])
 def test_tensors_that_an_optimizer_keeps_outside_its_state_are_refused_by_name_and_nothing_is_cut(wrap):
     net = seeded(ConvNet)
     before = copy.deepcopy(net.state_dict())
@@ -290,7 +291,7 @@ def apart(name: str, width: int, dead1: Iterable[int], dead2: Iterable[int], dou
 
 
 # Adafactor looks at the mean over a whole parameter, so that its steps depend on what is dead.
-invariant = pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "Adafactor"])
+invariant = for_each("name", [name for name in OPTIMIZERS if name != "Adafactor"])
 
 
 def rounding() -> float:
@@ -338,9 +339,7 @@ class Sharded(torch.optim.SGD):
     def consolidate_state_dict(self, to: int = 0) -> None: ...
 
 
-@pytest.mark.parametrize(
-    "make, said",
-    [
+@for_each("make, said", [
         (lambda net: torch.optim.LBFGS(net.parameters()), "'LBFGS' is not allowed: expected .*flat history"),
         (lambda net: Sharded(net.parameters()), "'Sharded' is not allowed: expected .*whole in each process"),
         (lambda net: 0.1, "'float' is not allowed: expected a torch.optim.Optimizer"),
@@ -349,8 +348,7 @@ class Sharded(torch.optim.SGD):
         (lambda net: torch.optim.Adam, "'type' is not allowed"),
         (lambda net: adam_of(ConvNet().parameters()), "'Adam' is not allowed: expected one that holds .* this model"),
         (lambda net: [adam_of(net.parameters()), adam_of(ConvNet().parameters())], "'Adam' is not allowed"),
-    ],
-)  # fmt: skip
+    ])  # fmt: skip
 def test_an_optimizer_that_cannot_go_on_is_refused_by_name(make, said):
     net = ConvNet()
     with pytest.raises(ArgumentError, match=f"optimizer={said}"):

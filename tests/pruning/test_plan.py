@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from lightning_neurons import ArgumentError, PruningPlan, UnknownNameError
 from lightning_neurons.pruning.plan import PlanCost
 from tests.criteria.streams import laws
+from tests.tables import for_each
 
 LAYERS = ("net.conv1", "net.conv2", "head")
 
@@ -44,7 +45,7 @@ def test_a_plan_written_by_hand_is_sorted_and_counts_its_neurons():
     assert not PruningPlan({})
 
 
-@pytest.mark.parametrize(
+@for_each(
     "indices, shown",
     [
         ([0, -1], "-1"),
@@ -60,7 +61,6 @@ def test_a_plan_written_by_hand_is_sorted_and_counts_its_neurons():
         (None, "None"),
         ({0: 1}, "{0: 1}"),
     ],
-    ids=str,
 )
 def test_what_is_no_list_of_distinct_neurons_is_refused_with_the_layer(indices, shown):
     with pytest.raises(ArgumentError) as error:
@@ -69,7 +69,7 @@ def test_what_is_no_list_of_distinct_neurons_is_refused_with_the_layer(indices, 
     assert "whole numbers of at least 0, each of them once" in str(error.value)
 
 
-@pytest.mark.parametrize("neurons", [None, 3, "fc", [("fc", [0])], {"fc"}], ids=str)
+@for_each("neurons", [None, 3, "fc", [("fc", [0])], {"fc"}])
 def test_what_is_no_mapping_is_refused(neurons):
     with pytest.raises(ArgumentError, match="a mapping of layers to neurons"):
         PruningPlan.from_indices(neurons)
@@ -187,7 +187,7 @@ def test_the_check_names_the_nearest_of_an_unknown_layer():
         PruningPlan.from_indices({"net.cnv1": [0]}).check({"net.conv1": 4, "head": 2})
 
 
-@pytest.mark.parametrize("neurons", [(4,), (0, 99)], ids=str)
+@for_each("neurons", [(4,), (0, 99)])
 def test_the_check_refuses_neurons_that_the_layer_does_not_have(neurons):
     with pytest.raises(ArgumentError) as error:
         PruningPlan.from_indices({"fc": neurons}).check({"fc": 4})

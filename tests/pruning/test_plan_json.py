@@ -13,6 +13,7 @@ from lightning_neurons.pruning.plan import PlanCost
 from tests.criteria.streams import laws
 from tests.models import ConvNet, pictures, seeded
 from tests.pruning.test_plan import rounds
+from tests.tables import for_each
 
 FULL = PruningPlan(
     {"net.conv1": (0, 3), "fc": (), "größe": (11,)},
@@ -37,11 +38,7 @@ def document(**changes) -> dict:
     return {key: value for key, value in {**found, **changes}.items() if value is not None}
 
 
-@pytest.mark.parametrize(
-    "plan",
-    [FULL, PruningPlan({}), PruningPlan.from_indices({"fc": [2, 0]})],
-    ids=["of a budget", "empty", "by hand"],
-)
+@for_each("plan", [FULL, PruningPlan({}), PruningPlan.from_indices({"fc": [2, 0]})])
 def test_what_is_saved_comes_back_the_same(plan, tmp_path):
     plan.save(tmp_path / "plan.json")
     found = PruningPlan.load(str(tmp_path / "plan.json"))
@@ -104,7 +101,7 @@ def test_a_save_of_what_is_no_json_leaves_the_file_that_was_there(tmp_path):
     assert PruningPlan.load(tmp_path / "plan.json") == FULL
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"neurons: fc", b"\xff\xfe\x00", b'{"format": 1'], ids=str)
+@for_each("content", [b"", b"{", b"neurons: fc", b"\xff\xfe\x00", b'{"format": 1'])
 def test_a_file_that_is_no_json_is_refused_with_its_path(content, tmp_path):
     (tmp_path / "plan.json").write_bytes(content)
     with pytest.raises(ArgumentError, match=r"plan\.json.*a JSON file that PruningPlan\.save wrote, whole"):
@@ -120,24 +117,23 @@ def test_half_a_file_is_refused(tmp_path):
             PruningPlan.load(tmp_path / "plan.json")
 
 
-@pytest.mark.parametrize(
+@for_each(
     "given",
     [None, 3, "plan", [], ["fc"], {}, document(format="other"), document(format=None), document(neurons=None)]
     + [document(neurons=neurons) for neurons in ([0, 2], "fc", 3)],
-    ids=str,
 )
 def test_what_is_no_plan_is_refused(given):
     with pytest.raises(ArgumentError, match="a document with format 'lightning_neurons pruning plan' and neurons"):
         PruningPlan.from_dict(given)
 
 
-@pytest.mark.parametrize("version", [2, 0, -1, 1.5, "1", True, [1], None], ids=str)
+@for_each("version", [2, 0, -1, 1.5, "1", True, [1], None])
 def test_another_version_or_none_is_refused(version):
     with pytest.raises(ArgumentError, match=r"version .* is not allowed: expected version 1 to 1"):
         PruningPlan.from_dict(document(version=version))
 
 
-@pytest.mark.parametrize(
+@for_each(
     "changes, named",
     [
         ({"neurons": {"fc": [0, 4]}}, "neurons below the width 4 in 'fc'"),
@@ -164,7 +160,6 @@ def test_another_version_or_none_is_refused(version):
         ({"cost": {**document()["cost"], "macs_after": None}}, "plan"),
         ({"notes": 3}, "a plan as PruningPlan.save wrote it"),
     ],
-    ids=str,
 )
 def test_a_plan_that_contradicts_itself_is_refused_with_what_is_wrong(changes, named, tmp_path):
     (tmp_path / "plan.json").write_text(json.dumps(document(**changes)))
@@ -173,7 +168,7 @@ def test_a_plan_that_contradicts_itself_is_refused_with_what_is_wrong(changes, n
     assert named in str(error.value)
 
 
-@pytest.mark.parametrize("layer, neuron", [("fc", "1"), ("fc", "99"), ("other", "0")])
+@for_each("layer, neuron", [("fc", "1"), ("fc", "99"), ("other", "0")])
 def test_a_reason_for_what_stays_is_refused_or_harmless(layer, neuron):
     try:
         plan = PruningPlan.from_dict(document(reasons={layer: {neuron: "why"}}))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_neurons import PruningError, describe_structure, prune
 from tests.models import seeded
+from tests.tables import for_each
 
 X = torch.randn(5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -58,7 +59,7 @@ def test_what_is_added_to_a_layer_by_a_product_is_cut_with_it_and_what_a_product
     torch.testing.assert_close(net(X), expected)
 
 
-@pytest.mark.parametrize("how", ["function", "product", "sums"])
+@for_each("how", ["function", "product", "sums"])
 def test_in_attention_values_are_cut_and_queries_and_keys_are_summed_over(how):
     net, x = seeded(lambda: OneHead(how), double=True), X.reshape(1, 5, 4)
     for layer in ("q", "k"):

@@ -19,6 +19,7 @@ from lightning_neurons import (
 )
 from tests.models import ConvNet, ResidualNet, cross_entropy, pictures, seeded
 from tests.pruning.test_selection import cost_of
+from tests.tables import for_each
 
 X, Y = pictures(12)
 BATCHES = [(X[:6], Y[:6]), (X[6:], Y[6:])]
@@ -60,7 +61,7 @@ def test_a_budget_and_the_mapping_of_its_arguments_are_the_same():
     assert pruned(options, BATCHES) == pruned(PruningBudget(**options), BATCHES) != {}
 
 
-@pytest.mark.parametrize("batches", [None, BATCHES], ids=["without batches", "with batches"])
+@for_each("batches", [None, BATCHES])
 def test_a_number_is_the_share_to_remove_by_the_length_of_the_weights(batches):
     found = pruned(0.5, batches)
     assert found == pruned(PruningBudget("weight_l2", amount=0.5), batches)
@@ -91,10 +92,8 @@ def test_every_neuron_that_goes_has_a_reason():
     assert by_hand.reasons["conv1"] == {1: "goes with conv3 1", 4: "goes with conv3 4"}
 
 
-@pytest.mark.parametrize(
-    "wanted",
-    [{"conv1": [0, 5], "conv2": [4], "fc1": [2]}, {"criterion": "random", "target_macs": 0.4}, {"fc1": []}],
-    ids=str,
+@for_each(
+    "wanted", [{"conv1": [0, 5], "conv2": [4], "fc1": [2]}, {"criterion": "random", "target_macs": 0.4}, {"fc1": []}]
 )
 def test_the_report_says_what_the_model_is_now(wanted):
     model, before = net(), cost_of(net(), X)
@@ -135,7 +134,7 @@ def test_a_second_plan_means_the_model_as_it_is_then():
         prune(twice, X[:2], first.plan)
 
 
-@pytest.mark.parametrize("criterion", ["fisher", "weight_l2"])
+@for_each("criterion", ["fisher", "weight_l2"])
 def test_a_model_in_training_stays_in_training_and_the_frozen_stay_frozen(criterion):
     model = net().train()
     model.bn1.eval()
@@ -153,10 +152,8 @@ def test_a_model_in_training_stays_in_training_and_the_frozen_stay_frozen(criter
     assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize(
-    "context", [contextlib.nullcontext, torch.no_grad, torch.inference_mode], ids=lambda c: c.__name__
-)
-@pytest.mark.parametrize("compensation", ["none", "mean"])
+@for_each("context", [contextlib.nullcontext, torch.no_grad, torch.inference_mode])
+@for_each("compensation", ["none", "mean"])
 def test_whatever_it_is_called_in_the_model_can_be_trained_after(context, compensation):
     model = net().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
@@ -223,7 +220,7 @@ REFUSALS = [
 ]
 
 
-@pytest.mark.parametrize("given, error, named", REFUSALS, ids=range(len(REFUSALS)))
+@for_each("given, error, named", REFUSALS)
 def test_what_is_refused_changes_nothing(given, error, named):
     model = net().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
@@ -241,7 +238,7 @@ def test_what_is_refused_changes_nothing(given, error, named):
     assert torch.equal(torch.get_rng_state(), random)
 
 
-@pytest.mark.parametrize("model", [ConvNet, None, lambda x: x], ids=["a class", "nothing", "a function"])
+@for_each("model", [ConvNet, None, lambda x: x])
 def test_what_is_no_module_is_refused(model):
     with pytest.raises(ArgumentError, match=r"model=.* is not allowed: expected a torch\.nn\.Module"):
         prune(model, X[:2], 0.5)

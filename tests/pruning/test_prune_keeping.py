@@ -10,6 +10,7 @@ from torch import nn
 from lightning_neurons import ArgumentError, PruningError, UnknownNameError, prune
 from tests.models import ConvNet, cross_entropy, pictures, seeded
 from tests.pruning.nets import NETS
+from tests.tables import for_each
 
 X, Y = pictures(24)
 BATCHES = [(X[:10], Y[:10]), (X[10:], Y[10:])]
@@ -32,14 +33,14 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("plan", [PLAN, 0.3, RECONSTRUCTION, {"criterion": "fisher", "target_macs": 0.6}], ids=str)
+@for_each("plan", [PLAN, 0.3, RECONSTRUCTION, {"criterion": "fisher", "target_macs": 0.6}])
 def test_with_batches_it_is_least_squares_and_not_another_one(plan):
     found = cut_by(None, plan)
     assert same(found, cut_by("least_squares", plan))
     assert not any(same(found, cut_by(how, plan)) for how in ("patch_least_squares", "mean", "none"))
 
 
-@pytest.mark.parametrize("batches", [None, [], iter(())], ids=["none", "empty", "used up"])
+@for_each("batches", [None, [], iter(())])
 def test_without_batches_there_is_none(batches):
     found = cut_by(None, batches=batches)
     assert same(found, cut_by("none"))
@@ -49,7 +50,7 @@ def test_without_batches_there_is_none(batches):
     assert torch.equal(found["bn2.running_mean"], net().bn2.running_mean)
 
 
-@pytest.mark.parametrize("how", ["least_squares", "patch_least_squares", "mean"])
+@for_each("how", ["least_squares", "patch_least_squares", "mean"])
 def test_batches_may_be_read_once_and_need_no_targets(how):
     expected = cut_by(how)
     assert same(cut_by(how, batches=iter(BATCHES)), expected)
@@ -119,7 +120,7 @@ REFUSALS = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSALS)
+@for_each("name", REFUSALS)
 def test_what_is_refused_or_fails_changes_nothing(name):
     options, error, said = REFUSALS[name]
     model = net().train()
@@ -159,8 +160,8 @@ def with_dead(layers) -> ConvNet:
     return model
 
 
-@pytest.mark.parametrize("how", [None, "least_squares", "patch_least_squares", "mean"])
-@pytest.mark.parametrize("layers", [["conv1"], ["conv2"], ["fc1"], ["conv1", "conv2", "fc1"]], ids="-".join)
+@for_each("how", [None, "least_squares", "patch_least_squares", "mean"])
+@for_each("layers", [["conv1"], ["conv2"], ["fc1"], ["conv1", "conv2", "fc1"]])
 def test_without_dead_neurons_every_other_weight_is_what_it_was_to_the_bit(how, layers):
     model, expected = with_dead(layers), with_dead(layers)
     x = pictures(200)[0]
@@ -172,7 +173,7 @@ def test_without_dead_neurons_every_other_weight_is_what_it_was_to_the_bit(how, 
         torch.testing.assert_close(model(x), with_dead(layers)(x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["MLP", "tokens"])
+@for_each("name", ["MLP", "tokens"])
 def test_patches_of_linear_layers_are_what_they_read(name):
     x = torch.randint(0, 11, (30, 5)) if name == "tokens" else X
     plan = {"fc1": [1, 2, 6]} if name == "tokens" else {"1": [1, 2], "3": [0]}
@@ -187,8 +188,8 @@ def test_patches_of_linear_layers_are_what_they_read(name):
         assert not same(found[0][0], copy.deepcopy(seeded(NETS[name])).state_dict())
 
 
-@pytest.mark.parametrize("context", [contextlib.nullcontext, torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("how", ["least_squares", "patch_least_squares"])
+@for_each("context", [contextlib.nullcontext, torch.no_grad, torch.inference_mode])
+@for_each("how", ["least_squares", "patch_least_squares"])
 def test_in_whatever_context_the_result_is_the_same_and_can_be_trained(context, how):
     model = net().train()
     with context():

@@ -14,6 +14,7 @@ from lightning_neurons.pruning.compensation.moments import OutputMean, applied
 from lightning_neurons.pruning.compensation.unfold import channels, has_patches, patches
 from tests.models import pictures, seeded
 from tests.pruning.nets import NETS, net_and_inputs
+from tests.tables import for_each
 
 WINDOWS = [
     {"kernel_size": 3},
@@ -22,12 +23,12 @@ WINDOWS = [
     {"kernel_size": 2, "dilation": 3, "padding": 2},
     {"kernel_size": 3, "stride": 3, "padding": 2, "dilation": 2},
 ]
-with_windows = pytest.mark.parametrize("window", WINDOWS, ids=lambda w: "-".join(map(str, w.values())))
+with_windows = for_each("window", WINDOWS)
 MODES = ["zeros", "reflect", "replicate", "circular"]
 
 
 @with_windows
-@pytest.mark.parametrize("mode", MODES)
+@for_each("mode", MODES)
 def test_patches_of_pictures_are_those_of_torch(window, mode):
     conv, x = nn.Conv2d(4, 3, **window, padding_mode=mode).double(), torch.randn(2, 4, 7, 9).double()
     size = window.get("padding", 0)
@@ -47,7 +48,7 @@ def test_patches_of_rectangles_and_same_padding():
 
 
 @with_windows
-@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv3d])
+@for_each("kind", [nn.Conv1d, nn.Conv3d])
 def test_patches_of_sequences_and_volumes_are_those_of_a_loop(kind, window):
     conv, axes = kind(3, 2, **window).double(), 1 if kind is nn.Conv1d else 3
     x = torch.randn(2, 3, *(6, 7, 6)[:axes]).double()
@@ -81,7 +82,7 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@for_each("name", LAYERS)
 def test_the_mean_output_is_exact_for_all_sizes_of_pictures_together(name):
     layer = seeded(LAYERS[name], double=True)
     mean, weight = OutputMean(layer), torch.randn_like(layer.weight)
@@ -187,7 +188,7 @@ def test_readers_of_every_kind_come_closer_by_least_squares_than_by_means(name, 
     assert [n.split()[0] for n in unsaid] == (["2"] if name == "without bias" else [])
 
 
-@pytest.mark.parametrize("kernel, stride", [(2, 2), (3, 2), (4, 2)])
+@for_each("kernel, stride", [(2, 2), (3, 2), (4, 2)])
 def test_transposed_convolutions_with_phases_come_closer_as_a_rule(kernel, stride):
     """One bias cannot follow a constant that differs by phase, so there is no guarantee in each single case."""
     ratios, x = [], torch.randn(9, 3, 8, 8, generator=torch.Generator().manual_seed(3)).double()
@@ -199,7 +200,7 @@ def test_transposed_convolutions_with_phases_come_closer_as_a_rule(kernel, strid
     assert max(ratios) < 1.3
 
 
-@pytest.mark.parametrize("name", ["LeNet", "ResNet A", "ResNet B", "DenseNet", "MobileNetV2", "decoder", "joined"])
+@for_each("name", ["LeNet", "ResNet A", "ResNet B", "DenseNet", "MobileNetV2", "decoder", "joined"])
 def test_whole_nets_come_closer_by_least_squares_than_by_means(name):
     net, _ = net_and_inputs(name)
     root = {"LeNet": "conv1", "DenseNet": "stem", "MobileNetV2": "features.2.block.0.0", "joined": "a"}

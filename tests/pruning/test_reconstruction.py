@@ -17,11 +17,12 @@ from lightning_neurons.pruning.structure.example import Example
 from lightning_neurons.pruning.structure.structure import discover
 from tests.models import ConvNet, cross_entropy, pictures, seeded
 from tests.pruning.nets import NETS
+from tests.tables import for_each
 
 X, Y = pictures(24)
 BATCHES = [(X[:12], Y[:12]), (X[12:], Y[12:])]
 RULES = [("amount", 0.4), ("target_params", 0.6), ("target_macs", 0.6), ("threshold", 0.05)]
-with_rules = pytest.mark.parametrize("rule, value", RULES, ids=[rule for rule, _ in RULES])
+with_rules = for_each("rule, value", RULES)
 
 
 def net(name: str = "") -> nn.Module:
@@ -74,7 +75,7 @@ def test_a_threshold_is_the_share_of_the_variance_that_readers_lose_at_most():
             assert list(plan.neurons.get(root, ())) == sorted(below[: structure.widths[root] - 1])
 
 
-@pytest.mark.parametrize(
+@for_each(
     "name, rule, share",
     [("", "amount", 0.3), ("", "target_macs", 0.6), ("LeNet", "amount", 0.6), ("ResNet B", "amount", 0.3)],
 )
@@ -99,8 +100,8 @@ def test_the_calibration_loss_decides_between_allocations(name, rule, share):
     assert told[3] == best
 
 
-@pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
-@pytest.mark.parametrize("name", ["", "LeNet", "ResNet B"])
+@for_each("share", [0.3, 0.5, 0.8])
+@for_each("name", ["", "LeNet", "ResNet B"])
 def test_a_choice_over_all_layers_leaves_half_of_what_an_even_one_would(name, share):
     budget = budget_of(amount=share)
     structure, scores, _ = looked_at(net(name), budget)
@@ -121,7 +122,7 @@ def solved_again(weight, covariance, gone):
     return float(torch.trace(weight[gone].T @ rest @ weight[gone]))
 
 
-@pytest.mark.parametrize("name, root", [("", "fc1"), ("", "conv2"), ("LeNet", "fc1"), ("joined", "a")])
+@for_each("name, root", [("", "fc1"), ("", "conv2"), ("LeNet", "fc1"), ("joined", "a")])
 def test_scores_follow_the_order_in_which_neurons_go_one_by_one(name, root):
     """Where no norm layer follows the only reader: its weights and what it reads are all there is to know."""
     model = net(name)
@@ -170,7 +171,7 @@ def test_a_target_divides_by_the_share_that_goes_with_a_neuron():
             torch.testing.assert_close(scores[root].value * price, plain[root].value, rtol=1e-9, atol=1e-15)
 
 
-@pytest.mark.parametrize("layer, pair", [("fc1", (2, 5)), ("conv1", (0, 4)), ("conv2", (1, 3))])
+@for_each("layer, pair", [("fc1", (2, 5)), ("conv1", (0, 4)), ("conv2", (1, 3))])
 def test_a_double_goes_first_and_is_not_missed(layer, pair):
     model, batches = net(), [pictures(200)]
     with torch.no_grad():
@@ -191,7 +192,7 @@ def test_a_double_goes_first_and_is_not_missed(layer, pair):
         assert float((model(X) - expected).square().mean()) < 0.01 * float(expected.var())
 
 
-@pytest.mark.parametrize("name, root", [("ResNet B", "conv1"), ("ResNet A", "layer1.0.conv1"), ("DenseNet", "stem")])
+@for_each("name, root", [("ResNet B", "conv1"), ("ResNet A", "layer1.0.conv1"), ("DenseNet", "stem")])
 def test_what_never_changes_goes_first_from_groups_with_several_readers_too(name, root):
     model, dead = net(name), 1
     norms = {
@@ -211,7 +212,7 @@ def test_what_never_changes_goes_first_from_groups_with_several_readers_too(name
         torch.testing.assert_close(model(X), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("batches", [None, [], iter(())], ids=["none", "empty", "used up"])
+@for_each("batches", [None, [], iter(())])
 def test_it_is_measured_on_batches(batches):
     model = net()
     with pytest.raises(ArgumentError, match=r"batches=.* some batches, which the criterion 'reconstruction' is"):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lightning_neurons import ArgumentError, PruningError, UnknownNameError, describe_structure, load_pruned, prune
 from lightning_neurons.dependency.conform import conform
 from tests.models import ConvNet, pictures, seeded
+from tests.tables import for_each
 
 
 class Two(nn.Module):
@@ -28,7 +29,7 @@ def unchanged(net: nn.Module, x: Any, *arguments: Any, error: type[Exception], s
     assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
 
 
-@pytest.mark.parametrize("given", [1, 1.0])
+@for_each("given", [1, 1.0])
 def test_one_is_no_share_as_it_may_mean_one_neuron(given):
     unchanged(seeded(ConvNet), pictures(2)[0], given, error=ArgumentError, said="a share of neurons below 1")
 
@@ -49,7 +50,7 @@ def lazy(*, norm: bool) -> nn.Module:
     return nn.Sequential(nn.Linear(4, 6), middle, nn.ReLU(), nn.Linear(6, 2))
 
 
-@pytest.mark.parametrize("norm", [False, True])
+@for_each("norm", [False, True])
 def test_a_lazy_model_is_refused_by_name_until_it_has_seen_a_batch(norm):
     net, x = lazy(norm=norm), torch.randn(3, 4)
     for ask in (prune, describe_structure):
@@ -59,7 +60,7 @@ def test_a_lazy_model_is_refused_by_name_until_it_has_seen_a_batch(norm):
     assert prune(net, x, 0.5).widths["0"] == net[0].out_features == 3
 
 
-@pytest.mark.parametrize("given", [None, "pictures", torch.zeros(0, 3, 8, 8)], ids=["none", "text", "empty"])
+@for_each("given", [None, "pictures", torch.zeros(0, 3, 8, 8)])
 def test_example_inputs_are_at_least_one_sample(given):
     unchanged(seeded(ConvNet), given, 0.3, error=ArgumentError, said="example_inputs=.*at least one sample")
 
@@ -97,7 +98,7 @@ def test_an_empty_plan_says_so():
     assert prune(seeded(ConvNet), pictures(2)[0], {}).notes == ("nothing is cut: the plan is empty",)
 
 
-@pytest.mark.parametrize("shapes", [{"conv1.weight": (6, 3, 5, 5)}, {"conv1.weight": (3, 3, 3, 3)}], ids=str)
+@for_each("shapes", [{"conv1.weight": (6, 3, 5, 5)}, {"conv1.weight": (3, 3, 3, 3)}])
 def test_a_file_that_differs_in_more_than_widths_or_contradicts_itself_is_left_for_torch_to_refuse(shapes, tmp_path):
     state = seeded(ConvNet).state_dict() | {name: torch.zeros(shape) for name, shape in shapes.items()}
     assert conform(seeded(ConvNet), state) == []

@@ -2,7 +2,6 @@
 
 import copy
 
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +12,7 @@ from lightning_neurons.pruning.structure.structure import discover
 from tests.models import cross_entropy, seeded
 from tests.pruning.registered import Kernels, OfOneself, Scaled
 from tests.pruning.test_equivalence import outputs
+from tests.tables import for_each
 
 GROUPS = {
     "conv": {"conv": 6, "norm": 6},
@@ -42,7 +42,7 @@ def test_their_groups_are_those_that_one_counts_by_hand():
     assert structure.coupling.reads["square"] == ("first",)
 
 
-@pytest.mark.parametrize("roots", [[root] for root in GROUPS] + [list(GROUPS)], ids="+".join)
+@for_each("roots", [[root] for root in GROUPS] + [list(GROUPS)])
 def test_removing_their_neurons_is_silencing_them(roots):
     model = net()
     expected = outputs(model, X, [places(root) for root in roots])
@@ -106,7 +106,7 @@ def test_they_are_measured_by_the_weights_of_each_neuron():
     torch.testing.assert_close(report.scores["weight_l2"]["square"].double(), lengths.detach(), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("compensation", ["mean", "least_squares", "patch_least_squares"])
+@for_each("compensation", ["mean", "least_squares", "patch_least_squares"])
 def test_a_reader_of_which_nobody_knows_that_it_is_linear_is_left_as_it_is_and_named(compensation):
     plain, model, batches = net(), net(), [X, X + 1]
     prune(plain, X, {"first": [0, 3, 7], "conv": [1]})

@@ -2,13 +2,13 @@
 
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_neurons import describe_structure, prune
 from tests.models import seeded
+from tests.tables import for_each
 
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
 ROUTED = "MACs are those on the example, as values decide which samples run through"
@@ -55,8 +55,8 @@ def recount(net: nn.Module, x: Tensor = X) -> int:
     return round(counter.get_total_flops() / 2 / len(x))
 
 
-@pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("make", [Experts, Leaving])
+@for_each("seed", range(6))
+@for_each("make", [Experts, Leaving])
 def test_what_is_predicted_is_what_is_counted_afterwards(make, seed):
     torch.manual_seed(seed)
     net = make()
@@ -66,7 +66,7 @@ def test_what_is_predicted_is_what_is_counted_afterwards(make, seed):
     assert describe_structure(net, X)["macs"] == cost.macs_after
 
 
-@pytest.mark.parametrize("make", [Experts, Leaving])
+@for_each("make", [Experts, Leaving])
 def test_layers_that_do_not_run_on_every_sample_are_named(make):
     notes: list[Any] = [note for note in prune(seeded(make), X, 0.3).notes if note.startswith("MACs")]
     assert len(notes) == 1

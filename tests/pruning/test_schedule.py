@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from lightning_neurons import ArgumentError, PruningBudget
 from lightning_neurons.pruning.schedule import PruningSchedule
 from tests.criteria.streams import laws
+from tests.tables import for_each
 
 SHAPES = ["linear", "cubic", "geometric"]
 removals = st.sampled_from([0.01, 0.3, 0.5, 0.9, 0.999, 1.0])
@@ -28,7 +29,7 @@ def test_rounds_are_made_at_every_nth_epoch_from_the_start_to_the_end(schedule):
         assert schedule.due(epoch) == sum(begun <= epoch for begun in epochs)
 
 
-@pytest.mark.parametrize("epoch", [1, 4])
+@for_each("epoch", [1, 4])
 def test_without_an_end_there_is_one_round(epoch):
     schedule = PruningSchedule(start_epoch=epoch)
     assert schedule.rounds == 1
@@ -37,7 +38,7 @@ def test_without_an_end_there_is_one_round(epoch):
     assert schedule.progress(1, 0.5) == 1
 
 
-@pytest.mark.parametrize(
+@for_each(
     "shape, parts",
     [
         ("linear", [0.25, 0.5, 0.75, 1.0]),
@@ -91,7 +92,7 @@ def test_every_part_of_the_way_is_a_budget_and_the_last_is_the_whole_one(schedul
     assert steps[-1] == pytest.approx(value)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@for_each("shape", SHAPES)
 def test_where_nothing_is_to_be_removed_the_way_still_ends(shape):
     schedule = PruningSchedule(shape, end_epoch=4)
     parts = [schedule.progress(number, 0.0) for number in range(1, 5)]
@@ -104,7 +105,7 @@ def test_one_shot_goes_all_the_way_at_once_also_where_an_end_is_given():
     assert schedule.progress(1, 0.5) == 1
 
 
-@pytest.mark.parametrize(
+@for_each(
     "options, named",
     [
         ({"shape": "cubical"}, "schedule='cubical' is not allowed: expected one of 'one_shot', 'linear', 'cubic'"),
@@ -119,7 +120,6 @@ def test_one_shot_goes_all_the_way_at_once_also_where_an_end_is_given():
         ({"shape": "linear", "end_epoch": "9"}, "end_epoch='9'"),
         *(({"shape": shape}, f'expected the epoch of the last round, with schedule="{shape}"') for shape in SHAPES),
     ],
-    ids=str,
 )
 def test_a_schedule_out_of_range_says_what_came_and_what_is_allowed(options, named):
     with pytest.raises(ArgumentError) as error:

@@ -16,6 +16,7 @@ from lightning_neurons.pruning.structure.example import Example
 from lightning_neurons.pruning.structure.structure import discover
 from tests.criteria.streams import laws
 from tests.models import ConvNet, ResidualNet, cross_entropy, pictures, seeded
+from tests.tables import for_each
 
 NAN, INF = math.nan, math.inf
 X, Y = pictures(12)
@@ -104,14 +105,14 @@ def test_where_all_must_agree_nothing_is_known_if_one_neuron_of_a_unit_is_not():
     assert found.value.tolist() == pytest.approx([NAN, 6.0], nan_ok=True)
 
 
-@pytest.mark.parametrize("agreement", ["mean", "all"])
+@for_each("agreement", ["mean", "all"])
 def test_a_layer_without_neurons_in_a_unit_has_no_say_in_it(agreement):
     layers = {"both": ((0,), (1,), (2,)), "a": ((0,), (1,), ()), "b": ((), (), (0,))}
     found = scored(layers, {"both": [1.0, 5.0, 3.0], "a": [3.0, 1.0], "b": [1.0]}, agreement=agreement)
     assert found.value.tolist() == ([3.0, 5.0, 3.0] if agreement == "all" else [2.0, 3.0, 2.0])
 
 
-@pytest.mark.parametrize("options", [{"aggregate": "mean"}, {"aggregate": "max"}, {"agreement": "all"}], ids=str)
+@for_each("options", [{"aggregate": "mean"}, {"aggregate": "max"}, {"agreement": "all"}])
 def test_without_a_measured_layer_nothing_is_known(options):
     found = scored({"a": ((0,), (1,))}, {"other": [1.0]}, **options)
     assert found.by_layer.shape == (0, 2)
@@ -144,8 +145,8 @@ def report() -> NeuronReport:
     return measure(seeded(ConvNet), [pictures(12)], loss_fn=cross_entropy, criteria=criteria)
 
 
-@pytest.mark.parametrize("criterion", ["deadness", "near_zero", "apoz"])
-@pytest.mark.parametrize("options", [{}, {"normalize": "l2"}, {"scope": "layer"}], ids=str)
+@for_each("criterion", ["deadness", "near_zero", "apoz"])
+@for_each("options", [{}, {"normalize": "l2"}, {"scope": "layer"}])
 def test_the_worth_of_a_silent_neuron_is_minus_its_deadness(criterion, options):
     name = "near_zero" if criterion == "deadness" else criterion
     found = neuron_scores(report(), PruningBudget(criterion, amount=0.5, **options))
@@ -154,7 +155,7 @@ def test_the_worth_of_a_silent_neuron_is_minus_its_deadness(criterion, options):
         assert found[layer].tolist() == [-share for share in deadness.tolist()]
 
 
-@pytest.mark.parametrize(
+@for_each(
     "criterion, options, divided",
     [
         ("weight_l2", {"amount": 0.5, "scope": "global"}, True),
@@ -164,7 +165,6 @@ def test_the_worth_of_a_silent_neuron_is_minus_its_deadness(criterion, options):
         ("fisher", {"amount": 0.5, "scope": "global"}, False),
         ("weight_l2", {"amount": 0.5, "scope": "global", "normalize": "none"}, False),
     ],
-    ids=str,
 )
 def test_importance_is_divided_by_its_length_where_layers_compete(criterion, options, divided):
     found = neuron_scores(report(), PruningBudget(criterion, **options))
@@ -209,13 +209,13 @@ def lowest(scores: dict[str, torch.Tensor], amount: float) -> dict[str, tuple[in
     return {layer: tuple(sorted(s.argsort()[: round(amount * len(s))].tolist())) for layer, s in cut.items()}
 
 
-@pytest.mark.parametrize("criterion", ["weight_l1", "weight_l2", "outgoing_l1", "outgoing_l2", "norm_scale"])
+@for_each("criterion", ["weight_l1", "weight_l2", "outgoing_l1", "outgoing_l2", "norm_scale"])
 def test_what_looks_at_weights_alone_needs_no_batches(criterion):
     scores = measure(seeded(ConvNet), BATCHES, criteria=[criterion]).scores[criterion]
     assert gone({"criterion": criterion, "amount": 0.4, "scope": "layer"}) == lowest(scores, 0.4) != {}
 
 
-@pytest.mark.parametrize("criterion", ["rms", "taylor", "fisher", "second_order_ggn"])
+@for_each("criterion", ["rms", "taylor", "fisher", "second_order_ggn"])
 def test_the_lowest_share_of_a_measurement_goes(criterion):
     scores = measure(seeded(ConvNet), BATCHES, loss_fn=cross_entropy, criteria=[criterion]).scores[criterion]
     assert gone({"criterion": criterion, "amount": 0.4, "scope": "layer"}, iter(BATCHES)) == lowest(scores, 0.4)

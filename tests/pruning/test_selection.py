@@ -14,6 +14,7 @@ from lightning_neurons.pruning.structure.example import Example
 from lightning_neurons.pruning.structure.structure import Structure, discover
 from lightning_neurons.pruning.surgery.surgery import cut, cuts_of
 from tests.models import ConvNet, ResidualNet, pictures, seeded
+from tests.tables import for_each
 
 SIZES = {"conv1": 6, "conv2": 5, "fc1": 7}
 """The groups of ``ConvNet`` that can be cut."""
@@ -111,7 +112,7 @@ def cost_of(net: nn.Module, inputs: Tensor) -> dict[str, int]:
     return {"target_params": sum(p.numel() for p in net.parameters()), "target_macs": sum(macs)}
 
 
-@pytest.mark.parametrize("amount", [0.01, 0.1, 0.25, 1 / 3, 0.5, 0.6, 0.75, 1.0])
+@for_each("amount", [0.01, 0.1, 0.25, 1 / 3, 0.5, 0.6, 0.75, 1.0])
 def test_the_amount_of_all_layers_together_goes_from_the_lowest_up(amount):
     scores = shuffled(structure_of())
     selection = choose(scores, amount=amount)
@@ -125,7 +126,7 @@ def test_the_amount_of_all_layers_together_goes_from_the_lowest_up(amount):
     assert all(units == sorted(units) for units in selection.units.values())
 
 
-@pytest.mark.parametrize("amount", [0.01, 0.1, 0.25, 1 / 3, 0.5, 0.6, 0.75, 1.0])
+@for_each("amount", [0.01, 0.1, 0.25, 1 / 3, 0.5, 0.6, 0.75, 1.0])
 def test_the_amount_of_each_layer_goes_whatever_the_others_score(amount):
     scores = shuffled(structure_of())
     selection = choose(scores, scope="layer", amount=amount)
@@ -134,7 +135,7 @@ def test_the_amount_of_each_layer_goes_whatever_the_others_score(amount):
         assert selection.units.get(root, []) == sorted(scores[root].value.argsort()[:count].tolist())
 
 
-@pytest.mark.parametrize("amount", [0.1, 0.25, 0.5, 0.75])
+@for_each("amount", [0.1, 0.25, 0.5, 0.75])
 def test_the_amount_of_each_block_goes_whatever_the_others_score(amount):
     structure, scores = structure_of("blocks"), shuffled(structure_of("blocks"))
     assert structure.blocks == {"1.0": "1", "1.2": "1", "2.0": "2", "2.2": "2", "3": "3"}
@@ -152,9 +153,9 @@ def test_coupled_neurons_count_once():
     assert lost(selection) == round(0.4 * 10)
 
 
-@pytest.mark.parametrize("target", [0.9, 0.6, 0.3])
-@pytest.mark.parametrize("name", ["convolutional", "residual", "blocks"])
-@pytest.mark.parametrize("rule", ["target_params", "target_macs"])
+@for_each("target", [0.9, 0.6, 0.3])
+@for_each("name", ["convolutional", "residual", "blocks"])
+@for_each("rule", ["target_params", "target_macs"])
 def test_a_target_is_met_and_would_not_be_with_one_unit_more(rule, name, target):
     inputs, scores = example(name).inputs, shuffled(structure_of(name))
     units = choose(scores, name, **{rule: target}).units
@@ -167,7 +168,7 @@ def test_a_target_is_met_and_would_not_be_with_one_unit_more(rule, name, target)
     assert cost_of(cut_net(name, given_back), inputs)[rule] > allowed
 
 
-@pytest.mark.parametrize("rule", ["target_params", "target_macs"])
+@for_each("rule", ["target_params", "target_macs"])
 def test_a_target_by_layer_takes_the_same_share_of_each(rule):
     for target in (0.8, 0.5, 0.3):
         selection = choose(shuffled(structure_of()), scope="layer", **{rule: target})
@@ -239,7 +240,7 @@ def test_with_agreement_layers_side_by_side_can_be_cut_too():
     assert select(structure, found, budget).units["both"] == [0, 1]
 
 
-@pytest.mark.parametrize("amount", [0.2, 0.5])
+@for_each("amount", [0.2, 0.5])
 def test_a_budget_leaves_alone_what_it_cannot_cut_right(amount):
     net = seeded(Gated)
     report = prune(net, pictures(2)[0], PruningBudget("random", amount=amount))

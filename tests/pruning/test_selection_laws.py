@@ -2,7 +2,6 @@
 
 import math
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,6 +12,7 @@ from lightning_neurons.pruning.selection.select import Dense, select
 from lightning_neurons.pruning.structure.structure import discover
 from tests.criteria.streams import laws
 from tests.pruning.test_selection import SIZES, choose, cut_net, example, lost, scores_of, shuffled, structure_of
+from tests.tables import for_each
 
 NAN = math.nan
 ASCENDING = {root: [float(i) for i in range(size)] for root, size in SIZES.items()}
@@ -32,7 +32,7 @@ def test_floors_and_ceilings_hold_whatever_is_asked(rule, share, scope, least, m
         assert gone <= most * size + 1e-9
 
 
-@pytest.mark.parametrize("most, gone", [(0.3, [1, 1, 2]), (0.2, [1, 1, 1]), (0.4, [2, 2, 2]), (6 / 7, [5, 4, 6])])
+@for_each("most, gone", [(0.3, [1, 1, 2]), (0.2, [1, 1, 1]), (0.4, [2, 2, 2]), (6 / 7, [5, 4, 6])])
 def test_a_ceiling_that_is_met_exactly_costs_no_neuron(most, gone):
     selection = choose(shuffled(structure_of()), amount=1.0, max_amount=most)
     assert [lost(selection, root) for root in SIZES] == gone
@@ -80,11 +80,9 @@ def test_neurons_in_another_order_are_chosen_in_that_order(data, rule, scope, sh
     assert {root: sorted(orders[root][unit] for unit in units) for root, units in turned.items()} == straight
 
 
-@pytest.mark.parametrize("scope", ["global", "layer", "block"])
-@pytest.mark.parametrize("name", ["convolutional", "blocks"])
-@pytest.mark.parametrize(
-    "rule, share", [("amount", 0.3), ("amount", 0.5), ("target_macs", 0.5), ("target_params", 0.7)]
-)
+@for_each("scope", ["global", "layer", "block"])
+@for_each("name", ["convolutional", "blocks"])
+@for_each("rule, share", [("amount", 0.3), ("amount", 0.5), ("target_macs", 0.5), ("target_params", 0.7)])
 def test_equal_scores_thin_all_layers_alike_and_always_the_same(scope, name, rule, share):
     structure = structure_of(name)
     sizes = {root: group.size for root, group in structure.offered.items()}
@@ -102,7 +100,7 @@ def test_equal_scores_thin_all_layers_alike_and_always_the_same(scope, name, rul
     assert again == selection
 
 
-@pytest.mark.parametrize("options", [{"amount": 1.0}, {"target_params": 0.01}, {"threshold": 99.0}], ids=str)
+@for_each("options", [{"amount": 1.0}, {"target_params": 0.01}, {"threshold": 99.0}])
 def test_what_was_not_measured_stays_and_is_named(options):
     selection = choose(scores_of(conv1=[NAN, 1, NAN, 2, 3, 4], conv2=[NAN] * 5, fc1=ASCENDING["fc1"]), **options)
     assert selection.units == {"conv1": [1, 3, 4, 5], "fc1": [0, 1, 2, 3, 4, 5]}
@@ -124,14 +122,14 @@ TOO_LITTLE = [
 ]
 
 
-@pytest.mark.parametrize("options", TOO_LITTLE, ids=str)
+@for_each("options", TOO_LITTLE)
 def test_where_nothing_goes_it_is_said(options):
     selection = choose(scores_of(**ASCENDING), **options)
     assert selection.units == {}
     assert sum("nothing is cut: " in note for note in selection.notes) == 1
 
 
-@pytest.mark.parametrize("rule", ["target_params", "target_macs"])
+@for_each("rule", ["target_params", "target_macs"])
 def test_a_target_out_of_reach_takes_all_that_may_go_and_says_what_remains(rule):
     structure = structure_of()
     selection = choose(shuffled(structure), min_neurons=4, **{rule: 0.1})
@@ -142,7 +140,7 @@ def test_a_target_out_of_reach_takes_all_that_may_go_and_says_what_remains(rule)
     assert expected in selection.notes
 
 
-@pytest.mark.parametrize(
+@for_each(
     "scope, missing",
     [("global", "10 neurons of the model"), ("layer", "3 neurons of conv1, 3 neurons of conv2, 3 neurons of fc1")],
 )
@@ -152,11 +150,7 @@ def test_an_amount_out_of_reach_takes_all_that_may_go_and_says_what_is_missing(s
     assert f"amount=0.9 is not reached: {missing} should go as well, and may not" in selection.notes
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"amount": 0.5, "scope": "layer", "round_to": 4}, {"threshold": 99.0, "min_neurons": 4}],
-    ids=["rounded", "above the floor"],
-)
+@for_each("options", [{"amount": 0.5, "scope": "layer", "round_to": 4}, {"threshold": 99.0, "min_neurons": 4}])
 def test_where_less_goes_than_was_asked_for_it_is_said(options):
     limited = choose(scores_of(**ASCENDING), **options)
     free = choose(scores_of(**ASCENDING), **{**options, "round_to": 1, "min_neurons": 1})
@@ -194,7 +188,7 @@ def next_round(selection, scores, budget, dense: Dense):
     return {root: lost(selection, root) + len(later.units.get(root, ())) for root in SIZES}
 
 
-@pytest.mark.parametrize("scope", ["global", "layer"])
+@for_each("scope", ["global", "layer"])
 def test_two_rounds_end_where_the_second_budget_says_of_the_original(scope):
     scores, dense = shuffled(structure_of()), Dense.of(structure_of())
     first = choose(scores, amount=0.25, scope=scope)
@@ -212,7 +206,7 @@ def test_two_rounds_end_there_also_where_the_first_leaves_a_single_neuron():
     assert gone == {"conv1": 3, "conv2": 0, "fc1": 6}
 
 
-@pytest.mark.parametrize("rule", ["target_params", "target_macs"])
+@for_each("rule", ["target_params", "target_macs"])
 def test_the_target_of_a_second_round_is_that_of_the_original(rule):
     scores, dense = shuffled(structure_of()), Dense.of(structure_of())
     first, once = choose(scores, **{rule: 0.8}), choose(scores, **{rule: 0.5})

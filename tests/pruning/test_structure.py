@@ -21,6 +21,7 @@ from lightning_neurons.pruning.structure.example import Example
 from lightning_neurons.pruning.structure.structure import discover
 from tests.models import pictures, seeded
 from tests.pruning.nets import LeNet, Tokens, codes, net_and_inputs
+from tests.tables import for_each
 
 BUDGET = {"criterion": "weight_l2", "amount": 0.3}
 
@@ -92,8 +93,8 @@ def document_of(name: str) -> dict[str, Any]:
     return describe_structure(*net_and_inputs(name))
 
 
-@pytest.mark.parametrize("state", STATES)
-@pytest.mark.parametrize("name", ["MobileNetV3", "decoder", "tokens"])
+@for_each("state", STATES)
+@for_each("name", ["MobileNetV3", "decoder", "tokens"])
 def test_looking_at_a_model_finds_the_same_in_any_state_and_leaves_no_trace(name, state):
     net, x = net_and_inputs(name)
     prepare, context = STATES[state]
@@ -105,7 +106,7 @@ def test_looking_at_a_model_finds_the_same_in_any_state_and_leaves_no_trace(name
     assert changed(before, net) == []
 
 
-@pytest.mark.parametrize("state", STATES)
+@for_each("state", STATES)
 def test_a_cut_in_any_state_is_the_same_and_keeps_modes_flags_and_random_numbers(state):
     net, x = net_and_inputs("VGG")
     expected, _ = net_and_inputs("VGG")
@@ -245,7 +246,7 @@ def refused(name: str) -> tuple[nn.Module, Tensor, str, str]:
     return net, codes() if hasattr(net, "embed") else pictures(3, double=True)[0], layer, reason
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@for_each("name", REFUSED)
 def test_a_layer_that_cannot_be_cut_is_refused_with_the_reason_and_nothing_changes(name):
     net, x, layer, reason = refused(name)
     before = photograph(net)
@@ -254,7 +255,7 @@ def test_a_layer_that_cannot_be_cut_is_refused_with_the_reason_and_nothing_chang
     assert changed(before, net) == []
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@for_each("name", REFUSED)
 def test_with_a_budget_it_stays_whole_and_the_notes_say_why_while_the_rest_is_cut(name):
     net, x, layer, reason = refused(name)
     report = prune(net, x, BUDGET, [x])

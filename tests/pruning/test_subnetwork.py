@@ -10,6 +10,7 @@ from torch import nn
 from lightning_neurons import ArgumentError, PruningPlan, UnknownNameError, class_study, plan_keeping, prune
 from tests.models import pictures, seeded
 from tests.pruning.nets import NETS, ResNet, Vgg, net_and_inputs
+from tests.tables import for_each
 
 X, Y = pictures(16, double=True)
 KEPT = {"features.0": [1, 3], "features.4": [0, 2, 5], "features.7": [4], "classifier.0": [0, 1, 6]}
@@ -35,7 +36,7 @@ def silenced(net: nn.Module, kept: dict[str, list[int]], final: dict[str, str]) 
     return net
 
 
-@pytest.mark.parametrize("layers", [[*KEPT], ["features.4"], ["classifier.0", "features.0"]], ids=len)
+@for_each("layers", [[*KEPT], ["features.4"], ["classifier.0", "features.0"]])
 def test_the_smaller_network_answers_as_the_silenced_one(layers):
     net, kept = seeded(Vgg, double=True), {layer: KEPT[layer] for layer in layers}
     with torch.no_grad():
@@ -96,7 +97,7 @@ def test_the_output_layer_cannot_be_cut_and_stays_with_a_note():
     assert any("classifier.3" in note and "stays whole" in note for note in plan.notes)
 
 
-@pytest.mark.parametrize("name", NETS)
+@for_each("name", NETS)
 def test_every_kind_of_network_becomes_smaller_and_runs(name):
     net, x = net_and_inputs(name)
     widths = {n: len(m.weight) for n, m in net.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
@@ -117,8 +118,8 @@ def test_keeping_everything_removes_nothing():
     assert isinstance(plan, PruningPlan)
 
 
-@pytest.mark.parametrize("classes", [0, [1, 3]])
-@pytest.mark.parametrize("make", [Vgg, lambda: ResNet(projection=False), NETS["LeNet"]], ids=["VGG", "ResNet", "LeNet"])
+@for_each("classes", [0, [1, 3]])
+@for_each("make", [Vgg, lambda: ResNet(projection=False), NETS["LeNet"]])
 def test_the_sub_network_of_classes_becomes_a_network(make, classes):
     net = seeded(make, double=True)
     report = class_study(net, [(X, Y)], share=0.4)
@@ -157,7 +158,7 @@ WRONG = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", WRONG)
+@for_each("name", WRONG)
 def test_bad_input(name):
     options, error, said = WRONG[name]
     given = {"model": seeded(Vgg, double=True), "kept": KEPT, **options}

@@ -5,13 +5,13 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import pytest
 import torch
 from torch import Tensor, nn
 
 from lightning_neurons.layers.width_handlers import Role
 from lightning_neurons.pruning.surgery.surgery import Cut, cut
 from tests.models import ConvNet, pictures, seeded
+from tests.tables import for_each
 
 GONE = (1, 4)
 SPREAD = (4, 5, 6, 7, 16, 17, 18, 19)  # channels 1 and 4, four pixels each
@@ -71,7 +71,7 @@ CASES = {
     "one slope for all": Case(nn.PReLU, "passes", {}, {"num_parameters": 1}),
     "embedding": Case(lambda: nn.Embedding(9, 6), "makes", W1, {"embedding_dim": 4}, ()),
 }  # fmt: skip
-with_each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+with_each_case = for_each("case", CASES.values())
 
 
 def without(tensor: Tensor, axis: int, gone) -> Tensor:
@@ -118,7 +118,7 @@ def test_a_module_says_what_its_tensors_are(case):
     assert {name: getattr(net[0], name) for name in sizes} == sizes | dict(case.says)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "layer norm"])  # which mixes neurons
+@for_each("name", [name for name in CASES if name != "layer norm"])  # which mixes neurons
 def test_the_smaller_module_computes_the_same_for_what_stays(name):
     case, axis = CASES[name], 2 if name == "embedding" else 1
     net = filled(nn.Sequential(case.make())).eval()
@@ -142,7 +142,7 @@ class Places(nn.Module):
         self.inner.scales = nn.ParameterList([torch.randn(6), torch.randn(6, 1, 1)])
 
 
-@pytest.mark.parametrize("path, axis", [("place", 1), ("place", 0), ("inner.scales.0", 0), ("inner.scales.1", 0)])
+@for_each("path, axis", [("place", 1), ("place", 0), ("inner.scales.0", 0), ("inner.scales.1", 0)])
 def test_a_bare_parameter_is_cut_on_the_axis_that_is_named(path, axis):
     net = filled(Places())
     parameter = net.get_parameter(path)
@@ -164,7 +164,7 @@ def test_both_axes_of_one_weight_are_cut_at_once():
     assert (net[0].in_channels, net[0].out_channels) == (4, 2)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.complex64])
+@for_each("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.complex64])
 def test_values_of_every_type_keep_it(dtype):
     layer = nn.Linear(3, 6, dtype=dtype)
     was = layer.weight.detach().clone()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_neurons.pruning.surgery import surgery
 from lightning_neurons.pruning.surgery.surgery import Cut, cut
 from tests.models import pictures
+from tests.tables import for_each
 
 GONE, OTHERS = (1, 4), (0, 3)
 CUTS = [
@@ -161,8 +162,15 @@ def test_a_cut_takes_as_many_steps_as_there_are_things_to_change(step, monkeypat
     assert count(monkeypatch, step) == STEPS[step]
 
 
-@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("step, call", [(step, n) for step, calls in STEPS.items() for n in range(1, calls + 1)])
+# The first and the last call of each step, on both sides of it, and one in the middle.
+MOMENTS = [
+    (step, call, late)
+    for step, calls in STEPS.items()
+    for call, late in ((1, False), (1, True), (calls // 2 + 1, False), (calls, False), (calls, True))
+]
+
+
+@for_each("step, call, late", MOMENTS)
 def test_an_error_at_any_step_leaves_everything_as_it_was(step, call, late, monkeypatch):
     everything = Everything()
     wrapped, calls = failing_at(call, getattr(surgery, step), late=late)
@@ -209,7 +217,7 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("cuts, options, error", BAD.values(), ids=BAD.keys())
+@for_each("cuts, options, error", BAD.values())
 def test_an_error_while_the_new_tensors_are_computed_changes_nothing(cuts, options, error):
     everything = Everything()
     with pytest.raises(error):

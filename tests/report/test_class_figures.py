@@ -23,6 +23,7 @@ from lightning_neurons.report.figures.classes import _BARS, CLASS_FIGURES, save_
 from lightning_neurons.report.figures.drawing import can_draw, new_figure
 from lightning_neurons.report.logging.tags import TAGS
 from lightning_neurons.results.class_report import ClassAccuracy, ClassReport
+from tests.tables import for_each
 
 KINDS = ("whole", "subnetwork", "ablation", "random subnetwork", "random ablation", "other subnetworks")
 
@@ -76,7 +77,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@for_each("name", CASES)
 def test_every_figure_is_drawn_without_a_warning(name):
     figure, report = CASES[name]
     drawn = CLASS_FIGURES[figure](report())
@@ -94,7 +95,7 @@ def ticks(axis: Any) -> list[str]:
     return [label.get_text() for label in axis.get_ticklabels()]
 
 
-@pytest.mark.parametrize("classes, step", [(2, 1), (3, 1), (20, 1), (21, 2), (47, 3)])
+@for_each("classes, step", [(2, 1), (3, 1), (20, 1), (21, 2), (47, 3)])
 def test_the_matrix_of_reuse(classes, step):
     report = made(classes)
     axes = CLASS_FIGURES["reuse_matrix"](report).axes[0]
@@ -118,7 +119,7 @@ def test_drawing_does_not_change_the_report():
     assert all(torch.equal(report.importance[n], v) for n, v in before[1].items())
 
 
-@pytest.mark.parametrize("make", [lambda: made(4, layers=3), with_nan, without_differences])
+@for_each("make", [lambda: made(4, layers=3), with_nan, without_differences])
 def test_importance_is_shown_from_lowest_to_highest_without_neurons_that_make_no_difference(make):
     report = make()
     for one, (layer, scores) in zip(CLASS_FIGURES["importance"](report).axes, report.importance.items(), strict=True):
@@ -137,7 +138,7 @@ def test_importance_is_shown_from_lowest_to_highest_without_neurons_that_make_no
             assert best == sorted(column.index(max(column)) for column in kept), "in the order of their class"
 
 
-@pytest.mark.parametrize("count", [24, 25, 60])
+@for_each("count", [24, 25, 60])
 def test_heat_maps_are_of_24_layers_at_most_spread_over_the_model(count):
     report = made(classes=11, layers=count)
     figure, layers = CLASS_FIGURES["importance"](report), list(report.importance)
@@ -149,7 +150,7 @@ def test_heat_maps_are_of_24_layers_at_most_spread_over_the_model(count):
     assert ticks(figure.axes[0].yaxis) == [str(k) for k in report.classes[::3]], "at most 5"
 
 
-@pytest.mark.parametrize("kinds, spread", [(KINDS, 0.3), (KINDS[:4], 0.3), (KINDS[:5], math.nan)])
+@for_each("kinds, spread", [(KINDS, 0.3), (KINDS[:4], 0.3), (KINDS[:5], math.nan)])
 def test_bars_are_the_accuracies(kinds, spread):
     report = made(3, kinds=kinds, spread=spread)
     figure = CLASS_FIGURES["accuracy"](report)
@@ -183,7 +184,7 @@ def test_the_histogram_has_every_neuron_that_has_a_selectivity():
         assert axes.get_ylabel() == "neurons"
 
 
-@pytest.mark.parametrize("classes", [3, 5, 20, 21])
+@for_each("classes", [3, 5, 20, 21])
 def test_the_circle_has_every_class_with_its_own_neurons_and_the_strongest_sharing(classes):
     report = made(classes, neurons=40)
     axes = CLASS_FIGURES["sharing"](report).axes[0]

@@ -18,6 +18,7 @@ from lightning_neurons.report.figures.drawing import new_figure, shortened
 from lightning_neurons.results.ablation_report import AblationReport
 from tests.report.figured import CASES, HOSTILE, ablation_of, every_figure, made
 from tests.results.reports import LAYERS, batches, report_of
+from tests.tables import for_each
 
 
 @pytest.fixture(scope="module")
@@ -25,14 +26,14 @@ def report() -> NeuronReport:
     return report_of()
 
 
-@pytest.mark.parametrize("name", CASES)
+@for_each("name", CASES)
 def test_every_figure_is_drawn_without_a_warning(name):
     for axes in every_figure(CASES[name]()):
         axes.figure.draw_without_rendering()
         assert axes.get_xlabel() or axes.texts, "an axis says what it shows, or the figure why there is nothing"
 
 
-@pytest.mark.parametrize("name", HOSTILE)
+@for_each("name", HOSTILE)
 def test_names_are_shown_as_they_are_and_shortened_from_the_left(name):
     axes = figures.activation_histogram(made([name]), name)
     axes.figure.draw_without_rendering()
@@ -75,7 +76,7 @@ def test_unknown_layers_and_criteria_are_named(report):
             call()
 
 
-@pytest.mark.parametrize("layer", LAYERS)
+@for_each("layer", LAYERS)
 def test_the_bars_of_the_histogram_are_the_counts(report, layer):
     axes, counts = figures.activation_histogram(report, layer), report.counts[layer].histogram.sum(0)
     *inner, zeros = [bar.get_height() for bar in axes.patches]
@@ -95,8 +96,8 @@ def test_a_value_lies_in_the_bar_over_its_logarithm():
     assert sum(height for x, height in found if abs(x + 3) < 0.1) == pytest.approx(25)
 
 
-@pytest.mark.parametrize("relative", [True, False])
-@pytest.mark.parametrize("layer", [None, *LAYERS])
+@for_each("relative", [True, False])
+@for_each("layer", [None, *LAYERS])
 def test_the_curve_is_deadness_at_each_threshold(layer, relative):
     report = report_of(threshold=0.02, relative_threshold=relative)
     axes = figures.deadness_curve(report, layer)
@@ -110,7 +111,7 @@ def test_the_curve_is_deadness_at_each_threshold(layer, relative):
     assert ("activation units" in axes.get_xlabel()) != relative
 
 
-@pytest.mark.parametrize("neurons, shape", [(1, (1, 1)), (12, (3, 4)), (64, (8, 8)), (512, (26, 20)), (2048, (41, 50))])
+@for_each("neurons, shape", [(1, (1, 1)), (12, (3, 4)), (64, (8, 8)), (512, (26, 20)), (2048, (41, 50))])
 def test_the_grid_has_every_neuron_in_its_place(neurons, shape):
     report = made(neurons=neurons, dead=torch.linspace(1, 0, neurons).double())
     axes = figures.deadness_grid(report, "net.conv1")
@@ -125,7 +126,7 @@ def test_the_grid_has_every_neuron_in_its_place(neurons, shape):
     assert firsts == [row * shape[1] for row in axes.get_yticks()]
 
 
-@pytest.mark.parametrize("layer", [None, "3"])
+@for_each("layer", [None, "3"])
 def test_bars_are_the_scores_from_both_ends(report, layer):
     ranked = report.ranking(layer=layer)
     whole = figures.importance_bars(report, layer=layer)

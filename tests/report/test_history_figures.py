@@ -12,6 +12,7 @@ from lightning_neurons.report.figures import history as history_figures
 from lightning_neurons.report.figures.drawing import new_figure
 from lightning_neurons.results.history import MAGNITUDE_PARTS, HistoryEntry, NeuronHistory
 from lightning_neurons.results.pruning_history import PruningHistory, PruningPoint
+from tests.tables import for_each
 
 LAYER = "net.conv1"
 
@@ -77,7 +78,7 @@ def every_history_figure():
     ]
 
 
-@pytest.mark.parametrize("name", CASES)
+@for_each("name", CASES)
 def test_histories_are_drawn_without_a_warning(name):
     history = NeuronHistory(CASES[name]())
     for axes in (history_figures.magnitude_history(history, LAYER), history_figures.dead_history(history)):
@@ -86,7 +87,7 @@ def test_histories_are_drawn_without_a_warning(name):
         assert axes.get_ylabel()
 
 
-@pytest.mark.parametrize("name", PRUNING)
+@for_each("name", PRUNING)
 def test_pruning_is_drawn_without_a_warning(name):
     axes = history_figures.pruning_progress(PRUNING[name]())
     axes.figure.draw_without_rendering()
@@ -99,7 +100,7 @@ def test_nothing_was_measured_yet():
         history_figures.magnitude_history(NeuronHistory(), LAYER)
 
 
-@pytest.mark.parametrize("name", ["several epochs", "every fifth", "pruned in between", "layer missing"])
+@for_each("name", ["several epochs", "every fifth", "pruned in between", "layer missing"])
 def test_columns_are_the_shares_of_each_measurement(name):
     history = NeuronHistory(CASES[name]())
     zeros, inner = history_figures.magnitude_history(history, LAYER).collections[:2]

@@ -12,6 +12,7 @@ from lightning_neurons.cli import main
 from lightning_neurons.report.html.page import write_html
 from lightning_neurons.report.html.run_folder import RunFolder
 from tests.report.runs import Read, fill, put_list, put_picture
+from tests.tables import for_each
 
 
 def notes(folder: Path) -> str:
@@ -33,7 +34,7 @@ def test_of_several_runs_the_newest_is_suggested(bare, reports):
         write_html(bare.parent)
 
 
-@pytest.mark.parametrize(
+@for_each(
     "text", ["", "{", "[]", '{"format": "other"}', '{"format": "lightning_neurons report", "version": 99}', "\xff"]
 )
 def test_a_broken_report_is_refused(tmp_path, text):
@@ -43,8 +44,19 @@ def test_a_broken_report_is_refused(tmp_path, text):
     assert not (tmp_path / "report.html").exists()
 
 
-@pytest.mark.parametrize("name", ["history", "pruning", "ablation", "classes", "pictures/pictures", "pictures/cards"])
-@pytest.mark.parametrize("text", ["", "{", "[1]", "{}", '{"format": "lightning_neurons history", "version": 99}'])
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("history", ""),
+        ("pruning", "{"),
+        ("ablation", "[1]"),
+        ("classes", "{}"),
+        ("pictures/pictures", ""),
+        ("pictures/cards", "[1]"),
+        ("pruning", '{"format": "lightning_neurons history", "version": 99}'),
+        ("history", '{"format": "lightning_neurons history", "version": 99}'),
+    ],
+)
 def test_a_broken_file_that_need_not_be_there_is_a_note(bare, no_figures, name, text):
     path = bare / f"{name}.json"
     path.parent.mkdir(exist_ok=True)

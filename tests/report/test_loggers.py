@@ -40,7 +40,7 @@ def written(folder: Path) -> dict[str, list[str]]:
 def train(folder: Path, callback: Any, **kwargs: Any) -> Any:
     torch.manual_seed(0)
     loggers = [TensorBoardLogger(folder, name="tensorboard"), CSVLogger(folder, name="csv"), MemoryLogger()]
-    return fit(Plain(), [callback], logger=loggers, max_epochs=2, **kwargs)
+    return fit(Plain(), [callback], logger=loggers, **{"max_epochs": 2, **kwargs})
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,8 @@ def test_every_series_is_in_the_readme_and_the_readme_has_no_other():
 def test_the_number_of_series_does_not_depend_on_the_batch_size(tmp_path):
     found = []
     for batch_size in (3, 24):
-        trainer = train(tmp_path / str(batch_size), NeuronSensitivityCallback(), val=loader(24, batch_size, seed=1))
+        val = loader(24, batch_size, seed=1)
+        trainer = train(tmp_path / str(batch_size), NeuronSensitivityCallback(), val=val, max_epochs=1)
         found.append({kind: sorted(tags) for kind, tags in written(trainer.log_dir).items()})
     assert found[0] == found[1]
 

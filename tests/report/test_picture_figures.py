@@ -13,6 +13,7 @@ from lightning_neurons.report.figures.card import neuron_card
 from lightning_neurons.report.figures.data import tiled
 from lightning_neurons.report.figures.drawing import new_figure
 from lightning_neurons.results.neuron_card import NeuronCard
+from tests.tables import for_each
 
 HOSTILE = ["_$x_$", "<script>", "y" * 200]
 SHAPES = {
@@ -54,8 +55,8 @@ def axes_of():
     return new_figure(3, 3).subplots()
 
 
-@pytest.mark.parametrize("bad", [None, math.nan, math.inf])
-@pytest.mark.parametrize("name", SHAPES)
+@for_each("bad", [None, math.nan, math.inf])
+@for_each("name", SHAPES)
 def test_samples_of_any_form_and_their_attributions_are_drawn(name, bad):
     values = noise(*SHAPES[name])
     if bad is not None:
@@ -148,7 +149,7 @@ def test_where_a_neuron_is_active_in_a_signal_is_drawn():
     assert figure.axes[-1].get_ylabel() == "activation"
 
 
-@pytest.mark.parametrize("titles", [[], ["a"], ["a", "b", "c"]])
+@for_each("titles", [[], ["a"], ["a", "b", "c"]])
 def test_a_wrong_number_of_titles_is_refused(titles):
     with pytest.raises(ArgumentError, match=r"titles=\[.*one title and one picture for each of the 2 maps"):
         picture_figures.saliency_rows(digits(2), noise(2, 1, 8, 8), titles)
@@ -156,7 +157,7 @@ def test_a_wrong_number_of_titles_is_refused(titles):
         picture_figures.activation_overlay(digits(1)[0], noise(2, 8, 8).relu(), titles)
 
 
-@pytest.mark.parametrize("filters", [1, 5, 16, 200])
+@for_each("filters", [1, 5, 16, 200])
 def test_filters_lie_row_by_row(filters):
     weight = noise(filters, 2, 3, 4)
     grid, columns = tiled(weight), math.ceil(math.sqrt(filters))
@@ -166,7 +167,7 @@ def test_filters_lie_row_by_row(filters):
     assert int(grid.isfinite().sum()) == filters * 12
 
 
-@pytest.mark.parametrize("before, after", [((5, 3, 3, 3), (2, 2, 3, 3)), ((6, 4), (3, 2)), ((4, 1, 5), (4, 1, 5)),
+@for_each("before, after", [((5, 3, 3, 3), (2, 2, 3, 3)), ((6, 4), (3, 2)), ((4, 1, 5), (4, 1, 5)),
                                            ((4, 2, 3, 3, 3), (1, 1, 3, 3, 3)), ((2, 1, 1, 1), (0, 1, 1, 1)),
                                            ((2, 3), (0, 3)), ((2048, 2, 3, 3), (1, 2, 3, 3))])  # fmt: skip
 def test_filters_before_and_after_share_one_scale_around_zero(before, after):
@@ -184,7 +185,7 @@ def test_filters_before_and_after_share_one_scale_around_zero(before, after):
     assert picture_figures.filters_before_after(noise(*before), noise(*after), pair) is pair[0].figure
 
 
-@pytest.mark.parametrize("count", [0, 1, 6, 8])
+@for_each("count", [0, 1, 6, 8])
 def test_maximized_pictures_have_their_titles(count):
     titles = [f"conv {i}" for i in range(count)]
     figure = picture_figures.maximized_images(digits(count), titles)
@@ -192,9 +193,9 @@ def test_maximized_pictures_have_their_titles(count):
     assert [axes.get_title() for axes in figure.axes if axes.images] == titles
 
 
-@pytest.mark.parametrize("pictures", [0, 1, 3, 10])
-@pytest.mark.parametrize("maximized", [True, False])
-@pytest.mark.parametrize("numbers", [{}, {"deadness": 0.25, "$n$": math.nan}])
+@for_each("pictures", [0, 1, 3, 10])
+@for_each("maximized", [True, False])
+@for_each("numbers", [{}, {"deadness": 0.25, "$n$": math.nan}])
 def test_a_card_has_what_is_known_of_the_neuron(pictures, maximized, numbers):
     figure = neuron_card(card(pictures, maximized, **numbers))
     figure.draw_without_rendering()
@@ -208,7 +209,7 @@ def test_a_card_has_what_is_known_of_the_neuron(pictures, maximized, numbers):
     assert cells == (["deadness", "0.25", r"\$n\$", "nan"] if numbers else [])
 
 
-@pytest.mark.parametrize("name", HOSTILE)
+@for_each("name", HOSTILE)
 def test_names_on_a_card_are_shown_as_they_are(name):
     made = NeuronCard(name, name, {name: 1.0}, digits(2), torch.ones(2), digits(1)[0])
     neuron_card(made).draw_without_rendering()

@@ -12,6 +12,7 @@ from lightning_neurons.metrics.histogram import folded_edges
 from lightning_neurons.results.history import MAGNITUDE_PARTS, NeuronHistory
 from tests.results.reports import report_of
 from tests.results.test_history import assert_same_entries, history_of, report
+from tests.tables import for_each
 
 
 def of_real_reports() -> NeuronHistory:
@@ -89,7 +90,7 @@ OTHERS = ["", "{", "[1, 2]", "null", "3", "{}", '{"format": "other", "version": 
 HISTORY = {"format": "lightning_neurons history", "version": 1, "entries": []}
 
 
-@pytest.mark.parametrize("text", OTHERS, ids=range(len(OTHERS)))
+@for_each("text", OTHERS)
 def test_a_file_that_is_no_history_is_refused_by_its_name(text, tmp_path):
     path = tmp_path / "other.json"
     path.write_text(text)
@@ -97,10 +98,8 @@ def test_a_file_that_is_no_history_is_refused_by_its_name(text, tmp_path):
         NeuronHistory.load(path)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"version": 2}, {"entries": [3]}, {"entries": [{"epoch": 1}]}, {"entries": None}, {"version": "1"}],
-    ids=str,
+@for_each(
+    "changes", [{"version": 2}, {"entries": [3]}, {"entries": [{"epoch": 1}]}, {"entries": None}, {"version": "1"}]
 )
 def test_a_history_of_a_newer_version_or_with_a_part_missing_is_refused(changes, tmp_path):
     path = tmp_path / "history.json"

@@ -13,6 +13,7 @@ from lightning_neurons import measure
 from lightning_neurons.errors import ArgumentError, UnknownNameError
 from tests import reference
 from tests.results.reports import LAYERS, activations, flat, network, report_of
+from tests.tables import for_each
 
 
 def test_deadness_at_any_threshold_is_the_share_of_values_below_it():
@@ -44,7 +45,7 @@ def test_deadness_grows_with_the_threshold():
     assert steps[-1].tolist() == [1] * 5
 
 
-@pytest.mark.parametrize("threshold", [-1.0, math.nan, math.inf])
+@for_each("threshold", [-1.0, math.nan, math.inf])
 def test_a_threshold_out_of_range_is_refused(threshold):
     with pytest.raises(ArgumentError, match=f"threshold={threshold} is not allowed: expected a finite number of at"):
         report_of(["near_zero"]).deadness_at(threshold)
@@ -67,7 +68,7 @@ def test_nobody_is_dormant_where_dormancy_was_not_measured():
     assert report_of(["near_zero"]).dormant("0").tolist() == [False] * 4
 
 
-@pytest.mark.parametrize("ask", ["dead", "dormant", "never_fired_bound"])
+@for_each("ask", ["dead", "dormant", "never_fired_bound"])
 def test_an_unknown_layer_lists_the_known(ask):
     with pytest.raises(UnknownNameError, match=r"layer: nothing matches 'net\.0'.*Known: 0, 3, 5"):
         getattr(report_of(["near_zero"]), ask)("net.0")

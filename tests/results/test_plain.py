@@ -4,13 +4,13 @@ import json
 import math
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from lightning_neurons.results.plain import floats, plain
+from tests.tables import for_each
 
 
 def there_and_back(tensor: torch.Tensor) -> torch.Tensor:
@@ -25,7 +25,7 @@ def test_every_float_comes_back(values):
     assert torch.equal(there_and_back(tensor).isinf(), tensor.isinf())
 
 
-@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, -0.0, 5e-324, 1.7e308, 0.1])
+@for_each("value", [math.inf, -math.inf, math.nan, -0.0, 5e-324, 1.7e308, 0.1])
 def test_single_numbers_come_back(value):
     found = there_and_back(torch.tensor(value, dtype=torch.float64)).item()
     assert found == value or (math.isnan(found) and math.isnan(value))

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from lightning_neurons.errors import ArgumentError
 from lightning_neurons.results.pruning_history import PruningHistory, PruningPoint
+from tests.tables import for_each
 
 metrics = st.none() | st.floats(allow_nan=False, allow_infinity=False)
 counts = st.integers(0, 2**60)
@@ -52,7 +53,7 @@ def test_the_file_is_readable(tmp_path):
     assert PruningHistory.load(str(tmp_path / "pruning.json")) == example()
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=["nan", "inf", "-inf"])
+@for_each("value", [math.nan, math.inf, -math.inf])
 def test_a_metric_that_is_not_finite_comes_back_as_a_number_or_as_unknown(tmp_path, value):
     history = PruningHistory(1, 1, {}, {}, "loss", (PruningPoint(1, 1, 1, 1, value, 0.5, value),))
     history.save(tmp_path / "pruning.json")
@@ -70,9 +71,7 @@ def spoiled(folder: Path, **changes: object) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    "text", ["", "{", "[1, 2]", "null", "3", '"text"', "{}", '{"format": "other"}', '{"version": 1}', "\x00"]
-)
+@for_each("text", ["", "{", "[1, 2]", "null", "3", '"text"', "{}", '{"format": "other"}', '{"version": 1}', "\x00"])
 def test_another_file_is_refused_by_its_name(tmp_path, text):
     path = tmp_path / "other.json"
     path.write_text(text)
@@ -80,15 +79,11 @@ def test_another_file_is_refused_by_its_name(tmp_path, text):
         PruningHistory.load(path)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
+@for_each("changes", [
         {"version": 2}, {"format": "lightning_neurons history"}, {"points": [{"epoch": 1}]}, {"points": [3]},
         {"points": None}, {"unknown": 1}, {"version": None},
         *({name: "left out"} for name in ("format", "version", "points", "parameters", "macs", "widths")),
-    ],
-    ids=str,
-)  # fmt: skip
+    ])  # fmt: skip
 def test_a_file_of_another_kind_or_with_a_part_missing_is_refused(tmp_path, changes):
     with pytest.raises(ArgumentError, match=r"pruning\.json.*version 1 or older"):
         PruningHistory.load(spoiled(tmp_path, **changes))

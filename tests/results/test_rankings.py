@@ -13,6 +13,7 @@ from lightning_neurons.criteria import Criterion, Statistic
 from lightning_neurons.errors import ArgumentError, UnknownNameError
 from tests import reference
 from tests.results.reports import LAYERS, flat, report_of
+from tests.tables import for_each
 
 
 def test_a_ranking_of_all_layers_runs_from_the_most_to_the_least_important():
@@ -56,9 +57,7 @@ def test_a_deadness_measure_ranks_the_dead_last():
     assert (ranking[-1].neuron, ranking[-1].score) == (1, 0)
 
 
-@pytest.mark.parametrize(
-    "rule", [{"share": 0.5}, {"count": 2}, {"threshold": 0.2}, {"cumulative": 0.7}], ids=lambda rule: next(iter(rule))
-)
+@for_each("rule", [{"share": 0.5}, {"count": 2}, {"threshold": 0.2}, {"cumulative": 0.7}])
 def test_a_selection_within_layers_follows_the_rule_in_each(rule):
     report = report_of(["gradient"])
     twins = {
@@ -85,7 +84,7 @@ MINE = Criterion(
 )
 
 
-@pytest.mark.parametrize(
+@for_each(
     "criteria, main",
     [
         (None, "taylor"),
@@ -96,7 +95,6 @@ MINE = Criterion(
         (["mean", "dormant_score"], "dormant_score"),
         (["near_zero", "rms"], "rms"),
     ],
-    ids=["default", "best", "gradient", "one's own", "activity", "activity that sees deadness", "deadness first"],
 )
 def test_the_main_criterion_is_the_preferred_one_that_was_measured(criteria, main):
     report = report_of(criteria)
@@ -147,7 +145,7 @@ def test_neurons_of_a_residual_stream_are_one_entry_with_the_mean_of_their_score
     assert chosen == {*best.layers}
 
 
-@pytest.mark.parametrize("criteria", [None, ["fisher"], ["dormant_score", "near_zero"], ["taylor_fo", "near_zero"]])
+@for_each("criteria", [None, ["fisher"], ["dormant_score", "near_zero"], ["taylor_fo", "near_zero"]])
 def test_no_dead_neuron_stands_above_one_that_fires(criteria):
     report = report_of(criteria)
     assert report.ranking()[-1][:2] == ("0", 1)
@@ -188,7 +186,7 @@ def test_a_criterion_that_every_layer_refuses_ranks_nothing():
     assert report.select("norm_scale", count=1) == {}
 
 
-@pytest.mark.parametrize("ask", ["ranking", "select", "importance"])
+@for_each("ask", ["ranking", "select", "importance"])
 def test_an_unknown_criterion_suggests_the_nearest(ask):
     options = {"count": 1} if ask == "select" else {}
     with pytest.raises(UnknownNameError, match=r"criterion: nothing matches 'tailor'\. Did you mean 'taylor'"):
@@ -200,7 +198,7 @@ def test_an_unknown_layer_cannot_be_ranked():
         report_of(["rms"]).ranking("rms", layer="conv")
 
 
-@pytest.mark.parametrize(
+@for_each(
     "options, message",
     [
         ({"scope": "globe", "count": 1}, "scope='globe' is not allowed.*'layer', 'global'.*did you mean 'global'"),
@@ -208,7 +206,6 @@ def test_an_unknown_layer_cannot_be_ranked():
         ({}, "exactly one of share, count, threshold, cumulative"),
         ({"normalize": "l3", "count": 1}, "normalize='l3' is not allowed.*'none', 'sum', 'l2'"),
     ],
-    ids=["scope", "share", "no rule", "normalize"],
 )
 def test_a_bad_selection_says_what_is_allowed(options, message):
     report = report_of(["rms"])

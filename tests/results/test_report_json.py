@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_neurons import NeuronReport, measure
 from lightning_neurons.errors import ArgumentError
 from tests.results.reports import batches, loss, network, report_of
+from tests.tables import for_each
 
 
 def same(a: object, b: object) -> bool:
@@ -54,7 +55,7 @@ REPORTS = {
 }
 
 
-@pytest.mark.parametrize("name", REPORTS)
+@for_each("name", REPORTS)
 def test_a_report_survives_the_disk_bit_for_bit(name, tmp_path):
     report = REPORTS[name]()
     report.save(tmp_path / "neurons.json")
@@ -63,7 +64,7 @@ def test_a_report_survives_the_disk_bit_for_bit(name, tmp_path):
         assert same(getattr(loaded, field.name), getattr(report, field.name)), field.name
 
 
-@pytest.mark.parametrize("bits", [0x7FEFFFFFFFFFFFFF, 0x0000000000000001, 0x3FD5555555555555, -0x8000000000000000])
+@for_each("bits", [0x7FEFFFFFFFFFFFFF, 0x0000000000000001, 0x3FD5555555555555, -0x8000000000000000])
 def test_extreme_numbers_survive_the_disk(bits, tmp_path):
     score = torch.tensor([bits, bits, bits, bits]).view(torch.float64)
     report = dataclasses.replace(report_of(["rms"]), scores={"rms": {"0": score}})
@@ -133,13 +134,10 @@ def test_the_file_is_json_that_every_reader_accepts(tmp_path):
     assert document["scores"]["mean"]["0"] == [None] * 4
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
+@for_each("text", [
         "", "{", '{"format": "lightning_neurons rep', "[1, 2]", "null", "3", '"text"', "{}", '{"format": "other"}',
         '{"version": 1}', "\x00\x01",
-    ],
-)  # fmt: skip
+    ])  # fmt: skip
 def test_a_file_that_is_no_report_is_refused_by_its_name(text, tmp_path):
     path = tmp_path / "other.json"
     path.write_text(text)
@@ -169,7 +167,7 @@ def test_a_report_of_a_newer_version_is_refused_with_both_versions(tmp_path):
         NeuronReport.load(path)
 
 
-@pytest.mark.parametrize("part", ["version", "scores", "layers", "counts", "settings"])
+@for_each("part", ["version", "scores", "layers", "counts", "settings"])
 def test_a_report_with_a_part_missing_is_refused_by_its_name(part, tmp_path):
     path, document = saved(tmp_path)
     del document[part]
@@ -191,7 +189,7 @@ INCONSISTENT = {
 }
 
 
-@pytest.mark.parametrize("part", INCONSISTENT)
+@for_each("part", INCONSISTENT)
 def test_a_report_that_contradicts_itself_is_refused(part, tmp_path):
     path, document = saved(tmp_path)
     INCONSISTENT[part](document)

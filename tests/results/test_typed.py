@@ -7,6 +7,7 @@ from typing import Any, Literal
 import pytest
 
 from lightning_neurons.results.typed import typed
+from tests.tables import for_each
 
 
 @dataclass
@@ -54,7 +55,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize("kind, value, message", WRONG)
+@for_each("kind, value, message", WRONG)
 def test_what_is_something_else_is_refused_by_its_place(kind, value, message):
     with pytest.raises(ValueError, match=message):
         typed(kind, value, "it")
