@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 import pytest
@@ -158,8 +159,7 @@ class ReadsForm(Plain):
 
 
 @pytest.mark.filterwarnings("ignore:Trying to infer the `batch_size`")
-@pytest.mark.parametrize("source", ["val", "train"])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form, source", list(zip(FORMS, cycle(["val", "train"]))))
 def test_batches_of_any_form_are_measured(form, source):
     build, read = FORMS[form]
     val = DataLoader(dataset(24, seed=1), 8, collate_fn=lambda items: build(*default_collate(items)))

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from itertools import cycle
 from typing import Any
 
 import lightning as L  # noqa: N812
@@ -141,8 +142,7 @@ def test_a_roll_back_puts_every_tensor_back_once(monkeypatch):
     assert hidden(run.module) == 18
 
 
-@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("call", [1, 2, 9, 18, 19, 30, TENSORS])
+@pytest.mark.parametrize("call, late", list(zip([1, 2, 9, 18, 19, 30, TENSORS], cycle([False, True]))))
 def test_an_error_when_a_tensor_is_put_back(call, late, monkeypatch):
     run = Run(2, in_module(snapshot, "set_data", call, late), monkeypatch)
     check(run, 2, monkeypatch)
@@ -159,8 +159,7 @@ PARTS = {
 }
 
 
-@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part, late", list(zip(PARTS, cycle([False, True]))))
 def test_an_error_when_optimizers_schedulers_or_precision_are_put_back(part, late, monkeypatch):
     run = Run(2, of(PARTS[part], 1, late), monkeypatch)
     check(run, 2, monkeypatch)

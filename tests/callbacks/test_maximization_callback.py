@@ -139,7 +139,7 @@ def test_few_pictures_make_small_cards(samples_kept):
 
 
 def test_files_are_the_latest_cards_and_old_ones_go(tmp_path):
-    callback, observer = maximizer(cards=2), NeuronSensitivityCallback()
+    callback, observer = maximizer(cards=2), NeuronSensitivityCallback(max_figures=0)
     counts = Probe("on_validation_end", lambda *_: len(callback.cards))
     fit(Dying(), [callback, observer, counts], logger=TensorBoardLogger(tmp_path), max_epochs=4)
     folder = next((tmp_path / "lightning_logs").iterdir())

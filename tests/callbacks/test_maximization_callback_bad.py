@@ -128,7 +128,7 @@ def test_a_figure_that_fails_does_not_stop_training(tmp_path, monkeypatch):
         raise RuntimeError("no ink")
 
     monkeypatch.setattr(module_of_cards, "neuron_card", broken)
-    callback, observer = maximizer(), NeuronSensitivityCallback()
+    callback, observer = maximizer(), NeuronSensitivityCallback(max_figures=0)
     with pytest.warns(UserWarning, match=r"epoch \d was measured and not shown: RuntimeError: no ink"):
         trainer = fit(Plain(), [callback, observer], logger=TensorBoardLogger(tmp_path), max_epochs=2)
     assert trainer.current_epoch == 2

@@ -1,6 +1,7 @@
 """More than one run, runs that end early, and runs that fail: nothing is left half done."""
 
 from collections.abc import Callable
+from itertools import cycle
 from typing import Any
 
 import pytest
@@ -209,8 +210,7 @@ HOOKS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("hook, first", list(zip(HOOKS, cycle([True, False]))))
 def test_an_exception_in_another_callback_leaves_nothing_and_a_later_fit_works(hook, first):
     callback, module = pruner(), Plain()
     other = RaisesIn(hook)

@@ -3,6 +3,7 @@
 import copy
 import pickle
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,8 @@ def by_hand(module: Any, found: Any, **settings: Any) -> Tensor:
     return saliency(module, found.inputs, **({"target": found.targets} | settings))
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("stage", ["fit", "validate"])
-def test_maps_are_those_of_saliency_with_the_labels(stage, settings):
+@pytest.mark.parametrize("settings, stage", list(zip(SETTINGS, cycle(["fit", "validate"]))))
+def test_maps_are_those_of_saliency_with_the_labels(settings, stage):
     module, callback = Plain(), SaliencyCallback(**SETTINGS[settings])
     if stage == "fit":
         fit(module, [callback], max_epochs=2)
