@@ -39,29 +39,30 @@ def found(folder: Path, case: str) -> list[dict[str, Any]]:
     return results
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_it_is_the_loss_added_by_hand(folder, case):
-    for one in found(folder, case):
-        assert_equal(one["callback"]["state"], one["by hand"]["state"])
-        taught, alone = one["callback"]["state"]["net.fc2.weight"], one["alone"]["state"]["net.fc2.weight"]
-        assert (taught - alone).abs().max() > 1e-3
+def test_it_is_the_loss_added_by_hand(folder):
+    for case in CASES:
+        for one in found(folder, case):
+            assert_equal(one["callback"]["state"], one["by hand"]["state"])
+            taught, alone = one["callback"]["state"]["net.fc2.weight"], one["alone"]["state"]["net.fc2.weight"]
+            assert (taught - alone).abs().max() > 1e-3, case
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_after_every_batch_both_processes_hold_the_same(folder, case):
-    for one in found(folder, case):
-        for way in ("callback", "by hand", "alone"):
-            assert one[way]["same"] == [True] * (EPOCHS * BATCHES), way
-            assert one[way]["wrapped"] == [True]
-            assert one[way]["hooks"] == 0
+def test_after_every_batch_both_processes_hold_the_same(folder):
+    for case in CASES:
+        for one in found(folder, case):
+            for way in ("callback", "by hand", "alone"):
+                assert one[way]["same"] == [True] * (EPOCHS * BATCHES), (case, way)
+                assert one[way]["wrapped"] == [True], case
+                assert one[way]["hooks"] == 0, case
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_both_processes_end_with_the_same(folder, case):
-    first, second = found(folder, case)
-    norms = {name for name in first["callback"]["state"] if "running" in name}  # each process has statistics of its own
-    states = [{n: t for n, t in one["callback"]["state"].items() if n not in norms} for one in (first, second)]
-    assert_equal(*states)
+def test_both_processes_end_with_the_same(folder):
+    for case in CASES:
+        first, second = found(folder, case)
+        # Each process has running statistics of its own.
+        norms = {name for name in first["callback"]["state"] if "running" in name}
+        states = [{n: t for n, t in one["callback"]["state"].items() if n not in norms} for one in (first, second)]
+        assert_equal(*states)
 
 
 def test_resuming_on_two_processes_ends_as_if_nothing_had_happened(folder):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -34,24 +35,28 @@ def rest(folder: Path, rank: int) -> dict[str, Any]:
     return json.loads((folder / f"rest.{rank}.json").read_text())
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("rank", [0, 1])
-def test_two_processes_give_the_report_of_one(folders, rank, case):
-    one = NeuronReport.load(folders[1] / f"{case}.0.json")
-    two = NeuronReport.load(folders[2] / f"{case}.{rank}.json")
-    for field in ("scores", "deadness_by", "per_class"):
-        ours, theirs = getattr(two, field), getattr(one, field)
-        assert ours.keys() == theirs.keys()
-        for name in ours:
-            assert ours[name].keys() == theirs[name].keys()
-            for layer, values in ours[name].items():
-                close = torch.allclose(values, theirs[name][layer], rtol=1e-9, atol=1e-12, equal_nan=True)
-                assert close, (field, name, layer)
-    assert two.class_counts == one.class_counts
-    assert [vars(layer) for layer in two.layers] == [vars(layer) for layer in one.layers]
-    for layer, counts in two.counts.items():
-        for field in ("samples", "gradient_samples", "values", "nonfinite", "histogram"):
-            assert torch.equal(getattr(counts, field), getattr(one.counts[layer], field)), (layer, field)
+def test_two_processes_give_the_report_of_one(folders):
+    for rank, case in product([0, 1], CASES):
+        one = NeuronReport.load(folders[1] / f"{case}.0.json")
+        two = NeuronReport.load(folders[2] / f"{case}.{rank}.json")
+        for field in ("scores", "deadness_by", "per_class"):
+            ours, theirs = getattr(two, field), getattr(one, field)
+            assert ours.keys() == theirs.keys(), (rank, case)
+            for name in ours:
+                assert ours[name].keys() == theirs[name].keys(), (rank, case)
+                for layer, values in ours[name].items():
+                    close = torch.allclose(values, theirs[name][layer], rtol=1e-9, atol=1e-12, equal_nan=True)
+                    assert close, (rank, case, field, name, layer)
+        assert two.class_counts == one.class_counts, (rank, case)
+        assert [vars(layer) for layer in two.layers] == [vars(layer) for layer in one.layers], (rank, case)
+        for layer, counts in two.counts.items():
+            for field in ("samples", "gradient_samples", "values", "nonfinite", "histogram"):
+                assert torch.equal(getattr(counts, field), getattr(one.counts[layer], field)), (
+                    rank,
+                    case,
+                    layer,
+                    field,
+                )
 
 
 def test_all_samples_of_both_processes_are_in_the_report(folders):

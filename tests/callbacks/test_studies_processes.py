@@ -47,63 +47,63 @@ def flat(value: Any, where: str = "") -> dict[str, Any]:
     return {where: value}
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_both_processes_know_the_same(folders, case):
-    first, second = (of(folders, 2, case, rank)["found"] for rank in (0, 1))
-    assert first == second
-    assert first
+def test_both_processes_know_the_same(folders):
+    for case in CASES:
+        first, second = (of(folders, 2, case, rank)["found"] for rank in (0, 1))
+        assert first == second, case
+        assert first, case
 
 
-@pytest.mark.parametrize("case", SAME_ORDER)
-def test_two_processes_measure_what_one_does_on_the_same_samples_in_the_same_order(folders, case):
-    one, two = flat(of(folders, 1, case)["found"]), flat(of(folders, 2, case)["found"])
-    assert one.keys() == two.keys()
-    for place, value in one.items():
-        assert two[place] == (pytest.approx(value, abs=1e-6) if isinstance(value, float) else value), place
+def test_two_processes_measure_what_one_does_on_the_same_samples_in_the_same_order(folders):
+    for case in SAME_ORDER:
+        one, two = flat(of(folders, 1, case)["found"]), flat(of(folders, 2, case)["found"])
+        assert one.keys() == two.keys(), case
+        for place, value in one.items():
+            assert two[place] == (pytest.approx(value, abs=1e-6) if isinstance(value, float) else value), (case, place)
 
 
-@pytest.mark.parametrize("case", ["ablation", "ablation, validate"])
-def test_what_does_not_depend_on_the_order_of_samples_is_the_same_as_in_one_process(folders, case):
-    one, two = (of(folders, processes, case)["found"]["report"] for processes in (1, 2))
-    assert two["samples"] == one["samples"] == 24
-    assert two["loss"] == pytest.approx(one["loss"], abs=1e-6)
-    for layer, values in one["delta_loss"].items():
-        for ours, theirs in zip(two["delta_loss"].get(layer, []), values, strict=True):
-            if ours is not None and theirs is not None:
-                assert ours == pytest.approx(theirs, abs=1e-6)
+def test_what_does_not_depend_on_the_order_of_samples_is_the_same_as_in_one_process(folders):
+    for case in ("ablation", "ablation, validate"):
+        one, two = (of(folders, processes, case)["found"]["report"] for processes in (1, 2))
+        assert two["samples"] == one["samples"] == 24, case
+        assert two["loss"] == pytest.approx(one["loss"], abs=1e-6), case
+        for layer, values in one["delta_loss"].items():
+            for ours, theirs in zip(two["delta_loss"].get(layer, []), values, strict=True):
+                if ours is not None and theirs is not None:
+                    assert ours == pytest.approx(theirs, abs=1e-6), case
 
 
-@pytest.mark.parametrize("case", ["classes", "classes, masking", "classes apart"])
-def test_classes_are_those_of_one_process(folders, case):
-    one, two = (of(folders, processes, case)["found"] for processes in (1, 2))
-    assert two["counts"] == one["counts"]
-    assert two["members"] == one["members"]
-    assert flat(two["importance"]) == pytest.approx(flat(one["importance"]), abs=1e-6)
-    ours, theirs = flat(two["accuracies"]), flat(one["accuracies"])
-    assert {k: v for k, v in ours.items() if isinstance(v, str)} == {
-        k: v for k, v in theirs.items() if isinstance(v, str)
-    }
-    numbers = {place for place, value in theirs.items() if not isinstance(value, str)}
-    assert [ours[place] for place in numbers] == pytest.approx([theirs[place] for place in numbers], abs=1e-6)
+def test_classes_are_those_of_one_process(folders):
+    for case in ("classes", "classes, masking", "classes apart"):
+        one, two = (of(folders, processes, case)["found"] for processes in (1, 2))
+        assert two["counts"] == one["counts"], case
+        assert two["members"] == one["members"], case
+        assert flat(two["importance"]) == pytest.approx(flat(one["importance"]), abs=1e-6), case
+        ours, theirs = flat(two["accuracies"]), flat(one["accuracies"])
+        assert {k: v for k, v in ours.items() if isinstance(v, str)} == {
+            k: v for k, v in theirs.items() if isinstance(v, str)
+        }
+        numbers = {place for place, value in theirs.items() if not isinstance(value, str)}
+        assert [ours[place] for place in numbers] == pytest.approx([theirs[place] for place in numbers], abs=1e-6), case
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_the_first_process_alone_writes(folders, case):
-    first, second = (of(folders, 2, case, rank)["series"] for rank in (0, 1))
-    assert first
-    assert second == []
+def test_the_first_process_alone_writes(folders):
+    for case in CASES:
+        first, second = (of(folders, 2, case, rank)["series"] for rank in (0, 1))
+        assert first, case
+        assert second == [], case
 
 
-@pytest.mark.parametrize("case, rounds", [("check holds", [1]), ("check refuses", [])])
-def test_the_predicted_metric_is_over_the_samples_of_both(folders, case, rounds):
-    for processes, rank in ((1, 0), (2, 0), (2, 1)):
-        assert of(folders, processes, case, rank)["found"]["made"] == rounds
-    one, two = (
-        [value for name, _, value in of(folders, processes, case)["series"] if name == "pruning/metric_predicted"]
-        for processes in (1, 2)
-    )
-    assert len(one) == 1
-    assert two == pytest.approx(one, abs=1e-6)
+def test_the_predicted_metric_is_over_the_samples_of_both(folders):
+    for case, rounds in (("check holds", [1]), ("check refuses", [])):
+        for processes, rank in ((1, 0), (2, 0), (2, 1)):
+            assert of(folders, processes, case, rank)["found"]["made"] == rounds, case
+        one, two = (
+            [value for name, _, value in of(folders, processes, case)["series"] if name == "pruning/metric_predicted"]
+            for processes in (1, 2)
+        )
+        assert len(one) == 1, case
+        assert two == pytest.approx(one, abs=1e-6), case
 
 
 def test_a_failure_in_the_first_process_costs_both_one_epoch_and_training_goes_on(folders):

@@ -58,10 +58,10 @@ def one_sided() -> DataLoader:
 
 
 def with_an_observer() -> list[Any]:
-    return [maximizer(), NeuronSensitivityCallback(html=True, max_figures=2)]
+    return [maximizer(), NeuronSensitivityCallback(html=True, max_figures=1)]
 
 
-FIT = {"max_epochs": 2, "use_distributed_sampler": True}
+FIT = {"max_epochs": 1, "use_distributed_sampler": True}
 Case = tuple[Callable[[], list[Any]], Callable[[Any], Any], Callable[[], Any], dict[str, Any], type[Fixed]]
 CASES: dict[str, Case] = {
     "saliency": (lambda: [SaliencyCallback()], maps, full, FIT, Fixed),
@@ -69,7 +69,7 @@ CASES: dict[str, Case] = {
     "saliency, one saw nothing": (lambda: [SaliencyCallback(max_samples=6)], maps, one_sided, {}, Fixed),
     "maximization": (with_an_observer, made, full, FIT, Fixed),
     "maximization, validate": (lambda: [maximizer([0, ("net.conv2", 1)])], made, apart, {}, Fixed),
-    "fails": (lambda: [SaliencyCallback()], maps, full, FIT, FailsFirst),
+    "fails": (lambda: [SaliencyCallback()], maps, full, FIT | {"max_epochs": 2}, FailsFirst),
 }  # fmt: skip
 
 
