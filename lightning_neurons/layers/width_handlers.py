@@ -1,4 +1,4 @@
-"""How the neurons of each layer type lie in its tensors and attributes: one record a type.
+"""The place of neurons in the tensors and attributes of each layer type: one record a type.
 
 Everything that makes a model narrower, counts what that saves, or fits a model to a checkpoint asks the record of a
 module's type. ``register_prunable`` adds the records of other types.
@@ -37,7 +37,7 @@ def _nothing(module: Any) -> None:
 
 @dataclass(frozen=True, eq=False)
 class WidthHandler:
-    """How neurons lie in the modules of a type.
+    """A record that says where neurons lie in the modules of a type.
 
     Attributes:
         makes: By tensor, the axis of the neurons that a module makes or hands on.
@@ -185,29 +185,29 @@ def _is_by_channel(module: Any) -> bool:
 
 
 def is_depthwise(module: object) -> bool:
-    """Whether a convolution has one filter for each channel."""
+    """Return True if a convolution has one filter for each channel."""
     return handler_of(module) is _DEPTHWISE
 
 
 def passes(module: object) -> bool:
-    """Whether a module hands neurons on one by one."""
+    """Return True if a module hands neurons on one by one."""
     handler = handler_of(module)
     return handler is not None and handler.role == "passes"
 
 
 def is_linear(module: object) -> bool:
-    """Whether what a module puts out is linear in what it reads, by its ``weight``."""
+    """Return True if the output of a module is linear in its input, by its ``weight``."""
     handler = handler_of(module)
     return handler is not None and handler.linear
 
 
 def keeps_statistics(module: object) -> TypeGuard[_NormBase]:
-    """Whether it is a norm layer with a running mean and variance for each neuron."""
+    """Return True for a norm layer with a running mean and variance for each neuron."""
     return isinstance(module, _NormBase) and module.running_mean is not None
 
 
 def axis_of(module: object) -> int | None:
-    """Where neurons lie in what a module reads and makes; None if that is not known, or if it treats all alike.
+    """Return the neuron axis of a module's input and output; None if it is not known, or all axes are treated alike.
 
     Example:
         >>> axis_of(nn.Linear(2, 3)), axis_of(nn.Conv2d(2, 3, 1)), axis_of(nn.ReLU())
@@ -238,7 +238,7 @@ def weight_name(module: object) -> str:
 
 
 def width(module: nn.Module, role: Role) -> int | None:
-    """How many neurons a module makes, hands on or reads, as its tensors say; None if none of them does.
+    """Return the number of neurons that a module makes, hands on or reads, by its tensors; None if none of them says.
 
     Example:
         >>> width(nn.Linear(4, 2), "makes"), width(nn.Linear(4, 2), "reads"), width(nn.ReLU(), "makes")
@@ -248,7 +248,7 @@ def width(module: nn.Module, role: Role) -> int | None:
 
 
 def size_of(module: nn.Module, size: Size) -> object:
-    """What an attribute should say; None if no tensor of the module tells."""
+    """Return the value that an attribute should have; None if no tensor of the module tells."""
     return size(module) if callable(size) else width(module, size)
 
 
@@ -258,7 +258,7 @@ def unknown_width(module: object) -> str:
 
 
 def why_fixed(module: nn.Module) -> str | None:
-    """Why a module's width cannot be changed, or None if it can."""
+    """Return the reason why a module's width cannot be changed, or None if it can."""
     kind, handler = type(module).__name__, handler_of(module)
     if isinstance(module, torch.jit.ScriptModule):
         return "it is TorchScript, which nobody can look into"

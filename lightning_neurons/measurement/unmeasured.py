@@ -48,7 +48,7 @@ def _owners(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _only_scales(module: nn.Module) -> bool:
-    """Whether its parameters scale the activations of the layer before it, and are measured there."""
+    """Return True if its parameters scale the activations of the layer before it, and are measured there."""
     return passes(module) and not is_depthwise(module)
 
 
