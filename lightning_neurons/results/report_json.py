@@ -21,6 +21,15 @@ from lightning_neurons.results.whole_file import reading_document, write_whole
 
 FORMAT, VERSION = "lightning_neurons report", 1
 
+_READ_SETTINGS: dict[str, Any] = {
+    "main_criterion": str | None,
+    "in_loss_units": tuple[str, ...],
+    "normalize": str,
+    "threshold": float,
+    "relative_threshold": bool,
+}
+"""Settings that reports, figures and pages read; others are only shown."""
+
 
 def rows(report: Any) -> list[dict[str, Any]]:
     """Return one flat record per neuron, in the order of the model; measures that a layer refuses are NaN."""
@@ -104,7 +113,11 @@ def _consistent(found: dict[str, Any]) -> dict[str, Any]:
         ValueError: If not.
     """
     widths = {name: len(counts.samples) for name, counts in found["counts"].items()}
-    typed(str | None, found["settings"].get("main_criterion"), "main_criterion")
+    for name, kind in _READ_SETTINGS.items():
+        if name in found["settings"]:
+            value = typed(kind, found["settings"][name], name)
+            if isinstance(value, float) and math.isnan(value):  # null
+                raise ValueError(f"{name} has to be a number")
     for group, dimensions in (("scores", 1), ("deadness_by", 1), ("per_class", 2)):
         for criterion, by_layer in found[group].items():
             for layer, values in by_layer.items():
