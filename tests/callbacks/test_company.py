@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_neurons import NeuronAblationCallback, NeuronSensitivityCallback, measure
+from lightning_neurons.callbacks.trainer.processes import end_together
 from tests.callbacks.modules import trainer_of
 
 WEIGHTS = torch.tensor([1.0, 5.0, 0.2])
@@ -246,3 +247,14 @@ def test_batches_of_another_task_are_asked_for_themselves():
     callback = NeuronSensitivityCallback(max_samples=28, max_figures=0)
     trainer_of([callback]).validate(Small(noted), DataLoader(data, batch_size=None), verbose=False)
     assert {call.args[1] for call in seen.call_args_list if call.args[0] == "pairs"} == {8}
+
+
+@pytest.mark.parametrize(
+    "launcher, processes, waits", [("ddp_spawn", 2, True), ("ddp_spawn", 1, False), ("ddp", 2, False)]
+)
+def test_processes_that_were_spawned_end_together(launcher, processes, waits):
+    strategy = L.Trainer(accelerator="cpu", devices=2, strategy=launcher, logger=False).strategy
+    strategy._configure_launcher()
+    trainer = Mock(world_size=processes, strategy=Mock(launcher=strategy.launcher))
+    end_together(trainer)
+    assert trainer.strategy.barrier.called == waits

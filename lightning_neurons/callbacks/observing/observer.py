@@ -20,6 +20,7 @@ from lightning_neurons.callbacks.trainer.copied_callback import Trail
 from lightning_neurons.callbacks.trainer.folders import apart
 from lightning_neurons.callbacks.trainer.namespaces import EitherCallback
 from lightning_neurons.callbacks.trainer.outlet import keeping_training, monitored, numbered_observer, offer
+from lightning_neurons.callbacks.trainer.processes import end_together
 from lightning_neurons.callbacks.trainer.step_replay import StepReplay
 from lightning_neurons.callbacks.trainer.steps import evaluation_loaders, training_loaders
 from lightning_neurons.callbacks.trainer.validated_weights import forget_weights, keep_weights, validated_weights
@@ -219,8 +220,7 @@ class NeuronObserver(EitherCallback):
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Drop the measurement and its hooks."""
         self._drop(trainer)
-
-    # -- how
+        end_together(trainer)
 
     def _due(self, trainer: Any) -> bool:
         if trainer.state.fn != "fit" or trainer.sanity_checking or self.every_n_epochs == 1:

@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_neurons.callbacks.trainer import checks
 from lightning_neurons.callbacks.trainer.namespaces import EitherCallback
 from lightning_neurons.callbacks.trainer.outlet import Outlet, keeping_training, outlet_of
-from lightning_neurons.callbacks.trainer.processes import MisuseError, in_one_process
+from lightning_neurons.callbacks.trainer.processes import MisuseError, end_together, in_one_process
 from lightning_neurons.callbacks.trainer.step_replay import StepReplay
 from lightning_neurons.callbacks.trainer.steps import evaluation_loaders
 from lightning_neurons.callbacks.trainer.validated_weights import forget_weights, keep_weights, validated_weights
@@ -143,6 +143,7 @@ class SampledStudy(EitherCallback):
         """Drop the samples."""
         forget_weights(trainer)
         self._drop()
+        end_together(trainer)
 
     @property
     def _may_fail(self) -> bool:

@@ -51,3 +51,13 @@ def costing_a_round(trainer: Any) -> Iterator[None]:
         if trainer.world_size > 1:
             raise
         raise PruningError(f"{type(error).__name__}: {error}") from error
+
+
+def end_together(trainer: Any) -> None:
+    """Let processes that were spawned wait for one another at the end of a run.
+
+    With gloo, one that ends while another is still busy with what they have gathered is often aborted (seen with torch
+    2.13), and the run with it. Processes that were launched as scripts end by themselves.
+    """
+    if trainer.world_size > 1 and type(trainer.strategy.launcher).__name__ == "_MultiProcessingLauncher":
+        trainer.strategy.barrier()
