@@ -7,8 +7,7 @@ from pathlib import Path
 from jsonargparse import auto_cli
 from jsonargparse.typing import OpenUnitInterval, PositiveInt
 
-from lightning_neurons.demo import demo
-from lightning_neurons.demo_pruning import demo_pruning
+from lightning_neurons.demo import demo, demo_pruning
 from lightning_neurons.errors import ArgumentError
 from lightning_neurons.report.html.page import write_html
 

@@ -18,7 +18,7 @@ def drawn() -> list[set[str]]:
 def test_the_drawing_is_the_contract_of_imports():
     contract = [set(re.findall(r"lightning_neurons\.(\w+)", layer)) for layer in CONTRACTS[0]["layers"]]
     order = {name: level for level, names in enumerate(contract) for name in names}
-    assert set.union(*drawn()) == order.keys() - {"__main__", "demo_pruning"}
+    assert set.union(*drawn()) == order.keys() - {"__main__"}
     for above, below in zip(drawn(), drawn()[1:], strict=False):
         assert max(order[name] for name in above) < min(order[name] for name in below)
 

@@ -106,9 +106,9 @@ def test_help_names_the_subcommand_and_its_options(capsys):
 
 
 def test_the_demo_of_pruning_compares_with_chance_and_saves_its_plan(tmp_path):
-    one_seed = """from lightning_neurons import demo_pruning
+    one_seed = """from lightning_neurons import demo
 from lightning_neurons.cli import main
-demo_pruning.SEEDS = 1
+demo.SEEDS = 1
 main(["demo", "--epochs=1", "--prune=0.5", "--output_dir=out"])"""
     done = python(tmp_path, "-c", one_seed)
     assert done.returncode == 0, done.stderr[-2000:]

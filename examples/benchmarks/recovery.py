@@ -25,8 +25,8 @@ from kept_accuracy import OUTER
 
 from lightning_neurons import PruningBudget, prune
 from lightning_neurons.pruning.distillation import distillation_loss
+from lightning_neurons.pruning.structure.costs import latency
 from lightning_neurons.pruning.structure.example import Example
-from lightning_neurons.pruning.structure.latency import latency
 
 SHARE = 0.5
 """Of the multiply-accumulates that may stay."""

@@ -13,7 +13,7 @@ from lightning_neurons.ablation.engine import WhatIf, given_study, require_prese
 from lightning_neurons.ablation.neuron_choice import NeuronChoice, chosen_neurons
 from lightning_neurons.ablation.successive_elimination import Race, race
 from lightning_neurons.ablation.sums import AblationSums
-from lightning_neurons.data.targets import PerClass, targets_in
+from lightning_neurons.data.batches import PerClass, targets_in
 from lightning_neurons.errors import ArgumentError
 from lightning_neurons.hooks.intervention import Replacement
 from lightning_neurons.isolation.isolation import isolated

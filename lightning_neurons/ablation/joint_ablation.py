@@ -9,9 +9,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lightning_neurons.ablation.effects import Effects
 from lightning_neurons.ablation.engine import WhatIf, given_study, require_present
 from lightning_neurons.ablation.neuron_choice import NeuronChoice, chosen_neurons
+from lightning_neurons.ablation.sums import Effects
 from lightning_neurons.criteria.ranking import order
 from lightning_neurons.errors import ArgumentError, UnknownNameError, check_count
 from lightning_neurons.hooks.intervention import Replacement
@@ -20,7 +20,7 @@ from lightning_neurons.layers.layer import widths_of
 from lightning_neurons.measurement.arguments import given_batches
 from lightning_neurons.measurement.losses import LossReduction
 from lightning_neurons.measurement.outcomes import LossFunction
-from lightning_neurons.results.ablation_curves import AblationCurves, JointAblation
+from lightning_neurons.results.ablation_report import AblationCurves, JointAblation
 
 
 def ablate_together(

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lightning_neurons.ablation.effects import Effects
 from lightning_neurons.ablation.engine import WhatIf
 from lightning_neurons.ablation.neuron_choice import layers_matching
+from lightning_neurons.ablation.sums import Effects
 from lightning_neurons.errors import ArgumentError, UnknownNameError, check_choice, check_flag, check_seed, is_number
 from lightning_neurons.hooks.weights import neuron_weights
 from lightning_neurons.isolation.isolation import isolated
@@ -22,7 +22,7 @@ from lightning_neurons.layers.width_handlers import weight_name
 from lightning_neurons.measurement.arguments import given_batches, given_loss, given_model
 from lightning_neurons.measurement.losses import LOSS_REDUCTIONS, LossReduction
 from lightning_neurons.measurement.outcomes import LossFunction
-from lightning_neurons.results.perturbation_report import PerturbationReport, Perturbed
+from lightning_neurons.results.ablation_report import PerturbationReport, Perturbed
 
 Mode = Literal["add", "scale", "noise"]
 Level = Literal["parameter", "neuron"]

@@ -1,4 +1,9 @@
-"""Ablations of the neurons that a cheap criterion finds the most and the least important, on two halves of the data."""
+"""Ablations of the neurons that a cheap criterion finds the most and the least important, on two halves of the data.
+
+Their agreement with the criterion tells how far that can be trusted. The measurement is the absolute change of the loss
+without a neuron. On the samples that the criterion was measured on, agreement is flattered; on other samples it cannot
+exceed by much what the measurement agrees with itself between two halves of the data, which is its reliability.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -8,12 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_neurons.ablation.ablate import measure_batches
-from lightning_neurons.ablation.agreement import OracleAgreement, oracle_agreement
 from lightning_neurons.ablation.engine import WhatIf
 from lightning_neurons.ablation.sums import AblationSums
 from lightning_neurons.criteria import Criterion
 from lightning_neurons.criteria.deadness import SILENT
-from lightning_neurons.criteria.ranking import order
+from lightning_neurons.criteria.ranking import agreement, order
 from lightning_neurons.data.batches import batch_size_of, is_divisible, rows_of
 from lightning_neurons.data.joining import form_of, join
 from lightning_neurons.errors import MeasurementError
@@ -26,6 +30,59 @@ from lightning_neurons.measurement.outcomes import LossFunction
 from lightning_neurons.measurement.settings import MeasurementSettings
 from lightning_neurons.results.ablation_report import AblationReport
 from lightning_neurons.results.neuron_report import NeuronReport
+
+
+@dataclass(frozen=True)
+class OracleAgreement:
+    """Spearman correlations over the neurons that have been measured, all layers together.
+
+    Attributes:
+        same_data: Of the criterion with the measurement on the same samples.
+        held_out: With the measurement on other samples.
+        reliability: Of the measurement on one half of the samples with that on the other: the ceiling of ``held_out``.
+        neurons: Number of neurons that were compared.
+    """
+
+    same_data: float
+    held_out: float
+    reliability: float
+    neurons: int
+
+
+def oracle_agreement(
+    scores: Mapping[str, Tensor], measured: Mapping[str, Tensor], held_out: Mapping[str, Tensor]
+) -> OracleAgreement:
+    """Compare a criterion with ablations.
+
+    Args:
+        scores: By layer, the criterion on one half of the samples.
+        measured: By layer, the change of the loss on that half; NaN where a neuron was not measured.
+        held_out: The same on the other half.
+
+    Returns:
+        Rank correlations over the neurons that have a score and were measured on both halves.
+
+    Example:
+        >>> score = {"fc": torch.tensor([1.0, 2.0, 3.0])}
+        >>> oracle_agreement(score, {"fc": torch.tensor([0.1, -0.3, 0.5])}, {"fc": torch.tensor([0.2, 0.1, 0.3])})
+        OracleAgreement(same_data=1.0, held_out=0.5, reliability=0.5, neurons=3)
+    """
+    layers = [name for name in measured if name in scores and name in held_out]
+    columns = [
+        torch.cat([of[name].double().cpu() for name in layers] or [torch.zeros(0)])
+        for of in (scores, measured, held_out)
+    ]
+    score, first, second = columns[0], columns[1].abs(), columns[2].abs()
+    known = ~(score.isnan() | first.isnan() | second.isnan())
+    score, first, second = score[known], first[known], second[known]
+
+    def correlation(a: Tensor, b: Tensor) -> float:
+        return round(agreement(a, b).spearman, 12)
+
+    return OracleAgreement(
+        correlation(score, first), correlation(score, second), correlation(first, second), int(known.sum())
+    )
+
 
 _CHUNK = 16
 """Samples to a batch: where losses cannot be told apart by sample, errors are over these."""

@@ -19,8 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lightning_neurons.ablation.engine import WhatIf
-from lightning_neurons.ablation.estimates import Estimates, decided
-from lightning_neurons.ablation.gate_gradients import GateGradients
+from lightning_neurons.ablation.estimates import Estimates, GateGradients, decided
 from lightning_neurons.data.batches import batch_size_of, is_divisible, rows_of
 from lightning_neurons.data.joining import form_of, join
 from lightning_neurons.errors import ArgumentError, MeasurementError, check_share, is_number

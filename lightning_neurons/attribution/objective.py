@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lightning_neurons.errors import ArgumentError, MeasurementError, UnknownNameError, check_choice, is_number
-from lightning_neurons.hooks.outputs import logits_in
+from lightning_neurons.hooks.output_layers import logits_in
 from lightning_neurons.layers.layer import Layer, widths_of
 from lightning_neurons.layers.sample_axis import samples_of
 

@@ -1,4 +1,7 @@
-"""Saliency maps: attributions of an output, or of a neuron's activation, to the inputs."""
+"""Saliency maps: attributions of an output, or of a neuron's activation, to the inputs.
+
+Gradient: Simonyan et al. 2013, arXiv:1312.6034. SmoothGrad: Smilkov et al. 2017, arXiv:1706.03825.
+"""
 
 import warnings
 from typing import Any, Literal, get_args
@@ -8,11 +11,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lightning_neurons.attribution.grad_cam import grad_cam
-from lightning_neurons.attribution.gradients import smoothgrad, vanilla
 from lightning_neurons.attribution.integrated_gradients import COMPLETENESS, MOST_POINTS, Integrated, integrated
 from lightning_neurons.attribution.objective import Of
 from lightning_neurons.attribution.readout import Forward
-from lightning_neurons.attribution.request import Question, Target, asked
+from lightning_neurons.attribution.request import Question, Target, Values, asked
 from lightning_neurons.attribution.smoothing import gaussian_blur
 from lightning_neurons.errors import (
     ArgumentError,
@@ -23,6 +25,41 @@ from lightning_neurons.errors import (
     check_share,
     is_number,
 )
+
+
+def vanilla(question: Question) -> Values:
+    """Return the gradient itself."""
+    values = question.entrance.values
+    return torch.cat([question.gradient(values[rows], rows)[1] for rows in question.parts()])
+
+
+def smoothgrad(question: Question, samples: int, noise: float, seed: int) -> Values:
+    """Return the mean gradient over noisy copies of each sample.
+
+    Args:
+        question: The question.
+        samples: Number of copies.
+        noise: Standard deviation of the noise, as a share of each sample's range of values.
+        seed: Of the noise.
+
+    Returns:
+        Shaped like what is explained.
+    """
+    if noise == 0:
+        return vanilla(question)
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for rows in question.parts():
+        values = question.entrance.values[rows]
+        flat = values.flatten(1)
+        deviation = (noise * (flat.amax(1) - flat.amin(1))).view(-1, *[1] * (values.ndim - 1))
+        total = torch.zeros_like(values)
+        for _ in range(samples):
+            drawn = torch.randn(values.shape, generator=generator).to(values)
+            total += question.gradient(values + deviation * drawn, rows)[1]
+        found.append(total / samples)
+    return torch.cat(found)
+
 
 Method = Literal["gradient", "grad_x_input", "smoothgrad", "integrated_gradients", "grad_cam"]
 METHODS: tuple[Method, ...] = get_args(Method)

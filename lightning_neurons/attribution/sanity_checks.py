@@ -18,7 +18,7 @@ from lightning_neurons.attribution.objective import logits_of
 from lightning_neurons.attribution.readout import Forward, Readout, require_samples
 from lightning_neurons.attribution.request import Target
 from lightning_neurons.attribution.saliency import Method, saliency
-from lightning_neurons.criteria.agreement import agreement
+from lightning_neurons.criteria.ranking import agreement
 from lightning_neurons.errors import ArgumentError, MeasurementError, UnknownNameError, check_seed
 from lightning_neurons.isolation.copying import copy_of
 from lightning_neurons.layers.layer import modules_by_name, public_name

@@ -11,11 +11,10 @@ from lightning_neurons.attribution.objective import aim_of, logits_of, target_pa
 from lightning_neurons.attribution.readout import Forward
 from lightning_neurons.callbacks.observing.observer import NeuronObserver
 from lightning_neurons.callbacks.observing.sampled_study import SampledStudy
-from lightning_neurons.callbacks.trainer.checks import is_unfinished, name_of
-from lightning_neurons.callbacks.trainer.forward import forward_of
-from lightning_neurons.callbacks.trainer.lightning_errors import lightning_errors
+from lightning_neurons.callbacks.trainer.checks import is_unfinished, lightning_errors, name_of
 from lightning_neurons.callbacks.trainer.outlet import Outlet, numbered
 from lightning_neurons.callbacks.trainer.step_replay import StepReplay
+from lightning_neurons.callbacks.trainer.steps import forward_of
 from lightning_neurons.data.batches import inputs_of
 from lightning_neurons.errors import ArgumentError, MeasurementError, check_choice, check_count, check_seed
 from lightning_neurons.feature_visualization.maximize import Target, aims_of, maximized

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_neurons.callbacks.observing.observer import NeuronObserver
-from lightning_neurons.callbacks.trainer.lightning_errors import lightning_errors
+from lightning_neurons.callbacks.trainer.checks import lightning_errors
 from lightning_neurons.criteria import ACTIVATION_CRITERIA, Criterion
 from lightning_neurons.criteria.deadness import SILENT
 from lightning_neurons.criteria.ranking import Normalization

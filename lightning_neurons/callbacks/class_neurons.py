@@ -6,12 +6,11 @@ from typing import Any, Literal
 from torch import nn
 
 from lightning_neurons.callbacks.observing.sampled_study import SampledStudy
-from lightning_neurons.callbacks.trainer.checks import name_of
+from lightning_neurons.callbacks.trainer.checks import lightning_errors, name_of
 from lightning_neurons.callbacks.trainer.folders import apart
-from lightning_neurons.callbacks.trainer.forward import forward_of
-from lightning_neurons.callbacks.trainer.lightning_errors import lightning_errors
 from lightning_neurons.callbacks.trainer.outlet import Outlet, keeping_training, numbered, offer
 from lightning_neurons.callbacks.trainer.step_replay import StepReplay
+from lightning_neurons.callbacks.trainer.steps import forward_of
 from lightning_neurons.class_study.accuracy import Forward
 from lightning_neurons.class_study.choice import ClassRule
 from lightning_neurons.class_study.class_study import Method, checked_settings

@@ -8,13 +8,11 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_neurons.ablation.agreement import OracleAgreement
-from lightning_neurons.ablation.screening import Screening, screen
+from lightning_neurons.ablation.screening import OracleAgreement, Screening, screen
 from lightning_neurons.callbacks.observing.independence import independence_of
 from lightning_neurons.callbacks.observing.sampled_study import SampledStudy
-from lightning_neurons.callbacks.trainer.checks import name_of, require_training_step
+from lightning_neurons.callbacks.trainer.checks import Step, lightning_errors, name_of, require_training_step
 from lightning_neurons.callbacks.trainer.folders import apart
-from lightning_neurons.callbacks.trainer.lightning_errors import Step, lightning_errors
 from lightning_neurons.callbacks.trainer.outlet import Outlet, keeping_training, numbered, offer
 from lightning_neurons.callbacks.trainer.step_replay import StepReplay
 from lightning_neurons.criteria import CRITERIA, Criterion, resolve

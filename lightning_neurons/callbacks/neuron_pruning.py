@@ -16,7 +16,7 @@ from lightning_neurons.callbacks.pruning.settings import (
     reestimation_of,
     refuse_overlap,
 )
-from lightning_neurons.callbacks.trainer.lightning_errors import lightning_errors
+from lightning_neurons.callbacks.trainer.checks import lightning_errors
 from lightning_neurons.criteria import CRITERIA, Criterion
 from lightning_neurons.criteria.deadness import SILENT
 from lightning_neurons.criteria.ranking import Normalization

@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from lightning_neurons.callbacks.observing.observer import NeuronObserver
-from lightning_neurons.callbacks.trainer.lightning_errors import Step, lightning_errors
+from lightning_neurons.callbacks.trainer.checks import Step, lightning_errors
 from lightning_neurons.criteria import ACTIVATION_CRITERIA, GRADIENT_CRITERIA, Criterion
 from lightning_neurons.criteria.deadness import SILENT
 from lightning_neurons.criteria.ranking import Normalization

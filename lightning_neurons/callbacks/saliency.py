@@ -12,11 +12,10 @@ from lightning_neurons.attribution.objective import OF, Of, target_parts
 from lightning_neurons.attribution.readout import Forward
 from lightning_neurons.attribution.saliency import METHODS, Method, check_smoothing, saliency
 from lightning_neurons.callbacks.observing.sampled_study import SampledStudy
-from lightning_neurons.callbacks.trainer.checks import name_of
-from lightning_neurons.callbacks.trainer.forward import forward_of
-from lightning_neurons.callbacks.trainer.lightning_errors import lightning_errors
+from lightning_neurons.callbacks.trainer.checks import lightning_errors, name_of
 from lightning_neurons.callbacks.trainer.outlet import Outlet, numbered
 from lightning_neurons.callbacks.trainer.step_replay import StepReplay
+from lightning_neurons.callbacks.trainer.steps import forward_of
 from lightning_neurons.data.batches import batch_size_of, inputs_of, map_tensors, rows_of, targets_of, tensors_of
 from lightning_neurons.data.joining import form_of, join
 from lightning_neurons.errors import ArgumentError, MeasurementError, check_choice, check_count, check_flag

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_neurons.errors import MeasurementError
 from lightning_neurons.hooks.intervention import Edit, Replacement, Silence, edit_of
-from lightning_neurons.hooks.outputs import logits_in
+from lightning_neurons.hooks.output_layers import logits_in
 from lightning_neurons.isolation.isolation import eager
 from lightning_neurons.layers.layer import Layer
 from lightning_neurons.results.class_report import ClassAccuracy

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lightning_neurons.ablation.ablate import measure_batches
-from lightning_neurons.ablation.activation_means import activation_means
-from lightning_neurons.ablation.engine import WhatIf
+from lightning_neurons.ablation.engine import WhatIf, activation_means
 from lightning_neurons.ablation.sums import AblationSums
 from lightning_neurons.class_study.accuracy import (
     ClassAccuracies,
@@ -26,7 +25,7 @@ from lightning_neurons.criteria.activity import MAGNITUDE
 from lightning_neurons.criteria.contract import Criterion, mean_over_values
 from lightning_neurons.criteria.deadness import SILENT
 from lightning_neurons.criteria.selectivity import class_entropy, class_selectivity
-from lightning_neurons.data.targets import targets_in
+from lightning_neurons.data.batches import targets_in
 from lightning_neurons.errors import ArgumentError, MeasurementError
 from lightning_neurons.hooks.output_layers import Origins
 from lightning_neurons.layers.layer import Layer, candidates, widths_of

@@ -6,9 +6,16 @@ Start with ``contract.py``. ``CRITERIA`` lists every rule by name.
 from collections.abc import Iterable
 
 from lightning_neurons.criteria import activity, deadness, magnitude, sensitivity
-from lightning_neurons.criteria.agreement import Agreement, agreement
 from lightning_neurons.criteria.contract import Criterion, LayerTraits, Statistic, Summary
-from lightning_neurons.criteria.ranking import effective_number, normalize, order, select, share_of_top
+from lightning_neurons.criteria.ranking import (
+    Agreement,
+    agreement,
+    effective_number,
+    normalize,
+    order,
+    select,
+    share_of_top,
+)
 from lightning_neurons.criteria.view import LayerView
 from lightning_neurons.errors import ArgumentError, UnknownNameError
 

@@ -10,10 +10,16 @@ from torch import Tensor, nn
 from lightning_neurons.attribution.objective import Aim, Of, aim_of
 from lightning_neurons.attribution.readout import Forward, Readout
 from lightning_neurons.errors import ArgumentError, check_choice
-from lightning_neurons.feature_visualization.init import parametrization_of, shape_of, start_of
+from lightning_neurons.feature_visualization.init import (
+    activations_on,
+    batches_of,
+    parametrization_of,
+    shape_of,
+    some_of,
+    start_of,
+)
 from lightning_neurons.feature_visualization.optimize import Ascent
 from lightning_neurons.feature_visualization.parametrization import Kind
-from lightning_neurons.feature_visualization.reference import activations_on, batches_of, some_of
 from lightning_neurons.feature_visualization.result import MaximizedActivation
 from lightning_neurons.feature_visualization.settings import MaximizationSettings, range_of, seeds_of
 from lightning_neurons.feature_visualization.value_range import Validity

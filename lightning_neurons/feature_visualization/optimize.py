@@ -1,4 +1,4 @@
-"""The loop that optimises images for an objective."""
+"""The loop that optimises images for an objective, with regularisers that keep them smooth and near grey."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,10 +12,44 @@ from lightning_neurons.attribution.readout import Readout
 from lightning_neurons.attribution.smoothing import gaussian_blur
 from lightning_neurons.errors import MeasurementError
 from lightning_neurons.feature_visualization.parametrization import Kind, Latent, Parametrization
-from lightning_neurons.feature_visualization.regularizers import distance_from_grey, total_variation
 from lightning_neurons.feature_visualization.settings import LEARNING_RATES, MaximizationSettings
 from lightning_neurons.feature_visualization.transforms import Robustness
 from lightning_neurons.feature_visualization.value_range import Range
+
+
+def total_variation(shown: Latent) -> Float[Tensor, " row"]:
+    """Return the mean magnitude of the difference between neighbours, summed over axes.
+
+    Args:
+        shown: Images in [0, 1].
+
+    Returns:
+        One value per image, in units of the range.
+
+    Example:
+        >>> total_variation(torch.tensor([[[[0.0, 1.0], [0.0, 1.0]]]]))
+        tensor([1.])
+    """
+    axes = [axis for axis in range(2, shown.ndim) if shown.shape[axis] > 1]
+    parts = [shown.diff(dim=axis).abs().flatten(1).mean(1) for axis in axes]
+    return torch.stack(parts).sum(0) if parts else shown.new_zeros(len(shown))
+
+
+def distance_from_grey(shown: Latent) -> Float[Tensor, " row"]:
+    """Return the mean square of the distance from the middle of the range.
+
+    Args:
+        shown: Images in [0, 1].
+
+    Returns:
+        One value per image, in units of the squared range.
+
+    Example:
+        >>> distance_from_grey(torch.tensor([[[0.5, 1.0]]]))
+        tensor([0.1250])
+    """
+    return (shown - 0.5).square().flatten(1).mean(1)
+
 
 _STEPS_PER_BLUR = 4
 

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from lightning_neurons.hooks.chain_functions import FORMS, LOOKS, MAY_COPY, STEPS, is_copied, operands
 from lightning_neurons.hooks.function_mode import After, HookedMode
-from lightning_neurons.hooks.gradient_gate import gated
-from lightning_neurons.hooks.own_gradients import BACKWARDS, Hook, needs_parameters, retaining, unhooked
+from lightning_neurons.hooks.own_gradients import BACKWARDS, Hook, gated, needs_parameters, retaining, unhooked
 from lightning_neurons.isolation.exchanged_weights import MovingWeights
 from lightning_neurons.isolation.tensors import Weights, has_weights, is_plain, unheard, weights_of
 from lightning_neurons.isolation.writes import share_memory, target_of_write

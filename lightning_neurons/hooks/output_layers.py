@@ -1,4 +1,4 @@
-"""The layers that make a model's output, and those that only lead to it.
+"""The logits in a model's output, the layers that make it, and those that only lead to it.
 
 One forward in which every tensor carries the layers that it comes from: nearest, those with no other layer in between,
 and all of them.
@@ -10,8 +10,33 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_neurons.data.batches import tensors_of
 from lightning_neurons.hooks.function_mode import After, HookedMode
 from lightning_neurons.isolation.tensors import Weights, address_of, has_weights, tensors_in, version_of, weights_of
+
+
+def logits_in(output: Any) -> Tensor | None:
+    """Find the logits in an output: itself, its entry ``logits``, or its only floating-point tensor.
+
+    Args:
+        output: A tensor, mapping, dataclass or any object with tensors as attributes.
+
+    Returns:
+        The tensor, or None if there is none, or more than one that could be meant.
+
+    Example:
+        >>> import torch
+        >>> logits_in({"logits": torch.ones(1, 2), "hidden": torch.zeros(1, 8)})
+        tensor([[1., 1.]])
+    """
+    if isinstance(output, Tensor):
+        return output
+    named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if isinstance(named, Tensor):
+        return named
+    found = [t for t in tensors_of(output) if t.is_floating_point()]
+    return found[0] if len(found) == 1 else None
+
 
 Origin = tuple[frozenset[str], frozenset[str]]
 """The layers with no other layer in between, and all layers, from which a tensor comes."""

@@ -3,6 +3,8 @@
 A validation step may take gradients of its own (an attack, a penalty, forces), a network may carry backward hooks (a
 monitor of gradients), and parts of it may be checkpointed. The backward of the loss must find the whole graph, and no
 hook of the user's may hear of it.
+
+For that, a gate, an identity in autograd's graph, reports the gradient that passes through it.
 """
 
 import inspect
@@ -13,6 +15,7 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.overrides import TorchFunctionMode
 
 from lightning_neurons.isolation.tensors import tensors_in
@@ -158,3 +161,59 @@ def _replaced(owner: Any, **values: Any) -> Iterator[None]:
     finally:
         for name, value in kept.items():
             setattr(owner, name, value)
+
+
+Passed = Callable[[Tensor], Tensor | None]
+
+
+def gated(value: Tensor, root: Tensor, passed: Passed) -> Tensor:
+    """Put a gate behind a tensor, in place: all who use the tensor from now on go through the gate.
+
+    Args:
+        value: The tensor; it need not require a gradient.
+        root: A leaf that requires a gradient; a backward that asks for its gradient reaches all its gates.
+        passed: Called with the gradient in every backward that comes through; may return a factor for it.
+
+    Returns:
+        The same tensor; a copy where autograd refuses to go on with the same one.
+
+    Example:
+        >>> value, root, found = torch.ones(2), torch.zeros((), requires_grad=True), []
+        >>> value = gated(value, root, found.append)
+        >>> _ = torch.autograd.grad((3 * value).sum(), [root], allow_unused=True)
+        >>> found
+        [tensor([3., 3.])]
+    """
+    if value.requires_grad and value.is_leaf:
+        value = value.clone()  # nothing may be done to a leaf in place
+    try:
+        return _passed_through(value, root, passed)
+    except RuntimeError:  # nor to one of several views made at once, nor to a view made in no_grad
+        return _passed_through(value.clone(), root, passed)
+
+
+def _passed_through(value: Tensor, root: Tensor, passed: Passed) -> Tensor:
+    with _unsafe_preserve_version_counter(value):  # no number changes
+        _Gate.apply(value, root, passed)  # type: ignore[no-untyped-call]
+    return value
+
+
+class _Gate(torch.autograd.Function):
+    """The identity, in place.
+
+    A function of its own behind the activation function: what that saved of its result, to be differentiated a second
+    time, is no use of the activation.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, root: Tensor, passed: Passed) -> Tensor:
+        ctx.passed = passed
+        ctx.set_materialize_grads(False)
+        ctx.mark_dirty(value)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        gradient = gradients[0]
+        factor = None if gradient is None else ctx.passed(gradient)
+        return gradient if factor is None else gradient * factor, None, None

@@ -16,13 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_neurons.hooks.chain_functions import CREATES, DETACHES, LOOKS, STEPS, Step, is_copied, operands
-from lightning_neurons.hooks.constants import Constants
 from lightning_neurons.hooks.function_mode import After, Before, HookedMode
-from lightning_neurons.hooks.layer_flow import Flow
+from lightning_neurons.hooks.layer_flow import Flow, spread_behind
 from lightning_neurons.hooks.neuron_positions import place_behind
 from lightning_neurons.hooks.own_gradients import functions_running, unhooked
-from lightning_neurons.hooks.spread import spread_behind
-from lightning_neurons.hooks.unfollowed import Pieces
+from lightning_neurons.hooks.unfollowed import Constants, Pieces
 from lightning_neurons.hooks.unseen_code import ANYWHERE, HIDDEN, LEAVES, SCRIPT, TRANSFORM, UNUSED, script_functions
 from lightning_neurons.hooks.value_course import Course, Value, common_axis
 from lightning_neurons.isolation.tensors import has_weights, in_transform, is_plain, tensors_in, unwrapped, weights_of

@@ -2,10 +2,16 @@
 
 Nothing here calls an object's hash or equality: those may be the user's code (the hash of a metric depends on its
 states), and an object is written to only if its content has changed.
+
+Classes of Python and of libraries whose instances hold other objects are listed here, with classes of iterators.
 """
 
+import argparse
+import itertools
+import queue
 import types
-from collections import OrderedDict, deque
+import weakref
+from collections import ChainMap, OrderedDict, UserDict, UserList, deque
 from collections.abc import Callable, Collection
 from contextvars import ContextVar
 from operator import is_
@@ -14,8 +20,24 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_neurons.isolation.tensors import version_of
+
+HOLDERS: tuple[type, ...] = (
+    types.SimpleNamespace, argparse.Namespace, UserDict, UserList, ChainMap, queue.Queue, LRScheduler,
+    weakref.WeakSet, weakref.WeakKeyDictionary, weakref.WeakValueDictionary,
+)  # fmt: skip
+"""Classes whose content is in their attributes."""
+
+_EMPTY: tuple[Any, ...] = ([], (), {}, {}.values(), {}.items(), set(), "", b"", range(0))
+ITERATORS: tuple[type, ...] = (
+    *(type(iter(empty)) for empty in _EMPTY),
+    enumerate, zip, map, filter, reversed, itertools.count, itertools.cycle, itertools.repeat, itertools.chain,
+    itertools.islice, itertools.product, itertools.permutations, itertools.combinations, itertools.accumulate,
+)  # fmt: skip
+"""Iterators, whose position cannot be set."""
+
 
 _MISSING: Any = object()
 

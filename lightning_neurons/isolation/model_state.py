@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_neurons.errors import MeasurementError
-from lightning_neurons.isolation.contents import Numbers
-from lightning_neurons.isolation.foreign_types import ITERATORS
+from lightning_neurons.isolation.contents import ITERATORS, Numbers
 from lightning_neurons.isolation.paths import name_of, put_at
 from lightning_neurons.isolation.reachable import Reach
 

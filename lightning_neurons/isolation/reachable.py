@@ -26,8 +26,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_neurons.isolation import contents
-from lightning_neurons.isolation.contents import Content
-from lightning_neurons.isolation.foreign_types import HOLDERS, ITERATORS
+from lightning_neurons.isolation.contents import HOLDERS, ITERATORS, Content
 from lightning_neurons.isolation.paths import Path
 from lightning_neurons.isolation.user_code import Users, names_in
 

@@ -1,15 +1,23 @@
-"""Losses that are differentiated: summed over samples, on clean or shifted inputs, on true or drawn labels."""
+"""Losses summed over samples, on clean or shifted inputs, on true or drawn labels; and losses of single samples.
 
-from collections.abc import Callable
+For the losses of single samples, ``loss_fn(model, batch)`` is called again with a model that only hands out the output
+of one sample: all samples at once by ``torch.vmap`` where that works, else one by one. Where they do not add up to the
+loss of the batch (the model is used in other ways, or samples are compared with one another), there is no answer.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from lightning_neurons.data.batches import map_tensors, tensors_of
+from lightning_neurons.data.batches import map_tensors, rows_of, tensors_of
 from lightning_neurons.errors import MeasurementError
 from lightning_neurons.hooks.own_gradients import shared_graph
 from lightning_neurons.isolation.isolation import differentiable
+from lightning_neurons.isolation.tensors import map_tensors_in, tensors_in
 
 LossReduction = Literal["mean", "sum", "none"]
 LOSS_REDUCTIONS: tuple[str, ...] = get_args(LossReduction)
@@ -99,3 +107,134 @@ def sampled_label_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
     with torch.no_grad():
         labels = torch.multinomial(flat.float().softmax(-1), 1, generator=generator).squeeze(1)
     return nn.functional.cross_entropy(flat, labels, reduction="sum")
+
+
+_CLOSE = 1e-4
+_ROUNDING = 8
+"""Rounding errors of the loss's own type that the mean of a batch may be off."""
+
+
+class SampleLosses:
+    """A splitter of losses of batches into those of samples.
+
+    Args:
+        model: The model.
+        loss_fn: Returns the loss of the model on a batch.
+        reduction: ``"mean"`` or ``"sum"``: what a scalar is of the losses of the samples.
+    """
+
+    def __init__(self, model: nn.Module, loss_fn: Callable[[Any, Any], Tensor], reduction: str) -> None:
+        self.modules: Collection[nn.Module] = ()
+        """Layers of the model. A loss function that runs one while it is asked again does not use what it is given."""
+        self._model, self._loss_fn, self._is_mean = model, loss_fn, reduction != "sum"
+        self._ways = [self._all_at_once, self._one_by_one]
+
+    def of(
+        self, losses: Sequence[Tensor], outputs: Sequence[Any], batch: Any, samples: int
+    ) -> Float[Tensor, "run batch"] | None:
+        """Return the losses of the samples in several runs of one batch, or None if they cannot be told apart.
+
+        Args:
+            losses: The value of ``loss_fn`` in each run: a scalar, or one loss per sample.
+            outputs: The model's output in each run; None if it was not called exactly once.
+            batch: The batch.
+            samples: Its number of samples.
+
+        Returns:
+            Losses of type float64, in the unit of ``loss_fn``; None if they do not add up to those of the batch.
+        """
+        if all(loss.ndim and loss.numel() == samples for loss in losses):
+            return torch.stack([loss.reshape(-1) for loss in losses]).double()
+        tensors = [list(tensors_in(out)) for out in outputs]
+        shapes = [[t.shape for t in run] for run in tensors]
+        is_whole = all(run and all(t.ndim and len(t) == samples for t in run) for run in tensors)
+        if (
+            any(loss.numel() != 1 or not loss.is_floating_point() for loss in losses)
+            or not is_whole
+            or any(s != shapes[0] for s in shapes)
+        ):
+            return None
+        whole = torch.stack([loss.reshape(()) for loss in losses]).double()
+        return self._tell_apart(outputs, batch, samples, whole, losses[0].dtype)
+
+    def of_stack(
+        self, loss: Tensor, outputs: Sequence[Any], batch: Any, samples: int
+    ) -> Float[Tensor, "run batch"] | None:
+        """Return the losses of the samples of a repeated batch, from one loss for all repetitions together."""
+        if loss.numel() != 1 or not loss.is_floating_point() or not list(tensors_in(outputs[0])):
+            return None
+        return self._tell_apart(outputs, batch, samples, loss.double().reshape(1), loss.dtype)
+
+    def _tell_apart(
+        self, outputs: Sequence[Any], batch: Any, samples: int, whole: Tensor, dtype: torch.dtype
+    ) -> Tensor | None:
+        columns = zip(*(list(tensors_in(out)) for out in outputs), strict=True)
+        stacked = [torch.stack(column) for column in columns]
+        tolerance = max(_CLOSE, _ROUNDING * torch.finfo(dtype).eps)
+        for way in list(self._ways):
+            try:
+                with _refused(self.modules):
+                    found = way(stacked, outputs[0], batch, samples).double()
+            except Exception:  # noqa: BLE001 (whatever a loss does that a way cannot do)
+                self._ways.remove(way)
+                continue
+            if found.shape == (len(outputs), samples) and self._adds_up(found, whole, tolerance):
+                return found
+        return None
+
+    def _adds_up(self, found: Tensor, whole: Tensor, tolerance: float) -> bool:
+        found = found if len(whole) == len(found) else found.reshape(1, -1)
+        again = found.mean(1) if self._is_mean else found.sum(1)
+        is_close = torch.isclose(again, whole, rtol=tolerance, atol=1e-7) | ~(again.isfinite() | whole.isfinite())
+        return bool(is_close.all())
+
+    def _all_at_once(self, stacked: list[Tensor], form: Any, batch: Any, samples: int) -> Tensor:
+        per_sample = [t for t in tensors_of(batch) if t.ndim and len(t) == samples]
+
+        def one(rows: list[Tensor], out: list[Tensor]) -> Tensor:
+            inside, answers = iter(rows), iter(out)
+            part = map_tensors(batch, lambda t: next(inside)[None] if t.ndim and len(t) == samples else t)
+            answer = map_tensors_in(form, lambda t: next(answers)[None])
+            return self._loss_fn(_Answering(self._model, answer), part).reshape(())
+
+        return torch.vmap(torch.vmap(one), in_dims=(None, 0))(per_sample, stacked)
+
+    def _one_by_one(self, stacked: list[Tensor], form: Any, batch: Any, samples: int) -> Tensor:
+        parts = [rows_of(batch, torch.tensor([i]), samples) for i in range(samples)]
+
+        def one(run: int, i: int) -> Tensor:
+            out = iter(stacked)
+            answer = map_tensors_in(form, lambda t: next(out)[run, i : i + 1])
+            return self._loss_fn(_Answering(self._model, answer), parts[i]).reshape(())
+
+        return torch.stack([torch.stack([one(run, i) for i in range(samples)]) for run in range(len(stacked[0]))])
+
+
+@contextmanager
+def _refused(modules: Collection[nn.Module]) -> Iterator[None]:
+    """Refuse to run any of the modules inside the context."""
+
+    def refuse(module: nn.Module, inputs: Any) -> None:
+        raise RuntimeError("the loss runs the model itself")
+
+    handles = [module.register_forward_pre_hook(refuse) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Answering:
+    """A stand-in for a model that returns the output that it was given."""
+
+    def __init__(self, model: nn.Module, answer: Any) -> None:
+        self._model, self._answer = model, answer
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._answer
+
+    forward = __call__
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)

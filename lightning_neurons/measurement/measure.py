@@ -13,7 +13,7 @@ from lightning_neurons.criteria.ranking import Normalization
 from lightning_neurons.data.batches import batch_size_of, inputs_of, is_graph
 from lightning_neurons.errors import ArgumentError, MeasurementError
 from lightning_neurons.hooks.find_neurons import call
-from lightning_neurons.hooks.outputs import logits_in
+from lightning_neurons.hooks.output_layers import logits_in
 from lightning_neurons.isolation.isolation import isolated
 from lightning_neurons.layers.layer import Pattern, candidates
 from lightning_neurons.measurement.arguments import check_batches, given_model

@@ -9,8 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lightning_neurons.isolation.tensors import map_tensors_in
-from lightning_neurons.measurement.losses import summed
-from lightning_neurons.measurement.per_sample_losses import SampleLosses
+from lightning_neurons.measurement.losses import SampleLosses, summed
 
 _CLOSE = 1e-3
 _ROUNDING = 8

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lightning_neurons.criteria import CRITERIA, Criterion, resolve
 from lightning_neurons.criteria.deadness import check_threshold, near_zero
 from lightning_neurons.criteria.ranking import Normalization
-from lightning_neurons.data.targets import PerClass, targets_in
+from lightning_neurons.data.batches import PerClass, targets_in
 from lightning_neurons.errors import ArgumentError, check_choice
 from lightning_neurons.layers.layer import Pattern
 from lightning_neurons.measurement.losses import LOSS_REDUCTIONS, LossReduction

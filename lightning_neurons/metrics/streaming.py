@@ -2,6 +2,8 @@
 
 The neurons of all layers lie side by side on one axis, so that six states are enough: memory is O(neurons), and merging
 processes takes six reductions. Sums are float64, counts int64. A leading axis separates classes (or has one entry).
+
+Sums by class grow as targets with new classes come.
 """
 
 import math
@@ -17,9 +19,46 @@ from torchmetrics import Metric
 from lightning_neurons.criteria.activity import TOTAL
 from lightning_neurons.criteria.contract import NEEDS, Criterion, LayerTraits, Need, Statistic, Summary
 from lightning_neurons.criteria.view import LayerView
+from lightning_neurons.errors import MeasurementError
 from lightning_neurons.metrics import accumulate, histogram
 from lightning_neurons.metrics.accumulate import Batch, Group, Waiting
-from lightning_neurons.metrics.classes import class_index, with_room
+
+PER_CLASS_LIMIT = 2 * 2**30
+"""Bytes that the sums of a measurement per class may take."""
+
+
+def class_index(layers: Sequence[str], rows: int, targets: Tensor | None) -> Int[Tensor, " batch"]:
+    """Return the class of each sample of some layers.
+
+    Raises:
+        MeasurementError: If there is not one for each.
+    """
+    if targets is None or len(targets) != rows:
+        got = "no targets" if targets is None else f"{len(targets)} targets"
+        raise MeasurementError(
+            f"per_class: {', '.join(layers)} saw {rows} samples but {got}; leave such layers out by layers="
+        )
+    return targets
+
+
+def with_room(states: Mapping[str, Tensor], classes: int) -> dict[str, Tensor]:
+    """Return states enlarged to ``classes`` classes on the first axis; new classes start without any samples.
+
+    Raises:
+        MeasurementError: If they would take too much memory.
+    """
+    size = classes * 8 * sum(math.prod(state.shape[1:]) for state in states.values())
+    if size > PER_CLASS_LIMIT:
+        raise MeasurementError(
+            f"per_class: sums for {classes} classes would take {size / 2**30:.1f} GiB of at most "
+            f"{PER_CLASS_LIMIT / 2**30:g}; choose fewer layers=, or criteria= without 'near_zero'"
+        )
+    room = {
+        name: state.new_full((classes - len(state), *state.shape[1:]), -torch.inf if name == "maxima" else 0)
+        for name, state in states.items()
+    }
+    return {name: torch.cat([state, room[name]]) for name, state in states.items()}
+
 
 _HELD_NUMBERS = 2**22  # layers are added at the end of a batch, or when so many numbers wait (16 MiB)
 _GROUPS = 64

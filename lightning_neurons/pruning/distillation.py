@@ -9,7 +9,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from lightning_neurons.data.batches import tensors_of
 from lightning_neurons.errors import PruningError
-from lightning_neurons.hooks.outputs import logits_in
+from lightning_neurons.hooks.output_layers import logits_in
 
 
 def distillation_loss(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_neurons.data.batches import inputs_of, map_tensors, targets_of, tensors_of
 from lightning_neurons.errors import ArgumentError, PruningError, check_flag
 from lightning_neurons.hooks.find_neurons import call, find_neurons
-from lightning_neurons.hooks.outputs import logits_in
+from lightning_neurons.hooks.output_layers import logits_in
 from lightning_neurons.isolation.copying import hooked_parameters
 from lightning_neurons.isolation.isolation import isolated
 from lightning_neurons.measurement.measure import LossFunction, measure

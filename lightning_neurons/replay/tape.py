@@ -1,7 +1,12 @@
-"""A recording of a run from which later calls can be run again.
+"""A recording of a run, and replays of the rest of the model from one of its calls on.
 
 Only results that are read after a place where a replay will start are kept, and memory that is written into later is
-copied just before. ``replay.py`` runs the rest of the model from such a place.
+copied just before. The model's own Python code runs as always, so nothing has to be traced or exported, and results are
+bit for bit those of a whole forward. Cost: the calls from the start on, and a few microseconds for each before it.
+
+In a batched replay the batch is repeated, and each repetition gets its own change: for devices on which a larger batch
+costs hardly more than a small one. Rounding in a kernel may depend on the size of the batch, so those results are equal
+to single replays up to rounding.
 """
 
 from bisect import bisect_right
@@ -11,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_neurons.isolation.model_state import random_state
+from lightning_neurons.hooks.intervention import Edit
+from lightning_neurons.isolation.model_state import random_state, set_random_state
 from lightning_neurons.isolation.tensors import address_of, map_tensors_in, tensors_in
-from lightning_neurons.replay.call_log import Calls
+from lightning_neurons.replay.call_log import ALWAYS, Calls
 from lightning_neurons.replay.checked_run import DivergedError, SameCalls
+from lightning_neurons.replay.linear_delta import through_reader
 
 
 class Tape(SameCalls):
@@ -126,3 +133,112 @@ HOLE = torch.empty(0)
 def _on(storage: torch.UntypedStorage, like: Tensor) -> Tensor:
     fresh = torch.empty(0, dtype=like.dtype, device=like.device)
     return fresh.set_(storage, like.storage_offset(), like.size(), like.stride())
+
+
+class Replay(SameCalls):
+    """A mode around the same run that the tape has recorded. If the run diverges, the tape may be spoilt.
+
+    Args:
+        tape: The recording.
+        modules: The layers that are changed.
+        start: The first call that is run; one of the tape's starts.
+        edits: By call, the change of its result; of calls before ``start``, only the very last may have one.
+        shortcuts: Whether linear layers that read the activation changed before ``start`` compute the difference alone.
+
+    Raises:
+        DivergedError: If the run calls other functions than the recorded one, or needs a result that was not kept.
+    """
+
+    def __init__(
+        self,
+        tape: Tape,
+        modules: Mapping[str, nn.Module],
+        start: int,
+        edits: Mapping[int, Edit],
+        *,
+        shortcuts: bool = False,
+    ) -> None:
+        super().__init__(tape.calls, modules)
+        self._tape, self._start, self._edits = tape, start, edits
+        self._private: dict[int, torch.UntypedStorage] = {}
+        self._twins = tape.twins(start) if shortcuts and list(edits) == [start - 1] else {}
+        self._before: Tensor | None = None
+        self._undo: list[tuple[Edit, Tensor, Tensor]] = []
+
+    def __exit__(self, *exception: object) -> None:
+        super().__exit__(*exception)
+        for edit, tensor, before in reversed(self._undo):
+            edit.undo(tensor, before)
+
+    def _answer(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        now = self.now
+        if now < self._start:
+            result = self._tape.answer(now, self._start, self._private)
+            if now in self._tape.rewritten:
+                self._note(result)
+            return self._changed(result, is_recorded=True) if now in self._edits else result
+        if now == self._start and now in self._tape.random:
+            set_random_state(self._tape.random[now])
+        if any(t is HOLE for t in tensors_in((args, kwargs))):
+            raise DivergedError(f"call {now} reads what no call read before")
+        if now in self._twins:
+            return self._shortcut(func, args, kwargs)
+        out = self._call(func, args, kwargs)
+        return self._changed(out, is_recorded=False) if now in self._edits else out
+
+    def _changed(self, result: Tensor, *, is_recorded: bool) -> Tensor:
+        edit, calls = self._edits[self.now], self.calls
+        if is_recorded and any(memory < 0 or calls.read[memory] == ALWAYS for memory in calls.memory[self.now]):
+            result = result.clone()  # it may be held after the replay
+        if result.requires_grad:
+            result = result.clone()  # a loss may differentiate within
+        before = self._before = edit.write(result)
+        if is_recorded and result is self._tape.results[self.now]:
+            self._undo.append((edit, result, before))
+        return result
+
+    def _shortcut(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        twin, (edit,) = self._twins[self.now], self._edits.values()
+        before = self._before
+        if twin != self._start - 1:
+            recorded = self._tape.results[twin]
+            before = recorded.index_select(edit.axis % recorded.ndim, edit.neurons)
+        assert before is not None, "the edit comes first"
+        return through_reader(func, args, kwargs, edit.neurons, before, self._tape.results[self.now])
+
+
+class StackedReplay(Replay):
+    """A mode for a run of the batch, repeated once for each change.
+
+    Args:
+        tape: The recording of the single batch; no memory on it is written into later.
+        modules: The layers that are changed.
+        start: The first call that is run; the one before it makes the activation.
+        edits: The changes of that activation, one for each repetition.
+        samples: Number of samples of the batch.
+
+    Raises:
+        DivergedError: If the run calls other functions than the recorded one, or needs a result that was not kept.
+    """
+
+    def __init__(
+        self, tape: Tape, modules: Mapping[str, nn.Module], start: int, edits: Sequence[Edit | None], samples: int
+    ) -> None:
+        super().__init__(tape, modules, start, {})
+        self._changes, self._samples = edits, samples
+
+    def _answer(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = super()._answer(func, args, kwargs)
+        if self.now >= self._start:
+            return result
+        result = map_tensors_in(result, self._repeated)
+        if self.now == self._start - 1:
+            for place, edit in enumerate(self._changes):
+                if edit is not None:
+                    edit.write(result.narrow(0, place * self._samples, self._samples))
+        return result
+
+    def _repeated(self, tensor: Tensor) -> Tensor:
+        if tensor is HOLE or not tensor.ndim or len(tensor) != self._samples:
+            return tensor
+        return tensor.repeat(len(self._changes), *[1] * (tensor.ndim - 1))

@@ -1,18 +1,18 @@
-"""Result of an ablation study: the change of the loss without each neuron."""
+"""Results of ablation and perturbation studies."""
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from lightning_neurons.errors import UnknownNameError
-from lightning_neurons.results.plain import floats, plain
-from lightning_neurons.results.typed import typed
+from lightning_neurons.results.typed import floats, plain, typed
 from lightning_neurons.results.whole_file import reading_document, write_whole
 
 FORMAT, VERSION = "lightning_neurons ablation", 1
@@ -155,3 +155,107 @@ def _check_widths(values: Mapping[str, Any]) -> None:
     for layer, neurons in values["undecided"].items():
         if not all(0 <= neuron < widths.get(layer, 0) for neuron in neurons):
             raise ValueError(f"{layer!r} does not have all of these neurons")
+
+
+@dataclass(frozen=True)
+class JointAblation:
+    """The measured effect of switching sets of neurons off.
+
+    Attributes:
+        loss: Mean loss of the unchanged model.
+        samples: Number of samples it was measured on.
+        delta_loss: For each set, the mean loss without it, minus the mean loss.
+        standard_error: Of ``delta_loss`` over samples.
+        neurons: The sets, by layer.
+    """
+
+    loss: float
+    samples: int
+    delta_loss: Float[Tensor, " set"]
+    standard_error: Float[Tensor, " set"]
+    neurons: tuple[Mapping[str, Sequence[int]], ...]
+
+
+@dataclass(frozen=True)
+class AblationCurves:
+    """Mean loss by the share of neurons that are off.
+
+    Attributes:
+        shares: The shares, from 0 to 1.
+        least_first: Losses when the least important go first.
+        most_first: Losses when the most important go first.
+        random: Losses in random orders.
+
+    Example:
+        >>> flat = torch.ones(3)
+        >>> AblationCurves(torch.tensor([0.0, 0.5, 1.0]), flat, 2 * flat, flat[None]).areas["most_first"]
+        2.0
+    """
+
+    shares: Float[Tensor, " point"]
+    least_first: Float[Tensor, " point"]
+    most_first: Float[Tensor, " point"]
+    random: Float[Tensor, "order point"]
+
+    @property
+    def areas(self) -> dict[str, float]:
+        """The area under each curve, by the trapezoidal rule; of the random orders, the mean."""
+        curves = {"least_first": self.least_first, "most_first": self.most_first, "random": self.random.mean(0)}
+        return {name: float(torch.trapezoid(curve, self.shares)) for name, curve in curves.items()}
+
+
+class Perturbed(NamedTuple):
+    """The loss with one parameter, or one neuron's part of it, shifted.
+
+    Attributes:
+        name: The parameter; of one neuron, with its index, such as ``"conv1.weight[3]"``.
+        loss: Mean loss while its weights were shifted.
+        delta_loss: The same minus the mean loss of the unchanged model.
+        neuron: The neuron's index, or None for the whole parameter.
+    """
+
+    name: str
+    loss: float
+    delta_loss: float
+    neuron: int | None = None
+
+
+@dataclass(frozen=True)
+class PerturbationReport:
+    """The loss under each perturbation, in the order of the model.
+
+    Attributes:
+        loss: Mean loss of the unchanged model.
+        samples: Number of samples it was measured on.
+        rows: One for each perturbation.
+        settings: The settings of the study.
+        notes: Notes on the data and the limits of the numbers.
+
+    Example:
+        >>> rows = (Perturbed("a.weight", 1.5, 0.5), Perturbed("b.weight", math.nan, math.nan))
+        >>> [row.name for row in PerturbationReport(1.0, 8, rows[::-1], {}, ()).ranking()]
+        ['a.weight', 'b.weight']
+    """
+
+    loss: float
+    samples: int
+    rows: tuple[Perturbed, ...]
+    settings: dict[str, Any]
+    notes: tuple[str, ...]
+
+    def ranking(self) -> list[Perturbed]:
+        """Rank rows from the highest to the lowest loss; ties keep the model's order, NaN and infinity come last."""
+        return sorted(self.rows, key=lambda row: -row.loss if math.isfinite(row.loss) else math.inf)
+
+    def save(self, path: str | Path) -> None:
+        """Write the ranking as JSON, whole or not at all; NaN becomes null, infinity a word."""
+        document = {
+            "format": "lightning_neurons perturbation",
+            "version": 1,
+            "loss": self.loss,
+            "samples": self.samples,
+            "settings": self.settings,
+            "notes": list(self.notes),
+            "ranking": [row._asdict() for row in self.ranking()],
+        }
+        write_whole(path, json.dumps(plain(document), allow_nan=False, indent=1))

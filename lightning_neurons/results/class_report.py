@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_neurons.criteria.selectivity import reuse, shared_by
 from lightning_neurons.errors import ArgumentError
-from lightning_neurons.results.plain import plain
+from lightning_neurons.results.typed import plain
 from lightning_neurons.results.whole_file import write_whole
 
 

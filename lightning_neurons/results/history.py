@@ -14,8 +14,7 @@ from lightning_neurons.criteria import agreement
 from lightning_neurons.errors import ArgumentError
 from lightning_neurons.metrics.histogram import folded
 from lightning_neurons.results.neuron_report import NeuronReport
-from lightning_neurons.results.plain import plain
-from lightning_neurons.results.typed import typed
+from lightning_neurons.results.typed import plain, typed
 from lightning_neurons.results.whole_file import reading_document, write_whole
 
 FORMAT, VERSION = "lightning_neurons history", 1

@@ -5,8 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from lightning_neurons.results.plain import plain
-from lightning_neurons.results.typed import typed
+from lightning_neurons.results.typed import plain, typed
 from lightning_neurons.results.whole_file import reading_document, write_whole
 
 FORMAT, VERSION = "lightning_neurons pruning", 1

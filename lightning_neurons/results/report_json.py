@@ -15,8 +15,7 @@ from torch import Tensor
 
 from lightning_neurons.layers.layer import Layer, Link
 from lightning_neurons.metrics.histogram import BINS
-from lightning_neurons.results.plain import floats, plain
-from lightning_neurons.results.typed import typed
+from lightning_neurons.results.typed import floats, plain, typed
 from lightning_neurons.results.whole_file import reading_document, write_whole
 
 FORMAT, VERSION = "lightning_neurons report", 1

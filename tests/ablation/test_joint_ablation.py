@@ -13,7 +13,7 @@ from lightning_neurons import (
     ablate_together,
     ablation_curves,
 )
-from lightning_neurons.results.ablation_curves import AblationCurves
+from lightning_neurons.results.ablation_report import AblationCurves
 from tests.ablation.silenced import WIDTHS, batches_of, each, means_of, net_of, without
 from tests.models import ConvNet, ResidualNet, cross_entropy, seeded
 from tests.tables import for_each

@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_neurons.ablation.agreement import OracleAgreement, oracle_agreement
-from lightning_neurons.ablation.screening import Screening, halves, screen
+from lightning_neurons.ablation.screening import OracleAgreement, Screening, halves, oracle_agreement, screen
 from lightning_neurons.criteria import CRITERIA
 from lightning_neurons.errors import MeasurementError
 from lightning_neurons.isolation.isolation import isolated

@@ -16,8 +16,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 
 from lightning_neurons import ActivationStatisticsCallback, NeuronAblationCallback, NeuronSensitivityCallback
 from lightning_neurons.callbacks.observing import publish as module_of_publish
-from lightning_neurons.report.logging.layout import LAYOUT
-from lightning_neurons.report.logging.tags import kind_of
+from lightning_neurons.report.logging.tags import LAYOUT, kind_of
 from lightning_neurons.results.history import NeuronHistory
 from lightning_neurons.results.pruning_history import PruningHistory
 from tests.callbacks.modules import Plain, fit, loader, trainer_of

@@ -19,8 +19,7 @@ from lightning_neurons import (
     NeuronAblationCallback,
     NeuronSensitivityCallback,
 )
-from lightning_neurons.report.logging.layout import LAYOUT
-from lightning_neurons.report.logging.tags import kind_of
+from lightning_neurons.report.logging.tags import LAYOUT, kind_of
 from tests.callbacks.modules import MemoryLogger, OldNamespace, Plain, SeveralLoaders, fit, loader, trainer_of
 
 

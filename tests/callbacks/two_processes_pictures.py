@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader
 
 from lightning_neurons import NeuronSensitivityCallback, SaliencyCallback
-from lightning_neurons.results.plain import plain
+from lightning_neurons.results.typed import plain
 from tests.callbacks.modules import dataset, trainer_of
 from tests.callbacks.pictured import files, maximizer
 from tests.callbacks.two_processes import Fixed, Shared

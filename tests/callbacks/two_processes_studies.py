@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_neurons import ClassNeuronsCallback, NeuronAblationCallback
-from lightning_neurons.results.plain import plain
+from lightning_neurons.results.typed import plain
 from tests.callbacks.modules import MemoryLogger, dataset
 from tests.callbacks.pruned import pruner
 from tests.callbacks.two_processes import Fixed, Shared, run

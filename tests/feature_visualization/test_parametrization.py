@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from lightning_neurons import maximize_activation
+from lightning_neurons.feature_visualization.init import colours_of, spectrum_of
 from lightning_neurons.feature_visualization.parametrization import Colours, Fourier, Maco, Pixel, frequencies
-from lightning_neurons.feature_visualization.reference import colours_of, spectrum_of
 from tests.models import ConvNet, seeded
 from tests.tables import for_each
 

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_neurons import ArgumentError
 from lightning_neurons.attribution.objective import Aim
 from lightning_neurons.attribution.readout import Readout
+from lightning_neurons.feature_visualization.init import activations_on, batches_of, some_of, spectrum_of
 from lightning_neurons.feature_visualization.parametrization import Colours
-from lightning_neurons.feature_visualization.reference import activations_on, batches_of, some_of, spectrum_of
 from tests.models import ConvNet, pictures, seeded
 from tests.tables import for_each
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lightning_neurons import ArgumentError, maximize_activation
-from lightning_neurons.feature_visualization.regularizers import distance_from_grey, total_variation
+from lightning_neurons.feature_visualization.optimize import distance_from_grey, total_variation
 from lightning_neurons.feature_visualization.transforms import Robustness
 from tests.attribution.trained import trained_digits
 from tests.tables import for_each

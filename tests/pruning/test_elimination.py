@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_neurons.pruning.selection.elimination import Reading, eliminate
+from lightning_neurons.pruning.selection.reconstruction import Reading, eliminate
 from tests.tables import for_each
 
 

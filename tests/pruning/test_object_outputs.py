@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_neurons import ArgumentError, MeasurementError, class_study, logit, measure, predicted_logit, prune
-from lightning_neurons.hooks.outputs import logits_in
+from lightning_neurons.hooks.output_layers import logits_in
 from tests.models import seeded
 from tests.tables import for_each
 

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_neurons import ActivationMaximizationCallback, NeuronSensitivityCallback, SaliencyCallback
 from lightning_neurons.demo import DigitsModule, digits
-from lightning_neurons.report.logging.layout import LAYOUT
+from lightning_neurons.report.logging.tags import LAYOUT
 from tests.callbacks.modules import trainer_of
 from tests.report.browser import Page, visit
 from tests.report.served import fetch, serving

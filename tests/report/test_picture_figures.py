@@ -9,9 +9,9 @@ from sklearn.datasets import load_digits
 
 from lightning_neurons.errors import ArgumentError
 from lightning_neurons.report.figures import images as picture_figures
-from lightning_neurons.report.figures.card import neuron_card
 from lightning_neurons.report.figures.data import tiled
 from lightning_neurons.report.figures.drawing import new_figure
+from lightning_neurons.report.figures.images import neuron_card
 from lightning_neurons.results.neuron_card import NeuronCard
 from tests.tables import for_each
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from lightning_neurons.results.plain import floats, plain
+from lightning_neurons.results.typed import floats, plain
 from tests.tables import for_each
 
 

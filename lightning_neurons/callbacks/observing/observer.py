@@ -16,10 +16,9 @@ from lightning_neurons.callbacks.observing.member import Member
 from lightning_neurons.callbacks.observing.publish import publish, show
 from lightning_neurons.callbacks.observing.session import Session
 from lightning_neurons.callbacks.trainer import checks
-from lightning_neurons.callbacks.trainer.copied_callback import Trail
 from lightning_neurons.callbacks.trainer.folders import apart
 from lightning_neurons.callbacks.trainer.namespaces import EitherCallback
-from lightning_neurons.callbacks.trainer.outlet import keeping_training, monitored, numbered_observer, offer
+from lightning_neurons.callbacks.trainer.outlet import Trail, keeping_training, monitored, numbered_observer, offer
 from lightning_neurons.callbacks.trainer.processes import end_together
 from lightning_neurons.callbacks.trainer.step_replay import StepReplay
 from lightning_neurons.callbacks.trainer.steps import evaluation_loaders, training_loaders

@@ -12,10 +12,9 @@ from lightning_neurons.report.figures.drawing import can_draw
 from lightning_neurons.report.figures.history import pruning_progress
 from lightning_neurons.report.html.page import write_html
 from lightning_neurons.report.logging.images import can_show, show_figure
-from lightning_neurons.report.logging.layout import write_layout
 from lightning_neurons.report.logging.loggers import write_loggers
 from lightning_neurons.report.logging.pruning import pruning_history, write_scalars
-from lightning_neurons.report.logging.tags import with_suffix
+from lightning_neurons.report.logging.tags import with_suffix, write_layout
 from lightning_neurons.results.history import HistoryEntry, NeuronHistory
 from lightning_neurons.results.neuron_report import NeuronReport
 from lightning_neurons.results.whole_file import Place, inside

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_neurons.callbacks.pruning.recovery_settings import Distillation
 from lightning_neurons.callbacks.pruning.teachers import find_logits, from_state, read_teacher, state_of
-from lightning_neurons.callbacks.trainer.forward import networks_of
+from lightning_neurons.callbacks.trainer.steps import networks_of
 from lightning_neurons.data.batches import map_tensors
 from lightning_neurons.errors import PruningError
 from lightning_neurons.isolation.isolation import kept_random_state

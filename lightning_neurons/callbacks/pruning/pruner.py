@@ -36,7 +36,7 @@ from lightning_neurons.measurement.settings import MeasurementSettings
 from lightning_neurons.pruning.budget import PruningBudget
 from lightning_neurons.pruning.plan import PruningPlan
 from lightning_neurons.pruning.rounds import Pending, PruningRound, Rounds
-from lightning_neurons.pruning.structure.latency import latency
+from lightning_neurons.pruning.structure.costs import latency
 from lightning_neurons.pruning.surgery.surgery import Operation
 from lightning_neurons.report.logging.pruning import print_rounds, round_scalars, start_scalars
 from lightning_neurons.results.typed import typed

@@ -5,8 +5,7 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_neurons.callbacks.trainer.checks import sharding_of, why_no_validation
-from lightning_neurons.callbacks.trainer.lightning_errors import lightning_errors
+from lightning_neurons.callbacks.trainer.checks import lightning_errors, sharding_of, why_no_validation
 from lightning_neurons.errors import UnknownNameError
 from lightning_neurons.layers.layer import candidates, widths_of
 from lightning_neurons.pruning.budget import PruningBudget

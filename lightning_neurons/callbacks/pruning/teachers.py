@@ -8,7 +8,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_neurons.callbacks.trainer.checks import overrides
-from lightning_neurons.callbacks.trainer.forward import networks_of
+from lightning_neurons.callbacks.trainer.steps import networks_of
 from lightning_neurons.dependency.conform import conform
 from lightning_neurons.errors import UnknownNameError
 from lightning_neurons.pruning.structure.example import twin_of

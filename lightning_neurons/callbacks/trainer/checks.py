@@ -1,8 +1,9 @@
-"""Checks of module, Trainer and settings before a measurement, and the epochs at which one is due."""
+"""Checks of arguments, module, Trainer and settings before a measurement, and the epochs at which one is due."""
 
 import inspect
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -13,6 +14,23 @@ from lightning_neurons.layers.layer import Pattern, candidates, lazy_path
 from lightning_neurons.layers.registry import widths_of
 from lightning_neurons.measurement.settings import MeasurementSettings
 from lightning_neurons.metrics.room import require_room
+
+Step = Literal["validation", "training"]
+"""The step of a module that computes the loss."""
+
+
+class CallbackArgumentError(MisconfigurationException, ArgumentError):
+    """An argument of a callback has a value that is not allowed; a ``ValueError`` and Lightning's own error."""
+
+
+@contextmanager
+def lightning_errors() -> Iterator[None]:
+    """Turn an ``ArgumentError`` into one that is a ``MisconfigurationException`` too."""
+    try:
+        yield
+    except ArgumentError as error:
+        raise CallbackArgumentError(str(error)) from error
+
 
 INSTEAD = 'NeuronSensitivityCallback(source="train") measures on training batches.'
 

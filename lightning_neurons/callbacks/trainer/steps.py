@@ -1,4 +1,4 @@
-"""Steps of a module as Lightning runs them: their dataloaders and arguments, and the loss among their results."""
+"""Steps of a module as Lightning runs them, the loss among their results, and its forward from a batch to logits."""
 
 import inspect
 import re
@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from torch import Tensor
+from torch import Tensor, nn
 
+from lightning_neurons.callbacks.trainer.checks import overrides
 from lightning_neurons.data.batches import tensors_of
+from lightning_neurons.errors import MeasurementError
+from lightning_neurons.measurement.measure import call_on_inputs
 
 _PLAIN = {"loss", "val", "valid", "validation", "test", "train", "training", "total", "step", "epoch"}
 """Words of a name that stands for the whole loss; with others (``val/kl_loss``) it may be a part of it."""
@@ -176,3 +179,29 @@ def _words(out: Any, logged: Mapping[str, Any]) -> str:
         if several > 1:
             return f" ({several} of the numbers that it {verb} are differentiable, and none is called a loss)"
     return " (is it computed under no_grad, detached, or not there at all?)"
+
+
+def forward_of(pl_module: Any) -> Any:
+    """Return a function from module and batch to logits: the module's forward, or that of its only network.
+
+    Raises:
+        MeasurementError: If it has several.
+    """
+    if overrides(pl_module, "forward"):
+        return call_on_inputs
+    networks = networks_of(pl_module)
+    if len(networks) != 1:
+        raise MeasurementError(
+            f"{type(pl_module).__name__} has no forward, and {len(networks)} networks, so it is not known where the "
+            "logits come from; pass forward=lambda module, batch: ..."
+        )
+
+    def forward(module: nn.Module, batch: Any) -> Any:
+        return call_on_inputs(module.get_submodule(networks[0]), batch)
+
+    return forward
+
+
+def networks_of(pl_module: nn.Module) -> list[str]:
+    """Return the names of children that have parameters: any of them may be the network."""
+    return [name for name, child in pl_module.named_children() if any(True for _ in child.parameters())]

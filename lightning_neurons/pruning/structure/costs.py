@@ -1,4 +1,4 @@
-"""Costs of a model, whole or with fewer neurons: parameters and multiply-accumulate operations (MACs).
+"""Costs of a model, whole or with fewer neurons: parameters, multiply-accumulate operations (MACs), measured time.
 
 MACs are those of one sample, of every operation that ``torch.utils.flop_counter`` has a formula for. An operation with
 a weight takes the number of positions at which it is applied, times the weight's size. Both follow from the sizes of
@@ -7,6 +7,8 @@ attention, is taken to stay.
 """
 
 import math
+import statistics
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from torch.utils.flop_counter import flop_registry
 
 from lightning_neurons.data.batches import samples_in
 from lightning_neurons.dependency.groups import Group
+from lightning_neurons.isolation.isolation import isolated
 from lightning_neurons.layers.layer import candidates, modules_by_name, public_name
 from lightning_neurons.layers.width_handlers import axes, weight_name
 from lightning_neurons.pruning.structure.example import Example
@@ -240,3 +243,34 @@ def removed_by(effects_of: Mapping[str, Effects], units: Mapping[str, Iterable[i
         for tensor, axis, taken in effects_of[root]:
             removed[tensor, axis] = removed.get((tensor, axis), 0) + sum(taken[u] for u in gone)
     return removed
+
+
+def latency(model: nn.Module, example: Example, repeats: int = 10) -> float:
+    """Measure the median time of a forward on an example; the model is left as it was.
+
+    Args:
+        model: Run in evaluation mode, without gradients.
+        example: The inputs to run it on.
+        repeats: Number of runs, after one that does not count.
+
+    Returns:
+        Seconds.
+    """
+    finish = _finisher(model)
+    times = []
+    with isolated(model), torch.no_grad():
+        model.eval()
+        for _ in range(repeats + 1):
+            start = time.perf_counter()
+            example.run(model)
+            finish()
+            times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def _finisher(model: nn.Module) -> Callable[[], None]:
+    """Return a function that waits for the model's device."""
+    kinds = {p.device.type for p in model.parameters()}
+    if "cuda" in kinds:
+        return torch.cuda.synchronize
+    return torch.mps.synchronize if "mps" in kinds else lambda: None

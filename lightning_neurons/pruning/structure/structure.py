@@ -11,12 +11,11 @@ from lightning_neurons.dependency.groups import Coupling, Group
 from lightning_neurons.dependency.torch_pruning_adapter import find_coupling
 from lightning_neurons.errors import PruningError
 from lightning_neurons.isolation.isolation import isolated
-from lightning_neurons.layers.layer import candidates, modules_by_name, require_materialized, widths_of
+from lightning_neurons.layers.layer import blocks_of, candidates, modules_by_name, require_materialized, widths_of
 from lightning_neurons.layers.prunable import check_prunable
 from lightning_neurons.layers.width_handlers import axes, handler_of, is_linear, passes, unknown_width, why_fixed
 from lightning_neurons.pruning.compensation.synchronized_forwards import calls_of
 from lightning_neurons.pruning.compensation.weight_shifts import Wiring
-from lightning_neurons.pruning.structure.blocks import blocks_of
 from lightning_neurons.pruning.structure.costs import Costs, Counter, Effects, costs_of, effects, removed_by, routed
 from lightning_neurons.pruning.structure.example import Example, scramble, twin_of
 from lightning_neurons.pruning.structure.preflight import Preflight

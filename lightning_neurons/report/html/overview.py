@@ -1,13 +1,26 @@
-"""The first sections: key numbers, the table of layers, both ends of the ranking."""
+"""The first sections: key numbers, the table of layers, both ends of the ranking, and deadness."""
 
 import math
 from pathlib import Path
 
+import torch
+
 from lightning_neurons.report.console.tables import remarks
-from lightning_neurons.report.html.parts import Cell, Column, Section, Side, Table, Tile, Tiles, Words
+from lightning_neurons.report.figures.measurements import SELDOM
+from lightning_neurons.report.html.parts import Cell, Column, Part, Section, Side, Table, Tile, Tiles, Words
+from lightning_neurons.report.html.run_figures import layer_comparisons, threshold_figure
 from lightning_neurons.report.html.run_folder import RunFolder
 from lightning_neurons.report.html.wording import many, percent, real, whole
-from lightning_neurons.report.numbers import LayerRow, counted, in_words, known_share, layer_rows, what_is_ranked
+from lightning_neurons.report.numbers import (
+    THRESHOLDS,
+    LayerRow,
+    counted,
+    in_words,
+    known_share,
+    layer_rows,
+    share,
+    what_is_ranked,
+)
 from lightning_neurons.results.history import NeuronHistory
 from lightning_neurons.results.neuron_report import NeuronReport
 
@@ -136,3 +149,35 @@ def _judged(rows: list[LayerRow], name: str) -> Cell:
     count = counted(rows, name)
     bar = known_share(rows, name) if name == "dead" and len(rows) == 1 and count else None
     return Cell(in_words(rows, name), count, share=bar)
+
+
+def deadness(run: RunFolder, *, drawing: bool) -> Section:
+    """Return the section: dead neurons at other thresholds, and layers compared."""
+    parts: list[Part] = []
+    if any(len(silent) for silent in run.report.deadness_by.get("near_zero", {}).values()):
+        figures = (threshold_figure(run.report),) if drawing else ()
+        parts.append(Side((*figures, _thresholds(run.report))))
+    compared = layer_comparisons(run.report, run.history) if drawing else []
+    parts += [Side(tuple(compared))] if compared else []
+    return Section("deadness", "Deadness and sensitivity", "", tuple(parts))
+
+
+def _thresholds(report: NeuronReport) -> Table:
+    columns = (
+        Column("threshold", True, "magnitudes up to it count as silent, in units of each layer's root mean square"),
+        Column("dead", numeric=True),
+        Column("share", numeric=True),
+        Column("silent in 99 %", True, f"neurons of which {SELDOM:.0%} of values or more are silent"),
+    )
+    rows = []
+    for threshold in THRESHOLDS:
+        silent = torch.cat(list(report.deadness_at(threshold).values()))
+        dead, seldom = int((silent == 1).sum()), int((silent >= SELDOM).sum())
+        part = share(dead, int((~silent.isnan()).sum()))
+        rows.append((
+            Cell(f"{threshold:g}", threshold),
+            Cell(whole(dead), dead),
+            Cell(percent(part), None if math.isnan(part) else part, share=part if part > 0 else None),
+            Cell(whole(seldom), seldom),
+        ))
+    return Table("Dead neurons by threshold", columns, tuple(rows))

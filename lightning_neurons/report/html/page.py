@@ -9,8 +9,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from lightning_neurons.errors import ArgumentError
 from lightning_neurons.report.figures.drawing import can_draw
 from lightning_neurons.report.html import overview, studies
-from lightning_neurons.report.html.deadness import deadness
 from lightning_neurons.report.html.layer_pages import layer_pages
+from lightning_neurons.report.html.overview import deadness
 from lightning_neurons.report.html.parts import Facts, Part, Section, Words
 from lightning_neurons.report.html.run_folder import RunFolder
 from lightning_neurons.report.logging.images import FOLDER

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lightning_neurons.ablation.agreement import OracleAgreement
+from lightning_neurons.ablation.screening import OracleAgreement
 from lightning_neurons.report.logging.text_page import table
 from lightning_neurons.results.ablation_report import AblatedNeuron, AblationReport
 

@@ -8,12 +8,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lightning_neurons.feature_visualization.result import MaximizedActivation
-from lightning_neurons.report.figures.card import neuron_card
-from lightning_neurons.report.figures.images import maximized_images
+from lightning_neurons.report.figures.images import maximized_images, neuron_card
 from lightning_neurons.report.logging.images import keep_cards, keep_picture, show_figure
 from lightning_neurons.results.neuron_card import NeuronCard
 from lightning_neurons.results.neuron_report import NeuronReport
-from lightning_neurons.results.plain import plain
+from lightning_neurons.results.typed import plain
 from lightning_neurons.results.whole_file import Place
 
 _TOP_PICTURES = 6
