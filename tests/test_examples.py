@@ -1,5 +1,6 @@
 """Each example runs as a reader would run it."""
 
+import json
 import os
 import subprocess
 import sys
@@ -69,3 +70,26 @@ def test_the_benchmark_of_continued_training_shows_what_no_longer_moves(tmp_path
     moved = [int(line.rpartition("; ")[2].split()[0]) for line in out.stdout.splitlines() if "tensors moved" in line]
     assert len(moved) == 3
     assert moved[0] == moved[1] > moved[2]
+
+
+def test_the_benchmark_of_architectures_checks_cuts_of_its_own_networks(tmp_path: Path):
+    script = ROOT / "examples" / "benchmarks" / "zoo.py"
+    out = run(tmp_path, script, "--only", "transformer", "resnet20", "--json", "rows.json")
+    assert out.returncode == 0, out.stderr
+    assert out.stdout.endswith("2 of 2 reach half their MACs\n")
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    for row in rows.values():
+        assert row["ours"]["difference"] < 1e-8
+        assert row["ours"]["costs right"]
+        assert [row["ours"][step] for step in ("forward", "training", "export")] == ["works"] * 3
+    # Where channels are padded, halves of groups do not fit together: the reference must tell.
+    assert rows["resnet20"]["torch_pruning"]["difference"] > 1e-2
+
+
+def test_a_network_that_hangs_is_a_row_of_the_benchmark_of_architectures(tmp_path: Path):
+    script = ROOT / "examples" / "benchmarks" / "zoo.py"
+    (tmp_path / "builders.py").write_text("import time\nZ = {'endless': lambda: time.sleep(1000)}\n")
+    out = run(tmp_path, script, "--zoo", tmp_path, "--limit", "1")
+    assert out.returncode == 0, out.stderr
+    assert "endless | killed after 1 s | - | - |" in out.stdout
+    assert out.stdout.endswith("0 of 1 reach half their MACs\n")
