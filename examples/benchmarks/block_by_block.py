@@ -21,7 +21,8 @@ from cutting import accuracy
 
 from lightning_neurons import NeuronReport, PruningBudget, PruningPlan, describe_structure, measure, prune
 from lightning_neurons.pruning.decision import score
-from lightning_neurons.pruning.planning import choose, decide
+from lightning_neurons.pruning.planning import decide
+from lightning_neurons.pruning.selection.select import select
 from lightning_neurons.pruning.structure.example import Example
 from lightning_neurons.pruning.structure.structure import Structure, discover
 
@@ -36,7 +37,8 @@ def block_plans(
     structure: Structure, model: nn.Module, report: NeuronReport, budget: PruningBudget
 ) -> dict[str, PruningPlan]:
     """By block, a plan for the groups that begin in it."""
-    whole = decide(structure, budget, choose(structure, budget, score(structure, model, budget, report=report)[0]))
+    scores, _ = score(structure, model, budget, report=report)
+    whole = decide(structure, budget, select(structure, scores, budget)).plan
     found: dict[str, dict[str, list[int]]] = {}
     for root in structure.groups:
         if whole.neurons.get(root):
@@ -48,9 +50,9 @@ def careful(
     structure: Structure, model: nn.Module, reports: Sequence[NeuronReport], budget: PruningBudget
 ) -> PruningPlan:
     """What all layers of a group and all measurements agree on."""
-    choices = [choose(structure, budget, score(structure, model, budget, report=r)[0]) for r in reports]
+    choices = [select(structure, score(structure, model, budget, report=r)[0], budget) for r in reports]
     earlier = [structure.neurons(choice.units) for choice in choices[:-1]]
-    return decide(structure, budget, choices[-1], earlier)
+    return decide(structure, budget, choices[-1], earlier).plan
 
 
 def main() -> None:

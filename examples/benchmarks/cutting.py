@@ -23,10 +23,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from nets import ResNet20
 
 from lightning_neurons import PruningBudget, PruningPlan, prune
-from lightning_neurons.pruning.planning import complete, units_of
+from lightning_neurons.pruning.planning import complete
 from lightning_neurons.pruning.structure.example import Example
 from lightning_neurons.pruning.structure.structure import discover
-from lightning_neurons.pruning.surgery.surgery import cut, cuts_of
+from lightning_neurons.pruning.surgery.surgery import cut
 
 PUBLISHED = {0.5: 88.40, 0.6: 85.17, 0.7: 71.26, 0.8: 66.76}
 """Kim et al. (NeurIPS 2020): LeNet-300-100 on Fashion-MNIST after plain removal, by the share removed."""
@@ -99,9 +99,9 @@ def time_of_a_cut(nets: Mapping[str, tuple[Callable[[], nn.Module], Tensor]], re
             structure = discover(model, Example(x[:2]))
             times.append(time.perf_counter())
             half = {root: list(range(group.size // 2)) for root, group in structure.offered.items()}
-            plan = complete(structure, PruningPlan.from_indices(structure.neurons(half)))
+            tried_cut = complete(structure, PruningPlan.from_indices(structure.neurons(half)))
             times.append(time.perf_counter())
-            cut(model, cuts_of(structure.groups.values(), units_of(structure, plan)), optimizers=[optimizer])
+            cut(model, tried_cut.tensor_cuts, optimizers=[optimizer])
             times.append(time.perf_counter())
             torch.nn.parallel.DistributedDataParallel(model)
             times.append(time.perf_counter())

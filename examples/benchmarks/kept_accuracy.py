@@ -119,7 +119,7 @@ def cost_of_calibration(make: Callable[[], nn.Module], seen: list[Any], repeats:
                         model(batch)
             else:
                 patchwise = name == "patch_least_squares"
-                least_squares(model, candidate.cuts, calibration, structure.wiring, patchwise=patchwise)
+                least_squares(model, candidate.tensor_cuts, calibration, structure.wiring, patchwise=patchwise)
             times.append(time.process_time() - begun)
     plain = statistics.median(seconds.pop("plain"))
     for name, times in seconds.items():

@@ -10,15 +10,15 @@ from lightning_neurons.pruning.budget import PruningBudget
 from lightning_neurons.pruning.compensation.calibration import Calibration
 from lightning_neurons.pruning.compensation.moments import Moments
 from lightning_neurons.pruning.compensation.weight_shifts import Wiring
-from lightning_neurons.pruning.planning import Choice, allocations, decide, units_of
-from lightning_neurons.pruning.preparation import Candidate
+from lightning_neurons.pruning.cut import Cut
+from lightning_neurons.pruning.planning import allocations, decide
 from lightning_neurons.pruning.selection.budget_fill import Dense
 from lightning_neurons.pruning.selection.evidence import Constant, constants, first_read, second_moments
 from lightning_neurons.pruning.selection.group_scores import GroupScores, group_scores, neuron_scores, random_scores
 from lightning_neurons.pruning.selection.lossless import lossless_scores, still_layers
 from lightning_neurons.pruning.selection.reconstruction import reconstruction_scores
+from lightning_neurons.pruning.selection.select import Selection
 from lightning_neurons.pruning.structure.structure import Structure
-from lightning_neurons.pruning.surgery.surgery import cuts_of
 from lightning_neurons.results.neuron_report import NeuronReport
 
 
@@ -106,7 +106,7 @@ def lossless_candidates(
     *,
     dense: Dense | None = None,
     earlier: Sequence[Mapping[str, Sequence[int]]] = (),
-) -> tuple[list[Candidate], tuple[str, ...]]:
+) -> tuple[list[Cut], tuple[str, ...]]:
     """Return candidates for a cut without loss: first with inputs of saturated layers, then without; and notes.
 
     Args:
@@ -122,7 +122,7 @@ def lossless_candidates(
         Candidates, the first to be tried first; and notes on constant neurons that have to stay.
     """
     still = frozenset() if report is None else still_layers(report)
-    found: list[Candidate] = []
+    found: list[Cut] = []
     notes: tuple[str, ...] = ()
     for one in dict.fromkeys((still, frozenset[str]())):
         scores, notes = score(structure, model, budget, evidence=replace(evidence, still=one))
@@ -133,23 +133,19 @@ def lossless_candidates(
 def candidates_of(
     structure: Structure,
     budget: PruningBudget,
-    choices: Sequence[Choice],
+    selections: Sequence[Selection],
     earlier: Sequence[Mapping[str, Sequence[int]]] = (),
-) -> list[Candidate]:
-    """Return each choice as a plan that has been tried on a copy.
+) -> list[Cut]:
+    """Return each selection as a cut that has been tried on a copy.
 
     Args:
         structure: The model's groups.
         budget: The budget.
-        choices: One for each scope of the budget.
+        selections: One for each scope of the budget.
         earlier: As in ``decide``.
 
     Returns:
-        One candidate for each choice, named by its scope.
+        One candidate for each selection, with its scope.
     """
-    found = []
-    for scope, choice in zip(budget.scopes, choices, strict=True):
-        plan = decide(structure, budget, choice, earlier)
-        cuts = cuts_of(structure.groups.values(), units_of(structure, plan))
-        found.append(Candidate(plan, tuple(cuts), scope))
-    return found
+    pairs = zip(budget.scopes, selections, strict=True)
+    return [decide(structure, budget, selection, earlier, scope=scope) for scope, selection in pairs]

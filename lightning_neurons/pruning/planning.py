@@ -1,14 +1,15 @@
-"""Plans that are known to be right for a model, made of a budget or of a list of neurons."""
+"""Cuts that are right for a model, made of a budget or of a list of neurons, and tried on a copy."""
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from lightning_neurons.dependency.groups import Group
-from lightning_neurons.errors import PruningError, UnknownNameError
+from lightning_neurons.errors import PruningError
 from lightning_neurons.pruning.budget import PruningBudget
+from lightning_neurons.pruning.cut import Cut
 from lightning_neurons.pruning.plan import PlanCost, PruningPlan
 from lightning_neurons.pruning.selection.budget_fill import Dense
 from lightning_neurons.pruning.selection.group_scores import GroupScores
@@ -18,49 +19,9 @@ from lightning_neurons.pruning.structure.structure import Structure
 Units = dict[str, list[int]]
 
 
-@dataclass(frozen=True)
-class Choice:
-    """The units that one measurement would remove.
-
-    Attributes:
-        units: By root, the units that would be removed.
-        scores: By root, the scores that they were chosen by.
-        selection: Their places in the order, and the limits of the choice.
-    """
-
-    units: Units
-    scores: Mapping[str, GroupScores]
-    selection: Selection
-
-
-def choose(
-    structure: Structure,
-    budget: PruningBudget,
-    scores: Mapping[str, GroupScores],
-    *,
-    dense: Dense | None = None,
-) -> Choice:
-    """Choose the units to remove by a budget.
-
-    Args:
-        structure: The model.
-        budget: The budget.
-        scores: By root.
-        dense: The model before earlier cuts.
-
-    Returns:
-        Units by root, with their scores and notes.
-
-    Raises:
-        UnknownNameError: If a pattern of ``budget.ignore`` matches no layer.
-    """
-    selection = select(structure, scores, budget, dense)
-    return Choice(dict(selection.units), scores, selection)
-
-
 def allocations(
     structure: Structure, budget: PruningBudget, scores: Mapping[str, GroupScores], *, dense: Dense | None = None
-) -> list[Choice]:
+) -> list[Selection]:
     """Choose the units to remove by a budget, in each of its scopes.
 
     A choice over all layers can overdo it with the one that looks cheapest: there, half of what a layer keeps when all
@@ -73,10 +34,10 @@ def allocations(
         dense: The model before earlier cuts.
 
     Returns:
-        One choice for each scope, in their order.
+        One selection for each scope, in their order.
     """
     first, *others = budget.scopes
-    even = choose(structure, replace(budget, scope=first), scores, dense=dense)
+    even = select(structure, scores, replace(budget, scope=first), dense)
     if not others:
         return [even]
     floored = {}
@@ -86,28 +47,34 @@ def allocations(
         floored[root] = GroupScores(given.value.index_fill(0, last, torch.inf), given.by_layer)
     return [
         even,
-        *(choose(structure, replace(budget, scope=scope), floored, dense=dense) for scope in others),
+        *(select(structure, floored, replace(budget, scope=scope), dense) for scope in others),
     ]
 
 
 def decide(
-    structure: Structure, budget: PruningBudget, choice: Choice, earlier: Sequence[Mapping[str, Sequence[int]]] = ()
-) -> PruningPlan:
-    """Make a plan of a choice, and try it on a copy.
+    structure: Structure,
+    budget: PruningBudget,
+    selection: Selection,
+    earlier: Sequence[Mapping[str, Sequence[int]]] = (),
+    *,
+    scope: str = "",
+) -> Cut:
+    """Make a cut of a selection, and try it on a copy.
 
     Groups whose cut turns out to be wrong stay whole, with a note.
 
     Args:
         structure: The model.
         budget: The budget.
-        choice: The units that the latest measurement would remove.
+        selection: The units that the latest measurement would remove.
         earlier: By layer, the neurons that each of some earlier measurements would have removed; a neuron goes only if
             all of them agree.
+        scope: The scope that they were selected in.
 
     Returns:
-        The plan, with reasons, costs and notes.
+        The cut, whose plan has reasons, costs and notes.
     """
-    units, notes = choice.units, choice.selection.notes
+    units, notes = dict(selection.units), selection.notes
     if earlier:
         agreed: Units = {
             root: [
@@ -122,11 +89,11 @@ def decide(
     failing = structure.preflight.failing([structure.groups[root] for root in units], units)
     notes = (*notes, *(f"{root} is not cut: {reason}" for root, reason in failing.items()))
     units = {root: chosen for root, chosen in units.items() if root not in failing}
-    reasons = _reasons(structure, units, choice, budget)
-    return _plan(structure, units, reasons, notes)
+    reasons = _reasons(structure, units, selection, budget)
+    return Cut.of(structure, _plan(structure, units, reasons, notes), units, scope)
 
 
-def complete(structure: Structure, plan: PruningPlan) -> PruningPlan:
+def complete(structure: Structure, plan: PruningPlan) -> Cut:
     """Add to a plan what is coupled with its neurons, and try it on a copy.
 
     Args:
@@ -134,7 +101,7 @@ def complete(structure: Structure, plan: PruningPlan) -> PruningPlan:
         plan: By layer, neurons to remove.
 
     Returns:
-        The plan with coupled neurons, reasons and costs.
+        The cut, whose plan has the coupled neurons, reasons and costs.
 
     Raises:
         ArgumentError: If the plan is for another model.
@@ -169,23 +136,7 @@ def complete(structure: Structure, plan: PruningPlan) -> PruningPlan:
             )
     verify(structure, units)
     notes = plan.notes if units else (*plan.notes, "nothing is cut: the plan is empty")
-    return _plan(structure, units, reasons, notes)
-
-
-def units_of(structure: Structure, plan: PruningPlan) -> Units:
-    """Return the units of a completed plan, by root.
-
-    Raises:
-        UnknownNameError: If a layer is not in the model.
-    """
-    units: dict[str, dict[int, None]] = {}
-    for layer, neurons in plan.neurons.items():
-        for neuron in neurons:
-            found = structure.group_of(layer, neuron)
-            if found is None:
-                raise UnknownNameError.among("plan", layer, structure.widths)
-            units.setdefault(found[0], {})[found[1]] = None
-    return {root: sorted(chosen) for root, chosen in units.items()}
+    return Cut.of(structure, _plan(structure, units, reasons, notes), units)
 
 
 def verify(structure: Structure, units: Mapping[str, list[int]]) -> None:
@@ -208,15 +159,17 @@ def _plan(
     return PruningPlan(neurons, dict(structure.widths), reasons, cost, notes)
 
 
-def _reasons(structure: Structure, units: Units, choice: Choice, budget: PruningBudget) -> dict[str, dict[int, str]]:
+def _reasons(
+    structure: Structure, units: Units, selection: Selection, budget: PruningBudget
+) -> dict[str, dict[int, str]]:
     name = "random score" if budget.criterion == "random" else budget.label
     end = "of the most silent" if budget.by_deadness else "from below"
     found: dict[str, dict[int, str]] = {}
     for root, chosen in units.items():
         group: Group = structure.groups[root]
         for unit in chosen:
-            value = float(choice.scores[root].value[unit]) * (-1 if budget.by_deadness else 1)
-            why = f"{name} {value:.3g}: place {choice.selection.places[root][unit] + 1} of {group.size} {end}"
+            value = float(selection.scores[root].value[unit]) * (-1 if budget.by_deadness else 1)
+            why = f"{name} {value:.3g}: place {selection.places[root][unit] + 1} of {group.size} {end}"
             for layer, neurons in group.neurons([unit]).items():
                 for neuron in neurons:
                     coupled = "" if layer == root else f" (goes with {root} {group.layers[root][unit][0]})"

@@ -1,8 +1,8 @@
 """The preparation of a cut: each candidate is compensated, and the one with the lowest loss is taken."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -14,49 +14,18 @@ from lightning_neurons.pruning.compensation.calibration import Calibration
 from lightning_neurons.pruning.compensation.compensate import Compensation
 from lightning_neurons.pruning.compensation.trial_model import Rehearsal
 from lightning_neurons.pruning.compensation.weight_shifts import Repair, Wiring
-from lightning_neurons.pruning.plan import PruningPlan
-from lightning_neurons.pruning.surgery.surgery import Cut
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """Neurons that could be removed.
-
-    Attributes:
-        plan: The neurons that would be removed.
-        cuts: The same for every tensor.
-        name: The scope that it was chosen in.
-    """
-
-    plan: PruningPlan
-    cuts: tuple[Cut, ...]
-    name: str = ""
-
-
-@dataclass(frozen=True, eq=False)
-class Prepared:
-    """A cut that is ready to be made.
-
-    Attributes:
-        plan: The neurons to remove, with notes on compensation and losses.
-        cuts: The same for every tensor.
-        shifts: By parameter or buffer, what is added to it before the cut.
-    """
-
-    plan: PruningPlan
-    cuts: tuple[Cut, ...]
-    shifts: Mapping[str, Tensor]
+from lightning_neurons.pruning.cut import Cut
 
 
 def prepare(
     model: nn.Module,
-    candidates: Sequence[Candidate],
+    candidates: Sequence[Cut],
     calibration: Calibration,
     wiring: Wiring,
     *,
     how: Compensation,
     reestimate_norms: bool = False,
-) -> Prepared:
+) -> Cut:
     """Compensate for each candidate, and take the one with the lowest loss. Every process has to take part.
 
     Args:
@@ -72,34 +41,33 @@ def prepare(
     """
     for one in candidates:
         _try_on(model, one, calibration)
-    repairs = [how(model, one.cuts, calibration, wiring) for one in candidates]
+    repairs = [how(model, one.tensor_cuts, calibration, wiring) for one in candidates]
     best, notes = 0, []
-    if len({one.cuts for one in candidates}) > 1:
+    if len({one.tensor_cuts for one in candidates}) > 1:
         losses = [_loss(model, one, repair, calibration) for one, repair in zip(candidates, repairs, strict=True)]
         if all(math.isnan(loss) for loss in losses):
             raise PruningError("the loss on the calibration data is NaN, so candidates cannot be compared")
         best = min(range(len(losses)), key=lambda i: (losses[i] != losses[i], losses[i]))
-        listed = ", ".join(f"{one.name} {loss:.4g}" for one, loss in zip(candidates, losses, strict=True))
-        notes.append(f"calibration loss by scope: {listed}; {candidates[best].name} was taken")
+        listed = ", ".join(f"{one.scope} {loss:.4g}" for one, loss in zip(candidates, losses, strict=True))
+        notes.append(f"calibration loss by scope: {listed}; {candidates[best].scope} was taken")
     chosen, repair = candidates[best], repairs[best]
     shifts = dict(repair.shifts)
-    if reestimate_norms and chosen.cuts:
+    if reestimate_norms and chosen.tensor_cuts:
         shifts, note = _with_new_norms(model, chosen, shifts, calibration)
         notes.append(note)
-    plan = replace(chosen.plan, notes=(*chosen.plan.notes, *repair.notes, *notes))
-    return Prepared(plan, chosen.cuts, calibration.agree(shifts))
+    return replace(chosen, shifts=calibration.agree(shifts)).noted([*repair.notes, *notes])
 
 
-def _try_on(model: nn.Module, candidate: Candidate, calibration: Calibration) -> None:
+def _try_on(model: nn.Module, candidate: Cut, calibration: Calibration) -> None:
     """Run the cut model on the calibration data: it may run code that the example does not run.
 
     Raises:
         PruningError: If it fails there.
     """
-    if not candidate.cuts or not calibration.batches:
+    if not candidate.tensor_cuts or not calibration.batches:
         return
     with isolated(model), torch.no_grad(), eager():
-        twin = Rehearsal(model, candidate.cuts).twin
+        twin = Rehearsal(model, candidate.tensor_cuts).twin
         for number, batch in enumerate(calibration.batches):
             try:
                 calibration.run(twin, batch)
@@ -110,18 +78,18 @@ def _try_on(model: nn.Module, candidate: Candidate, calibration: Calibration) ->
                 ) from error
 
 
-def _loss(model: nn.Module, candidate: Candidate, repair: Repair, calibration: Calibration) -> float:
+def _loss(model: nn.Module, candidate: Cut, repair: Repair, calibration: Calibration) -> float:
     with isolated(model):
         model.eval()
-        return calibration.loss_of(Rehearsal(model, candidate.cuts, repair.shifts).twin)
+        return calibration.loss_of(Rehearsal(model, candidate.tensor_cuts, repair.shifts).twin)
 
 
 def _with_new_norms(
-    model: nn.Module, chosen: Candidate, shifts: dict[str, Tensor], calibration: Calibration
+    model: nn.Module, chosen: Cut, shifts: dict[str, Tensor], calibration: Calibration
 ) -> tuple[dict[str, Tensor], str]:
     with isolated(model):
         model.eval()
-        rehearsal = Rehearsal(model, chosen.cuts, shifts)
+        rehearsal = Rehearsal(model, chosen.tensor_cuts, shifts)
         before = calibration.loss_of(rehearsal.twin)
         more = reestimate(rehearsal, calibration)
         if not more:

@@ -1,7 +1,7 @@
 """Pruning without a Trainer."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,16 +18,17 @@ from lightning_neurons.measurement.measurement import Measurement
 from lightning_neurons.pruning.budget import PruningBudget
 from lightning_neurons.pruning.compensation.calibration import Calibration
 from lightning_neurons.pruning.compensation.compensate import Compensation, CompensationName
+from lightning_neurons.pruning.cut import Cut
 from lightning_neurons.pruning.decision import candidates_of, gather, lossless_candidates, score
 from lightning_neurons.pruning.plan import PlanCost, PruningPlan
-from lightning_neurons.pruning.planning import allocations, complete, units_of
-from lightning_neurons.pruning.preparation import Candidate, Prepared, prepare
+from lightning_neurons.pruning.planning import allocations, complete
+from lightning_neurons.pruning.preparation import prepare
 from lightning_neurons.pruning.request import check_inputs, check_model, chosen_compensation, kept_batches, wanted
 from lightning_neurons.pruning.selection.lossless import without_loss
 from lightning_neurons.pruning.structure.example import Example
 from lightning_neurons.pruning.structure.structure import Structure, discover
 from lightning_neurons.pruning.surgery.optimizers import checked_optimizers
-from lightning_neurons.pruning.surgery.surgery import cut, cuts_of
+from lightning_neurons.pruning.surgery.surgery import cut
 from lightning_neurons.results.neuron_report import NeuronReport
 
 _NEEDS_LOSS = {"gradient", "sampled_gradient"}
@@ -139,7 +140,7 @@ def prune(
         if isinstance(asked, PruningBudget):
             report = _measured(model, example_inputs, asked, kept, loss_fn)
         prepared = _prepared(structure, model, asked, calibration, report, how, lossless, reestimate_norms)
-    operation = cut(model, prepared.cuts, optimizers=optimizers, shifts=prepared.shifts)
+    operation = cut(model, prepared.tensor_cuts, optimizers=optimizers, shifts=prepared.shifts)
     try:
         example.check(model)
     except BaseException:
@@ -147,12 +148,12 @@ def prune(
         raise
     if structure.coupling.idle and prepared.plan:
         names = ", ".join(structure.coupling.idle)
-        prepared = _noted(prepared, [f"did not run, so not cut with what they may read in training: {names}"])
+        prepared = prepared.noted([f"did not run, so not cut with what they may read in training: {names}"])
     if prepared.plan and (hooked := hooked_parameters(model)):
         names = ", ".join(hooked)
-        prepared = _noted(
-            prepared, [f"hooks on gradients may count on the number of neurons, and are left as they are: {names}"]
-        )
+        prepared = prepared.noted([
+            f"hooks on gradients may count on the number of neurons, and are left as they are: {names}"
+        ])
     widths = {layer: len(prepared.plan.remaining(layer)) for layer in structure.widths}
     return PruningReport(prepared.plan, widths, prepared.plan.notes)
 
@@ -166,27 +167,22 @@ def _prepared(
     how: Compensation,
     lossless: bool,
     reestimate_norms: bool,
-) -> Prepared:
+) -> Cut:
     """Return the cut that is asked for, tried on copies and compensated."""
     notes: tuple[str, ...] = ()
     if isinstance(asked, PruningPlan):
-        plan = complete(structure, asked)
-        candidates = [Candidate(plan, tuple(cuts_of(structure.groups.values(), units_of(structure, plan))))]
+        candidates = [complete(structure, asked)]
     else:
         evidence = gather(model, asked, calibration, structure.wiring, lossless=lossless)
         if lossless:
             candidates, notes = lossless_candidates(structure, model, asked, evidence, report)
             found = without_loss(model, candidates, evidence.constants, calibration, structure.wiring)
-            return _noted(found, notes)
+            return found.noted(notes)
         scores, notes = score(structure, model, asked, report=report, evidence=evidence)
         candidates = candidates_of(structure, asked, allocations(structure, asked, scores))
         _refuse_unmet(asked, candidates)
     options: dict[str, Any] = {"how": how, "reestimate_norms": reestimate_norms}
-    return _noted(prepare(model, candidates, calibration, structure.wiring, **options), notes)
-
-
-def _noted(prepared: Prepared, notes: Sequence[str]) -> Prepared:
-    return replace(prepared, plan=replace(prepared.plan, notes=(*prepared.plan.notes, *notes)))
+    return prepare(model, candidates, calibration, structure.wiring, **options).noted(notes)
 
 
 def _run(model: nn.Module, batch: Any) -> Any:
@@ -194,7 +190,7 @@ def _run(model: nn.Module, batch: Any) -> Any:
     return call(model, map_tensors(inputs_of(batch), Tensor.clone))
 
 
-def _refuse_unmet(budget: PruningBudget, candidates: Sequence[Candidate]) -> None:
+def _refuse_unmet(budget: PruningBudget, candidates: Sequence[Cut]) -> None:
     """Refuse a target that is not reached even without all neurons that may be removed."""
     notes = candidates[0].plan.notes
     unmet = [note for note in notes if "not reached" in note and budget.amount is None]

@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_neurons.pruning.cut import Cut
 from lightning_neurons.pruning.plan import PruningPlan
 from lightning_neurons.pruning.selection.budget_fill import Dense
-from lightning_neurons.pruning.surgery.surgery import Cut
+from lightning_neurons.pruning.surgery.surgery import TensorCut
 from lightning_neurons.results.typed import typed
 
 
@@ -50,25 +51,6 @@ class PruningRound:
         )
 
 
-@dataclass(frozen=True, eq=False)
-class Pending:
-    """A round that is decided and will be made at the beginning of the next training epoch.
-
-    Attributes:
-        number: The round's number in the schedule.
-        plan: The neurons to remove, in the indices of the original model.
-        cuts: The same for every tensor, in the indices of the model as it is.
-        shifts: By parameter or buffer, what is added to it before the cut.
-        decided: The epoch in which it was decided.
-    """
-
-    number: int
-    plan: PruningPlan
-    cuts: tuple[Cut, ...]
-    shifts: Mapping[str, Tensor]
-    decided: int = -1
-
-
 @dataclass
 class Rounds:
     """The state of a pruning callback; goes into checkpoints as plain values and tensors.
@@ -84,7 +66,7 @@ class Rounds:
 
     dense: Dense | None = None
     done: list[PruningRound] = field(default_factory=list)
-    pending: Pending | None = None
+    pending: Cut | None = None
     votes: list[dict[str, list[int]]] = field(default_factory=list)
     undone: list[PruningRound] = field(default_factory=list)
     earlier: int = 0
@@ -147,7 +129,7 @@ class Rounds:
             else {
                 "number": pending.number,
                 "plan": pending.plan.to_dict(),
-                "cuts": [asdict(one) for one in pending.cuts],
+                "cuts": [asdict(one) for one in pending.tensor_cuts],
                 "shifts": dict(pending.shifts),
                 "decided": pending.decided,
             },
@@ -170,12 +152,12 @@ class Rounds:
             undone=[_round(one) for one in state["undone"]],
             pending=None
             if pending is None
-            else Pending(
-                typed(int, pending["number"], "number"),
+            else Cut(
                 PruningPlan.from_dict(pending["plan"]),
-                typed(tuple[Cut, ...], pending["cuts"], "cuts"),
-                typed(Mapping[str, Tensor], pending["shifts"], "shifts"),
-                typed(int, pending["decided"], "decided"),
+                typed(tuple[TensorCut, ...], pending["cuts"], "cuts"),
+                shifts=typed(Mapping[str, Tensor], pending["shifts"], "shifts"),
+                number=typed(int, pending["number"], "number"),
+                decided=typed(int, pending["decided"], "decided"),
             ),
             votes=typed(list[dict[str, list[int]]], state["votes"], "votes"),
             earlier=typed(int, state.get("earlier", 0), "earlier"),

@@ -8,7 +8,7 @@ from lightning_neurons import prune
 from lightning_neurons.layers.layer import modules_by_name
 from lightning_neurons.pruning.compensation.means import InputMeans, fold_means
 from lightning_neurons.pruning.compensation.weight_shifts import readers_of
-from lightning_neurons.pruning.surgery.surgery import Cut, cut
+from lightning_neurons.pruning.surgery.surgery import TensorCut, cut
 from tests.models import ConvNet, pictures, seeded
 from tests.tables import for_each
 
@@ -190,7 +190,7 @@ def test_a_transposed_convolution_is_given_the_mean_over_all_phases(stride, kern
     lone = torch.zeros(1, 6, 12, 12).double()
     lone[:, list(GONE)] = torch.tensor([0.7, -0.3]).double()[:, None, None]
     mean = lone.mean((0, 2, 3))
-    repair = fold_means(model := nn.Sequential(net), [Cut("0", "reads", GONE)], {"0": mean}, {})
+    repair = fold_means(model := nn.Sequential(net), [TensorCut("0", "reads", GONE)], {"0": mean}, {})
     inside = (net(lone) - net.bias[:, None, None])[:, :, 4 * stride : 8 * stride, 4 * stride : 8 * stride]
     torch.testing.assert_close(repair.shifts["0.bias"], inside.mean((0, 2, 3)).detach())
     assert repair.notes == ()
@@ -199,7 +199,7 @@ def test_a_transposed_convolution_is_given_the_mean_over_all_phases(stride, kern
 
 def test_readers_are_those_of_what_goes_and_only_they_are_given_something():
     net = seeded(ConvNet)
-    cuts = [Cut("conv1", "makes", GONE), Cut("bn1", "passes", GONE), Cut("conv2", "reads", GONE)]
+    cuts = [TensorCut("conv1", "makes", GONE), TensorCut("bn1", "passes", GONE), TensorCut("conv2", "reads", GONE)]
     means = {"conv2": torch.arange(6.0).double()}
     assert readers_of(cuts, modules_by_name(net)) == {"conv2": GONE}
     repair = fold_means(net, cuts, means, {"conv1": "bn1", "conv2": "bn2"})
@@ -220,7 +220,7 @@ def test_a_mean_is_exact_on_average_for_neurons_that_do_change():
 def test_shifts_are_added_before_the_cut_in_the_type_of_what_they_are_added_to():
     net, stays = seeded(ConvNet), [0, 2, 3, 5]
     was = {name: t.clone() for name, t in net.state_dict().items()}
-    cuts = [Cut("conv1", "makes", GONE), Cut("bn1", "passes", GONE), Cut("conv2", "reads", GONE)]
+    cuts = [TensorCut("conv1", "makes", GONE), TensorCut("bn1", "passes", GONE), TensorCut("conv2", "reads", GONE)]
     shifts = {"conv1.bias": torch.arange(6.0).double(), "bn2.running_mean": torch.ones(5), "fc2.bias": torch.ones(4)}
     cut(net, cuts, shifts=shifts)
     assert torch.equal(net.conv1.bias, (was["conv1.bias"] + torch.arange(6.0))[stays])

@@ -17,7 +17,7 @@ from lightning_neurons.dependency.torch_pruning_adapter import Group, Part
 from lightning_neurons.pruning.structure.costs import Costs, costs_of, effects, removed_by
 from lightning_neurons.pruning.structure.example import Example
 from lightning_neurons.pruning.structure.structure import Structure, discover
-from lightning_neurons.pruning.surgery.surgery import Cut, cut, cuts_of
+from lightning_neurons.pruning.surgery.surgery import TensorCut, cut, cuts_of
 from tests.models import NETS, CharTransformer, pictures
 from tests.tables import for_each
 
@@ -248,8 +248,8 @@ def test_units_of_several_groups_become_one_cut_per_module_and_role():
     other = Group("b", 2, (Part("b", "makes", ((0,), (1,))), Part("c", "reads", ((4,), (5,)))), {})
     held = Group("d", 1, (Part("d.scale", "holds", ((2,),), 1),), {})
     assert cuts_of([one, other, held], {"a": [1], "b": [1, 0], "c": [], "d": [0]}) == [
-        Cut("a", "makes", (1,)),
-        Cut("c", "reads", (2, 3, 4, 5)),
-        Cut("b", "makes", (0, 1)),
-        Cut("d.scale", "holds", (2,), 1),
+        TensorCut("a", "makes", (1,)),
+        TensorCut("c", "reads", (2, 3, 4, 5)),
+        TensorCut("b", "makes", (0, 1)),
+        TensorCut("d.scale", "holds", (2,), 1),
     ]

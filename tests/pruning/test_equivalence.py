@@ -175,7 +175,7 @@ def test_any_coupled_layer_names_the_same_cut(name):
     for known in KNOWN[name]:
         removed = known.places(some(known, "a third"), behind=False)
         for layer, places in removed.items():
-            assert complete(structure, PruningPlan.from_indices({layer: places})).neurons == {
+            assert complete(structure, PruningPlan.from_indices({layer: places})).plan.neurons == {
                 coupled: tuple(neurons) for coupled, neurons in removed.items()
             }
 

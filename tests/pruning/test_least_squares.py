@@ -13,7 +13,7 @@ from lightning_neurons.pruning.compensation.compensate import compensation_named
 from lightning_neurons.pruning.compensation.moments import Moments
 from lightning_neurons.pruning.compensation.ridge import FEW, RIDGE, refine
 from lightning_neurons.pruning.compensation.weight_shifts import Wiring
-from lightning_neurons.pruning.surgery.surgery import Cut
+from lightning_neurons.pruning.surgery.surgery import TensorCut
 from tests.criteria.streams import laws
 from tests.models import seeded
 from tests.tables import for_each
@@ -162,7 +162,12 @@ def three_layers() -> nn.Sequential:
     )
 
 
-CUTS = [Cut("0", "makes", (1, 3)), Cut("2", "reads", (1, 3)), Cut("2", "makes", (0,)), Cut("4", "reads", (0,))]
+CUTS = [
+    TensorCut("0", "makes", (1, 3)),
+    TensorCut("2", "reads", (1, 3)),
+    TensorCut("2", "makes", (0,)),
+    TensorCut("4", "reads", (0,)),
+]
 WIRING = Wiring({"2": 1, "4": 1}, {})
 
 

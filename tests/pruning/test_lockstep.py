@@ -15,7 +15,7 @@ from lightning_neurons.pruning.compensation.synchronized_forwards import Lockste
 from lightning_neurons.pruning.compensation.weight_shifts import Wiring
 from lightning_neurons.pruning.structure.example import Example
 from lightning_neurons.pruning.structure.structure import discover
-from lightning_neurons.pruning.surgery.surgery import Cut, cuts_of
+from lightning_neurons.pruning.surgery.surgery import TensorCut, cuts_of
 from tests.models import ConvNet, cross_entropy, pictures, seeded
 from tests.tables import for_each
 
@@ -242,5 +242,5 @@ def test_calls_are_counted_in_the_order_in_which_layers_first_run():
 
 def test_nothing_to_cut_is_nothing_to_repair():
     least_squares, calibration = compensation_named("least_squares"), Calibration(BATCHES, run, cross_entropy)
-    repair = least_squares(seeded(ConvNet), list[Cut](), calibration, Wiring({}, {}))
+    repair = least_squares(seeded(ConvNet), list[TensorCut](), calibration, Wiring({}, {}))
     assert (dict(repair.shifts), repair.notes) == ({}, ())

@@ -12,7 +12,7 @@ from lightning_neurons import ArgumentError, prune
 from lightning_neurons.pruning.compensation.batch_norm import reestimate
 from lightning_neurons.pruning.compensation.calibration import Calibration
 from lightning_neurons.pruning.compensation.trial_model import Rehearsal
-from lightning_neurons.pruning.surgery.surgery import Cut
+from lightning_neurons.pruning.surgery.surgery import TensorCut
 from tests.models import ConvNet, cross_entropy, pictures, seeded
 from tests.pruning.nets import Decoder, ResNet
 from tests.tables import for_each
@@ -166,7 +166,10 @@ def test_without_statistics_there_is_nothing_to_estimate():
 
 
 def test_two_processes_find_the_mean_over_all_batches():
-    net, cuts = seeded(ConvNet), [Cut("conv1", "makes", (1,)), Cut("bn1", "passes", (1,)), Cut("conv2", "reads", (1,))]
+    net, cuts = (
+        seeded(ConvNet),
+        [TensorCut("conv1", "makes", (1,)), TensorCut("bn1", "passes", (1,)), TensorCut("conv2", "reads", (1,))],
+    )
     batches = [x for x, _ in BATCHES]
 
     def found(some, added=()):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_neurons import ArgumentError, PruningError
 from lightning_neurons.pruning.surgery.optimizers import checked_optimizers
-from lightning_neurons.pruning.surgery.surgery import Cut, cut
+from lightning_neurons.pruning.surgery.surgery import TensorCut, cut
 from tests.models import ConvNet, pictures, seeded
 from tests.tables import for_each
 
@@ -22,14 +22,14 @@ def spread(channels: Iterable[int], positions: int) -> tuple[int, ...]:
 C1, C2, F1 = (1, 4), (0, 3), (2, 5)
 PIXELS = spread(C2, 16)
 CUTS = [
-    Cut("conv1", "makes", C1),
-    Cut("bn1", "passes", C1),
-    Cut("conv2", "reads", C1),
-    Cut("conv2", "makes", C2),
-    Cut("bn2", "passes", C2),
-    Cut("fc1", "reads", PIXELS),
-    Cut("fc1", "makes", F1),
-    Cut("fc2", "reads", F1),
+    TensorCut("conv1", "makes", C1),
+    TensorCut("bn1", "passes", C1),
+    TensorCut("conv2", "reads", C1),
+    TensorCut("conv2", "makes", C2),
+    TensorCut("bn2", "passes", C2),
+    TensorCut("fc1", "reads", PIXELS),
+    TensorCut("fc1", "makes", F1),
+    TensorCut("fc2", "reads", F1),
 ]
 GOES = {  # of each parameter, what goes from its axes
     "conv1.weight": {0: C1}, "conv1.bias": {0: C1}, "bn1.weight": {0: C1}, "bn1.bias": {0: C1},
@@ -119,7 +119,7 @@ def test_the_same_optimizer_scheduler_and_clipping_serve_before_and_after_cuts()
     optimizer = torch.optim.Adam(parameters, lr=0.1)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
     for gone in ((1, 4), (0,)):
-        cut(net, [Cut("0", "makes", gone), Cut("2", "reads", gone)], optimizers=[optimizer])
+        cut(net, [TensorCut("0", "makes", gone), TensorCut("2", "reads", gone)], optimizers=[optimizer])
         was = [p.detach().clone() for p in parameters]
         optimizer.zero_grad()
         net(torch.rand(4, 3)).square().sum().backward()
@@ -150,7 +150,7 @@ def test_state_in_a_form_of_its_own_starts_afresh_with_a_warning():
     optimizer = FlatMomentum(net.parameters())
     train(net, [optimizer], range(2))
     kept = optimizer.state[net.fc2.bias]["vector"]
-    cuts = [Cut("conv1", "makes", C1), Cut("bn1", "passes", C1), Cut("conv2", "reads", C1)]
+    cuts = [TensorCut("conv1", "makes", C1), TensorCut("bn1", "passes", C1), TensorCut("conv2", "reads", C1)]
     with pytest.warns(UserWarning, match="FlatMomentum keeps 'vector' .* starts afresh") as told:
         cut(net, cuts, optimizers=[optimizer])
     assert len(told) == 2, "of conv1 and conv2; a vector is the right form for biases and scales"
@@ -190,7 +190,7 @@ def test_a_matrix_for_an_axis_starts_afresh_also_where_it_has_the_shape_of_the_p
     x, gone = torch.randn(4, 8), (1, 4, 6)
     for step in range(3):
         if step == 2:
-            cut(net, [Cut("0", "makes", gone), Cut("2", "reads", gone)], optimizers=[optimizer])
+            cut(net, [TensorCut("0", "makes", gone), TensorCut("2", "reads", gone)], optimizers=[optimizer])
             cut_parameters = [net[0].weight, net[0].bias, net[2].weight]
             assert [dict(optimizer.state[p]) for p in cut_parameters] == [{}] * 3
             assert "left" in optimizer.state[net[4].weight]
@@ -270,8 +270,12 @@ class Wide(nn.Module):
 def apart(name: str, width: int, dead1: Iterable[int], dead2: Iterable[int], double: bool) -> float:
     """How far the weights of a model without its dead neurons come from those of the uncut model."""
     dead1, dead2 = tuple(dead1), tuple(dead2)
-    cuts = [Cut("conv1", "makes", dead1), Cut("bn1", "passes", dead1), Cut("conv2", "reads", dead1)]
-    cuts += [Cut("conv2", "makes", dead2), Cut("bn2", "passes", dead2), Cut("fc", "reads", spread(dead2, 4))]
+    cuts = [TensorCut("conv1", "makes", dead1), TensorCut("bn1", "passes", dead1), TensorCut("conv2", "reads", dead1)]
+    cuts += [
+        TensorCut("conv2", "makes", dead2),
+        TensorCut("bn2", "passes", dead2),
+        TensorCut("fc", "reads", spread(dead2, 4)),
+    ]
     net = seeded(Wide, width, double=double).train()
     with torch.no_grad():
         for conv, norm, dead in ((net.conv1, net.bn1, dead1), (net.conv2, net.bn2, dead2)):

@@ -13,7 +13,7 @@ from lightning_neurons.dependency.torch_pruning_adapter import Group
 from lightning_neurons.pruning.structure.example import Example, scramble, twin_of
 from lightning_neurons.pruning.structure.preflight import Preflight, silenced
 from lightning_neurons.pruning.structure.structure import Structure, discover
-from lightning_neurons.pruning.surgery.surgery import Cut, cuts_of
+from lightning_neurons.pruning.surgery.surgery import TensorCut, cuts_of
 from tests.models import pictures, seeded
 from tests.pruning.nets import NETS, LeNet, net_and_inputs
 
@@ -165,7 +165,7 @@ def test_silence_is_zero_weights_of_readers_and_is_lifted_also_after_an_error(na
 def test_silence_of_one_neuron_twice_is_lifted():
     net = seeded(LeNet)
     before = net.fc2.weight.clone()
-    with silenced(net, [Cut("fc2", "reads", (0, 2)), Cut("fc2", "reads", (1, 2))]):
+    with silenced(net, [TensorCut("fc2", "reads", (0, 2)), TensorCut("fc2", "reads", (1, 2))]):
         assert net.fc2.weight.abs().sum(0).eq(0).tolist() == [True] * 3 + [False] * 4
     assert torch.equal(net.fc2.weight, before)
 

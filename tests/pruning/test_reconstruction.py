@@ -106,7 +106,7 @@ def test_a_choice_over_all_layers_leaves_half_of_what_an_even_one_would(name, sh
     budget = budget_of(amount=share)
     structure, scores, _ = looked_at(net(name), budget)
     even, free = allocations(structure, budget, scores)
-    assert (even.selection.units.keys() | free.selection.units.keys()) <= structure.offered.keys()
+    assert (even.units.keys() | free.units.keys()) <= structure.offered.keys()
     for root, group in structure.offered.items():
         stays = group.size - len(even.units.get(root, ()))
         assert len(even.units.get(root, ())) == round(share * group.size) or stays == 1

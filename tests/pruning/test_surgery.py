@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_neurons.layers.width_handlers import Role
-from lightning_neurons.pruning.surgery.surgery import Cut, cut
+from lightning_neurons.pruning.surgery.surgery import TensorCut, cut
 from tests.models import ConvNet, pictures, seeded
 from tests.tables import for_each
 
@@ -100,7 +100,7 @@ def test_tensors_and_gradients_are_what_an_index_would_have_selected(case):
     objects = dict(net[1].named_parameters())
     optimizer = torch.optim.SGD([*net.parameters(), nn.Parameter(torch.ones(2))], lr=0.1)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    cut(net, [Cut("1", case.role, case.gone)], optimizers=[optimizer])
+    cut(net, [TensorCut("1", case.role, case.gone)], optimizers=[optimizer])
     for name, tensor in tensors(net[1]).items():
         assert torch.equal(tensor, case.rest(was[name], name))
         assert tensor.untyped_storage().nbytes() == tensor.nbytes, "nothing of the old memory is held"
@@ -113,7 +113,7 @@ def test_tensors_and_gradients_are_what_an_index_would_have_selected(case):
 @with_each_case
 def test_a_module_says_what_its_tensors_are(case):
     net, fresh = nn.Sequential(case.make()), case.make()
-    cut(net, [Cut("0", case.role, case.gone)])
+    cut(net, [TensorCut("0", case.role, case.gone)])
     sizes = {name: value for name, value in vars(fresh).items() if name in SIZES}
     assert {name: getattr(net[0], name) for name in sizes} == sizes | dict(case.says)
 
@@ -126,7 +126,7 @@ def test_the_smaller_module_computes_the_same_for_what_stays(name):
     if case.role == "reads":
         x[:, list(case.gone)] = 0
     expected = net(x).detach()
-    cut(net, [Cut("0", case.role, case.gone)])
+    cut(net, [TensorCut("0", case.role, case.gone)])
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         got = net(x if case.role == "makes" else without(x, 1, case.gone)).detach()
@@ -149,7 +149,7 @@ def test_a_bare_parameter_is_cut_on_the_axis_that_is_named(path, axis):
     was, gradient = parameter.detach().clone(), parameter.grad.clone()
     others = {name: p for name, p in net.named_parameters() if name != path}
     copies = {name: p.detach().clone() for name, p in others.items()}
-    cut(net, [Cut(path, "holds", GONE, axis)])
+    cut(net, [TensorCut(path, "holds", GONE, axis)])
     assert net.get_parameter(path) is parameter
     assert torch.equal(parameter, without(was, axis, GONE))
     assert torch.equal(parameter.grad, without(gradient, axis, GONE))
@@ -159,7 +159,7 @@ def test_a_bare_parameter_is_cut_on_the_axis_that_is_named(path, axis):
 def test_both_axes_of_one_weight_are_cut_at_once():
     net = filled(nn.Sequential(nn.Conv2d(6, 5, 3)))
     was = net[0].weight.detach().clone()
-    cut(net, [Cut("0", "reads", GONE), Cut("0", "makes", (0, 3)), Cut("0", "makes", (2,))])
+    cut(net, [TensorCut("0", "reads", GONE), TensorCut("0", "makes", (0, 3)), TensorCut("0", "makes", (2,))])
     assert torch.equal(net[0].weight, without(without(was, 1, GONE), 0, (0, 2, 3)))
     assert (net[0].in_channels, net[0].out_channels) == (4, 2)
 
@@ -168,7 +168,7 @@ def test_both_axes_of_one_weight_are_cut_at_once():
 def test_values_of_every_type_keep_it(dtype):
     layer = nn.Linear(3, 6, dtype=dtype)
     was = layer.weight.detach().clone()
-    cut(layer, [Cut("", "makes", GONE)])
+    cut(layer, [TensorCut("", "makes", GONE)])
     assert layer.weight.dtype == layer.bias.dtype == dtype
     assert torch.equal(layer.weight, without(was, 0, GONE))
 
@@ -176,7 +176,7 @@ def test_values_of_every_type_keep_it(dtype):
 def test_what_is_frozen_stays_frozen_and_what_has_no_gradient_has_none():
     net = nn.Sequential(nn.Linear(3, 6), nn.PReLU(6))
     net[0].weight.requires_grad_(False)
-    cut(net, [Cut("0", "makes", GONE), Cut("1", "passes", GONE)])
+    cut(net, [TensorCut("0", "makes", GONE), TensorCut("1", "passes", GONE)])
     assert [p.requires_grad for p in net.parameters()] == [False, True, True]
     assert all(p.grad is None and p.is_leaf for p in net.parameters())
 
@@ -192,14 +192,14 @@ def test_hooks_and_what_users_have_attached_survive():
     held.sum().backward()
     del seen[:]
     net.zero_grad()
-    cut(net, [Cut("0", "makes", GONE), Cut("1", "reads", GONE)])
+    cut(net, [TensorCut("0", "makes", GONE), TensorCut("1", "reads", GONE)])
     net(torch.randn(2, 3, requires_grad=True)).sum().backward()
     assert (net[0].weight.mine, net[0].note) == ({"decay": 0.1}, "first")
     assert dict(seen) == {"forward": (2, 4), "backward": (2, 4), "gradient": (4, 3), "accumulated": (4, 3)}
     assert (len(seen), held.shape) == (4, (2, 2))
 
 
-CUTS = [Cut("conv1", "makes", GONE), Cut("bn1", "passes", GONE), Cut("conv2", "reads", GONE)]
+CUTS = [TensorCut("conv1", "makes", GONE), TensorCut("bn1", "passes", GONE), TensorCut("conv2", "reads", GONE)]
 
 
 def test_a_copy_is_cut_by_the_same_indices_and_keeps_its_own_values():
@@ -240,6 +240,6 @@ def test_sparse_gradients_are_cut_too():
     layer = nn.Embedding(9, 6, sparse=True)
     (layer(torch.tensor([3, 5])) * torch.arange(6.0)).sum().backward()
     dense = layer.weight.grad.to_dense()
-    cut(layer, [Cut("", "makes", GONE)])
+    cut(layer, [TensorCut("", "makes", GONE)])
     assert layer.weight.grad.is_sparse
     assert torch.equal(layer.weight.grad.to_dense(), without(dense, 1, GONE))

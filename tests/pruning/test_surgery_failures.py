@@ -10,20 +10,20 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from lightning_neurons.pruning.surgery import surgery
-from lightning_neurons.pruning.surgery.surgery import Cut, cut
+from lightning_neurons.pruning.surgery.surgery import TensorCut, cut
 from tests.models import pictures
 from tests.tables import for_each
 
 GONE, OTHERS = (1, 4), (0, 3)
 CUTS = [
-    Cut("conv", "makes", GONE),
-    Cut("norm", "passes", GONE),
-    Cut("deep", "passes", GONE),
-    Cut("slopes", "passes", GONE),
-    Cut("scale", "holds", GONE, 0),
-    Cut("up", "reads", GONE),
-    Cut("up", "makes", OTHERS),
-    Cut("head", "reads", OTHERS),
+    TensorCut("conv", "makes", GONE),
+    TensorCut("norm", "passes", GONE),
+    TensorCut("deep", "passes", GONE),
+    TensorCut("slopes", "passes", GONE),
+    TensorCut("scale", "holds", GONE, 0),
+    TensorCut("up", "reads", GONE),
+    TensorCut("up", "makes", OTHERS),
+    TensorCut("head", "reads", OTHERS),
 ]
 
 
@@ -72,7 +72,7 @@ class Everything:
         for one, other in zip(self.optimizers, self.twins, strict=True):
             other.load_state_dict(copy.deepcopy(one.state_dict()))
 
-    def cut(self, cuts: list[Cut] | None = None, **options: Any) -> surgery.Operation:
+    def cut(self, cuts: list[TensorCut] | None = None, **options: Any) -> surgery.Operation:
         return cut(
             self.net, CUTS if cuts is None else cuts, optimizers=self.optimizers, copies=[self.average], **options
         )
@@ -208,12 +208,12 @@ def test_an_error_in_the_middle_of_a_step_is_taken_back_as_well():
 
 
 BAD = {
-    "a place that is not there": ([Cut("conv", "makes", (6,))], {}, IndexError),
-    "a module that is not there": ([Cut("missing", "makes", (1,))], {}, KeyError),
+    "a place that is not there": ([TensorCut("conv", "makes", (6,))], {}, IndexError),
+    "a module that is not there": ([TensorCut("missing", "makes", (1,))], {}, KeyError),
     "a shift of another length": (None, {"shifts": {"conv.bias": torch.ones(5)}}, RuntimeError),
     "a shift of something that is not there": (None, {"shifts": {"conv.missing": torch.ones(6)}}, AttributeError),
-    "an axis that is not there": ([Cut("scale", "holds", (1,), 7)], {}, Exception),
-    "a parameter that is not there": ([Cut("missing", "holds", (1,), 0)], {}, AttributeError),
+    "an axis that is not there": ([TensorCut("scale", "holds", (1,), 7)], {}, Exception),
+    "a parameter that is not there": ([TensorCut("missing", "holds", (1,), 0)], {}, AttributeError),
 }
 
 
@@ -249,7 +249,7 @@ def test_rolling_back_after_a_cut_restores_everything_and_twice_is_no_more_than_
 def test_two_cuts_are_rolled_back_one_after_the_other():
     everything = Everything()
     first = everything.cut()
-    second = everything.cut([Cut("up", "makes", (0,)), Cut("head", "reads", (0,))])
+    second = everything.cut([TensorCut("up", "makes", (0,)), TensorCut("head", "reads", (0,))])
     second.roll_back()
     assert everything.net.up.out_channels == 3
     first.roll_back()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_neurons.callbacks.trainer.runner import KeptBatches, metric_on
-from lightning_neurons.pruning.surgery.surgery import Cut, Operation, cut
+from lightning_neurons.pruning.surgery.surgery import Operation, TensorCut, cut
 
 
 def metric_now(trainer: Any, pl_module: Any, kept: KeptBatches, monitor: str | None) -> float | None:
@@ -43,7 +43,7 @@ def metric_now(trainer: Any, pl_module: Any, kept: KeptBatches, monitor: str | N
 def cut_in_fit(
     trainer: Any,
     pl_module: Any,
-    cuts: Sequence[Cut],
+    cuts: Sequence[TensorCut],
     shifts: Mapping[str, Tensor],
     also: Callable[[Operation], None],
 ) -> None:

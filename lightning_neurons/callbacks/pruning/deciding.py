@@ -14,16 +14,18 @@ from lightning_neurons.isolation.copying import finally_hooked_parameters
 from lightning_neurons.pruning.budget import PruningBudget
 from lightning_neurons.pruning.compensation.calibration import Calibration
 from lightning_neurons.pruning.compensation.weight_shifts import Wiring
+from lightning_neurons.pruning.cut import Cut
 from lightning_neurons.pruning.decision import Evidence, candidates_of, gather, lossless_candidates, score
 from lightning_neurons.pruning.plan import PruningPlan
-from lightning_neurons.pruning.planning import allocations, choose, units_of
-from lightning_neurons.pruning.preparation import Candidate, prepare
-from lightning_neurons.pruning.rounds import Pending, Rounds
+from lightning_neurons.pruning.planning import allocations
+from lightning_neurons.pruning.preparation import prepare
+from lightning_neurons.pruning.rounds import Rounds
 from lightning_neurons.pruning.selection.budget_fill import Dense
 from lightning_neurons.pruning.selection.lossless import without_loss
+from lightning_neurons.pruning.selection.select import select
 from lightning_neurons.pruning.structure.followers import joined, shifts_with_followers
 from lightning_neurons.pruning.structure.structure import Structure, discover
-from lightning_neurons.pruning.surgery.surgery import Cut, cuts_of, stays_of
+from lightning_neurons.pruning.surgery.surgery import TensorCut, cuts_of, stays_of
 from lightning_neurons.results.neuron_report import NeuronReport
 
 
@@ -52,13 +54,11 @@ class Verdict:
         vote: The neurons that this measurement alone would remove, in original indices.
         candidates: Alternatives for the cut, with plans in original indices; none if no round is due.
         notes: Reasons why less is removed than the budget asks for.
-        units: By candidate and by root, the neurons of each group to remove, in the model's current indices.
     """
 
     vote: dict[str, list[int]]
-    candidates: tuple[Candidate, ...]
+    candidates: tuple[Cut, ...]
     notes: tuple[str, ...]
-    units: tuple[dict[str, list[int]], ...] = ()
 
     @property
     def unmet(self) -> list[str]:
@@ -139,17 +139,17 @@ class Decision:
 
     def _failing(self, verdict: Verdict, trial: TrainingTrial) -> dict[str, str]:
         found: dict[str, str] = {}
-        for units in verdict.units:
+        for candidate in verdict.candidates:
 
-            def part(roots: Sequence[str], units: Mapping[str, list[int]] = units) -> list[Cut]:
+            def part(roots: Sequence[str], units: Mapping[str, Sequence[int]] = candidate.units) -> list[TensorCut]:
                 assert self._structure is not None, "the deciding process has looked"
                 return cuts_of([self._structure.groups[root] for root in roots], units)
 
             with costing_a_round(self.trainer):
-                found |= failing(self.trainer, trial, [*units], part)
+                found |= failing(self.trainer, trial, [*candidate.units], part)
         return found
 
-    def prepare(self, verdict: Verdict, calibration: Calibration, number: int) -> Pending:
+    def prepare(self, verdict: Verdict, calibration: Calibration, number: int) -> Cut:
         """Compute the compensation of each candidate and return the best one, ready to be cut.
 
         Raises:
@@ -173,7 +173,7 @@ class Decision:
         compensated = {name.rpartition(".")[0] for name in shifts.keys() - prepared.shifts.keys()}
         silent = {f"{path} is not compensated: it did not run" for path in compensated}
         plan = replace(prepared.plan, notes=tuple(note for note in prepared.plan.notes if note not in silent))
-        return Pending(number, plan, prepared.cuts, shifts, self.trainer.current_epoch)
+        return replace(prepared, plan=plan, shifts=shifts, number=number, decided=self.trainer.current_epoch)
 
     def _look(self) -> Survey:
         assert self.runner is not None, "the first process has had a batch"
@@ -250,21 +250,20 @@ class Decision:
         before = Rounds(dense, self.rounds.done).plan
         scores, notes = score(structure, self.pl_module, budget, report=report, evidence=self._evidence, seed=seed)
         choices = allocations(structure, budget, scores, dense=dense)
-        last = choices[0] if patience == 1 else choose(structure, final, scores, dense=dense)
+        last = choices[0] if patience == 1 else select(structure, scores, final, dense)
         mine = PruningPlan({n: tuple(v) for n, v in structure.neurons(last.units).items()}).lifted(before)
         vote = {layer: list(neurons) for layer, neurons in mine.neurons.items()}
         votes = self.rounds.votes[len(self.rounds.votes) - patience + 1 :] if patience > 1 else []
         if not is_due or len(votes) < patience - 1:
-            return Verdict(vote, (), (*choices[0].selection.notes, *notes))
+            return Verdict(vote, (), (*choices[0].notes, *notes))
         earlier = [PruningPlan({n: tuple(v) for n, v in old.items()}).lowered(before).neurons for old in votes]
         if self.settings.lossless:
             options: dict[str, Any] = {"dense": dense, "earlier": earlier}
             found, _ = lossless_candidates(structure, self.pl_module, budget, self._evidence, report, **options)
         else:
             found = candidates_of(structure, budget, choices, earlier)
-        units = tuple(units_of(structure, one.plan) for one in found)
         lifted = (replace(one, plan=replace(one.plan.lifted(before), notes=(*one.plan.notes, *notes))) for one in found)
-        return Verdict(vote, tuple(lifted), (*found[0].plan.notes, *notes), units)
+        return Verdict(vote, tuple(lifted), (*found[0].plan.notes, *notes))
 
 
 def _cuttable(structure: Structure) -> set[str]:

@@ -127,7 +127,7 @@ class NeuronKeeper(ForesightedPruner):
             self._judge(trainer, pl_module)
             self._prepare_to_cut(trainer, pl_module)
         pending = self.rounds.pending
-        if self._distiller is not None and pending is not None and pending.cuts:
+        if self._distiller is not None and pending is not None and pending.tensor_cuts:
             self._distiller.learn(pl_module)
         super().on_train_epoch_start(trainer, pl_module)
         if self._distiller is not None:
@@ -218,7 +218,7 @@ class NeuronKeeper(ForesightedPruner):
 
     def _prepare_to_cut(self, trainer: Any, pl_module: Any) -> None:
         keeping, guard, pending = self.keeping, self.pruning.guard, self.rounds.pending
-        if guard is None or pending is None or not pending.cuts:
+        if guard is None or pending is None or not pending.tensor_cuts:
             return
         why = None
         if keeping.judge_after is not None:

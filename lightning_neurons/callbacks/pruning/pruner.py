@@ -34,8 +34,9 @@ from lightning_neurons.callbacks.trainer.validated_weights import keep_weights, 
 from lightning_neurons.errors import ArgumentError, PruningError
 from lightning_neurons.measurement.settings import MeasurementSettings
 from lightning_neurons.pruning.budget import PruningBudget
+from lightning_neurons.pruning.cut import Cut
 from lightning_neurons.pruning.plan import PruningPlan
-from lightning_neurons.pruning.rounds import Pending, PruningRound, Rounds
+from lightning_neurons.pruning.rounds import PruningRound, Rounds
 from lightning_neurons.pruning.structure.costs import latency
 from lightning_neurons.pruning.surgery.surgery import Operation
 from lightning_neurons.report.logging.pruning import print_rounds, round_scalars, start_scalars
@@ -320,7 +321,7 @@ class NeuronPruner(MonitoredObserver):
             self._carry_out(trainer, pl_module, self.rounds.pending)
         self._kept, self._runner = KeptBatches(0), None
 
-    def _carry_out(self, trainer: Any, pl_module: Any, pending: Pending) -> None:
+    def _carry_out(self, trainer: Any, pl_module: Any, pending: Cut) -> None:
         monitor = self.pruning.monitor
         before = trainer.callback_metrics.get(monitor) if monitor is not None else None
         made = PruningRound(
@@ -332,12 +333,12 @@ class NeuronPruner(MonitoredObserver):
             before=None if before is None else float(before),
         )
         try:
-            cut_in_fit(trainer, pl_module, pending.cuts, pending.shifts, partial(self._book, trainer, made))
+            cut_in_fit(trainer, pl_module, pending.tensor_cuts, pending.shifts, partial(self._book, trainer, made))
         except PruningError as error:
             self.rounds.pending = None
             self._warn(f"round {pending.number} is not made at epoch {trainer.current_epoch}: {error}")
             return
-        if self.pruning.reset_early_stopping and pending.cuts:
+        if self.pruning.reset_early_stopping and pending.tensor_cuts:
             reset_early_stopping(trainer)
         # From here on, whatever fails or is interrupted finds a whole cut that has been written down.
         now = None

@@ -39,7 +39,7 @@ from lightning_neurons.isolation.surroundings import silent, writing_nothing
 from lightning_neurons.isolation.user_code import Users, is_framework
 from lightning_neurons.layers.layer import public_name
 from lightning_neurons.pruning.structure.example import twin_of
-from lightning_neurons.pruning.surgery.surgery import Cut, cut, stays_of
+from lightning_neurons.pruning.surgery.surgery import TensorCut, cut, stays_of
 from lightning_neurons.replay.same_draws import SameDraws, alike_of
 
 _FINE, _TOLERANCE, _COARSE = 1e-4, 1e-2, 1e-1
@@ -129,7 +129,7 @@ class TrainingTrial:
                 self.moved, self._moments = found.moved, _worth_trying(self._moments, found.calls)
                 return None
 
-    def difference(self, cuts: Sequence[Cut]) -> str | None:
+    def difference(self, cuts: Sequence[TensorCut]) -> str | None:
         """Return what is wrong with a cut in training, or None."""
         reason, first = self._compare(cuts)
         if reason is not None or first.is_within(_FINE):
@@ -150,7 +150,7 @@ class TrainingTrial:
             return False
         return True
 
-    def _compare(self, cuts: Sequence[Cut], *, double: bool = False) -> tuple[str | None, Comparison]:
+    def _compare(self, cuts: Sequence[TensorCut], *, double: bool = False) -> tuple[str | None, Comparison]:
         """Return what fails without the neurons, or None; and compare gradients with zeros there and without them."""
         try:
             expected = self._run(cuts, {}, silent=True, double=double)
@@ -173,7 +173,9 @@ class TrainingTrial:
                 return None, UNLIKE
         return None, compared(expected.gradients, got.gradients, stays_of(self.pl_module, cuts))
 
-    def _run(self, cuts: Sequence[Cut], alike: Mapping[int, bool], *, silent: bool, double: bool = False) -> _Outcome:
+    def _run(
+        self, cuts: Sequence[TensorCut], alike: Mapping[int, bool], *, silent: bool, double: bool = False
+    ) -> _Outcome:
         """Train a copy from the end of this epoch on, without the neurons of ``cuts``, and record its gradients."""
         trainer, twin = self.trainer, _twin(self.pl_module)
         precision, batches, validation = trainer.precision_plugin, self._batches, self._validation
@@ -223,7 +225,7 @@ def _is_plain(kind: type) -> bool:
 
 
 def failing(
-    trainer: Any, trial: TrainingTrial, roots: Sequence[str], cuts_of: Callable[[Sequence[str]], Sequence[Cut]]
+    trainer: Any, trial: TrainingTrial, roots: Sequence[str], cuts_of: Callable[[Sequence[str]], Sequence[TensorCut]]
 ) -> dict[str, str]:
     """Return groups that training needs whole, each with what fails without. Call it in all processes.
 
@@ -281,7 +283,7 @@ def _twin(pl_module: Any) -> Any:
     return twin
 
 
-def _silence(twin: nn.Module, cuts: Sequence[Cut]) -> None:
+def _silence(twin: nn.Module, cuts: Sequence[TensorCut]) -> None:
     """Set weights to zero that make or read the neurons of ``cuts``."""
     tensors = {public_name(name): t for name, t in (*twin.named_parameters(), *twin.named_buffers())}
     with torch.no_grad():

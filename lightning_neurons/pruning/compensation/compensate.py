@@ -17,7 +17,7 @@ from lightning_neurons.pruning.compensation.calibration import Calibration
 from lightning_neurons.pruning.compensation.layerwise import least_squares
 from lightning_neurons.pruning.compensation.means import InputMeans, fold_means
 from lightning_neurons.pruning.compensation.weight_shifts import Repair, Wiring, readers_of
-from lightning_neurons.pruning.surgery.surgery import Cut
+from lightning_neurons.pruning.surgery.surgery import TensorCut
 
 CompensationName = Literal["least_squares", "patch_least_squares", "mean", "none"]
 
@@ -34,19 +34,19 @@ class Compensation:
     """
 
     name: CompensationName
-    repair: Callable[[nn.Module, Sequence[Cut], Calibration, Wiring], Repair]
+    repair: Callable[[nn.Module, Sequence[TensorCut], Calibration, Wiring], Repair]
     needs_data: bool = True
 
-    def __call__(self, model: nn.Module, cuts: Sequence[Cut], calibration: Calibration, wiring: Wiring) -> Repair:
+    def __call__(self, model: nn.Module, cuts: Sequence[TensorCut], calibration: Calibration, wiring: Wiring) -> Repair:
         """Return the changes that go with a cut; none if nothing is cut."""
         return self.repair(model, cuts, calibration, wiring) if cuts else Repair()
 
 
-def _nothing(model: nn.Module, cuts: Sequence[Cut], calibration: Calibration, wiring: Wiring) -> Repair:
+def _nothing(model: nn.Module, cuts: Sequence[TensorCut], calibration: Calibration, wiring: Wiring) -> Repair:
     return Repair()
 
 
-def _means(model: nn.Module, cuts: Sequence[Cut], calibration: Calibration, wiring: Wiring) -> Repair:
+def _means(model: nn.Module, cuts: Sequence[TensorCut], calibration: Calibration, wiring: Wiring) -> Repair:
     found = InputMeans(model, readers_of(cuts, modules_by_name(model)))
     with isolated(model), eager():
         model.eval()

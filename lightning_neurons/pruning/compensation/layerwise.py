@@ -26,7 +26,7 @@ from lightning_neurons.pruning.compensation.weight_shifts import (
     readers_of,
     without_compensation,
 )
-from lightning_neurons.pruning.surgery.surgery import Cut
+from lightning_neurons.pruning.surgery.surgery import TensorCut
 
 _WALKS = 32
 """Batches that run at the same time: each takes two threads."""
@@ -37,7 +37,7 @@ _ROUNDING = 1e-6
 
 def least_squares(
     model: nn.Module,
-    cuts: Sequence[Cut],
+    cuts: Sequence[TensorCut],
     calibration: Calibration,
     wiring: Wiring,
     *,

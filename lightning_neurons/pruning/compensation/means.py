@@ -13,7 +13,7 @@ from lightning_neurons.layers.width_handlers import axes
 from lightning_neurons.pruning.compensation.moments import Reduce, alone, wide
 from lightning_neurons.pruning.compensation.unfold import batched, channels
 from lightning_neurons.pruning.compensation.weight_shifts import Repair, constant_of, readers_of, without_compensation
-from lightning_neurons.pruning.surgery.surgery import Cut
+from lightning_neurons.pruning.surgery.surgery import TensorCut
 
 
 class InputMeans:
@@ -76,7 +76,7 @@ class InputMeans:
 
 
 def fold_means(
-    model: nn.Module, cuts: Sequence[Cut], means: Mapping[str, Tensor], norm_behind: Mapping[str, str]
+    model: nn.Module, cuts: Sequence[TensorCut], means: Mapping[str, Tensor], norm_behind: Mapping[str, str]
 ) -> Repair:
     """Make up for removed neurons by their mean in the layers that read them.
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from lightning_neurons.pruning.structure.example import twin_of
-from lightning_neurons.pruning.surgery.surgery import Cut, cut, stays_of
+from lightning_neurons.pruning.surgery.surgery import TensorCut, cut, stays_of
 
 
 class Rehearsal:
@@ -17,7 +17,7 @@ class Rehearsal:
         shifts: By parameter or buffer, what is added to it before the cut.
     """
 
-    def __init__(self, model: nn.Module, cuts: Sequence[Cut], shifts: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(self, model: nn.Module, cuts: Sequence[TensorCut], shifts: Mapping[str, Tensor] | None = None) -> None:
         self.twin = twin_of(model)
         self.twin.requires_grad_(False)
         self._stays = stays_of(self.twin, cuts)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from lightning_neurons.layers.width_handlers import is_linear, keeps_statistics
-from lightning_neurons.pruning.surgery.surgery import Cut
+from lightning_neurons.pruning.surgery.surgery import TensorCut
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,12 @@ class Wiring:
     norm_behind: Mapping[str, str]
 
 
-def readers_of(cuts: Sequence[Cut], modules: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:
+def readers_of(cuts: Sequence[TensorCut], modules: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:
     """Return the linear modules that read removed neurons, and the places of those among their inputs."""
     return {one.path: one.places for one in cuts if one.role == "reads" and is_linear(modules[one.path])}
 
 
-def without_compensation(cuts: Sequence[Cut], modules: Mapping[str, nn.Module]) -> list[str]:
+def without_compensation(cuts: Sequence[TensorCut], modules: Mapping[str, nn.Module]) -> list[str]:
     """Return notes of the other modules that read removed neurons."""
     return [
         f"{one.path} is not compensated: it is not known whether {type(modules[one.path]).__name__} is linear"

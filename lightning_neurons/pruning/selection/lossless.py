@@ -16,11 +16,11 @@ from lightning_neurons.pruning.compensation.calibration import Calibration
 from lightning_neurons.pruning.compensation.means import fold_means
 from lightning_neurons.pruning.compensation.trial_model import Rehearsal
 from lightning_neurons.pruning.compensation.weight_shifts import Wiring, constant_of
-from lightning_neurons.pruning.preparation import Candidate, Prepared
+from lightning_neurons.pruning.cut import Cut
 from lightning_neurons.pruning.selection.evidence import Constant
 from lightning_neurons.pruning.selection.group_scores import GroupScores
 from lightning_neurons.pruning.structure.structure import Structure
-from lightning_neurons.pruning.surgery.surgery import Cut
+from lightning_neurons.pruning.surgery.surgery import TensorCut
 from lightning_neurons.results.neuron_report import NeuronReport
 
 TOLERANCE = 1e-5
@@ -108,11 +108,11 @@ def _pads_with_zeros(module: nn.Module) -> bool:
 
 def without_loss(
     model: nn.Module,
-    candidates: Sequence[Candidate],
+    candidates: Sequence[Cut],
     constants: Mapping[str, Constant],
     calibration: Calibration,
     wiring: Wiring,
-) -> Prepared:
+) -> Cut:
     """Prepare a cut of constant neurons, and prove that it changes nothing. Every process has to take part.
 
     Args:
@@ -130,9 +130,9 @@ def without_loss(
     """
     values = {path: constant.value for path, constant in constants.items()}
     for candidate in candidates:
-        shifts = dict(fold_means(model, candidate.cuts, values, wiring.norm_behind).shifts)
+        shifts = dict(fold_means(model, candidate.tensor_cuts, values, wiring.norm_behind).shifts)
         shifts = {name: shift.cpu() for name, shift in shifts.items() if bool((shift != 0).any())}
-        found = difference(model, candidate.cuts, shifts, calibration)
+        found = difference(model, candidate.tensor_cuts, shifts, calibration)
         if found <= TOLERANCE:
             break
     else:
@@ -141,11 +141,12 @@ def without_loss(
             f"and lossless=True allows {TOLERANCE:g}"
         )
     note = f"outputs on the calibration data differ by {found:.1e} of the largest"
-    plan = replace(candidate.plan, notes=(*candidate.plan.notes, note) if candidate.cuts else candidate.plan.notes)
-    return Prepared(plan, candidate.cuts, calibration.agree(shifts))
+    return replace(candidate, shifts=calibration.agree(shifts)).noted([note] if candidate.tensor_cuts else [])
 
 
-def difference(model: nn.Module, cuts: Sequence[Cut], shifts: Mapping[str, Tensor], calibration: Calibration) -> float:
+def difference(
+    model: nn.Module, cuts: Sequence[TensorCut], shifts: Mapping[str, Tensor], calibration: Calibration
+) -> float:
     """Measure how much a cut changes the outputs. Every process has to take part.
 
     Args:

@@ -22,11 +22,13 @@ class Selection:
         units: By root, the units to remove, sorted.
         places: By root and unit, its place in the order of its group, 0 being the least worth keeping.
         notes: The limits of the choice.
+        scores: By root, the scores that they were chosen by.
     """
 
     units: Mapping[str, list[int]]
     places: Mapping[str, Mapping[int, int]]
     notes: tuple[str, ...]
+    scores: Mapping[str, GroupScores]
 
 
 def select(
@@ -41,7 +43,7 @@ def select(
         dense: The model before earlier cuts; None if there were none.
 
     Returns:
-        Units by root, their places in the order, and notes.
+        Units by root, their places in the order, notes and the scores.
 
     Raises:
         UnknownNameError: If a pattern of ``budget.ignore`` matches no layer.
@@ -83,7 +85,7 @@ def select(
     if structure.routed:
         names = ", ".join(structure.routed)
         notes.append(f"MACs are those on the example, as values decide which samples run through {names}")
-    return Selection({root: sorted(units) for root, units in chosen.items() if units}, places, tuple(notes))
+    return Selection({root: sorted(units) for root, units in chosen.items() if units}, places, tuple(notes), scores)
 
 
 def _why_nothing(groups: Mapping[str, Group], scores: Mapping[str, GroupScores], budget: PruningBudget) -> str:

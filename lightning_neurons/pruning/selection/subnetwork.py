@@ -64,7 +64,7 @@ def plan_keeping(model: nn.Module, example_inputs: Any, kept: Mapping[str, Itera
         gone[root] = units[: max(group.size - group.least, 0)]
     neurons = structure.neurons({root: units for root, units in gone.items() if units})
     try:
-        plan = complete(structure, PruningPlan({layer: tuple(found) for layer, found in neurons.items()}))
+        plan = complete(structure, PruningPlan({layer: tuple(found) for layer, found in neurons.items()})).plan
     except PruningError as error:
         raise ArgumentError(f"kept: these neurons make no model of their own: {error}") from error
     return PruningPlan(plan.neurons, plan.widths, plan.reasons, plan.cost, (*plan.notes, *notes))

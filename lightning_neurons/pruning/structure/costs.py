@@ -26,7 +26,7 @@ from lightning_neurons.isolation.isolation import isolated
 from lightning_neurons.layers.layer import candidates, modules_by_name, public_name
 from lightning_neurons.layers.width_handlers import axes, weight_name
 from lightning_neurons.pruning.structure.example import Example
-from lightning_neurons.pruning.surgery.surgery import Cut, cut
+from lightning_neurons.pruning.surgery.surgery import TensorCut, cut
 
 Removed = Mapping[tuple[str, int], int]
 """The number of places that are removed, by tensor and axis."""
@@ -104,7 +104,7 @@ class Counter:
     twin: nn.Module
     example: Example
 
-    def costs(self, cuts: Sequence[Cut] = ()) -> Costs:
+    def costs(self, cuts: Sequence[TensorCut] = ()) -> Costs:
         """Return the costs when something has been cut; the copy is as it was afterwards."""
         operation = cut(self.twin, cuts)
         try:

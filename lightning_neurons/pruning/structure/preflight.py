@@ -17,7 +17,7 @@ from lightning_neurons.errors import PruningError, in_short
 from lightning_neurons.layers.layer import modules_by_name
 from lightning_neurons.layers.width_handlers import axes
 from lightning_neurons.pruning.structure.example import Example, in_precision
-from lightning_neurons.pruning.surgery.surgery import Cut, cut, cuts_of
+from lightning_neurons.pruning.surgery.surgery import TensorCut, cut, cuts_of
 
 _TOLERANCES = ((torch.float64, 1e-8), (torch.float32, 1e-4))
 
@@ -76,7 +76,7 @@ class Preflight:
             return
         raise PruningError(f"the model runs on a copy neither in float64 nor in float32 ({failure})")
 
-    def _difference(self, cuts: Sequence[Cut]) -> str | None:
+    def _difference(self, cuts: Sequence[TensorCut]) -> str | None:
         """Return the difference between silence and removal in words, or None."""
         with silenced(self.twin, cuts):
             expected = self._outputs(self.example)
@@ -108,7 +108,7 @@ class Preflight:
 
 
 @contextmanager
-def silenced(model: nn.Module, cuts: Sequence[Cut]) -> Iterator[None]:
+def silenced(model: nn.Module, cuts: Sequence[TensorCut]) -> Iterator[None]:
     """Silence neurons inside the context: weights of layers that read them, and parameters added to them, are 0."""
     modules, kept = modules_by_name(model), []
     with torch.no_grad():

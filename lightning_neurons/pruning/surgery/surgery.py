@@ -29,7 +29,7 @@ from lightning_neurons.pruning.surgery.optimizers import (
 
 
 @dataclass(frozen=True)
-class Cut:
+class TensorCut:
     """The neurons that one module (or, for the role ``"holds"``, one parameter) loses.
 
     Attributes:
@@ -66,7 +66,7 @@ class Operation:
             self._undo.pop()()
 
 
-def cuts_of(groups: Iterable[Group], units: Mapping[str, Sequence[int]]) -> list[Cut]:
+def cuts_of(groups: Iterable[Group], units: Mapping[str, Sequence[int]]) -> list[TensorCut]:
     """Return what each module loses when units are removed.
 
     Args:
@@ -82,12 +82,12 @@ def cuts_of(groups: Iterable[Group], units: Mapping[str, Sequence[int]]) -> list
             gone = {i for unit in units.get(group.root, ()) for i in part.indices[unit]}
             if gone:
                 places.setdefault((part.path, part.role, part.axis), set()).update(gone)
-    return [Cut(path, role, tuple(sorted(gone)), axis) for (path, role, axis), gone in places.items()]
+    return [TensorCut(path, role, tuple(sorted(gone)), axis) for (path, role, axis), gone in places.items()]
 
 
 def cut(
     model: nn.Module,
-    cuts: Sequence[Cut],
+    cuts: Sequence[TensorCut],
     *,
     optimizers: Iterable[torch.optim.Optimizer] = (),
     copies: Iterable[nn.Module] = (),
@@ -179,7 +179,7 @@ class _Smaller:
             self.module._buffers[self.leaf] = self.owner if data is self.old else data
 
 
-def stays_of(model: nn.Module, cuts: Sequence[Cut]) -> dict[str, dict[int, Tensor]]:
+def stays_of(model: nn.Module, cuts: Sequence[TensorCut]) -> dict[str, dict[int, Tensor]]:
     """Return the places that stay, by name of a tensor and by axis.
 
     Args:
@@ -209,7 +209,7 @@ def stays_of(model: nn.Module, cuts: Sequence[Cut]) -> dict[str, dict[int, Tenso
     }
 
 
-def _smaller(model: nn.Module, cuts: Sequence[Cut], shifts: Mapping[str, Tensor]) -> list[_Smaller]:
+def _smaller(model: nn.Module, cuts: Sequence[TensorCut], shifts: Mapping[str, Tensor]) -> list[_Smaller]:
     modules, stays = modules_by_name(model), stays_of(model, cuts)
     found = []
     for name in dict.fromkeys((*shifts, *stays)):
@@ -218,7 +218,7 @@ def _smaller(model: nn.Module, cuts: Sequence[Cut], shifts: Mapping[str, Tensor]
     return found
 
 
-def _bare(models: Iterable[nn.Module], cuts: Sequence[Cut]) -> list[tuple[nn.Module, str, int]]:
+def _bare(models: Iterable[nn.Module], cuts: Sequence[TensorCut]) -> list[tuple[nn.Module, str, int]]:
     """Return modules without tensors, such as norm layers, the attribute that is their width, and its new value."""
     found = []
     for model in models:
