@@ -1,7 +1,6 @@
 """Base class of the pruning callbacks: measures as observers do, decides after validation, cuts before the next epoch.
 
-Between decision and cut the plan is pending and goes into every checkpoint, so that the scores in a checkpoint belong
-to its weights, and a resumed run goes on as the uninterrupted one would have.
+Until then the plan is pending and goes into every checkpoint, so that a resumed run goes on as the uninterrupted one.
 """
 
 import weakref

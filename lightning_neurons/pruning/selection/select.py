@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ class Selection:
     units: Mapping[str, list[int]]
     places: Mapping[str, Mapping[int, int]]
     notes: tuple[str, ...]
-    scores: Mapping[str, GroupScores]
+    scores: Mapping[str, GroupScores] = field(compare=False)
 
 
 def select(
