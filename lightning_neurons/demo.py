@@ -31,7 +31,11 @@ class DigitsNet(nn.Module):
         self.fc1, self.fc2 = nn.Linear(32 * 4, 64), nn.Linear(64, 10)
 
     def forward(self, pictures: Tensor) -> Tensor:
-        """Compute logits ``(batch, 10)`` of images ``(batch, 1, 8, 8)``."""
+        """Classify images of digits.
+
+        Returns:
+            Logits ``(batch, 10)`` of images ``(batch, 1, 8, 8)``.
+        """
         x = nn.functional.max_pool2d(torch.relu(self.norm1(self.conv1(pictures))), 2)
         x = nn.functional.max_pool2d(torch.relu(self.norm2(self.conv2(x))), 2)
         logits: Tensor = self.fc2(torch.relu(self.fc1(x.flatten(1))))
@@ -53,7 +57,11 @@ class DigitsModule(L.LightningModule):
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Log cross entropy and accuracy."""
+        """Log cross entropy and accuracy.
+
+        Returns:
+            The mean cross entropy of the batch, in nats.
+        """
         logits = self.net(batch[0])
         loss = nn.functional.cross_entropy(logits, batch[1])
         self.log_dict({"val_loss": loss, "val_acc": (logits.argmax(1) == batch[1]).float().mean()}, prog_bar=True)
@@ -98,7 +106,11 @@ def demo(seed: int = 0, epochs: int = 5, output_dir: Path = Path("neurons_demo")
 
 
 def train_digits(seed: int, epochs: int, output_dir: Path, callbacks: Sequence[L.Callback]) -> L.Trainer:
-    """Train the module of the demo, always in the same way for the same seed."""
+    """Train the module of the demo, always in the same way for the same seed.
+
+    Returns:
+        The trainer after ``fit``, with the trained module and the callbacks.
+    """
     L.seed_everything(seed, verbose=False)
     train, val = digits()
     trainer = L.Trainer(

@@ -25,7 +25,11 @@ class ArgumentError(ValueError):
 
     @classmethod
     def of(cls, name: str, got: object, allowed: str) -> "ArgumentError":
-        """Build the error with the common message: ``name`` is the argument, ``allowed`` what would work."""
+        """Build the error with the common message: ``name`` is the argument, ``allowed`` what would work.
+
+        Returns:
+            The error, not raised.
+        """
         return cls(f"{name}={got!r} is not allowed: expected {allowed}" + ("" if allowed.endswith("?") else "."))
 
 
@@ -34,7 +38,11 @@ class UnknownNameError(ArgumentError):
 
     @classmethod
     def among(cls, name: str, got: str, known: Iterable[str]) -> "UnknownNameError":
-        """Build the error with the known names in its message, the nearest first."""
+        """Build the error with the known names in its message.
+
+        Returns:
+            The error, not raised, with the nearest names first and at most 20 of the known ones.
+        """
         known = list(known)
         near = nearest(got, known)
         hint = f" Did you mean {', '.join(map(repr, near))}?" if near else ""

@@ -184,7 +184,11 @@ class WhatIf:
                 return False
 
     def on(self, batch: Any) -> "BatchWhatIf":
-        """Run a batch (or a part of one) and prepare to run it with changes."""
+        """Run a batch (or a part of one) once, unchanged.
+
+        Returns:
+            The batch with its unchanged result, ready to be run with changes to layers or parameters.
+        """
         batch = normal_tensors(batch)
         samples = batch_size_of(batch)
         if self._reruns is None:

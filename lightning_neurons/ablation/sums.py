@@ -204,7 +204,12 @@ class AblationSums:
         return found
 
     def report(self, *, settings: Mapping[str, Any], notes: Sequence[str] = ()) -> AblationReport:
-        """Turn the sums into a report."""
+        """Turn the sums over all samples into means.
+
+        Returns:
+            Changes of the loss and of each metric by layer, ``(neuron,)``, in the unit of the loss or metric; by
+            class too, ``(class, neuron)``, where targets were known.
+        """
         base = self.base.with_classes(self.deltas.sums.shape[1])
         samples = int(base.samples[0])
         by_class = {}, {}  # type: tuple[dict[str, Tensor], dict[str, Tensor]]

@@ -109,7 +109,10 @@ def pictures_in(inputs: Any) -> Tensor:
 
 
 def resized(maps: Float[Tensor, "batch channel *space"], space: Sequence[int]) -> Tensor:
-    """Resize maps to the size of the inputs, by linear interpolation.
+    """Resize maps by linear interpolation (bilinear for images).
+
+    Returns:
+        The maps with the axes of positions ``space``, ``(batch, channel, *space)``, corners not aligned.
 
     Raises:
         ArgumentError: If the two differ in their number of axes.

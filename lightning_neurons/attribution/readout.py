@@ -93,7 +93,11 @@ class Readout:
             yield
 
     def learn(self, inputs: Any) -> Mapping[str, Layer]:
-        """Find the activation points of all layers that run, in that order, by one forward.
+        """Find the activation points of all layers that run, by one forward without gradients.
+
+        Returns:
+            The layers by name, in the order in which they run; those that were known already are not looked for
+            again.
 
         Raises:
             MeasurementError: If the model refuses the inputs.

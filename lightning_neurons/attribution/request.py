@@ -68,7 +68,11 @@ class Entrance:
         return len(self.values)
 
     def run(self, values: Tensor, rows: slice | Tensor) -> tuple[Any, dict[str, Tensor]]:
-        """Run the model on some rows of the batch, with ``values`` in place of what is explained."""
+        """Run the model on some rows of the batch, with ``values`` in place of what is explained.
+
+        Returns:
+            The model's output, and the activations of the layers that are read, by name.
+        """
         size = len(self)
         part = map_tensors(self.inputs, lambda t: t[rows] if t.ndim and len(t) == size else t)
         if self.embedding is None:

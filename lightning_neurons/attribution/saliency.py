@@ -202,7 +202,12 @@ def integrated_gradients(
 
 
 def finished(values: Tensor, *, absolute: bool, smoothing: float) -> Tensor:
-    """Smooth a map and take its magnitude, as asked for; warn of samples that are NaN or infinite."""
+    """Smooth a map and take its magnitude; warn of samples that are NaN or infinite.
+
+    Returns:
+        The map in its old shape, detached; smoothed by a Gaussian of ``smoothing`` positions if that is not 0, not
+        negative if ``absolute``.
+    """
     values = values.detach()
     wrong = int((~values.isfinite()).flatten(1).any(1).sum())
     if wrong:

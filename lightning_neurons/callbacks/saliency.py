@@ -207,7 +207,11 @@ class SaliencyCallback(SampledStudy):
 
 
 def _fixed_of(batches: Sequence[Any], most: int) -> _Fixed:
-    """The first samples of some batches, on the CPU."""
+    """Join the first samples of some batches.
+
+    Returns:
+        Inputs and labels of at most ``most`` samples, copies on the CPU; None for the labels if a batch has none.
+    """
     inputs, labels = [inputs_of(batch) for batch in batches], [targets_of(batch) for batch in batches]
     if not all(isinstance(one, Tensor | dict) and form_of(one) == form_of(inputs[0]) for one in inputs):
         raise MeasurementError(

@@ -81,7 +81,11 @@ class ClassRule:
 def random_members(
     members: Mapping[str, Bool[Tensor, "klass neuron"]], generator: torch.Generator
 ) -> dict[str, Bool[Tensor, "klass neuron"]]:
-    """Draw as many neurons of each layer for each class at random; classes with the same sizes get the same ones."""
+    """Draw as many neurons of each layer for each class at random.
+
+    Returns:
+        Masks of the same shapes; classes with the same number of neurons in every layer get the same ones.
+    """
     drawn: dict[tuple[int, ...], dict[str, Tensor]] = {}
     sizes = torch.stack([m.sum(1) for m in members.values()], 1)
     rows = []

@@ -73,7 +73,12 @@ class ClassStudy:
         )
 
     def run(self, batches: Sequence[Any], *, progress: bool = False) -> ClassReport:
-        """Find the neurons of all classes that have samples, and report the accuracies of those asked for."""
+        """Find the neurons of all classes that have samples, and run the sub-networks of those asked for.
+
+        Returns:
+            Importance, members and selectivity of neurons by layer and class, and the accuracy of each variant of the
+            model.
+        """
         counts = self._counts(batches)
         there = counts.nonzero().flatten().tolist()
         chosen = self._chosen(there)
@@ -110,7 +115,11 @@ class ClassStudy:
         self._studied(batch)
 
     def _counts(self, batches: Sequence[Any]) -> Tensor:
-        """Count the samples of each class, in all processes."""
+        """Count the samples of each class, in all processes.
+
+        Returns:
+            Counts ``(class,)``, int64, one for each output of the model.
+        """
         targets = torch.cat([targets_in(batch, True).cpu() for batch in batches])
         outputs = self._logits(batches[0]).shape[1]
         if len(targets) and int(targets.max()) >= outputs:
@@ -154,7 +163,11 @@ class ClassStudy:
     def _importance(
         self, batches: Sequence[Any], classes: Sequence[int], layers: Sequence[str], progress: bool
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return, by layer, ``(class, neuron)``: importance, and mean magnitude of activations."""
+        """Measure how much each neuron matters to each class, and how strongly it is active.
+
+        Returns:
+            By layer, ``(class, neuron)``: importance, and the mean magnitude of activations.
+        """
         name = self.settings["importance"]
         masking = self.settings["method"] == "masking"
         criteria = [_MAGNITUDE] if masking else [CRITERIA[name], _MAGNITUDE]
@@ -188,7 +201,12 @@ class ClassStudy:
         counts: Tensor,
         progress: bool,
     ) -> list[ClassAccuracy]:
-        """Run every variant of the model on every batch."""
+        """Run every variant of the model on every batch.
+
+        Returns:
+            One row for each class asked for and kind of model: accuracies, from 0 to 1, on the class and on the
+            others.
+        """
         generator = torch.Generator().manual_seed(self.settings["seed"])
         draws = [random_members(members, generator) for _ in range(self.settings["controls"])]
         variants, places = variants_of(members, draws, [there.index(klass) for klass in chosen])

@@ -26,6 +26,9 @@ def variance(summary: Summary) -> Float[Tensor, " neuron"]:
 
     Below about 1e-6 of ``E[a^2]`` the result is rounding noise; it is never negative, and NaN where float64 holds no
     squares, beyond 1e145.
+
+    Returns:
+        Variances, float64, in squared units of activations.
     """
     mean = summary.per_value(TOTAL)
     spread = (mean_square(summary) - mean.square()).clamp_min(0)
@@ -33,16 +36,23 @@ def variance(summary: Summary) -> Float[Tensor, " neuron"]:
 
 
 def mean_square(summary: Summary) -> Float[Tensor, " neuron"]:
-    """Compute ``E[a^2]``; infinite where float64 does not hold it."""
+    """Compute ``E[a^2]``.
+
+    Returns:
+        Mean squares, float64, in squared units of activations; infinite where float64 does not hold them.
+    """
     squares = summary.total(SQUARES)
     return torch.where(squares < LARGEST_SQUARES, summary.per_value(SQUARES), torch.inf)
 
 
 def dormant_score(summary: Summary) -> Float[Tensor, " neuron"]:
-    """Compute ``E|a|`` over its mean over the layer's neurons; 1 on average, all zeros for a silent layer.
+    """Compute ``E|a|`` over its mean over the layer's neurons.
 
     Source: Sokar et al. 2023, "The Dormant Neuron Phenomenon in Deep Reinforcement Learning", equation 1
     (arXiv:2302.12902).
+
+    Returns:
+        Scores without a unit, 1 on average over the layer; all zeros for a silent layer.
     """
     magnitude = summary.per_value(MAGNITUDE)
     average = magnitude.nanmean()
@@ -50,7 +60,11 @@ def dormant_score(summary: Summary) -> Float[Tensor, " neuron"]:
 
 
 def rms(summary: Summary) -> Float[Tensor, " neuron"]:
-    """Compute ``sqrt(E[a^2])``."""
+    """Compute ``sqrt(E[a^2])``.
+
+    Returns:
+        Root mean squares, float64, in units of activations.
+    """
     return mean_square(summary).sqrt()
 
 

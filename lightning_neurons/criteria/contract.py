@@ -121,6 +121,9 @@ def known_deadness(
 ) -> Float[Tensor, "*any neuron"]:
     """Replace deadness 1 by NaN where samples were left out, as the neuron may have fired in those.
 
+    Returns:
+        A copy of ``deadness``; values below 1 are kept, as a neuron that fired once is alive.
+
     Example:
         >>> import torch
         >>> known_deadness(torch.tensor([1.0, 1.0, 0.5]), torch.tensor([0, 2, 2])).tolist()
@@ -163,7 +166,11 @@ class Criterion:
         return frozenset(s.needs for s in self.statistics)
 
     def judge(self, summary: Summary) -> Tensor:
-        """Compute ``score``; deadness is NaN for a neuron that may have fired in samples that were not finite."""
+        """Compute ``score``, and mark what cannot be known.
+
+        Returns:
+            Scores ``(neuron,)``; deadness is NaN for a neuron that may have fired in samples that were not finite.
+        """
         found = self.score(summary)
         if self.kind == "importance" or summary.left_out is None:
             return found

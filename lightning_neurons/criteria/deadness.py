@@ -77,7 +77,11 @@ def near_zero(threshold: float = SILENT, *, relative: bool = True) -> Criterion:
 
 
 def near_zero_share(summary: Summary, *, threshold: float, relative: bool) -> Float[Tensor, " neuron"]:
-    """Compute the score of ``near_zero``."""
+    """Compute the score of ``near_zero``.
+
+    Returns:
+        The share of values, from 0 to 1, whose magnitude is at most the threshold; 1 only if all are.
+    """
     assert summary.near_zero is not None, "counted wherever a criterion asks for it"
     assert summary.values is not None, "counted wherever activations are"
     limit = threshold * layer_rms(summary) if relative else threshold
@@ -85,9 +89,12 @@ def near_zero_share(summary: Summary, *, threshold: float, relative: bool) -> Fl
 
 
 def layer_rms(summary: Summary) -> float:
-    """Root mean square over all finite values of the layer; 0 for a layer that saw none.
+    """Compute the root mean square over all finite values of a layer.
 
     Where float64 does not hold the squares, the largest value alone is taken to make it up.
+
+    Returns:
+        The root mean square, in units of activations; 0 for a layer that saw no values.
     """
     assert summary.values is not None
     seen, squares = int(summary.values.sum()), summary.total(SQUARES)
@@ -138,6 +145,9 @@ def dormant(tau: float = 0.025) -> Criterion:
 
     Source: Sokar et al. 2023, definition 3.1 (arXiv:2302.12902). All neurons of a silent layer are dormant.
 
+    Returns:
+        A criterion of deadness that needs mean magnitudes alone.
+
     Raises:
         ArgumentError: If ``tau`` is negative or not finite.
     """
@@ -146,7 +156,11 @@ def dormant(tau: float = 0.025) -> Criterion:
 
 
 def is_dormant(summary: Summary, *, tau: float) -> Float[Tensor, " neuron"]:
-    """Compute the score of ``dormant``."""
+    """Compute the score of ``dormant``.
+
+    Returns:
+        1 for dormant neurons, 0 for others, NaN for those without a dormant score; float64.
+    """
     score = dormant_score(summary)
     return torch.where(score.isnan(), score, (score <= tau).double())
 
@@ -157,6 +171,9 @@ def constant(tolerance: float = CONSTANT_TOLERANCE) -> Criterion:
     The deadness of smooth activation functions: a constant neuron can be folded into downstream biases. Source:
     variance-based pruning, Berisha et al. 2025 (arXiv:2507.12988); *post*-activation variance.
 
+    Returns:
+        A criterion of deadness that needs sums and sums of squares of activations.
+
     Raises:
         ArgumentError: If ``tolerance`` is negative or not finite.
     """
@@ -165,14 +182,22 @@ def constant(tolerance: float = CONSTANT_TOLERANCE) -> Criterion:
 
 
 def is_constant(summary: Summary, *, tolerance: float) -> Float[Tensor, " neuron"]:
-    """Compute the score of ``constant``."""
+    """Compute the score of ``constant``.
+
+    Returns:
+        1 for constant neurons, 0 for others, NaN for those without a variance; float64.
+    """
     spread = variance(summary)
     still = spread <= tolerance**2 * summary.per_value(SQUARES)
     return torch.where(spread.isnan(), spread, still.double())
 
 
 def near_bound(view: LayerView) -> Float[Tensor, "batch neuron"]:
-    """Count values within 0.05 of either bound of the activation function."""
+    """Count values within 0.05 of either bound of the activation function.
+
+    Returns:
+        Counts over space, in the type of the activations.
+    """
     assert view.bounds is not None, "other layers are refused"
     low, high = view.bounds
     a = view.activation

@@ -13,7 +13,11 @@ Side = Literal["incoming", "outgoing"]
 
 
 def weight_norm(summary: Summary, *, side: Side, order: int) -> Float[Tensor, " neuron"]:
-    """Compute the L1 or L2 norm of each neuron's incoming or outgoing weights."""
+    """Compute the L1 or L2 norm of each neuron's incoming or outgoing weights.
+
+    Returns:
+        Norms, float64, in units of the weights.
+    """
     weight = getattr(summary.traits, side)
     norm: Tensor = torch.linalg.vector_norm(weight.double(), order, dim=1)
     return norm

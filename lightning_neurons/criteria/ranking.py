@@ -133,6 +133,9 @@ def effective_number(scores: Float[Tensor, " neuron"]) -> float:
     The number of neurons if all score alike, 1 if one holds everything, 0 if all score zero. Source: the effective
     rank of Roy and Vetterli 2007, on scores instead of singular values.
 
+    Returns:
+        The number of neurons if all score alike, 1 if one holds everything, 0 if all score zero; NaN counts as zero.
+
     Example:
         >>> round(effective_number(torch.tensor([2.0, 2.0, 0.0])), 6)
         2.0

@@ -40,9 +40,13 @@ def class_selectivity(activity: Float[Tensor, "klass neuron"]) -> Float[Tensor, 
 
 
 def class_entropy(importance: Float[Tensor, "klass neuron"]) -> Float[Tensor, " neuron"]:
-    """Compute the entropy of each neuron's importance over classes, in [0, 1]: 1 serves all alike, 0 serves one.
+    """Compute the entropy of each neuron's importance over classes, relative to the highest possible.
 
     Importance below 0 counts as 0; a neuron without any has no entropy (NaN).
+
+    Returns:
+        Entropies in [0, 1], float64: 1 serves all classes alike, 0 serves one; NaN for a neuron without any
+        importance, and for all if fewer than two classes have samples.
 
     Example:
         >>> class_entropy(torch.tensor([[1.0, 1.0], [1.0, 0.0]])).tolist()
@@ -105,6 +109,9 @@ def _expected(first: tuple[int, ...], second: tuple[int, ...], widths: tuple[int
 
 def shared_by(members: Mapping[str, Bool[Tensor, "klass neuron"]]) -> Int[Tensor, " count"]:
     """Count the neurons that belong to 0, 1, 2, ... classes.
+
+    Returns:
+        Counts over the neurons of all layers, one more than there are classes.
 
     Example:
         >>> shared_by({"fc": torch.tensor([[True, True, False], [True, False, False]])}).tolist()

@@ -24,9 +24,12 @@ SAMPLED_GATE_SQUARES = Statistic("sampled_gate_squares", attrgetter("gate_gradie
 
 
 def gradient(summary: Summary) -> Float[Tensor, " neuron"]:
-    """Compute ``E[sum over space of g^2]``, divided by its sum over the layer, so that each layer's scores sum to 1.
+    """Compute ``E[sum over space of g^2]``, relative to its sum over the layer.
 
     A layer whose gradients all vanish scores 0 throughout.
+
+    Returns:
+        Shares that sum to 1 over the layer; 0 throughout a layer whose gradients all vanish.
     """
     squares = summary.per_sample(GRADIENT_SQUARES)
     layer = squares.nansum()
@@ -34,10 +37,13 @@ def gradient(summary: Summary) -> Float[Tensor, " neuron"]:
 
 
 def second_order(summary: Summary) -> Float[Tensor, " neuron"]:
-    """Compute ``-E[u] + E[u^2] / 2``, signed: the change of the loss when the neuron is zeroed, to second order.
+    """Compute ``-E[u] + E[u^2] / 2``, signed.
 
     The curvature is the empirical Fisher's: exact where the model's predictions match the labels' distribution.
     Signed scores rank single neurons; they must not choose many to remove at once.
+
+    Returns:
+        The change of the loss when the neuron is zeroed, to second order, in units of the loss.
     """
     return 0.5 * summary.per_sample(GATE_SQUARES) - summary.per_sample(GATE)
 
@@ -47,17 +53,28 @@ def second_order_ggn(summary: Summary) -> Float[Tensor, " neuron"]:
 
     The square term is then unbiased for the generalised Gauss-Newton matrix, since the covariance of ``p - onehot(y)``
     under ``y ~ p`` is ``diag(p) - p p^T``.
+
+    Returns:
+        The change of the loss when the neuron is zeroed, in units of the loss, signed.
     """
     return 0.5 * summary.per_sample(SAMPLED_GATE_SQUARES) - summary.per_sample(GATE)
 
 
 def taylor_fo(summary: Summary) -> Float[Tensor, " neuron"]:
-    """Compute ``E[u]^2``."""
+    """Compute ``E[u]^2``.
+
+    Returns:
+        The squared change of the loss to first order, in squared units of the loss.
+    """
     return summary.per_sample(GATE).square()
 
 
 def fisher(summary: Summary) -> Float[Tensor, " neuron"]:
-    """Compute ``E[u^2] / 2``."""
+    """Compute ``E[u^2] / 2``.
+
+    Returns:
+        The change of the loss by its curvature alone, in units of the loss; never negative.
+    """
     return 0.5 * summary.per_sample(GATE_SQUARES)
 
 

@@ -15,7 +15,11 @@ from torch import Tensor
 
 
 def at_least_float32(values: Tensor) -> Tensor:
-    """Convert half precision to float32, as its sums overflow and stall; everything else is kept as it is."""
+    """Convert half precision to float32, as its sums overflow and stall.
+
+    Returns:
+        Values of the same shape; those that are not float16 or bfloat16 are returned as they are.
+    """
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
@@ -48,13 +52,22 @@ def scratch_like(values: Tensor) -> Tensor:
 
 
 def fitting(values: Tensor) -> Tensor:
-    """Convert ``values`` to the type in which they are summed."""
+    """Convert ``values`` to the type in which they are summed.
+
+    Returns:
+        float64 for small tensors on devices that have it, else float32 or the type that they have, if it is not
+        lower.
+    """
     little = values.numel() <= _LITTLE and values.device.type != "mps"  # float64 does not exist on Apple's GPUs
     return values.double() if little else at_least_float32(values)
 
 
 def over_space(values: Float[Tensor, "batch neuron space"]) -> Float[Tensor, "batch neuron"]:
-    """Sum over space; the result is never a view, as the model may overwrite its values before the batch is over."""
+    """Sum over space.
+
+    Returns:
+        Sums that are never a view, as the model may overwrite its values before the batch is over.
+    """
     return values.squeeze(-1).clone() if values.shape[-1] == 1 else values.sum(-1)
 
 

@@ -71,11 +71,15 @@ def _form(part: Any, size: int) -> tuple[Any, ...]:
 
 
 def join(batches: Sequence[Any], sizes: Sequence[int]) -> Any:
-    """Join several batches of one form into one; anything that is not per sample is taken from the first.
+    """Join several batches of one form into one.
 
     Args:
         batches: Batches for which ``form_of`` is the same.
         sizes: Number of samples of each.
+
+    Returns:
+        A batch of the same form with the samples in the order of ``batches``; what is not per sample is that of the
+        first.
 
     Example:
         >>> join([{"x": torch.zeros(1, 2), "name": ["a"]}, {"x": torch.ones(2, 2), "name": ["b", "c"]}], [1, 2])

@@ -59,7 +59,7 @@ class StratifiedSample:
         self._has_whole, self._missing = False, batches
 
     def add(self, batch: Any, targets: Tensor | None, place: Any = None, *, whole: bool = False) -> list[Picked]:
-        """Pick samples from a batch and return the batches that are ready to be measured (often none).
+        """Pick samples from a batch.
 
         Args:
             batch: The batch.
@@ -67,6 +67,9 @@ class StratifiedSample:
             place: Its place in the data, such as a tuple of batch and dataloader; batches that differ in more than the
                 first entry are not joined.
             whole: Whether its samples must stay together and apart from others.
+
+        Returns:
+            The batches that are ready to be measured, often none; those that are not ready wait for further samples.
         """
         size, whole = batch_size_of(batch), whole or not is_divisible(batch)
         rows = self._pick(size, targets, whole=whole)

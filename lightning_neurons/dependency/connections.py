@@ -266,7 +266,11 @@ def _splits(function: Any) -> bool:
 
 
 def _guess(graph: Any, node: Any) -> str | None:
-    """Let Torch-Pruning guess where neurons lie after an operation; return why that fails, or None."""
+    """Let Torch-Pruning guess where neurons lie after an operation.
+
+    Returns:
+        Why that fails, or None if it does not or there is nothing to guess.
+    """
     guess = _GUESSES.get(node.type)
     if guess is None:
         return None

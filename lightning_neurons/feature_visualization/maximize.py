@@ -148,7 +148,11 @@ def maximized(
     start: Any = "noise",
     forward: Forward | None = None,
 ) -> MaximizedActivation:
-    """Maximise objectives, as ``maximize_activation`` does."""
+    """Maximise several objectives from several seeds at once, as ``maximize_activation`` does for one.
+
+    Returns:
+        Images ``(row, channel, *space)``, one row for each objective and seed, with the activations that they reach.
+    """
     batches = [] if images is None else list(batches_of(images))
     if images is not None and not batches:
         raise ArgumentError.of("images", images, "at least one picture")

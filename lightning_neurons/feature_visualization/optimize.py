@@ -83,7 +83,12 @@ class Ascent:
         """By row, the step at which its values were no longer finite."""
 
     def run(self, raw: Tensor, generators: Sequence[torch.Generator]) -> tuple[Latent, Float[Tensor, " row"]]:
-        """Take all steps from a start; return the images, and the objective of each row on its own image."""
+        """Take all steps from a start.
+
+        Returns:
+            The images ``(row, channel, *space)``, and the objective of each row on its own image, in units of
+            activations.
+        """
         settings = self.settings
         draws = self.robustness.draws(generators, settings.steps)
         self._rows = {aim: torch.tensor([one == aim for one in self.aims], device=raw.device) for aim in self.aims}

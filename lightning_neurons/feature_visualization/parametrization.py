@@ -47,11 +47,19 @@ class Colours:
     mix: Float[Tensor, "channel _"]
 
     def mixed(self, plain: Latent) -> Latent:
-        """Turn decorrelated channels into real ones."""
+        """Turn decorrelated channels into real ones.
+
+        Returns:
+            Images of the same shape, in correlated colours.
+        """
         return torch.einsum("ij,nj...->ni...", self.mix.to(plain), plain)
 
     def plain(self, mixed: Latent) -> Latent:
-        """Turn real channels into decorrelated ones."""
+        """Turn real channels into decorrelated ones.
+
+        Returns:
+            Images of the same shape, in decorrelated colours; the inverse of ``mixed``.
+        """
         return torch.einsum("ij,nj...->ni...", torch.linalg.inv(self.mix).to(mixed), mixed)
 
 
@@ -66,7 +74,11 @@ class Pixel:
     shape: tuple[int, ...]
 
     def noise(self, generators: Sequence[torch.Generator]) -> Tensor:
-        """Draw a random start for each row."""
+        """Draw a random start for each row.
+
+        Returns:
+            Latent pixels ``(row, channel, *space)``, normal and small.
+        """
         return _START * torch.stack([torch.randn(self.shape, generator=g, dtype=torch.float32) for g in generators])
 
     def encode(self, latent: Latent) -> Tensor:
@@ -93,7 +105,11 @@ class Fourier:
         self._scale = _contrast(shape) / frequency.clamp_min(1 / max(shape[1:]))
 
     def noise(self, generators: Sequence[torch.Generator]) -> Tensor:
-        """Draw a random start for each row: real and imaginary parts, along a last axis."""
+        """Draw a random start for each row.
+
+        Returns:
+            Coefficients ``(row, channel, *frequency, 2)``: real and imaginary parts along the last axis.
+        """
         shape = (self.shape[0], *self._scale.shape, 2)
         return _START * torch.stack([torch.randn(shape, generator=g, dtype=torch.float32) for g in generators])
 
@@ -124,7 +140,11 @@ class Maco:
         self._axes = tuple(range(-len(shape) + 1, 0))
 
     def noise(self, generators: Sequence[torch.Generator]) -> Tensor:
-        """Draw random phases for each row."""
+        """Draw random phases for each row.
+
+        Returns:
+            Phases ``(row, *magnitudes)`` in radians, uniform from -pi to pi.
+        """
         shape = self.magnitudes.shape
         drawn = [torch.rand(shape, generator=g, dtype=torch.float32) for g in generators]
         return torch.pi * (2 * torch.stack(drawn) - 1)

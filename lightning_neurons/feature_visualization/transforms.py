@@ -54,11 +54,19 @@ class Robustness:
         return cls(*(float(default if given is None else given) for given, _, default in defaults.values()))
 
     def draws(self, generators: Sequence[torch.Generator], steps: int) -> Float[Tensor, "step row amount"]:
-        """Draw random amounts in [-1, 1] for all steps; those of a row are the same whatever the other rows are."""
+        """Draw random amounts for all steps; those of a row are the same whatever the other rows are.
+
+        Returns:
+            Amounts in [-1, 1], float32, as shares of the largest jitter, scale and rotation.
+        """
         return torch.stack([2 * torch.rand(steps, _DRAWS, generator=g, dtype=torch.float32) - 1 for g in generators], 1)
 
     def applied(self, pictures: Latent, draws: Float[Tensor, "row amount"]) -> Latent:
-        """Move images by random amounts."""
+        """Move images by random amounts.
+
+        Returns:
+            Images of the same shape; the very same ones where nothing is to be moved.
+        """
         space = pictures.shape[2:]
         if len(space) == 2 and (self.jitter or self.scale or self.rotation):
             return self._moved(pictures, draws.to(pictures))

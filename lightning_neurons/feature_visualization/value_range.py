@@ -34,7 +34,12 @@ class Range:
     validity: Validity
 
     def valid(self, latent: Latent) -> Latent:
-        """Bring latent images into the range; the slope in its middle, where latent is 0, is a quarter of the range."""
+        """Bring latent images into the range; the slope in its middle, where latent is 0, is a quarter of the range.
+
+        Returns:
+            Images of the same shape, in the units of the inputs of the model, with no value outside ``low`` to
+            ``high``.
+        """
         share = latent.sigmoid() if self.validity == "sigmoid" else 0.5 + latent / 4
         return (self.low + (self.high - self.low) * share).clamp(self.low, self.high)
 

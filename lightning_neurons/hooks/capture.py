@@ -109,7 +109,11 @@ class FollowLayers(HookedMode):
     def _see(
         self, func: Callable[..., Any], call: Callable[[], Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Follow a call that may read a followed tensor: as its next step, as a copy, or otherwise, which ends it."""
+        """Follow a call that may read a followed tensor: as its next step, as a copy, or otherwise, which ends it.
+
+        Returns:
+            The result of the call, changed if the layer's activation is changed here.
+        """
         given = operands(func, args, kwargs)
         known = [self._waiting.get(id(unhooked(tensor))) for tensor in given]
         read = [found for found in known if found is not None]
@@ -296,7 +300,11 @@ class WatchGradients(FollowLayers):
         return gated(value, self._root, partial(_told_if_alive, weakref.ref(self), number))
 
     def passed(self, number: int, gradient: Tensor) -> Tensor | None:
-        """Take a gradient that has reached an activation; return a factor to go on with, or None."""
+        """Take a gradient that has reached an activation.
+
+        Returns:
+            A factor of ones to go on with, if the gradient may be differentiated again, else None.
+        """
         if self._is_ours and number in self._factors:
             self._late[number] = gradient  # delivered when its factor's gradient is known
         elif self._is_ours:

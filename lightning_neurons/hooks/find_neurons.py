@@ -50,7 +50,11 @@ def find_neurons(model: nn.Module, example_inputs: Any, *, layers: Sequence[Patt
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
-    """Call a model on a tensor, a tuple of positional arguments or a dict of keyword arguments."""
+    """Call a model on a tensor, a tuple of positional arguments or a dict of keyword arguments.
+
+    Returns:
+        What the model returns.
+    """
     if isinstance(inputs, Mapping):
         return model(**inputs)
     if isinstance(inputs, Sequence) and not isinstance(inputs, Tensor | str):

@@ -129,7 +129,11 @@ class HookedMode(TorchFunctionMode):
             return self._safely(function, module, *given)
 
     def _safely(self, look: Callable[..., Any], *given: Any) -> Any:
-        """Call ``look``, unless watching has failed before; in a user's run, keep its exception."""
+        """Call ``look``, unless watching has failed before; in a user's run, keep its exception.
+
+        Returns:
+            What ``look`` returns; None if it failed, now or before, in a user's run.
+        """
         if not self._of_others:
             return look(*given)
         try:

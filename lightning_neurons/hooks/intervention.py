@@ -37,7 +37,11 @@ class Edit:
     values: NewValues
 
     def write(self, activation: Tensor) -> Tensor:
-        """Change an activation in place and return the values before."""
+        """Change an activation in place.
+
+        Returns:
+            A copy of the neurons' values before, with which the change can be undone.
+        """
         axis = self.axis % activation.ndim
         before = activation.index_select(axis, self.neurons)
         activation.index_copy_(axis, self.neurons, self.values(before))

@@ -37,7 +37,11 @@ def needs_parameters(func: Callable[..., Any], args: tuple[Any, ...], kwargs: di
 
 
 def retaining(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call one of ``BACKWARDS`` and keep the graph, so that it can be differentiated again."""
+    """Call one of ``BACKWARDS`` and keep the graph, so that it can be differentiated again.
+
+    Returns:
+        What the function returns: gradients, or None.
+    """
     return func(*args, **{**kwargs, "retain_graph": True})
 
 

@@ -217,7 +217,11 @@ class Trace(HookedMode):
         return out
 
     def _copied(self, source: Tensor, made: Tensor) -> bool:
-        """Record a copy, or the very same tensor, as the value that it was made from; False if numbers were rounded."""
+        """Record a copy, or the very same tensor, as the value that it was made from.
+
+        Returns:
+            Whether it was recorded; False if numbers were rounded, so that it is another value.
+        """
         if made is source:
             return True
         if source.is_floating_point() != made.is_floating_point() and source.dtype != torch.bool:
@@ -273,9 +277,7 @@ class Trace(HookedMode):
         course: Course,
     ) -> Value | None:
         """Return the value that a call makes of one layer's output and constants alone; None if it does otherwise."""
-        if func not in STEPS or functions_running() != course.depth:
-            return None
-        if self._is_over(course) and func not in LINKS:
+        if func not in STEPS or functions_running() != course.depth or (self._is_over(course) and func not in LINKS):
             return None
         numbers = tuple(None if found is None else found[1] for found in reads)
         step = Step(func, args, kwargs, numbers, calling_module(self._model, self._modules))

@@ -155,7 +155,11 @@ class Course:
         self.values = [Value(output, Place(axis))]
 
     def add(self, tensor: Tensor, place: Place, step: Step) -> Value:
-        """Add the value that a step makes."""
+        """Add the value that a step makes.
+
+        Returns:
+            The value, which the values that the step reads now have among their uses.
+        """
         is_aside = step.function in DETACHES or all(self.values[number].is_aside for number in step.values)
         made = Value(tensor, place, step, is_aside=is_aside)
         for number in set(step.values):

@@ -83,7 +83,11 @@ def outgoing_weight(module: Any, spread: int = 1) -> Tensor | None:
 
 
 def _blocks(module: Any, weight: Tensor) -> tuple[int, tuple[Tensor, ...]]:
-    """The axis of a weight on which the neurons lie that it makes, and its parts in their order."""
+    """Split a weight into the parts that make neurons independently of one another.
+
+    Returns:
+        The axis of the weight on which its neurons lie, and the parts, as views, in the order of their neurons.
+    """
     handler = handler_of(module)
     axis = 0 if handler is None else handler.makes.get(weight_name(module), 0)
     # In a transposed convolution, the inputs of a group make the neurons of that group.

@@ -52,7 +52,11 @@ class Content:
         return not self._is_same()
 
     def put_back(self) -> bool:
-        """Put the content back into the object; return False if that was needed and not possible."""
+        """Put the content back into the object.
+
+        Returns:
+            False if that was needed and not possible.
+        """
         return self._is_same() or self._refill()
 
     def _is_same(self) -> bool:
@@ -178,7 +182,11 @@ class Numbers(Content):
         return version_of(self._thing) != self._version or not self._is_same()
 
     def put_back(self) -> bool:
-        """Put the values back; those on an accelerator without waiting to compare them."""
+        """Put the values back; those on an accelerator without waiting to compare them.
+
+        Returns:
+            False if that was needed and not possible.
+        """
         is_near = self._copy is None or self._alias.device.type == "cpu"
         return (is_near and self._is_same()) or self._refill()
 

@@ -119,7 +119,11 @@ class Refusing:
         return self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse, if the substitute stands for a bound method."""
+        """Refuse, if the substitute stands for a bound method.
+
+        Returns:
+            Nothing: the refusal is an exception.
+        """
         return self.__next__()
 
     def __next__(self) -> Any:

@@ -74,7 +74,12 @@ class _Others:
         self._stream, self.unheard = stream, unheard
 
     def write(self, text: str) -> int:
-        """Write a text, unless it comes from that thread."""
+        """Write a text, unless it comes from the thread that is not to be heard.
+
+        Returns:
+            The number of characters written; of a text that is dropped, its length, as a stream that took it would
+            return.
+        """
         return len(text) if threading.get_ident() == self.unheard else self._stream.write(text)
 
     def writelines(self, lines: Iterable[str]) -> None:

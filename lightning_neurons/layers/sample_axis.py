@@ -55,14 +55,21 @@ def samples_first(
 def samples_of(
     values: Float[Tensor, "..."], layer: Layer, batch_size: int | None
 ) -> Float[Tensor, "batch neuron space"]:
-    """Bring the output of a known layer, or its gradient, into that form."""
+    """Bring the output of a layer that is known, or its gradient, into that form.
+
+    Returns:
+        A view where the memory allows it; space has length 1 where a neuron has a single value.
+    """
     return samples_first(values, layer.axis, batch_size, layer.rows_per_sample, rows_apart=layer.rows_apart)
 
 
 def split_rows(
     values: Float[Tensor, "row ..."], batch_size: int, *, rows_apart: bool
 ) -> Float[Tensor, "batch part ..."]:
-    """Give the rows of each sample an axis of their own, as a view.
+    """Split the rows of a batch by sample.
+
+    Returns:
+        A view in which the rows of each sample have an axis of their own, the second.
 
     Example:
         >>> import torch
@@ -74,7 +81,11 @@ def split_rows(
 
 
 def join_rows(parts: Float[Tensor, "batch part ..."], *, rows_apart: bool) -> Float[Tensor, "row ..."]:
-    """Undo ``split_rows``."""
+    """Undo ``split_rows``.
+
+    Returns:
+        The rows in their old order on one axis.
+    """
     return parts.transpose(0, 1).flatten(0, 1) if rows_apart else parts.flatten(0, 1)
 
 

@@ -64,7 +64,11 @@ class WidthHandler:
     fixed: Callable[[Any], str | None] = _nothing
 
     def axes(self, role: Role) -> Mapping[str, int]:
-        """By tensor, the axis on which neurons lie in a role."""
+        """Look up the axes on which neurons lie in a role.
+
+        Returns:
+            By the name of each tensor, its axis.
+        """
         return self.reads if role == "reads" and self.role is None else self.makes
 
 
@@ -171,7 +175,11 @@ HANDLERS: dict[type[nn.Module], WidthHandler] = {
 
 
 def handler_of(module: object) -> WidthHandler | None:
-    """The record of a module's type or its nearest base, or None if nobody has said how its width is changed."""
+    """Look up the record of a module's type or of its nearest base.
+
+    Returns:
+        The record, or None if nobody has said how its width is changed.
+    """
     found = next((HANDLERS[t] for t in type(module).__mro__ if t in HANDLERS), None)
     if found is _CONVOLUTION and _is_by_channel(module):
         return _DEPTHWISE
@@ -218,7 +226,10 @@ def axis_of(module: object) -> int | None:
 
 
 def axes(module: nn.Module, role: Role) -> dict[str, int]:
-    """For each tensor of a module, the axis on which its neurons lie in this role.
+    """Look up the axes on which a module's neurons lie in a role.
+
+    Returns:
+        By the name of each tensor that the module has, its axis; empty for a type without a record.
 
     Example:
         >>> axes(nn.Conv2d(3, 8, 3), "makes"), axes(nn.Linear(4, 2), "reads")
@@ -231,7 +242,11 @@ def axes(module: nn.Module, role: Role) -> dict[str, int]:
 
 
 def weight_name(module: object) -> str:
-    """The name of the tensor that joins the neurons that a module makes to those that it reads."""
+    """Look up the tensor that joins the neurons that a module makes to those that it reads.
+
+    Returns:
+        Its name: ``"weight"`` where no record says otherwise.
+    """
     handler = handler_of(module)
     both = [] if handler is None else [name for name in handler.reads if name in handler.makes]
     return both[0] if both else "weight"
@@ -253,7 +268,11 @@ def size_of(module: nn.Module, size: Size) -> object:
 
 
 def unknown_width(module: object) -> str:
-    """Say why the width of a module without a record cannot be changed."""
+    """Say why the width of a module without a record cannot be changed.
+
+    Returns:
+        A sentence without a full stop that names the type and the remedy.
+    """
     return f"nobody has said how the width of {type(module).__name__} is changed; register_prunable can"
 
 

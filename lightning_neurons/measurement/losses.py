@@ -63,6 +63,9 @@ def fgsm(model: nn.Module, loss_of: Callable[[Any], Tensor], batch: Any, eps: fl
     The fast gradient sign method of Goodfellow et al. 2015 (arXiv:1412.6572), equation 1, on the first floating-point
     tensor of the batch. ``eps`` is in units of that tensor; the result is not clipped.
 
+    Returns:
+        A copy of the batch with the shifted tensor, detached; the given batch is not changed.
+
     Raises:
         MeasurementError: If the batch has no floating-point tensor, or the loss does not depend on it.
     """

@@ -135,7 +135,11 @@ class Measurement:
         epoch: int | None = None,
         step: int | None = None,
     ) -> NeuronReport:
-        """Turn the sums into results, on the CPU; the report takes them over, so nothing can be added afterwards."""
+        """Turn the sums into results, on the CPU.
+
+        Returns:
+            A report that takes the sums over, so that nothing can be added to the measurement afterwards.
+        """
         if not all(c.statistics for c in self.criteria):  # weights may have been exchanged since
             self.metric.traits |= {n: traits_of(self.layers[n], self._named) for n in self.metric.traits}
         self.metric.cpu()
@@ -228,7 +232,11 @@ class Measurement:
         )
 
     def _class_count(self, klass: int) -> int:
-        """Count the samples of a class: the most that any neuron saw (others may have been infinite there)."""
+        """Count the samples of a class.
+
+        Returns:
+            The most that any neuron saw, as others may have been infinite there.
+        """
         seen = self.metric.samples[klass, : len(NEEDS)]
         return int(seen.max()) if seen.numel() else 0
 

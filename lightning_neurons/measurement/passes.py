@@ -271,7 +271,12 @@ class Passes:
                     return
 
     def _trace(self, forward: Callable[[Any], Any], batch: Any, few: int | None, gradients: bool) -> dict[str, Tensor]:
-        """Learn from a forward; return the outputs of layers that have several rows for each of the ``few`` samples."""
+        """Learn the layers and their activation points from a forward.
+
+        Returns:
+            By name, copies of the outputs of layers that have several rows for each of the ``few`` samples; none
+            without ``few``.
+        """
         trace = Trace(self.model, self._modules)
         try:
             with isolated(self.model), torch.set_grad_enabled(gradients), eager(), trace:

@@ -47,6 +47,9 @@ class MeasurementSettings:
     ) -> "MeasurementSettings":
         """Check every argument that can be checked without a model.
 
+        Returns:
+            The settings, with criteria in place of their names.
+
         Raises:
             ArgumentError: Naming the argument, what came and what is allowed.
         """

@@ -133,7 +133,11 @@ def _place(indices: Sequence[int], device: torch.device) -> Place:
 
 
 def joined(statistics: Sequence[Statistic], held: Batch, new: Batch) -> Batch:
-    """Reduce each sample's numbers over several calls of a layer."""
+    """Reduce each sample's numbers over several calls of a layer.
+
+    Returns:
+        A batch with one row of numbers for each sample and the positions of both calls.
+    """
     reducers = [torch.maximum if s.reduce == "max" else torch.add for s in statistics]
     reducers += [torch.add] * (len(new.rows) - len(reducers))
     rows = [reduce(a, b) for reduce, a, b in zip(reducers, held.rows, new.rows, strict=True)]
@@ -145,6 +149,9 @@ def together(statistics: Sequence[Statistic], pieces: Sequence[Batch], samples: 
 
     Where their samples are as many as the batch's, each call had its own: the batch was run in pieces. Else calls on
     as many samples as the one before are calls on the same samples.
+
+    Returns:
+        Batches of which each has its samples once; a single one where the calls ran on pieces of one form.
     """
     if sum(piece.samples for piece in pieces) != samples:
         joint = list(pieces[:1])
@@ -170,7 +177,11 @@ def _columns(tensors: Iterable[Sequence[Tensor]]) -> list[Tensor]:
 def transformed(
     statistics: Sequence[Statistic], batches: Sequence[Batch], device: torch.device
 ) -> Float[Tensor, "statistic batch neuron"]:
-    """Join layers side by side and apply ``per_sample`` to each sample's numbers, in float64: it may square them."""
+    """Join layers side by side and apply ``per_sample`` to each sample's numbers.
+
+    Returns:
+        Numbers on ``device``, in float64 if a statistic has ``per_sample``, as that may square them.
+    """
     stack = torch.cat([torch.stack(b.rows).to(device) for b in batches], 2)
     if any(s.per_sample is not None for s in statistics):
         stack = stack.double()
@@ -227,7 +238,11 @@ def finite_samples(
     finite: Bool[Tensor, "batch neuron"] | None,
     index: Int[Tensor, " batch"] | None,
 ) -> int | Int[Tensor, "class neuron"]:
-    """Count the finite samples of a batch of ``shape``, by class and neuron."""
+    """Count the finite samples of a batch of ``shape``, by class and neuron.
+
+    Returns:
+        The size of the batch where all samples are finite and classes are not told apart, else counts.
+    """
     if index is None:
         return shape[0] if finite is None else finite.sum(0, keepdim=True)
     seen = counts.new_ones(shape) if finite is None else finite.long()

@@ -95,7 +95,10 @@ def share_at_most(counts: Int[Tensor, "neuron bin"], limit: float) -> Float[Tens
 
 
 def folded(counts: Int[Tensor, "neuron bin"], parts: int) -> Int[Tensor, " bar"]:
-    """Sum all neurons' counts in coarser bars: the zeros, ``parts`` bars to a power of two, and all above.
+    """Sum all neurons' counts in coarser bars.
+
+    Returns:
+        Counts of the zeros, of ``parts`` bars to a power of two, and of all above.
 
     Example:
         >>> folded(torch.ones(2, BINS, dtype=torch.int64), parts=1)[:3].tolist()

@@ -35,7 +35,11 @@ def available_bytes(device: torch.device) -> int | None:
 
 
 def _number(path: str) -> int:
-    """Read a number from a file; 0 if it has none."""
+    """Read a number from a file.
+
+    Returns:
+        The number, or 0 if the file has none or cannot be read.
+    """
     try:
         return int(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -309,7 +309,11 @@ class StreamingCriteria(Metric):
             return self.scores()
 
     def scores(self) -> dict[str, dict[str, Tensor]]:
-        """Compute scores by criterion and layer; layers that a criterion refuses, or that never ran, are left out."""
+        """Compute the scores of all neurons.
+
+        Returns:
+            By criterion and layer, ``(neuron,)``; layers that a criterion refuses, or that never ran, are left out.
+        """
         self.finish_batch()
         return {
             c.name: {n: c.judge(self.summary(n)) for n in self.traits if n not in self.refused[c.name]}

@@ -51,7 +51,10 @@ class PruningPlan:
 
     @classmethod
     def from_indices(cls, neurons: Mapping[str, Iterable[int]]) -> "PruningPlan":
-        """Make a plan by hand: by layer, the neurons to remove. What is coupled with them is removed too.
+        """Make a plan by hand: by layer, the neurons to remove.
+
+        Returns:
+            A plan without scores or reasons; what is coupled with its neurons is removed too when it is applied.
 
         Raises:
             ArgumentError: If it is not a mapping of layers to whole numbers, or a number is negative or comes twice.
@@ -107,6 +110,9 @@ class PruningPlan:
     def lifted(self, before: "PruningPlan") -> "PruningPlan":
         """Translate this plan for the model that ``before`` leaves to the indices that ``before`` has.
 
+        Returns:
+            A plan of the same neurons for the model as it was before ``before`` was applied.
+
         Raises:
             ArgumentError: If the plan does not fit the model that ``before`` leaves.
         """
@@ -119,7 +125,11 @@ class PruningPlan:
         return replace(moved, widths=before.widths or self.widths)
 
     def lowered(self, before: "PruningPlan") -> "PruningPlan":
-        """Translate this plan to the model that ``before`` leaves, without neurons that are removed already."""
+        """Translate this plan to the model that ``before`` leaves.
+
+        Returns:
+            A plan of the same neurons in the indices of that model, without those that ``before`` has removed.
+        """
         widths = before.widths or self.widths
         left = {n: width - len(before.neurons.get(n, ())) for n, width in widths.items()}
         return replace(_moved(self, before, _lower), widths=left)
@@ -162,6 +172,9 @@ class PruningPlan:
     def from_dict(cls, document: Any) -> "PruningPlan":
         """Make a plan of what ``to_dict`` returned.
 
+        Returns:
+            A plan equal to the one that was converted.
+
         Raises:
             ArgumentError: If it is no such thing, of a newer version, or contradicts itself.
         """
@@ -174,6 +187,9 @@ class PruningPlan:
     @classmethod
     def load(cls, path: str | Path) -> "PruningPlan":
         """Read what ``save`` wrote.
+
+        Returns:
+            A plan equal to the one that was saved.
 
         Raises:
             ArgumentError: If the file is no plan, of a newer version, or contradicts itself.
@@ -189,7 +205,11 @@ class PruningPlan:
 
 
 def _moved(plan: PruningPlan, before: PruningPlan, move: Callable[[int, Sequence[int]], int | None]) -> PruningPlan:
-    """Translate a plan to other indices; neurons without one are left out."""
+    """Translate a plan to other indices.
+
+    Returns:
+        A plan in the new indices, with its reasons; neurons without a new index are left out.
+    """
 
     def of(layer: str, neurons: Iterable[int]) -> dict[int, int]:
         gone = before.neurons.get(layer, ())

@@ -59,7 +59,11 @@ class Calls:
         return [m for m, (made, read) in enumerate(zip(self.created, self.read, strict=True)) if made < start <= read]
 
     def stretches(self, starts: Iterable[int], samples: int, limit: int) -> list[list[int]]:
-        """Group starts so that each group needs at most ``limit`` bytes on its tape (or is a single start)."""
+        """Group starts so that each group needs at most ``limit`` bytes on its tape.
+
+        Returns:
+            Groups in the order of the calls; a start that needs more than ``limit`` is alone in its group.
+        """
         groups: list[list[int]] = []
         held: set[int] = set()
         for start in sorted(set(starts)):

@@ -62,7 +62,11 @@ class Reruns:
         self.replays = self.forwards = 0
 
     def learn(self, batch: Any, samples: int) -> Calls:
-        """Log the calls of a run, and whether it draws random numbers or changes the model."""
+        """Log the calls of a run, and whether it draws random numbers or changes the model.
+
+        Returns:
+            The log, which is also kept in ``calls``.
+        """
         others = [*self.model.buffers(), *tensors_of(batch)]
         with torch.no_grad(), eager(), isolated(self.model):
             random, state = random_state(), ModelState(self.model)
@@ -127,7 +131,11 @@ class Rerun:
         return result
 
     def plan(self, layers: Sequence[str]) -> list[str]:
-        """Announce the layers that will be changed; return them in the order that needs the fewest recordings."""
+        """Announce the layers that will be changed.
+
+        Returns:
+            The layers in the order that needs the fewest recordings.
+        """
         calls = self._of.calls
         assert calls is not None, "learnt before"
         starts = {name: self._start(name) for name in layers}
@@ -190,7 +198,11 @@ class Rerun:
         return found
 
     def plan_parameters(self, parameters: Sequence[Tensor]) -> list[int]:
-        """Announce the parameters that will be changed; return their order that needs the fewest recordings."""
+        """Announce the parameters that will be changed.
+
+        Returns:
+            Indices into ``parameters`` in the order that needs the fewest recordings.
+        """
         assert self._of.calls is not None, "learnt before"
         starts = [self._reader(parameter) for parameter in parameters]
         usable = [start for start in starts if start is not None]
@@ -226,7 +238,11 @@ class Rerun:
         return found if isinstance(found, Tensor) and found.numel() else None
 
     def prepare(self, layer: str) -> bool:
-        """Record all that a change of a layer needs; return False if it cannot be replayed."""
+        """Record all that a change of a layer needs.
+
+        Returns:
+            False if the change cannot be replayed, so that whole runs are needed.
+        """
         start = self._start(layer)
         return start is not None and self._trusted(start)
 
@@ -250,7 +266,11 @@ class Rerun:
         return found
 
     def _trusted(self, start: int) -> bool:
-        """Record all that a replay from ``start`` needs and return whether replays from there give the same results."""
+        """Record all that a replay from ``start`` needs.
+
+        Returns:
+            Whether replays from there give the same results as a whole run.
+        """
         of = self._of
         if not self._fits or of.trusted.get(start) is False:
             return False

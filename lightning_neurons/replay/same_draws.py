@@ -82,7 +82,12 @@ def _seed(number: int) -> None:
 def _narrow(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], drawn: Tensor, *, by_entry: bool
 ) -> Tensor:
-    """Draw the same for one place alone, or for one place of each entry of the first axis."""
+    """Draw random numbers for one place alone, or for one place of each entry of the first axis.
+
+    Returns:
+        A tensor with the axes of ``drawn``, of length 1 (but for the first, with ``by_entry``) where the function
+        allows it; else ``(1,)``.
+    """
     places = tuple(slice(None) if axis == 0 and by_entry else slice(0, 1) for axis in range(drawn.ndim))
     if args and isinstance(args[0], Tensor) and args[0].shape == drawn.shape:
         return func(args[0][places].clone(), *args[1:], **kwargs)  # type: ignore[no-any-return]

@@ -90,7 +90,11 @@ class Tape(SameCalls):
         return place < len(self.starts) and self.starts[place] <= last
 
     def twins(self, start: int) -> dict[int, int]:
-        """Return, for each call that reads the activation before ``start``, the call that made its input, if kept."""
+        """Pair each call that reads the activation before ``start`` with the call that made its input.
+
+        Returns:
+            Calls by the number of the call that reads; only pairs of which the tape holds both results, unchanged.
+        """
 
         def is_kept(call: int) -> bool:
             intact = not any(memory in self.written for memory in self.calls.memory[call])

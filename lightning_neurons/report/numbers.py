@@ -80,7 +80,11 @@ def _ranked(report: NeuronReport, scores: Tensor, layer: str) -> list[int]:
 
 
 def counted(rows: Sequence[LayerRow], measure: str) -> int | None:
-    """Count the neurons of some layers that are dead (or what ``measure`` names); None if it is known of none."""
+    """Count the neurons of some layers that are dead (or what ``measure`` names).
+
+    Returns:
+        The sum over the layers of which it is known; None if that is none.
+    """
     found = [count for row in rows if (count := getattr(row, measure)) is not None]
     return sum(found) if found else None
 
@@ -97,7 +101,11 @@ def effective_share(rows: Sequence[LayerRow]) -> float:
 
 
 def in_words(rows: Sequence[LayerRow], measure: str) -> str:
-    """Format the count for a table: ``"-"`` if it is known of none, and how many are unknown if some are."""
+    """Format the count for a table.
+
+    Returns:
+        The count, with how many are unknown if some are; ``"-"`` if it is known of no layer.
+    """
     count = counted(rows, measure)
     if count is None:
         return "-"
@@ -106,7 +114,11 @@ def in_words(rows: Sequence[LayerRow], measure: str) -> str:
 
 
 def what_is_ranked(report: NeuronReport) -> str:
-    """Describe the layers that a ranking over all layers leaves out, and neurons that are one entry; empty if none."""
+    """Describe the layers that a ranking over all layers leaves out, and neurons that are one entry.
+
+    Returns:
+        A phrase without a full stop; empty if there is nothing to say.
+    """
     outputs = [layer.name for layer in report.layers if layer.output and layer.name in report.counts]
     words = (
         [f"the model's outputs ({', '.join(outputs)}) are left out"] if 0 < len(outputs) < len(report.counts) else []

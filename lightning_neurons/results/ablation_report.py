@@ -109,6 +109,9 @@ class AblationReport:
     def load(cls, path: str | Path) -> "AblationReport":
         """Read what ``save`` wrote.
 
+        Returns:
+            A report equal to the one that was saved, on the CPU.
+
         Raises:
             ArgumentError: If the file is no such report, or of a newer version.
         """
@@ -244,7 +247,11 @@ class PerturbationReport:
     notes: tuple[str, ...]
 
     def ranking(self) -> list[Perturbed]:
-        """Rank rows from the highest to the lowest loss; ties keep the model's order, NaN and infinity come last."""
+        """Rank rows from the highest to the lowest loss.
+
+        Returns:
+            All rows; ties keep the model's order, NaN and infinity come last.
+        """
         return sorted(self.rows, key=lambda row: -row.loss if math.isfinite(row.loss) else math.inf)
 
     def save(self, path: str | Path) -> None:

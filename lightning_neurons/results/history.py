@@ -87,7 +87,11 @@ class NeuronHistory:
         return len(self.entries)
 
     def add(self, report: NeuronReport) -> HistoryEntry:
-        """Compare a report with the one before and keep it."""
+        """Compare a report with the one before and keep it.
+
+        Returns:
+            The entry that is now the last of the history.
+        """
         entry = self.compare(report)
         self.keep(report, entry)
         return entry
@@ -105,7 +109,11 @@ class NeuronHistory:
             self.entries[:RECENT] = self.entries[:RECENT:2]
 
     def compare(self, report: NeuronReport) -> HistoryEntry:
-        """Compare a report with the last one of the history."""
+        """Compare a report with the last one of the history.
+
+        Returns:
+            An entry that is not kept yet; layers whose width has changed since have no neurons that died or revived.
+        """
         dead, unknown = (
             {name: neurons(name).nonzero().flatten().tolist() for name in report.deadness}
             for neurons in (report.dead, report.unknown)
@@ -191,7 +199,10 @@ class NeuronHistory:
 
     @classmethod
     def load(cls, path: str | Path) -> "NeuronHistory":
-        """Read what ``save`` wrote; later measurements are compared by ``dead`` alone, as scores are not in the file.
+        """Read what ``save`` wrote.
+
+        Returns:
+            The history; later measurements are compared with it by ``dead`` alone, as scores are not in the file.
 
         Raises:
             ArgumentError: If the file is no such history, or of a newer version.

@@ -268,6 +268,9 @@ class NeuronReport:
     def load(cls, path: str | Path) -> "NeuronReport":
         """Read what ``save`` wrote.
 
+        Returns:
+            A report equal to the one that was saved, on the CPU.
+
         Raises:
             ArgumentError: If the file is no such report, or of a newer version.
         """

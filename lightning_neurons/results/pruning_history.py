@@ -70,6 +70,9 @@ class PruningHistory:
     def load(cls, path: str | Path) -> "PruningHistory":
         """Read what ``save`` wrote.
 
+        Returns:
+            A history equal to the one that was saved.
+
         Raises:
             ArgumentError: If the file is no such history, or of a newer version.
         """

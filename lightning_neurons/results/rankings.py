@@ -110,7 +110,11 @@ def ranked(entries: Entries, deadness: Mapping[str, Tensor]) -> list[RankedNeuro
 
 
 def chosen(entries: Entries, mask: Bool[Tensor, " neuron"]) -> dict[str, list[int]]:
-    """Return, by layer, the neurons that a mask over all entries, one after the other, selects."""
+    """Look up the neurons that a mask over all entries, one after the other, selects.
+
+    Returns:
+        Sorted indices by layer; layers of one entry have the same ones.
+    """
     parts = mask.split([len(values) for values in entries.values()])
     neurons = zip(entries, (part.nonzero().flatten().tolist() for part in parts), strict=True)
     return {name: list(indices) for group, indices in neurons for name in group}

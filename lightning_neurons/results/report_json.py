@@ -81,6 +81,9 @@ def save(report: Any, path: str | Path) -> None:
 def load(path: str | Path, counts_type: Callable[..., Any]) -> dict[str, Any]:
     """Read the fields of a report.
 
+    Returns:
+        The arguments with which a ``NeuronReport`` equal to the saved one is made.
+
     Raises:
         ArgumentError: If the file is no report, or of a newer version.
     """
@@ -152,7 +155,11 @@ def _read_layer(entry: dict[str, Any]) -> Layer:
 def _read_link(
     kind: Any, function: str, module: str | None, rectified: bool = False, steps: Sequence[Any] = ()
 ) -> Link:
-    """Read a link, also from a file of a version that kept three entries of it."""
+    """Read a link, also from a file of a version that kept three entries of it.
+
+    Returns:
+        The link, with tuples for the lists of JSON.
+    """
     return Link(kind, function, module, rectified, tuple((name, tuple(reads)) for name, reads in steps))
 
 
@@ -175,7 +182,11 @@ def _read_counts(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _unpacked(entry: Mapping[str, Any], width: int) -> Tensor:
-    """Decompress a histogram, up to the size that a histogram of so many neurons has."""
+    """Decompress a histogram, up to the size that a histogram of so many neurons has.
+
+    Returns:
+        Counts ``(neuron, bin)``, int64.
+    """
     rows, bins = typed(tuple[int, int], entry["shape"], "histogram")
     if rows not in (0, width) or not 0 <= bins <= BINS:
         raise ValueError(f"a histogram of {width} neurons does not have {rows} rows and {bins} bins")

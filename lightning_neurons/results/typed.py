@@ -16,7 +16,11 @@ _WORDS = ("inf", "-inf")
 
 
 def plain(value: Any) -> Any:
-    """Convert a value for JSON: tensors to lists, keys to strings, NaN to null, infinities to words.
+    """Convert a value for JSON.
+
+    Returns:
+        Lists for tensors and tuples, strings for keys, None for NaN, ``"inf"`` and ``"-inf"`` for infinities; the
+        rest as it is.
 
     Example:
         >>> plain({3: torch.tensor([1.0, float("nan")]), "high": float("inf")})

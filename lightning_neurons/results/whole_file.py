@@ -35,6 +35,9 @@ def place_of(path: str | Path) -> Place:
 def inside(folder: str | Path, *names: str) -> Place:
     """Join a folder and names.
 
+    Returns:
+        A path on a local disk, else a URL.
+
     Example:
         >>> inside("s3://bucket/run/", "pictures", "a.png")
         's3://bucket/run/pictures/a.png'
@@ -72,7 +75,10 @@ def write_whole(path: str | Path, content: str | bytes) -> None:
 
 
 def read_text(path: str | Path) -> str:
-    """Read a text file.
+    """Read a text file, local or remote.
+
+    Returns:
+        Its whole text, decoded as UTF-8.
 
     Raises:
         OSError: If there is none, or it cannot be read.

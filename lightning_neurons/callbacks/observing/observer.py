@@ -308,9 +308,8 @@ class NeuronObserver(EitherCallback):
         notes = [] if sample is None or self._member.lost is not None else [sample.describe()]
         if trainer.world_size > 1:
             notes = [f"process {trainer.global_rank} of {trainer.world_size}: {note}" for note in notes]
-        plain = {"source": self.source, "step": self.step, "max_samples": self.max_samples}
         report = measurement.report(
-            settings={**self.settings.plain(), **plain},
+            settings=self.settings.plain() | {n: getattr(self, n) for n in ("source", "step", "max_samples")},
             notes=[*notes, *self._member.described()],
             epoch=trainer.current_epoch if fitting else None,
             step=trainer.global_step if fitting else None,
@@ -344,8 +343,7 @@ class NeuronObserver(EitherCallback):
 
     def _publish(self, trainer: Any) -> None:
         if self._unpublished is not None:
-            report, entry = self._unpublished
-            self._unpublished = None
+            (report, entry), self._unpublished = self._unpublished, None
             with keeping_training(self, "the report was not written"):
                 self._trail.leave(publish(trainer, self, report, entry))
 
@@ -355,7 +353,11 @@ class NeuronObserver(EitherCallback):
         return self._failure or (self._member.failure if self._member else None)
 
     def _attempt(self, action: Callable[[], Any]) -> Any:
-        """Run a part of the measurement; an error ends the measurement, not the training."""
+        """Run a part of the measurement; an error ends the measurement, not the training.
+
+        Returns:
+            What the action returns, or None after an error, which is kept for a warning.
+        """
         try:
             return action()
         except Exception as error:  # noqa: BLE001 (an observer must not stop what it observes)

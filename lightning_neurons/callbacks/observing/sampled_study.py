@@ -164,7 +164,11 @@ class SampledStudy(EitherCallback):
         raise NotImplementedError
 
     def _try(self, pl_module: Any, replay: StepReplay, batches: list[Any]) -> Any:
-        """Try the study on the few batches of a trial run, to find errors early; None if they are too few for one."""
+        """Try the study on the few batches of a trial run, to find errors early.
+
+        Returns:
+            The result of the study; in studies that need more samples than a trial run has, None.
+        """
         return self._study(pl_module, replay, batches)
 
     def _take(self, found: Any) -> None:

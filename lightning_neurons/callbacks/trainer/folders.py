@@ -152,7 +152,11 @@ def _place_of_runs(trainer: Any) -> tuple[str | None, list[str] | None]:
 
 
 def _new_version(folder: Place) -> Place:
-    """Make and return the first ``version_...`` that does not exist yet."""
+    """Choose the first ``version_...`` that does not exist yet, and make it on a local disk.
+
+    Returns:
+        The path of the new folder; on remote storage, a URL whose folder comes into being with its first file.
+    """
     number = 0
     while True:
         place = inside(folder, f"version_{number}")

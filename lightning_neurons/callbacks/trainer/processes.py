@@ -15,7 +15,10 @@ class MisuseError(PruningError):
 
 
 def in_one_process(trainer: Any, action: Any) -> Any:
-    """Run an action in the first process and send its result, or its error, to all of them.
+    """Run an action in the first process alone.
+
+    Returns:
+        What the action returned there, in every process.
 
     Raises:
         MisuseError: If an argument was at fault, in every process.

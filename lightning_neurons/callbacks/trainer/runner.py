@@ -65,7 +65,11 @@ class Runner:
             self._require(pl_module, "validation_step")
 
     def __call__(self, module: nn.Module, batch: Any) -> Any:
-        """Run a module on a whole batch."""
+        """Run a module on a whole batch.
+
+        Returns:
+            What the module (or its validation step) returns.
+        """
         return self._run(module, batch)
 
     @property
@@ -74,7 +78,11 @@ class Runner:
         return len(self._others)
 
     def take_another(self, pl_module: Any) -> bool:
-        """Switch to the next way in which the module runs; return False, and change nothing, if none is left."""
+        """Switch to the next way in which the module runs.
+
+        Returns:
+            Whether there was one; if not, nothing has changed.
+        """
         while self._others:
             example, run = self._others.pop(0)
             if self._failure(pl_module, example) is None:
@@ -113,7 +121,11 @@ class Runner:
         return bool(ran)
 
     def _step(self, module: Any, batch: Any) -> Any:
-        """Run the validation step of a copy or an isolated module; return its output and the tensors that it logs."""
+        """Run the validation step of a copy or an isolated module.
+
+        Returns:
+            The output of the step, and a list of the tensors that it logged.
+        """
         logged: dict[str, Any] = {}
         vars(module).update(log=lambda name, value, *_, **__: logged.update({name: value}))
         vars(module).update(log_dict=lambda values, *_, **__: logged.update(values.items()))
@@ -145,7 +157,11 @@ def _on_inputs(module: nn.Module, batch: Any) -> Any:
 
 
 def _on_first(module: nn.Module, batch: Any) -> Any:
-    """Run its forward on the first entries of a batch, as many as it takes, where targets and weights follow them."""
+    """Run a module's forward on the first entries of a batch, where targets and weights follow them.
+
+    Returns:
+        The output of the forward, which was called with as many entries as it has positional parameters.
+    """
     kinds = [parameter.kind for parameter in inspect.signature(module.forward).parameters.values()]
     taken = sum(kind in {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD} for kind in kinds)
     return module(*batch[:taken])

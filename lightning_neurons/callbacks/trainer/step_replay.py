@@ -81,7 +81,11 @@ class StepReplay:
             yield
 
     def run(self, batch: Any) -> Any:
-        """Run ``loss_fn`` or the step on a batch."""
+        """Run ``loss_fn`` or the step on a batch, without warnings or logging.
+
+        Returns:
+            What ``loss_fn`` or the step returns; what the step logged is in ``logged``.
+        """
         self.logged.clear()
         # Entering the grad mode that is on has it put back, if the step switches it.
         with warnings.catch_warnings(), torch.set_grad_enabled(torch.is_grad_enabled()):
@@ -94,7 +98,10 @@ class StepReplay:
                 return getattr(self.pl_module, self.step)(map_tensors(batch, Tensor.clone), *arguments)
 
     def loss(self, batch: Any) -> Tensor:
-        """Compute the differentiable loss of a batch, as ``loss_fn`` or the step returns or logs it.
+        """Compute the loss of a batch, as ``loss_fn`` or the step returns or logs it.
+
+        Returns:
+            The loss with its graph: a single number, or one for each sample if ``loss_fn`` returns them.
 
         Raises:
             MeasurementError: If ``loss_fn`` does not run with gradients.

@@ -173,7 +173,11 @@ def _floats(tree: Any) -> list[Tensor]:
 
 
 def _words(out: Any, logged: Mapping[str, Any]) -> str:
-    """Describe what is there instead of a loss, for messages."""
+    """Describe what is there instead of a loss.
+
+    Returns:
+        The end of a sentence, in brackets, with a space before it.
+    """
     for verb, numbers in (("returned", out), ("logged", dict(logged))):
         several = len({id(v) for v in _floats(numbers) if v.requires_grad and v.numel() == 1})
         if several > 1:

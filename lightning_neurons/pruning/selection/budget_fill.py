@@ -36,7 +36,11 @@ class Dense:
 
 
 def bucket_of(structure: Structure, budget: PruningBudget) -> dict[str, str]:
-    """Return, by root, the name of the set whose neurons compete with one another."""
+    """Name, for each group, the set whose neurons compete with one another.
+
+    Returns:
+        Names by root: one for the whole model, or that of the layer or the block.
+    """
     if budget.scopes[0] == "global":
         return dict.fromkeys(structure.groups, "the model")
     if budget.scopes[0] == "layer":
@@ -122,7 +126,11 @@ def _reach_amount(
 
 
 def by_root(units: Sequence[tuple[str, int]]) -> Chosen:
-    """Group candidates by root."""
+    """Sort candidates by the group that they belong to.
+
+    Returns:
+        Units by root, each list in the order of the candidates.
+    """
     found: Chosen = {}
     for root, unit in units:
         found.setdefault(root, []).append(unit)
@@ -130,7 +138,11 @@ def by_root(units: Sequence[tuple[str, int]]) -> Chosen:
 
 
 def rounded(units: Mapping[str, list[int]], groups: Mapping[str, Group], round_to: int) -> Chosen:
-    """Keep units, the most important first, until each width is a multiple of ``round_to``; return the others."""
+    """Keep units, the most important first, until each width is a multiple of ``round_to``.
+
+    Returns:
+        By root, the units that are still removed, in their order; roots without any are left out.
+    """
     found = {}
     for root, chosen in units.items():
         back = -(groups[root].size - len(chosen)) % round_to

@@ -103,7 +103,11 @@ def _of_units(scores: Tensor, units: tuple[tuple[int, ...], ...], how: Aggregate
 
 
 def _reduced(rows: Tensor, how: Aggregate) -> Tensor:
-    """Reduce scores over the first axis; NaN has no say, except where there is nothing else."""
+    """Reduce scores over the first axis; NaN has no say, except where there is nothing else.
+
+    Returns:
+        The maximum, sum or mean without the first axis; NaN where all scores are.
+    """
     known = ~rows.isnan()
     if how == "max":
         value = torch.where(known, rows, -torch.inf).amax(0) if len(rows) else rows.new_zeros(rows.shape[1:])

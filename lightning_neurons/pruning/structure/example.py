@@ -29,7 +29,11 @@ class Example:
     forward: Callable[[nn.Module, Any], Any] = call
 
     def run(self, model: nn.Module) -> Any:
-        """Run a model on a copy of the inputs, always with the same random numbers."""
+        """Run a model on a copy of the inputs, always with the same random numbers.
+
+        Returns:
+            What the model (or ``forward``) returns.
+        """
         with kept_random_state(model), eager():
             torch.default_generator.manual_seed(0)  # torch.manual_seed would also look after devices that are not used
             if any(parameter.device.type == "cuda" for parameter in model.parameters()):
@@ -70,11 +74,14 @@ def in_precision(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def twin_of(model: nn.Module, *, shared: bool = False) -> nn.Module:
-    """Copy a model, in evaluation mode.
+    """Copy a model.
 
     Args:
         model: Any module.
         shared: Whether the copy has the same parameters and buffers, so that only its modules are copied.
+
+    Returns:
+        The copy, in evaluation mode; the model itself stays in its mode.
 
     Raises:
         PruningError: If the model cannot be copied.
@@ -110,7 +117,11 @@ def scramble(twin: nn.Module) -> None:
 
 
 def _random(shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """Draw weights that keep the size of activations; scales and biases of either sign, none of them small."""
+    """Draw weights that keep the size of activations; scales and biases of either sign, none of them small.
+
+    Returns:
+        Weights, normal with variance ``1 / fan_in``, or of vectors, magnitudes from 0.5 to 1.
+    """
     if len(shape) > 1:
         return torch.randn(shape, generator=generator) * math.sqrt(shape[0] / max(shape.numel(), 1))
     signs = torch.randint(0, 2, shape, generator=generator) * 2 - 1

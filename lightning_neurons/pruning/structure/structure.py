@@ -168,7 +168,12 @@ def _preflight(twin: nn.Module, example: Example, ends: list[str]) -> Preflight:
 
 
 def some_units(group: Group, seed: int) -> list[int]:
-    """Choose about a third of a group's units, without any pattern, as a trial; no layer loses all."""
+    """Choose about a third of a group's units, without any pattern, as a trial.
+
+    Returns:
+        Sorted units whose removal leaves every layer at least ``group.least`` neurons; at least one where that allows
+        it.
+    """
     chosen: list[int] = []
     for unit in torch.randperm(group.size, generator=torch.Generator().manual_seed(seed)).tolist():
         gone = group.neurons([*chosen, unit])

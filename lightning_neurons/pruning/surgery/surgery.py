@@ -241,7 +241,11 @@ def _rest(tensor: Tensor, axis: int, gone: Iterable[int]) -> Tensor:
 def _states(
     optimizer: torch.optim.Optimizer, smaller: Sequence[_Smaller]
 ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Return, for each parameter that is cut, its state and what it will be."""
+    """Cut the state that an optimizer has for each parameter that is cut.
+
+    Returns:
+        Pairs of the state as it is and as it will be; the second is empty where the state starts afresh.
+    """
     found: list[tuple[dict[str, Any], dict[str, Any]]] = []
     foreign = foreign_entries(optimizer)
     for one in smaller:

@@ -23,7 +23,11 @@ _BARS = {
 
 
 def importance_by_class(report: ClassReport) -> Any:
-    """Draw a heat map for each layer: classes down, neurons across, in order of the class that they matter most for."""
+    """Draw a heat map for each layer: classes down, neurons across, in order of the class that they matter most for.
+
+    Returns:
+        A matplotlib figure of at most ``_MOST_LAYERS`` layers.
+    """
     layers = list(report.importance)
     count = min(len(layers), _MOST_LAYERS)
     shown = [layers[i * len(layers) // count] for i in range(count)]
@@ -52,7 +56,11 @@ def importance_by_class(report: ClassReport) -> Any:
 
 
 def reuse_matrix(report: ClassReport) -> Any:
-    """Draw the overlap of every two classes' neurons beyond chance (Jaccard index minus its chance level)."""
+    """Draw the overlap of every two classes' neurons beyond chance (Jaccard index minus its chance level).
+
+    Returns:
+        A matplotlib figure with one cell for each pair of classes; the diagonal is blank.
+    """
     figure = new_figure(6, 5)
     axes = figure.subplots()
     excess = (report.jaccard - report.jaccard_chance).fill_diagonal_(math.nan)
@@ -68,7 +76,11 @@ def reuse_matrix(report: ClassReport) -> Any:
 
 
 def selectivity_histogram(report: ClassReport) -> Any:
-    """Draw a histogram of the class selectivity index of living neurons; it describes, and is not importance."""
+    """Draw a histogram of the class selectivity index of living neurons; it describes, and is not importance.
+
+    Returns:
+        A matplotlib figure of all layers together.
+    """
     figure = new_figure(6, 4)
     axes = figure.subplots()
     found = torch.cat(list(report.selectivity.values()))
@@ -81,7 +93,11 @@ def selectivity_histogram(report: ClassReport) -> Any:
 
 
 def accuracy_bars(report: ClassReport) -> Any:
-    """Draw accuracy on each class's own samples (above) and on the others (below), of every kind of model."""
+    """Draw accuracy on each class's own samples (above) and on the others (below), of every kind of model.
+
+    Returns:
+        A matplotlib figure with one group of bars for each class.
+    """
     kinds = [kind for kind in _BARS if any(row.model == kind for row in report.accuracies)]
     figure = new_figure(min(max(8, 0.9 * len(report.classes)), 16), 6.5)
     upper, lower = figure.subplots(2, 1, sharex=True)
@@ -106,7 +122,11 @@ def accuracy_bars(report: ClassReport) -> Any:
 
 
 def sharing_graph(report: ClassReport) -> Any:
-    """Draw classes on a circle: the larger, the more neurons of its own; lines where two share more than by chance."""
+    """Draw classes on a circle: the larger, the more neurons of its own; lines where two share more than by chance.
+
+    Returns:
+        A matplotlib figure with at most three times as many lines as classes, those of the strongest sharing.
+    """
     figure = new_figure(6, 6)
     axes = figure.subplots()
     count = len(report.classes)

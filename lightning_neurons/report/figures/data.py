@@ -83,7 +83,11 @@ def silent_shares(report: NeuronReport, layer: str | None, thresholds: Any) -> T
 def scored_and_measured(
     report: NeuronReport, ablation: AblationReport, criterion: str | None = None
 ) -> dict[str, Tensor]:
-    """Return, by layer, scores and magnitudes of the measured change of loss, ``(2, neuron)``, of neurons with both."""
+    """Pair scores with the measured change of the loss.
+
+    Returns:
+        By layer, scores and magnitudes of the change, ``(2, neuron)``, of the neurons that have both.
+    """
     scores, found = report.importance(criterion, "none"), {}
     for layer, delta in ablation.delta_loss.items():
         if layer in scores and len(delta) == len(scores[layer]):
@@ -115,13 +119,21 @@ def as_channels(values: Tensor) -> Tensor:
 
 
 def summed_channels(values: Tensor) -> Tensor:
-    """Sum a saliency map over its channels, to ``(height, width)``, or ``(length,)`` of signals and tokens."""
+    """Sum a saliency map over its channels.
+
+    Returns:
+        ``(height, width)``, or ``(length,)`` of signals and tokens.
+    """
     plain = finite(values)
     return plain.reshape(-1, plain.shape[-1]).sum(0) if is_signal(plain) else as_channels(plain).sum(0)
 
 
 def tiled(weight: Tensor) -> Tensor:
-    """Tile filters ``(out, in, height, width)``, means over ``in``, with gaps of NaN; a matrix stays as it is."""
+    """Tile filters ``(out, in, height, width)``, means over ``in``, with gaps of NaN.
+
+    Returns:
+        A matrix of about as many filters across as down; a matrix of weights stays as it is.
+    """
     if not weight.numel():
         return torch.full((1, 1), torch.nan)
     if weight.ndim < 4:

@@ -40,6 +40,9 @@ def can_draw() -> bool:
 def new_figure(width: float, height: float) -> Any:
     """Make an empty figure; sizes are in inches.
 
+    Returns:
+        A matplotlib figure without axes, which no window shows and nobody must close.
+
     Raises:
         MissingPackageError: If matplotlib is not installed.
     """
@@ -63,6 +66,9 @@ def shortened(text: str, most: int) -> str:
     r"""Shorten a text, such as a layer's name, to ``most`` characters, and escape it for matplotlib.
 
     Names of layers tell more at their end, so the beginning goes.
+
+    Returns:
+        The text, with an ellipsis in place of its beginning if it was longer.
 
     Example:
         >>> shortened("backbone.layer3.0.conv1", 16), shortened("$x", 16)
@@ -98,7 +104,11 @@ def log_where_positive(axes: Any, which: Literal["x", "y"], values: Tensor) -> t
 
 
 def say_instead(axes: Any, text: str) -> Any:
-    """Write the reason why there is nothing to draw into the middle of the axes; return them."""
+    """Write the reason why there is nothing to draw into the middle of the axes.
+
+    Returns:
+        The same axes, without ticks.
+    """
     axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes, fontsize=_TITLE_SIZE)
     axes.set_xticks([])
     axes.set_yticks([])
@@ -114,7 +124,11 @@ def any_letters() -> Iterator[None]:
 
 
 def save_figure(figure: Any, path: Where) -> Where:
-    """Write a figure as PNG; return its path."""
+    """Write a figure as PNG, at 120 dots per inch.
+
+    Returns:
+        The path that was written.
+    """
     packed = io.BytesIO()
     with any_letters():
         figure.savefig(packed, dpi=120, format="png")

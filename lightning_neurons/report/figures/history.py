@@ -82,7 +82,11 @@ def magnitude_history(history: NeuronHistory, layer: str, axes: Any = None) -> A
 
 
 def dead_history(history: NeuronHistory, axes: Any = None) -> Any:
-    """Draw the share of dead neurons by layer, first layer at the top, one column per measurement."""
+    """Draw the share of dead neurons by layer, first layer at the top, one column per measurement.
+
+    Returns:
+        The matplotlib axes: those given, or those of a new figure.
+    """
     layers = list(dict.fromkeys(name for entry in history.entries for name in entry.dead))
     axes = given_or_new(axes, 6.5, min(1.4 + 0.18 * max(len(layers), 5), 13))
     _epochs(axes, history.entries)
@@ -104,7 +108,11 @@ def dead_history(history: NeuronHistory, axes: Any = None) -> Any:
 
 
 def pruning_progress(history: PruningHistory, axes: Any = None) -> Any:
-    """Draw the share of parameters and MACs left after each cut, and the monitored metric around it (on the right)."""
+    """Draw the share of parameters and MACs left after each cut, and the monitored metric around it (on the right).
+
+    Returns:
+        The matplotlib axes: those given, or those of a new figure.
+    """
     axes = given_or_new(axes, 6.5, 4.2)
     axes.set_xlabel("epoch")
     axes.set_ylabel("left of the model [%]")
@@ -138,7 +146,11 @@ def pruning_progress(history: PruningHistory, axes: Any = None) -> Any:
 
 
 def _metric(axes: Any, history: PruningHistory) -> tuple[list[Any], list[str]]:
-    """Draw the metric around every cut, joined by a line; return handles and labels for the legend."""
+    """Draw the metric around every cut, joined by a line.
+
+    Returns:
+        Handles and labels for the legend.
+    """
     epochs = sorted({point.epoch for point in history.points})
     apart = 0.25 * min(np.diff(epochs), default=1)
     for point in history.points:

@@ -218,7 +218,11 @@ def _limit(values: Tensor) -> float:
 
 
 def _overlay(axes: Any, image: Tensor, values: Tensor, *, absolute: bool, limit: float | None = None) -> Any:
-    """Draw a map over a grey image, the stronger the less transparent; it is stretched to the image's size."""
+    """Draw a map over a grey image, the stronger the less transparent; it is stretched to the image's size.
+
+    Returns:
+        The artist of the map, from which a colour bar can be made.
+    """
     grey = as_channels(finite(image)).mean(0)[None]
     # Dark purple could not be seen on black.
     picture(grey if absolute else 0.4 + 0.6 * grey, axes, value_range=(0, 1))
@@ -233,7 +237,11 @@ _TOP_PICTURES = 8
 
 
 def neuron_card(card: NeuronCard) -> Any:
-    """Draw the card of a neuron: the image made to excite it, the samples that excite it most, and its numbers."""
+    """Draw the card of a neuron: the image made to excite it, the samples that excite it most, and its numbers.
+
+    Returns:
+        A matplotlib figure with the parts, of these three, that the card has.
+    """
     shown = min(len(card.pictures), _TOP_PICTURES)
     columns = min(max(shown, 1), _TOP_PICTURES // 2)
     widths = [2.6 * (card.maximized is not None), 1.45 * columns * (shown > 0), 2.6 * bool(card.numbers)]

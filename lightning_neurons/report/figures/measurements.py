@@ -36,6 +36,9 @@ def activation_histogram(report: NeuronReport, layer: str, axes: Any = None) -> 
 
     A bar of zeros that would dwarf the others is cut off; its label says how high it is.
 
+    Returns:
+        The matplotlib axes: those given, or those of a new figure.
+
     Raises:
         UnknownNameError: If the layer was not measured.
     """
@@ -109,6 +112,9 @@ def deadness_curve(report: NeuronReport, layer: str | None = None, axes: Any = N
 
 def deadness_grid(report: NeuronReport, layer: str, axes: Any = None) -> Any:
     """Draw one cell per neuron, row by row: the brighter the deader; crosses are dead, blank cells unknown.
+
+    Returns:
+        The matplotlib axes: those given, or those of a new figure.
 
     Raises:
         UnknownNameError: If deadness of the layer was not measured.

@@ -102,7 +102,11 @@ def _words(value: object) -> str:
 
 
 def _source(environment: Environment, name: str) -> str:
-    """Read a file that goes into the page as it is."""
+    """Read a file that goes into the page as it is.
+
+    Returns:
+        The text of the file, not rendered.
+    """
     assert environment.loader is not None, "given above"
     return environment.loader.get_source(environment, name)[0]
 

@@ -51,6 +51,9 @@ class ListedCard:
 def read_pictures(path: Path, notes: list[str]) -> tuple[ListedPicture, ...]:
     """Read the images that a list names; those that cannot be shown make a note instead.
 
+    Returns:
+        The images, embedded, with titles and captions, in the order of the list.
+
     Raises:
         ArgumentError: If it is no such list.
     """
@@ -62,6 +65,9 @@ def read_pictures(path: Path, notes: list[str]) -> tuple[ListedPicture, ...]:
 
 def read_cards(path: Path, notes: list[str]) -> tuple[ListedCard, ...]:
     """Read the neurons that a list names; those whose images cannot be shown make a note instead.
+
+    Returns:
+        The cards with their images, embedded, in the order of the list.
 
     Raises:
         ArgumentError: If it is no such list.
@@ -146,6 +152,9 @@ class RunFolder:
     def read(cls, directory: str | Path) -> "RunFolder":
         """Read a folder; only neurons.json is required.
 
+        Returns:
+            Everything in it that can be read; what cannot is named in ``notes``.
+
         Raises:
             ArgumentError: If it is not, or is broken; names the nearest folder that has one.
         """
@@ -188,7 +197,11 @@ def _nearest(folder: Path) -> Path | None:
 
 
 def _optional(path: Path, load: Callable[[Path], Found], notes: list[str]) -> Found | None:
-    """Load a file; None if there is none. One that cannot be read makes a note."""
+    """Load a file that need not be there; one that cannot be read makes a note.
+
+    Returns:
+        What ``load`` returns, or None without a file that can be read.
+    """
     if not path.exists():
         return None
     try:

@@ -10,7 +10,10 @@ from lightning_neurons.results.neuron_report import NeuronReport
 
 
 def percent(share: float) -> str:
-    """Format a share in per cent; ``"-"`` for NaN.
+    """Format a share in per cent.
+
+    Returns:
+        The number, with one decimal below 10 %, and the sign; ``"-"`` for NaN.
 
     Example:
         >>> percent(0.131), percent(0.004), percent(0.00001), percent(math.nan)
@@ -24,7 +27,10 @@ def percent(share: float) -> str:
 
 
 def real(value: float) -> str:
-    """Format a number with three digits; ``"-"`` for NaN.
+    """Format a number with three digits.
+
+    Returns:
+        The number; ``"-"`` for NaN.
 
     Example:
         >>> real(0.012345), real(math.nan), real(1234.5)
@@ -34,7 +40,10 @@ def real(value: float) -> str:
 
 
 def whole(count: int | None) -> str:
-    """Format a count with separated thousands; ``"-"`` for None.
+    """Format a count with separated thousands.
+
+    Returns:
+        The count; ``"-"`` for None.
 
     Example:
         >>> whole(12345), whole(None)
@@ -46,6 +55,9 @@ def whole(count: int | None) -> str:
 def many(count: int, one: str, several: str = "") -> str:
     """Format a count and its noun, in the plural where needed.
 
+    Returns:
+        Count and noun; the plural is ``several``, or the singular with an "s".
+
     Example:
         >>> many(1, "layer"), many(2, "layer"), many(2, "class", "classes")
         ('1 layer', '2 layers', '2 classes')
@@ -54,7 +66,11 @@ def many(count: int, one: str, several: str = "") -> str:
 
 
 def dead_by_threshold(report: NeuronReport, layer: str | None = None) -> str:
-    """List the numbers of dead neurons of a layer, or of all, at several thresholds, in the report's unit."""
+    """List the numbers of dead neurons of a layer, or of all, at several thresholds.
+
+    Returns:
+        A phrase with the thresholds in the report's unit and the number of neurons.
+    """
     silent = silent_shares(report, layer, np.array(THRESHOLDS))
     words = ", ".join(f"{int((found == 1).sum())} at {t:g}" for t, found in zip(THRESHOLDS, silent, strict=True))
     relative = report.settings.get("relative_threshold", True)

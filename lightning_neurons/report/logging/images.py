@@ -28,7 +28,11 @@ def show_figure(loggers: Sequence[Any], tag: str, figure: Any, step: int) -> Non
 
 
 def as_pixels(figure: Any) -> Any:
-    """Render a figure as an array ``(height, width, 3)`` of bytes."""
+    """Render a figure.
+
+    Returns:
+        An array ``(height, width, 3)`` of bytes: red, green and blue.
+    """
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # optional, and slow to import
 
