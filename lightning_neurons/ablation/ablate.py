@@ -152,9 +152,13 @@ def measure_batches(
             notes.append("interrupted: neurons were measured on different numbers of samples")
 
 
-def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
+def _settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
     names = ("replacement", "loss_reduction", "exact", "budget", "bottom", "confidence", "seed")
-    return {name: given[name] for name in names if given["budget"] is not None or name not in ("bottom", "confidence")}
+    return {
+        name: arguments[name]
+        for name in names
+        if arguments["budget"] is not None or name not in ("bottom", "confidence")
+    }
 
 
 def _check_metrics(metrics: Any, per_class: Any, rules: Any) -> None:

@@ -61,8 +61,8 @@ def activation_means(
     watched = {name: modules[name] for name in layers}
     with torch.inference_mode(False), torch.no_grad(), eager(), WatchActivations(layers, watched, deliver):
         for batch in batches:
-            given = normal_tensors(batch)
-            _ = call(model, inputs_of(given)) if run is None else run(model, given)
+            normal = normal_tensors(batch)
+            _ = call(model, inputs_of(normal)) if run is None else run(model, normal)
     counted = {name: torch.tensor(float(count), dtype=torch.float64) for name, count in counts.items()}
     return {name: add_up(total) / add_up(counted[name]).to(total.device) for name, total in totals.items()}
 
@@ -143,8 +143,8 @@ class WhatIf:
         if self.layers:
             return
 
-        def forward(given: Any) -> Any:
-            return self._run(normal_tensors(given))
+        def forward(data: Any) -> Any:
+            return self._run(normal_tensors(data))
 
         with torch.inference_mode(False), isolated(self.model):
             self._passes.find(forward, batch)
@@ -164,8 +164,8 @@ class WhatIf:
 
     def parts(self, batch: Any) -> list[Any]:
         """Return the batch in parts whose activations stay in a CPU's cache; whole, where that changes results."""
-        found = list(self._passes.parts(batch))
-        return found if len(found) == 1 or self.may_divide(batch, found) else [batch]
+        parts = list(self._passes.parts(batch))
+        return parts if len(parts) == 1 or self.may_divide(batch, parts) else [batch]
 
     def may_divide(self, batch: Any, parts: Sequence[Any]) -> bool:
         """Return whether a batch has the loss and the outputs of its parts; found out on the first batch."""
@@ -178,7 +178,7 @@ class WhatIf:
         with torch.inference_mode(False), torch.no_grad(), eager(), isolated(self.model):
             whole = self._run(normal_tensors(batch))
             try:
-                results = [whole, *(self._run(normal_tensors(one)) for one in parts)]
+                results = [whole, *(self._run(normal_tensors(part)) for part in parts)]
                 return divides(self.outcomes, batch, parts, results)
             except Exception:  # noqa: BLE001 (whatever a model raises on other samples than it expects)
                 return False
@@ -207,9 +207,9 @@ class WhatIf:
     def shuffle(self, samples: int) -> Tensor:
         """Return another sample for each sample: random, none stays where it is."""
         order = torch.randperm(samples, generator=self._generator)
-        found = torch.empty_like(order)
-        found[order] = order.roll(1)
-        return found
+        partners = torch.empty_like(order)
+        partners[order] = order.roll(1)
+        return partners
 
 
 def require_present(study: WhatIf, layers: Iterable[str]) -> None:
@@ -270,7 +270,7 @@ class BatchWhatIf:
         study, layers = self._study, [name for neurons in sets for name in neurons]
         if study.together < 2 or len(sets) < 2 or any(len(neurons) != 1 for neurons in sets) or len({*layers}) != 1:
             return None
-        found: list[Outcome] = []
+        outcomes: list[Outcome] = []
         for first in range(0, len(sets), study.together):
             some = sets[first : first + study.together]
             edits = [self._edit(layers[0], neurons[layers[0]]) for neurons in some]
@@ -278,10 +278,10 @@ class BatchWhatIf:
             outcome = None if result is None else study.outcomes.of_stack(result, self.batch, self.samples, len(some))
             if outcome is None:
                 return None
-            found.append(outcome)
-        outputs = [output for outcome in found for output in outcome.outputs]
-        losses, means = (torch.cat([getattr(one, name) for one in found]) for name in ("losses", "means"))
-        return Outcome(losses, found[0].weights, means, outputs)
+            outcomes.append(outcome)
+        outputs = [output for outcome in outcomes for output in outcome.outputs]
+        losses, means = (torch.cat([getattr(outcome, name) for outcome in outcomes]) for name in ("losses", "means"))
+        return Outcome(losses, outcomes[0].weights, means, outputs)
 
     def with_changed(self, parameter: Tensor) -> Outcome:
         """Return the outcome with a parameter as it is now, if it had another value when the batch ran first."""

@@ -53,11 +53,11 @@ class GateGradients:
         self, layer: str, activation: Tensor, gradient: Tensor | None, need: Need, inner: Tensor | None = None
     ) -> None:
         """Add the gate gradients of one call of one layer."""
-        known = self._layers[layer]
+        traced = self._layers[layer]
         view = LayerView(
-            samples_of(activation, known, self._size),
-            None if gradient is None else samples_of(gradient, known, self._size),
-            None if inner is None else samples_of(inner, known, self._size),
+            samples_of(activation, traced, self._size),
+            None if gradient is None else samples_of(gradient, traced, self._size),
+            None if inner is None else samples_of(inner, traced, self._size),
         )
         self._sums[layer] = self._sums.get(layer, 0) + view.gate_gradient
 
@@ -69,8 +69,8 @@ class GateGradients:
             return torch.zeros(size, width, 2)
         study = self._study
 
-        def loss_of(given: Any) -> Tensor:
-            return summed(study.loss_fn(study.model, given), study.loss_reduction, batch_size_of(given))  # type: ignore[arg-type]
+        def loss_of(data: Any) -> Tensor:
+            return summed(study.loss_fn(study.model, data), study.loss_reduction, batch_size_of(data))  # type: ignore[arg-type]
 
         self._sums = {}
         try:
@@ -141,18 +141,19 @@ class Estimates:
         if seen < population:
             chance = (self._keys[seen] * self._sizes[:seen]).clamp(max=1)
         ones = torch.ones(population, len(neurons), 1, dtype=torch.float64)
-        known = torch.cat([ones, self._controls[:, neurons].double()], 2).transpose(0, 1)  # (neuron, sample, control)
-        known = known / known.abs().amax(1, keepdim=True).clamp_min(1e-300)
+        # (neuron, sample, control)
+        controls = torch.cat([ones, self._controls[:, neurons].double()], 2).transpose(0, 1)
+        controls = controls / controls.abs().amax(1, keepdim=True).clamp_min(1e-300)
         # Samples that are surely seen have no part in what has to be predicted.
         weights = (1 - chance) / chance.square()
-        design = known[:, :seen]
+        design = controls[:, :seen]
         normal = (design * weights[:, None]).transpose(1, 2) @ design
         normal = normal + torch.diag_embed(1e-9 * normal.diagonal(dim1=1, dim2=2) + 1e-30)
         slope = torch.linalg.solve(normal, (design * (weights * values)[..., None]).sum(1)[..., None])
         left = values - (design @ slope)[..., 0]
-        middle = ((known @ slope)[..., 0].sum(1) + (left / chance).sum(1)) / population
-        freedom = max(int((chance < 1).sum()) - known.shape[2], 1)
-        error = ((weights * left.square()).sum(1) * (freedom + known.shape[2]) / freedom).sqrt() / population
+        middle = ((controls @ slope)[..., 0].sum(1) + (left / chance).sum(1)) / population
+        freedom = max(int((chance < 1).sum()) - controls.shape[2], 1)
+        error = ((weights * left.square()).sum(1) * (freedom + controls.shape[2]) / freedom).sqrt() / population
         return torch.stack([middle, error, torch.full_like(middle, freedom)])
 
 

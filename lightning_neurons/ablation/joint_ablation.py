@@ -67,7 +67,7 @@ def ablate_together(
     study = given_study(model, loss_fn, **options, progress=progress, seed=seed)
     if isinstance(sets, str | Mapping) or not isinstance(sets, Sequence) or not sets:
         raise ArgumentError.of("sets", sets, 'a list of sets, such as [{"conv1": [0, 3]}, plan.neurons]')
-    chosen = [chosen_neurons(model, one, name=f"sets[{i}]") for i, one in enumerate(sets)]
+    chosen = [chosen_neurons(model, neurons, name=f"sets[{i}]") for i, neurons in enumerate(sets)]
     base, changes = measure_sets(study, given_batches(batches), chosen, progress=progress)
     return JointAblation(
         loss=float(base.mean[0]),
@@ -136,7 +136,7 @@ def ablation_curves(
     orders = [ranked[::-1], ranked]
     orders += [[ranked[i] for i in torch.randperm(len(ranked), generator=generator)] for _ in range(random_orders)]
     counts = [round(i * len(ranked) / (points - 1)) for i in range(points)]
-    sets = [_by_layer(one[:count]) for one in orders for count in counts[1:-1]] + [_by_layer(ranked)]
+    sets = [_by_layer(ordered[:count]) for ordered in orders for count in counts[1:-1]] + [_by_layer(ranked)]
     base, changes = measure_sets(study, given_batches(batches), sets, progress=progress)
     losses = base.mean[0] + changes.mean
     inner = losses[:-1].view(len(orders), points - 2)
@@ -164,17 +164,17 @@ def measure_sets(
     with isolated(study.model), torch.no_grad(), study.open():
         study.model.eval()
         study.look(batches[0])
-        require_present(study, {name for one in sets for name in one})
+        require_present(study, {name for neurons in sets for name in neurons})
         if study.replacement == "mean":
             study.measure_means(batches)
         parts = [part for batch in batches for part in study.parts(batch)]
         with tqdm(total=len(parts) * len(sets), desc="sets", disable=not progress) as bar, suppress(KeyboardInterrupt):
             for part in parts:
                 here = study.on(part)
-                here.order(list(dict.fromkeys(name for one in sets for name in one)))
+                here.order(list(dict.fromkeys(name for neurons in sets for name in neurons)))
                 base.add([0], here.outcome.losses, here.outcome.weights)
-                for row, one in enumerate(sets):
-                    first, second = here.without([one]), here.outcome
+                for row, neurons in enumerate(sets):
+                    first, second = here.without([neurons]), here.outcome
                     if not first.agrees(second):
                         first, second = first.averaged(), second.averaged()
                     changes.add([row], first.losses - second.losses, second.weights)
@@ -201,7 +201,7 @@ def _ranked(model: nn.Module, scores: Any) -> list[tuple[str, int]]:
 
 
 def _by_layer(pairs: Iterable[tuple[str, int]]) -> dict[str, list[int]]:
-    found: dict[str, list[int]] = {}
+    by_layer: dict[str, list[int]] = {}
     for layer, neuron in pairs:
-        found.setdefault(layer, []).append(neuron)
-    return found
+        by_layer.setdefault(layer, []).append(neuron)
+    return by_layer

@@ -46,10 +46,10 @@ def chosen_neurons(model: nn.Module, neurons: Any, *, name: str = "neurons") -> 
     elif not isinstance(neurons, Iterable) or isinstance(neurons, type):
         raise ArgumentError.of(name, neurons, _ALLOWED)
     else:
-        given = list(neurons)
-        if given and all(isinstance(one, str | type) for one in given):
-            return {layer: list(range(widths[layer])) for layer in layers_matching(name, model, given)}
-        pairs = [_pair(name, one) for one in given]
+        entries = list(neurons)
+        if entries and all(isinstance(entry, str | type) for entry in entries):
+            return {layer: list(range(widths[layer])) for layer in layers_matching(name, model, entries)}
+        pairs = [_pair(name, entry) for entry in entries]
     if not pairs:
         raise ArgumentError.of(name, neurons, f"at least one neuron: {_ALLOWED}")
     return _by_layer(name, pairs, widths)
@@ -68,16 +68,16 @@ def layers_matching(name: str, model: nn.Module, patterns: Sequence[Pattern] | N
 
 
 def _by_layer(name: str, pairs: Sequence[tuple[str, int]], widths: Mapping[str, int]) -> dict[str, list[int]]:
-    found: dict[str, list[int]] = {}
+    by_layer: dict[str, list[int]] = {}
     for layer, index in pairs:
         if layer not in widths:
             raise UnknownNameError.among(name, str(layer), widths)
         if not 0 <= index < widths[layer]:
             raise ArgumentError.of(name, (layer, index), f"neurons of 0 to {widths[layer] - 1} in {layer!r}")
-        if index in found.setdefault(layer, []):
+        if index in by_layer.setdefault(layer, []):
             raise ArgumentError.of(name, (layer, index), "each neuron once")
-        found[layer].append(index)
-    return {layer: sorted(found[layer]) for layer in widths if layer in found}
+        by_layer[layer].append(index)
+    return {layer: sorted(by_layer[layer]) for layer in widths if layer in by_layer}
 
 
 def _indices(name: str, layer: Any, indices: Any) -> list[int]:
@@ -88,8 +88,8 @@ def _indices(name: str, layer: Any, indices: Any) -> list[int]:
     return [_pair(name, (layer, i))[1] for i in indices]
 
 
-def _pair(name: str, one: Any) -> tuple[str, int]:
-    is_pair = isinstance(one, tuple | list) and len(one) == 2 and isinstance(one[0], str)
-    if not is_pair or not is_number(one[1]) or not hasattr(one[1], "__index__"):
-        raise ArgumentError.of(name, one, _ALLOWED)
-    return one[0], int(one[1])
+def _pair(name: str, entry: Any) -> tuple[str, int]:
+    is_pair = isinstance(entry, tuple | list) and len(entry) == 2 and isinstance(entry[0], str)
+    if not is_pair or not is_number(entry[1]) or not hasattr(entry[1], "__index__"):
+        raise ArgumentError.of(name, entry, _ALLOWED)
+    return entry[0], int(entry[1])

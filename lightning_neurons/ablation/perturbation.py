@@ -162,7 +162,7 @@ def _parameters(model: nn.Module, patterns: Sequence[str] | None) -> Iterator[_T
 def _neurons(model: nn.Module, patterns: Sequence[str] | None) -> Iterator[_Target]:
     if patterns is not None:
         _check_patterns(patterns)
-    found = False
+    has_neurons = False
     for layer, module in layers_matching("parameters", model, patterns).items():
         name = weight_name(module)
         weight = getattr(module, name, None)
@@ -170,16 +170,16 @@ def _neurons(model: nn.Module, patterns: Sequence[str] | None) -> Iterator[_Targ
             allowed = f'"parameter", as the {name} of {layer!r} is computed from others; or parameters= without it'
             raise ArgumentError.of("level", "neuron", allowed)
         for neuron, part in enumerate(neuron_weights(module)):
-            found = True
+            has_neurons = True
             assert isinstance(weight, Tensor), "it has weights of neurons"
             yield _Target(f"{layer}.{name}[{neuron}]", weight, part, neuron)
-    if not found:
+    if not has_neurons:
         raise ArgumentError.of("model", type(model).__name__, "a model with convolutional or linear layers")
 
 
 def _check_patterns(patterns: Any) -> None:
     is_list = isinstance(patterns, Sequence) and not isinstance(patterns, str)
-    if not is_list or not patterns or not all(isinstance(one, str) for one in patterns):
+    if not is_list or not patterns or not all(isinstance(pattern, str) for pattern in patterns):
         raise ArgumentError.of("parameters", patterns, 'None, or a list of patterns such as ["layer1.*"]')
 
 
@@ -188,8 +188,8 @@ def _report(
 ) -> PerturbationReport:
     loss = float(base.mean[0])
     rows = tuple(
-        Perturbed(target.name, found, found - loss, target.neuron)
-        for target, found in zip(targets, changed.mean.tolist(), strict=True)
+        Perturbed(target.name, mean, mean - loss, target.neuron)
+        for target, mean in zip(targets, changed.mean.tolist(), strict=True)
     )
     broken = [row.name for row in rows if not math.isfinite(row.loss)]
     notes = [f"the loss was not finite, so ranked last: {', '.join(broken)}"] if broken else []

@@ -73,14 +73,14 @@ def oracle_agreement(
         for of in (scores, measured, held_out)
     ]
     score, first, second = columns[0], columns[1].abs(), columns[2].abs()
-    known = ~(score.isnan() | first.isnan() | second.isnan())
-    score, first, second = score[known], first[known], second[known]
+    valid = ~(score.isnan() | first.isnan() | second.isnan())
+    score, first, second = score[valid], first[valid], second[valid]
 
     def correlation(a: Tensor, b: Tensor) -> float:
         return round(agreement(a, b).spearman, 12)
 
     return OracleAgreement(
-        correlation(score, first), correlation(score, second), correlation(first, second), int(known.sum())
+        correlation(score, first), correlation(score, second), correlation(first, second), int(valid.sum())
     )
 
 
@@ -155,8 +155,8 @@ def screen(
         measurement = Measurement(model, settings.criteria, layers=chosen, device=device)
         collect(measurement, first, settings, loss_fn, run)
         report = measurement.report(settings={})
-        found = report.scores or report.deadness_by
-        scores = found[criterion.name]
+        by_criterion = report.scores or report.deadness_by
+        scores = by_criterion[criterion.name]
         if criterion.kind == "deadness":
             scores = {name: 1 - values for name, values in scores.items()}
         neurons = _both_ends(scores, ends)
@@ -204,10 +204,10 @@ def _studied(study: WhatIf, layers: Sequence[Pattern] | None) -> list[str]:
     """Return the layers that take part."""
     if layers is None:
         return [name for name, layer in study.layers.items() if not layer.output]
-    found = [name for name in candidates(study.model, layers) if name in study.layers]
-    if not found:
+    chosen = [name for name in candidates(study.model, layers) if name in study.layers]
+    if not chosen:
         raise MeasurementError("none of the layers runs as a module")
-    return found
+    return chosen
 
 
 def _both_ends(scores: Mapping[str, Tensor], ends: int | None) -> dict[str, list[int]]:
@@ -215,7 +215,7 @@ def _both_ends(scores: Mapping[str, Tensor], ends: int | None) -> dict[str, list
     pairs = [(name, i) for name, values in scores.items() for i in range(len(values))]
     ranked = order(torch.cat([values.double().cpu() for values in scores.values()])).tolist()
     chosen = ranked if ends is None or 2 * ends >= len(ranked) else [*ranked[:ends], *ranked[-ends:]]
-    found: dict[str, list[int]] = {}
+    by_layer: dict[str, list[int]] = {}
     for place in sorted(chosen):
-        found.setdefault(pairs[place][0], []).append(pairs[place][1])
-    return found
+        by_layer.setdefault(pairs[place][0], []).append(pairs[place][1])
+    return by_layer

@@ -162,9 +162,9 @@ def _controls(
     gates, width = GateGradients(study, neurons), sum(map(len, neurons.values()))
     why = "the loss cannot be differentiated" if is_worth else "they would take more than half of the budget"
     try:
-        found = [gates.of(part).float() for part in study.parts(whole)] if is_worth else []
+        gradients = [gates.of(part).float() for part in study.parts(whole)] if is_worth else []
         if is_worth and gates.works:
-            return torch.cat(found), []
+            return torch.cat(gradients), []
     except KeyboardInterrupt:
         return torch.zeros(population, width, 2), [_INTERRUPTED]
     return torch.zeros(population, width, 2), [f"no control variates: {why}"]
@@ -197,15 +197,15 @@ def _report(
 ) -> AblationReport:
     middle, _ = estimates.interval(rules.confidence)
     _, one_sigma = estimates.interval(0.6827)
-    found = {
+    deltas = {
         name: torch.full((study.layers[name].neurons,), torch.nan, dtype=torch.float64)
         for name in dict.fromkeys(layer for layer, _ in pairs)
     }
-    errors = {name: values.clone() for name, values in found.items()}
+    errors = {name: values.clone() for name, values in deltas.items()}
     undecided: dict[str, list[int]] = {}
     for row, (layer, neuron) in enumerate(pairs):
         if estimates.seen[row]:
-            found[layer][neuron], errors[layer][neuron] = middle[row], one_sigma[row]
+            deltas[layer][neuron], errors[layer][neuron] = middle[row], one_sigma[row]
         if active[row]:
             undecided.setdefault(layer, []).append(neuron)
     paid = [] if estimates.seen.any() else [f"the budget does not pay for {_LEAST} samples; raise it"]
@@ -213,7 +213,7 @@ def _report(
     return AblationReport(
         loss=float(losses.mean()),
         samples=len(losses),
-        delta_loss=found,
+        delta_loss=deltas,
         standard_error=errors,
         undecided={layer: tuple(indices) for layer, indices in undecided.items()},
         runs=runs,

@@ -195,13 +195,13 @@ class AblationSums:
             self.has_classes |= has_classes
 
     def _remarks(self, loss: float) -> list[str]:
-        found = ["standard errors are over batches: losses could not be told apart by sample"] if self.by_batch else []
+        notes = ["standard errors are over batches: losses could not be told apart by sample"] if self.by_batch else []
         if not math.isfinite(loss):
-            return [*found, f"the loss of the unchanged model is {loss}: no change can be told"]
+            return [*notes, f"the loss of the unchanged model is {loss}: no change can be told"]
         values = self.deltas.mean[self.deltas.samples > 0]
         if infinite := int((~values.isfinite()).sum()):
-            found.append(f"the loss was not finite without {infinite} of {len(values)} neurons")
-        return found
+            notes.append(f"the loss was not finite without {infinite} of {len(values)} neurons")
+        return notes
 
     def report(self, *, settings: Mapping[str, Any], notes: Sequence[str] = ()) -> AblationReport:
         """Turn the sums over all samples into means.
@@ -238,10 +238,10 @@ class AblationSums:
 
     def _by_layer(self, values: Tensor) -> dict[str, Tensor]:
         """Return one value per neuron of each layer, from one per chosen neuron (in the last axis); NaN elsewhere."""
-        found = {n: values.new_full((*values.shape[:-1], self.widths[n]), torch.nan) for n in self.neurons}
+        by_layer = {n: values.new_full((*values.shape[:-1], self.widths[n]), torch.nan) for n in self.neurons}
         for (layer, neuron), row in self.rows.items():
-            found[layer][..., neuron] = values[..., row]
-        return found
+            by_layer[layer][..., neuron] = values[..., row]
+        return by_layer
 
 
 class _Metrics:
@@ -273,8 +273,8 @@ class _Metrics:
 
     def changes_by_class(self, rows: int, classes: int) -> Tensor:
         base = [self._value(None, klass) for klass in range(classes)]
-        found = [[self._value(row, klass) - base[klass] for row in range(rows)] for klass in range(classes)]
-        return torch.tensor(found, dtype=torch.float64)
+        changes = [[self._value(row, klass) - base[klass] for row in range(rows)] for klass in range(classes)]
+        return torch.tensor(changes, dtype=torch.float64)
 
     def _value(self, row: int | None, klass: int | None) -> float:
         metric = self._found.get((row, klass))

@@ -49,13 +49,13 @@ def activation_map(
     chosen = slice(None) if neuron is None else slice(index := neuron_of(model, layer, neuron), index + 1)
     readout = Readout(model, [layer], forward, stop=True)
     pictures = pictures_in(inputs)
-    size, found = require_samples(inputs), []
+    size, maps = require_samples(inputs), []
     with readout.open(), torch.no_grad():
         for rows in torch.arange(size).split(_PART):
             activation = readout(rows_of(inputs, rows, size))[1][layer]
             require_positions(readout.layers[layer], activation)
-            found.append(resized(activation[:, chosen].mean(1, keepdim=True), pictures.shape[2:])[:, 0])
-    return torch.cat(found)
+            maps.append(resized(activation[:, chosen].mean(1, keepdim=True), pictures.shape[2:])[:, 0])
+    return torch.cat(maps)
 
 
 def grad_cam(question: Question, layer: str) -> Float[Tensor, "batch 1 *space"]:
@@ -68,7 +68,7 @@ def grad_cam(question: Question, layer: str) -> Float[Tensor, "batch 1 *space"]:
     Returns:
         One map per sample, resized to the inputs.
     """
-    found = []
+    maps = []
     for rows in question.parts():
         values = question.entrance.values[rows].detach().requires_grad_()
         total = question.value(values, rows).sum()
@@ -81,8 +81,8 @@ def grad_cam(question: Question, layer: str) -> Float[Tensor, "batch 1 *space"]:
             raise MeasurementError(f"layer: {question.aim.name} does not depend on {layer}; take one in front of it")
         weights = gradient.flatten(2).mean(2).view(*gradient.shape[:2], *[1] * (gradient.ndim - 2))
         cam = (weights * activation).sum(1, keepdim=True).relu()
-        found.append(resized(cam.detach(), question.entrance.shape[2:]))
-    return torch.cat(found)
+        maps.append(resized(cam.detach(), question.entrance.shape[2:]))
+    return torch.cat(maps)
 
 
 def require_positions(layer: Layer, activation: Tensor) -> None:

@@ -111,8 +111,8 @@ class _Lines:
     def values_at(self, count: int) -> tuple[Float[Tensor, "row place"], float]:
         """Return the objective between ``count`` equal pieces, and the relative rounding error of its type."""
         with torch.no_grad():
-            found = [self._question.value(self._start + i / count * self.line, self._rows) for i in range(count + 1)]
-        return torch.stack(found, 1).double().cpu(), _ROUNDING * torch.finfo(found[0].dtype).eps
+            values = [self._question.value(self._start + i / count * self.line, self._rows) for i in range(count + 1)]
+        return torch.stack(values, 1).double().cpu(), _ROUNDING * torch.finfo(values[0].dtype).eps
 
     def integrate(self, pieces: _Pieces, allowed: Float[Tensor, " row"], *, halving: bool = True) -> None:
         """Integrate pieces, anew for the samples that they belong to.

@@ -85,14 +85,14 @@ class Aim:
             One number per sample: logit, probability, loss, log odds or activation.
         """
         if self.layer is None:
-            found = self._read_output(outputs, classes, name)
+            values = self._read_output(outputs, classes, name)
         else:
-            found = self._read_layer(activations[self.layer], layers[self.layer], batch_size)
+            values = self._read_layer(activations[self.layer], layers[self.layer], batch_size)
             if before is not None and self.index is not None and layers[self.layer].rectified:
-                found = found.where(found > 0, self._read_layer(before[self.layer], layers[self.layer], batch_size))
+                values = values.where(values > 0, self._read_layer(before[self.layer], layers[self.layer], batch_size))
         if self.minus is None:
-            return found
-        return found - self.minus.read(outputs, activations, layers, batch_size, classes, before, "minus")
+            return values
+        return values - self.minus.read(outputs, activations, layers, batch_size, classes, before, "minus")
 
     def _read_layer(self, activation: Tensor, layer: Layer, batch_size: int) -> Tensor:
         values = samples_of(activation, layer, batch_size).mean(-1)

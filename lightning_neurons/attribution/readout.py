@@ -108,8 +108,8 @@ class Readout:
             try:
                 with torch.no_grad(), eager(), trace:
                     self._run(inputs)
-                found = trace.found()
-                self.layers = {name: found[name] for name in trace.in_order()}
+                traced = trace.found()
+                self.layers = {name: traced[name] for name in trace.in_order()}
             finally:
                 trace.close()
         silent = [name for name in self.modules if name not in self.layers]
@@ -154,7 +154,7 @@ class Readout:
 def _shape(inputs: Any) -> Any:
     if isinstance(inputs, Tensor):
         return tuple(inputs.shape)
-    return [_shape(one) for one in inputs] if isinstance(inputs, list | tuple) else type(inputs).__name__
+    return [_shape(entry) for entry in inputs] if isinstance(inputs, list | tuple) else type(inputs).__name__
 
 
 def require_samples(inputs: Any) -> int:

@@ -38,20 +38,20 @@ class Entrance:
     def __init__(self, readout: Readout, inputs: Any) -> None:
         self.inputs = inputs
         self._readout = readout
-        found = _tensors(inputs)
-        for tensor in found.values():
+        tensors = _tensors(inputs)
+        for tensor in tensors.values():
             if tensor.ndim < 1 or not len(tensor):
                 raise ArgumentError.of("inputs", tuple(tensor.shape), "at least one sample along the first axis")
-        floating = [key for key, tensor in found.items() if tensor.is_floating_point()]
+        floating = [key for key, tensor in tensors.items() if tensor.is_floating_point()]
         self.embedding: nn.Module | None = None
         self.values: Float[Tensor, "batch ..."]
         # Beside tokens, a tensor of floating point is likely a mask; a single number per sample is no token.
-        tokens = {key: t for key, t in found.items() if key not in floating and (t.ndim > 1 or not floating)}
+        tokens = {key: t for key, t in tensors.items() if key not in floating and (t.ndim > 1 or not floating)}
         read = self._embedded(tokens) if tokens else None
         if read is not None:
             self._key, self.embedding, self.values = read
         elif not floating:
-            got = ", ".join(str(tensor.dtype) for tensor in found.values())
+            got = ", ".join(str(tensor.dtype) for tensor in tensors.values())
             raise ArgumentError.of(
                 "inputs", got, "floating point, which gradients need, or tokens that an nn.Embedding reads"
             )
@@ -59,10 +59,10 @@ class Entrance:
             names = ", ".join(map(str, floating))
             raise ArgumentError.of("inputs", names, "one tensor of floating point; wrap the model, or pass forward=")
         else:
-            self._key, self.values = floating[0], found[floating[0]].detach()
+            self._key, self.values = floating[0], tensors[floating[0]].detach()
         if not bool(self.values.isfinite().all()):
             raise ArgumentError.of("inputs", "NaN or infinite values", "finite values")
-        self.shape = found[self._key].shape
+        self.shape = tensors[self._key].shape
 
     def __len__(self) -> int:
         return len(self.values)
@@ -82,12 +82,12 @@ class Entrance:
 
     def _embedded(self, tokens: Mapping[Any, Tensor]) -> tuple[Any, nn.Module, Tensor] | None:
         """Return the key of the tensor that an embedding reads first, the embedding, and its output; else None."""
-        found: list[tuple[Any, nn.Module, Tensor]] = []
+        reads: list[tuple[Any, nn.Module, Tensor]] = []
 
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            for key, given in tokens.items():
-                if args and isinstance(output, Tensor) and _same(args[0], given):
-                    found.append((key, module, output.detach()))
+            for key, ids in tokens.items():
+                if args and isinstance(output, Tensor) and _same(args[0], ids):
+                    reads.append((key, module, output.detach()))
 
         embeddings = [m for m in self._readout.model.modules() if isinstance(m, nn.Embedding)]
         if not embeddings:
@@ -99,17 +99,17 @@ class Entrance:
         finally:
             for handle in handles:
                 handle.remove()
-        return found[0] if found else None
+        return reads[0] if reads else None
 
 
 def _tensors(inputs: Any) -> dict[Any, Tensor]:
     if isinstance(inputs, Tensor):
         return {0: inputs}
     pairs = inputs.items() if isinstance(inputs, Mapping) else enumerate(inputs) if _is_list(inputs) else ()
-    found = {key: value for key, value in pairs if isinstance(value, Tensor)}
-    if not found:
+    tensors = {key: value for key, value in pairs if isinstance(value, Tensor)}
+    if not tensors:
         raise ArgumentError.of("inputs", type(inputs).__name__, _ALLOWED)
-    return found
+    return tensors
 
 
 def _is_list(inputs: Any) -> bool:
@@ -121,11 +121,11 @@ def _with(inputs: Any, key: Any, values: Tensor) -> Any:
         return values
     if isinstance(inputs, Mapping):
         return {**inputs, key: values}
-    return type(inputs)(values if i == key else one for i, one in enumerate(inputs))
+    return type(inputs)(values if i == key else entry for i, entry in enumerate(inputs))
 
 
-def _same(read: Any, given: Tensor) -> bool:
-    return isinstance(read, Tensor) and read.shape == given.shape and torch.equal(read, given)
+def _same(read: Any, ids: Tensor) -> bool:
+    return isinstance(read, Tensor) and read.shape == ids.shape and torch.equal(read, ids)
 
 
 @contextmanager
@@ -177,13 +177,13 @@ class Question:
         at = values.detach().requires_grad_()
         value = self.value(at, rows)
         total = value.sum()
-        found = torch.autograd.grad(total, at, allow_unused=True)[0] if total.requires_grad else None
-        if found is None:
+        gradient = torch.autograd.grad(total, at, allow_unused=True)[0] if total.requires_grad else None
+        if gradient is None:
             raise MeasurementError(
                 f"target: {self.aim.name} does not depend on the inputs by anything that can be differentiated (does "
                 "the model detach them, or run under no_grad?)"
             )
-        return value.detach(), found
+        return value.detach(), gradient
 
     def parts(self, rows: Int[Tensor, " row"] | None = None) -> Iterator[Int[Tensor, " part"]]:
         """Yield the samples in parts, so that the memory for gradients stays small."""
@@ -225,7 +225,7 @@ def asked(
 def _is_list_of_classes(target: Any) -> bool:
     if isinstance(target, Tensor):
         return target.ndim == 1
-    return isinstance(target, list | tuple) and bool(target) and all(is_number(one) for one in target)
+    return isinstance(target, list | tuple) and bool(target) and all(is_number(entry) for entry in target)
 
 
 def _classes(readout: Readout, entrance: Entrance, target: Any) -> Int[Tensor, " batch"]:
@@ -238,7 +238,7 @@ def _classes(readout: Readout, entrance: Entrance, target: Any) -> Int[Tensor, "
     if isinstance(target, Tensor):
         classes = target
     else:
-        beyond = [one for one in target if abs(one) >= 2**31]
+        beyond = [klass for klass in target if abs(klass) >= 2**31]
         if beyond:
             raise ArgumentError.of("target", beyond[0], "one of the model's outputs")
         classes = torch.as_tensor(target)
@@ -249,7 +249,7 @@ def _classes(readout: Readout, entrance: Entrance, target: Any) -> Int[Tensor, "
 
 
 def _last_with_positions(readout: Readout, inputs: Any) -> str:
-    found = [name for name, layer in readout.learn(inputs).items() if layer.calls and layer.axis == 1]
-    if not found:
+    names = [name for name, layer in readout.learn(inputs).items() if layer.calls and layer.axis == 1]
+    if not names:
         raise MeasurementError("grad_cam needs a layer with positions, a convolution, and the model has none that runs")
-    return found[-1]
+    return names[-1]

@@ -48,7 +48,7 @@ def smoothgrad(question: Question, samples: int, noise: float, seed: int) -> Val
     if noise == 0:
         return vanilla(question)
     generator = torch.Generator().manual_seed(seed)
-    found = []
+    gradients = []
     for rows in question.parts():
         values = question.entrance.values[rows]
         flat = values.flatten(1)
@@ -57,8 +57,8 @@ def smoothgrad(question: Question, samples: int, noise: float, seed: int) -> Val
         for _ in range(samples):
             drawn = torch.randn(values.shape, generator=generator).to(values)
             total += question.gradient(values + deviation * drawn, rows)[1]
-        found.append(total / samples)
-    return torch.cat(found)
+        gradients.append(total / samples)
+    return torch.cat(gradients)
 
 
 Method = Literal["gradient", "grad_x_input", "smoothgrad", "integrated_gradients", "grad_cam"]
@@ -135,16 +135,16 @@ def saliency(
     own = {"samples": samples, "noise": noise, "steps": steps, "baseline": baseline, "layer": layer}
     _refuse_options_of_others(method, own)
     if method == "integrated_gradients":
-        found = integrated_gradients(model, inputs, target, of=of, steps=steps, baseline=baseline, forward=forward)
-        far = found.gap.abs() > COMPLETENESS * found.spread + found.tolerance
+        result = integrated_gradients(model, inputs, target, of=of, steps=steps, baseline=baseline, forward=forward)
+        far = result.gap.abs() > COMPLETENESS * result.spread + result.tolerance
         if steps is None and bool(far.any()):
             missing = int(far.sum())
             warnings.warn(
-                f"integrated gradients of {missing} of {len(found.gap)} samples are not complete to 0.1 % after "
+                f"integrated gradients of {missing} of {len(result.gap)} samples are not complete to 0.1 % after "
                 f"{MOST_POINTS:,} points: what is looked at may jump along the path",
                 stacklevel=2,
             )
-        return finished(found.attributions, absolute=absolute, smoothing=smoothing)
+        return finished(result.attributions, absolute=absolute, smoothing=smoothing)
     samples = check_count("samples", 16 if samples is None else samples)
     noise, seed = check_share("noise", 0.15 if noise is None else noise), check_seed("seed", seed)
     with asked(model, inputs, target, of, forward, cam=method == "grad_cam", layer=layer) as (question, cam_layer):
@@ -197,8 +197,8 @@ def integrated_gradients(
     if steps is not None:
         check_count("steps", steps)
     with asked(model, inputs, target, of, forward) as (question, _):
-        found = integrated(question, _baseline(baseline, question.entrance.values), steps)
-        return found._replace(attributions=_per_token(question, found.attributions, "sum"))
+        result = integrated(question, _baseline(baseline, question.entrance.values), steps)
+        return result._replace(attributions=_per_token(question, result.attributions, "sum"))
 
 
 def finished(values: Tensor, *, absolute: bool, smoothing: float) -> Tensor:
@@ -231,23 +231,23 @@ def check_smoothing(smoothing: float) -> None:
         raise ArgumentError.of("smoothing", smoothing, f"a number of at least 0, at most {_MOST_SMOOTHING:,}")
 
 
-def _refuse_options_of_others(method: str, given: dict[str, Any]) -> None:
+def _refuse_options_of_others(method: str, options: dict[str, Any]) -> None:
     owners = {"smoothgrad": ("samples", "noise"), "integrated_gradients": ("steps", "baseline"), "grad_cam": ("layer",)}
     for owner, name in [(owner, name) for owner, names in owners.items() for name in names]:
-        if given[name] is not None and owner != method:
-            raise ArgumentError.of(name, given[name], f'None with method="{method}"; it belongs to "{owner}"')
+        if options[name] is not None and owner != method:
+            raise ArgumentError.of(name, options[name], f'None with method="{method}"; it belongs to "{owner}"')
 
 
 def _baseline(baseline: Tensor | float | None, values: Tensor) -> Tensor:
     allowed = f"a finite number, or a finite tensor of shape {tuple(values.shape[1:])}"
-    found: Any = 0.0 if baseline is None else baseline
-    if is_number(found):
-        found = torch.full_like(values, float(found))
-    if not isinstance(found, Tensor) or found.shape not in (values.shape, values.shape[1:]):
-        raise ArgumentError.of("baseline", tuple(found.shape) if isinstance(found, Tensor) else found, allowed)
-    if not bool(found.isfinite().all()):
-        raise ArgumentError.of("baseline", "NaN or infinite values" if found is baseline else baseline, allowed)
-    return found.to(values)
+    point: Any = 0.0 if baseline is None else baseline
+    if is_number(point):
+        point = torch.full_like(values, float(point))
+    if not isinstance(point, Tensor) or point.shape not in (values.shape, values.shape[1:]):
+        raise ArgumentError.of("baseline", tuple(point.shape) if isinstance(point, Tensor) else point, allowed)
+    if not bool(point.isfinite().all()):
+        raise ArgumentError.of("baseline", "NaN or infinite values" if point is baseline else baseline, allowed)
+    return point.to(values)
 
 
 def _per_token(question: Question, values: Tensor, how: Literal["norm", "sum"]) -> Tensor:

@@ -90,9 +90,9 @@ def randomization_check(
     require_samples(inputs)
     readout = Readout(model, (), forward)
     with readout.open():
-        found, logits = _run_order(readout, inputs)
+        run_order, logits = _run_order(readout, inputs)
     target = logits_of(logits).argmax(1) if target is None else target
-    names = found[::-1] if layers is None else [_resettable(model, name) for name in layers]
+    names = run_order[::-1] if layers is None else [_resettable(model, name) for name in layers]
     if layers is None:
         _say_what_is_left(model, names)
     if method == "integrated_gradients":
@@ -119,10 +119,10 @@ def _copied(model: nn.Module) -> nn.Module:
 
 def _run_order(readout: Readout, inputs: Any) -> tuple[list[str], Any]:
     """Return the modules with weights that can be drawn anew, in the order in which they run first; and the output."""
-    found: dict[str, None] = {}
+    order: dict[str, None] = {}
     modules = {name: m for name, m in modules_by_name(readout.model).items() if _has_own_weights(m)}
     handles = [
-        m.register_forward_hook(lambda *_, name=name: found.setdefault(name))
+        m.register_forward_hook(lambda *_, name=name: order.setdefault(name))
         for name, m in modules.items()
         if hasattr(m, "reset_parameters")
     ]
@@ -132,7 +132,7 @@ def _run_order(readout: Readout, inputs: Any) -> tuple[list[str], Any]:
     finally:
         for handle in handles:
             handle.remove()
-    return list(found), outputs
+    return list(order), outputs
 
 
 def _has_own_weights(module: nn.Module) -> bool:
@@ -161,18 +161,18 @@ def _resettable(model: nn.Module, name: Any) -> str:
 
 def _spearman(first: Tensor, second: Tensor) -> float:
     pairs = zip(first.abs().flatten(1), second.abs().flatten(1), strict=True)
-    found = [agreement(a, b).spearman for a, b in pairs]
-    known = [s for s in found if not math.isnan(s)]
-    return sum(known) / len(known) if known else math.nan
+    correlations = [agreement(a, b).spearman for a, b in pairs]
+    defined = [s for s in correlations if not math.isnan(s)]
+    return sum(defined) / len(defined) if defined else math.nan
 
 
 def _ssim(first: Tensor, second: Tensor) -> float:
     if first.ndim != 4 or min(first.shape[2:]) < 2 * _WINDOW + 1:
         return math.nan
     a, b = (_scaled(maps.abs().sum(1, keepdim=True)) for maps in (first, second))
-    found = structural_similarity_index_measure(a, b, data_range=1.0)
-    assert isinstance(found, Tensor), "one number for the batch"
-    return float(found)
+    similarity = structural_similarity_index_measure(a, b, data_range=1.0)
+    assert isinstance(similarity, Tensor), "one number for the batch"
+    return float(similarity)
 
 
 def _scaled(maps: Tensor) -> Tensor:

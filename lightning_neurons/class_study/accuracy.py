@@ -52,13 +52,13 @@ class ClassAccuracies:
         self._edits = [self._off(masks, replacement, means or {}) for masks in variants]
 
     def _off(self, masks: Masks, replacement: Replacement, means: Mapping[str, Tensor]) -> dict[str, Edit]:
-        found = {}
+        edits = {}
         for name, on in masks.items():
             off = (~on).nonzero().flatten()
             if len(off):
                 device = next((p.device for p in self._modules[name].parameters()), torch.device("cpu"))
-                found[name] = edit_of(self._layers[name], off, replacement, device=device, means=means.get(name))
-        return found
+                edits[name] = edit_of(self._layers[name], off, replacement, device=device, means=means.get(name))
+        return edits
 
     def add(self, batch: Any, targets: Int[Tensor, " batch"]) -> None:
         """Run a batch through every variant."""
@@ -101,15 +101,15 @@ def variants_of(
 ) -> tuple[list[Masks], dict[str, list[list[int]]]]:
     """Return every different variant of the model once, and for each kind and class, the indices of its variants."""
     variants: list[Masks] = [{}]
-    known: dict[bytes, int] = {}
+    indices: dict[bytes, int] = {}
 
     def place(of: Mapping[str, Tensor], row: int, inside: bool) -> int:
         masks = {name: m[row] if inside else ~m[row] for name, m in of.items()}
         key = torch.cat(list(masks.values())).numpy().tobytes()
-        if key not in known:
-            known[key] = len(variants)
+        if key not in indices:
+            indices[key] = len(variants)
             variants.append(masks)
-        return known[key]
+        return indices[key]
 
     places = {
         "whole": [[0] for _ in rows],

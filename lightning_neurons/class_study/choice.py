@@ -29,9 +29,9 @@ class ClassRule:
     cumulative: float | None = None
 
     def __post_init__(self) -> None:
-        given = {name: value for name, value in vars(self).items() if value is not None}
-        if len(given) > 1:
-            raise ArgumentError.of("share, threshold, cumulative", given, "at most one of them")
+        rules = {name: value for name, value in vars(self).items() if value is not None}
+        if len(rules) > 1:
+            raise ArgumentError.of("share, threshold, cumulative", rules, "at most one of them")
         for name in ("share", "cumulative"):
             if (value := getattr(self, name)) is not None and not 0 < check_share(name, value) < 1:
                 raise ArgumentError.of(name, value, "a share between 0 and 1: all neurons are the whole network")
@@ -61,12 +61,12 @@ class ClassRule:
         rule = self.plain()
         if "cumulative" in rule:  # what helps a class when it goes is not part of it
             importance = {name: scores.clamp_min(0) for name, scores in importance.items()}
-        found = {
+        members = {
             name: torch.stack([select(row, **rule) for row in scores])  # type: ignore[arg-type]
             for name, scores in importance.items()
         }
-        kept = torch.stack([m.sum(1) for m in found.values()]).sum(0)
-        total = sum(m.shape[1] for m in found.values())
+        kept = torch.stack([m.sum(1) for m in members.values()]).sum(0)
+        total = sum(m.shape[1] for m in members.values())
         for row, klass in enumerate(classes):
             if kept[row] in (0, total) and row in asked:
                 scores = torch.cat([values[row] for values in importance.values()])
@@ -75,7 +75,7 @@ class ClassRule:
                 name, value = next(iter(rule.items()))
                 allowed = f"one that keeps some of the neurons of class {klass}, whose importance is {low:.3g} to "
                 raise ArgumentError.of(name, value, f"{allowed}{high:.3g}; this keeps {what}")
-        return found
+        return members
 
 
 def random_members(

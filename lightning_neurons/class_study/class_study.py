@@ -113,9 +113,9 @@ def checked_settings(
     check_choice("replacement", replacement, ("zero", "mean"))
     if method == "masking" and importance != "mean":
         raise ArgumentError.of("importance", importance, 'the default with method="masking", which measures it')
-    known = [name for name, criterion in CRITERIA.items() if criterion.statistics and criterion.kind == "importance"]
-    if importance not in known:
-        raise UnknownNameError.among("importance", str(importance), known)
+    names = [name for name, criterion in CRITERIA.items() if criterion.statistics and criterion.kind == "importance"]
+    if importance not in names:
+        raise UnknownNameError.among("importance", str(importance), names)
     return {
         "classes": None if classes is None else _class_numbers(classes),
         "method": method,
@@ -129,9 +129,10 @@ def checked_settings(
 
 def _class_numbers(classes: Any) -> list[int]:
     allowed = "None for all, or a list of class numbers, each once"
-    found = classes.tolist() if hasattr(classes, "tolist") else classes
-    if not isinstance(found, Sequence) or isinstance(found, str) or not found:
+    numbers = classes.tolist() if hasattr(classes, "tolist") else classes
+    if not isinstance(numbers, Sequence) or isinstance(numbers, str) or not numbers:
         raise ArgumentError.of("classes", classes, allowed)
-    if any(not is_number(k) or not hasattr(k, "__index__") or k < 0 for k in found) or len({*found}) != len(found):
+    are_whole = all(is_number(k) and hasattr(k, "__index__") and k >= 0 for k in numbers)
+    if not are_whole or len({*numbers}) != len(numbers):
         raise ArgumentError.of("classes", classes, allowed)
-    return [int(k) for k in found]
+    return [int(k) for k in numbers]

@@ -134,8 +134,8 @@ class ClassStudy:
         chosen = self.settings["classes"]
         for klass in chosen or ():
             if klass not in there:
-                known = f"classes that have samples: {', '.join(map(str, there))}"
-                raise ArgumentError.of("classes", klass, known)
+                allowed = f"classes that have samples: {', '.join(map(str, there))}"
+                raise ArgumentError.of("classes", klass, allowed)
         if len(there) < 2:
             raise ArgumentError.of("batches", f"samples of class {there} alone", "samples of two classes or more")
         return list(there if chosen is None else chosen)
@@ -148,8 +148,8 @@ class ClassStudy:
             logits = self._logits(batch)
             nearest, every = origins.of(logits)
         chosen = candidates(self.model, self.settings["layers"])
-        found = {name: layer for name, layer in engine.layers.items() if name in chosen and name in every - nearest}
-        if not found:
+        studied = {name: layer for name, layer in engine.layers.items() if name in chosen and name in every - nearest}
+        if not studied:
             inner = ", ".join(name for name in engine.layers if name in every - nearest) or "there are none"
             if self.settings["layers"] is None:
                 raise MeasurementError(
@@ -158,7 +158,7 @@ class ClassStudy:
             raise ArgumentError.of(
                 "layers", self.settings["layers"], f"layers that lead to those of the logits: {inner}"
             )
-        return found
+        return studied
 
     def _importance(
         self, batches: Sequence[Any], classes: Sequence[int], layers: Sequence[str], progress: bool
@@ -179,10 +179,10 @@ class ClassStudy:
         measurement = Measurement(self.model, settings.criteria, layers=settings.layers, per_class=True, device=device)
         collect(measurement, batches, settings, self._losses, self.forward)
         measurement.merge_processes(self._processes)
-        found = measurement.report(settings={}).per_class
-        magnitude = {n: found[_MAGNITUDE.name][n][list(classes)] for n in layers}
+        by_criterion = measurement.report(settings={}).per_class
+        magnitude = {n: by_criterion[_MAGNITUDE.name][n][list(classes)] for n in layers}
         if not masking:
-            return {n: found[name][n][list(classes)] for n in layers}, magnitude
+            return {n: by_criterion[name][n][list(classes)] for n in layers}, magnitude
         if self.settings["replacement"] == "mean":
             self._engine.measure_means(batches)
         sums = AblationSums({n: range(self._engine.layers[n].neurons) for n in layers}, widths_of(self.model), {})
@@ -213,14 +213,14 @@ class ClassStudy:
         engine, means = self._engine, None
         if self.settings["replacement"] == "mean":
             means = activation_means(self.model, engine.layers, engine.modules, batches, self.forward, self._add_up)
-        found = ClassAccuracies(
+        accuracies = ClassAccuracies(
             self.model, self.forward, engine.layers, engine.modules, variants, len(counts),
             self.settings["replacement"], means,
         )  # fmt: skip
         for batch in tqdm(batches, desc="accuracies", disable=not progress):
             for part in engine.parts(normal_tensors(batch)):
-                found.add(part, targets_in(part, True))
-        return accuracy_rows(self._add_up(found.right), counts, chosen, places)
+                accuracies.add(part, targets_in(part, True))
+        return accuracy_rows(self._add_up(accuracies.right), counts, chosen, places)
 
     def _notes(self, members: Mapping[str, Tensor], classes: Sequence[int]) -> tuple[str, ...]:
         empty = [

@@ -101,22 +101,22 @@ def resolve(criteria: Iterable[str | Criterion], *, name: str = "criteria") -> t
     """
     if isinstance(criteria, str):
         raise ArgumentError.of(name, criteria, f"a list, such as [{criteria!r}]")
-    found: dict[str, Criterion] = {}
+    resolved: dict[str, Criterion] = {}
     for entry in criteria:
         if isinstance(entry, str) and entry not in CRITERIA:
             raise UnknownNameError.among(name, entry, CRITERIA)
         if not isinstance(entry, str | Criterion):
             raise ArgumentError.of(name, entry, "names of criteria or Criterion objects")
         criterion = CRITERIA[entry] if isinstance(entry, str) else entry
-        if found.setdefault(criterion.name, criterion) is not criterion:
+        if resolved.setdefault(criterion.name, criterion) is not criterion:
             raise ArgumentError.of(name, criterion.name, "criteria of different names")
-    if not found:
-        raise ArgumentError.of(name, list(found), "at least one criterion")
+    if not resolved:
+        raise ArgumentError.of(name, list(resolved), "at least one criterion")
     statistics: dict[str, Statistic] = {}
-    for statistic in (s for c in found.values() for s in c.statistics):
+    for statistic in (s for c in resolved.values() for s in c.statistics):
         if statistics.setdefault(statistic.name, statistic) != statistic:
             raise ArgumentError.of(name, statistic.name, "statistics of different names")
-    return tuple(found.values())
+    return tuple(resolved.values())
 
 
 __all__ = [

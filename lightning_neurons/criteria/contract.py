@@ -171,7 +171,7 @@ class Criterion:
         Returns:
             Scores ``(neuron,)``; deadness is NaN for a neuron that may have fired in samples that were not finite.
         """
-        found = self.score(summary)
+        scores = self.score(summary)
         if self.kind == "importance" or summary.left_out is None:
-            return found
-        return known_deadness(found, summary.left_out)
+            return scores
+        return known_deadness(scores, summary.left_out)

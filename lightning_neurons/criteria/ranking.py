@@ -96,9 +96,9 @@ def select(
         [True, False, True, False]
     """
     rules = {"share": share, "count": count, "threshold": threshold, "cumulative": cumulative}
-    given = {name: value for name, value in rules.items() if value is not None}
-    if len(given) != 1:
-        raise ArgumentError.of("select", given, f"exactly one of {', '.join(rules)}")
+    used = {name: value for name, value in rules.items() if value is not None}
+    if len(used) != 1:
+        raise ArgumentError.of("select", used, f"exactly one of {', '.join(rules)}")
     measured = ~scores.isnan()
     if threshold is not None:
         if not is_number(threshold) or math.isnan(threshold):

@@ -31,11 +31,11 @@ def class_selectivity(activity: Float[Tensor, "klass neuron"]) -> Float[Tensor, 
         >>> class_selectivity(torch.tensor([[4.0, 2.0], [1.0, 2.0], [1.0, 2.0], [1.0, 2.0]])).tolist()
         [0.6, 0.0]
     """
-    known = activity[~activity.isnan().all(1)].double()
-    if len(known) < 2:
+    measured = activity[~activity.isnan().all(1)].double()
+    if len(measured) < 2:
         return torch.full(activity.shape[1:], torch.nan, dtype=torch.float64)
-    highest = known.amax(0)
-    rest = (known.sum(0) - highest) / (len(known) - 1)
+    highest = measured.amax(0)
+    rest = (measured.sum(0) - highest) / (len(measured) - 1)
     return torch.where(highest > 0, (highest - rest) / (highest + rest), torch.nan)
 
 
@@ -52,11 +52,11 @@ def class_entropy(importance: Float[Tensor, "klass neuron"]) -> Float[Tensor, " 
         >>> class_entropy(torch.tensor([[1.0, 1.0], [1.0, 0.0]])).tolist()
         [1.0, 0.0]
     """
-    known = importance[~importance.isnan().all(1)].double().clamp_min(0)
-    if len(known) < 2:
+    measured = importance[~importance.isnan().all(1)].double().clamp_min(0)
+    if len(measured) < 2:
         return torch.full(importance.shape[1:], torch.nan, dtype=torch.float64)
-    shares = known / known.sum(0)
-    scale = torch.log(torch.tensor(float(len(known)), dtype=torch.float64))
+    shares = measured / measured.sum(0)
+    scale = torch.log(torch.tensor(float(len(measured)), dtype=torch.float64))
     entropy: Tensor = -torch.special.xlogy(shares, shares).sum(0)
     return (entropy / scale).abs()
 
@@ -84,22 +84,22 @@ def reuse(members: Mapping[str, Bool[Tensor, "klass neuron"]]) -> tuple[Tensor, 
     sizes = torch.stack([m.sum(1) for m in layers]).sum(0)
     widths = tuple(m.shape[1] for m in members.values())
     counts = list(zip(*(m.sum(1).tolist() for m in members.values()), strict=True))
-    chance = [[_expected(*sorted((one, other)), widths) for other in counts] for one in counts]
+    chance = [[_expected(*sorted((own, other)), widths) for other in counts] for own in counts]
     return both / (sizes[:, None] + sizes[None, :] - both), torch.tensor(chance, dtype=torch.float64)
 
 
 @lru_cache(maxsize=2**16)
-def _shared_in_layer(one: int, other: int, width: int) -> Any:
+def _shared_in_layer(size: int, other: int, width: int) -> Any:
     """Return the distribution of the number of neurons that two random sets of a layer share."""
-    return stats.hypergeom.pmf(np.arange(min(one, other) + 1), width, one, other)
+    return stats.hypergeom.pmf(np.arange(min(size, other) + 1), width, size, other)
 
 
 @lru_cache(maxsize=2**16)
 def _expected(first: tuple[int, ...], second: tuple[int, ...], widths: tuple[int, ...]) -> float:
     """Return the mean Jaccard index of random sets with so many neurons in each layer; NaN of two empty ones."""
     shared = np.ones(1)
-    for one, other, width in zip(first, second, widths, strict=True):
-        shared = np.convolve(shared, _shared_in_layer(one, other, width))
+    for size, other, width in zip(first, second, widths, strict=True):
+        shared = np.convolve(shared, _shared_in_layer(size, other, width))
     total = sum(first) + sum(second)
     if not total:
         return float("nan")

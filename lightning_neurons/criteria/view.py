@@ -191,7 +191,7 @@ class LayerView:
 
     def in_double(self) -> "LayerView":
         """Return the same values in float64."""
-        slopes = (None if one is None else one.double() for one in (self._gradient, self._inner))
+        slopes = (None if slope is None else slope.double() for slope in (self._gradient, self._inner))
         return LayerView(self.activation.double(), *slopes, rectified=self.rectified, bounds=self.bounds)
 
     def went_out_of_range(self) -> bool:

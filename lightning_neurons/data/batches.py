@@ -38,8 +38,8 @@ def entries_of(batch: Any) -> dict[Any, Any]:
 
 def is_divisible(batch: Any) -> bool:
     """Return whether samples can be taken out of a batch; graphs and objects of unknown classes stay whole."""
-    known = isinstance(batch, Tensor | Mapping | list | tuple) or is_dataclass(batch)
-    return known and not any(is_one_piece(value) for value in _nested(batch))
+    has_samples = isinstance(batch, Tensor | Mapping | list | tuple) or is_dataclass(batch)
+    return has_samples and not any(is_one_piece(value) for value in _nested(batch))
 
 
 def is_graph(batch: Any) -> bool:
@@ -204,9 +204,9 @@ def _declared_size(batch: Any) -> int | None:
     graphs, ends, size = (get(name) for name in ("num_graphs", "ptr", "batch_size"))
     if isinstance(size, torch.Size):
         size = size[0] if size else None
-    found = graphs if graphs is not None else len(ends) - 1 if isinstance(ends, Tensor) and ends.ndim else size
-    if isinstance(found, int) and not isinstance(found, bool):
-        return found
+    declared = graphs if graphs is not None else len(ends) - 1 if isinstance(ends, Tensor) and ends.ndim else size
+    if isinstance(declared, int) and not isinstance(declared, bool):
+        return declared
     # The length of a single graph of some packages is that of the list of its attributes.
     own = hasattr(type(batch), "__len__") and not isinstance(batch, Mapping) and _attribute(batch, "num_nodes") is None
     return len(batch) if own and tensors_of(batch) else None
@@ -224,12 +224,12 @@ def targets_of(batch: Any) -> Int[Tensor, " batch"] | None:
     else:
         named = [getattr(batch, key) for key in TARGET_KEYS if hasattr(batch, key)]
     pair = [batch[1]] if isinstance(batch, list | tuple) and len(batch) == 2 else []
-    return next((found for found in (*named, *pair) if _is_labels(found, batch)), None)
+    return next((labels for labels in (*named, *pair) if _is_labels(labels, batch)), None)
 
 
-def _is_labels(found: Any, batch: Any) -> bool:
-    whole = isinstance(found, Tensor) and found.ndim == 1 and not (found.is_floating_point() or found.is_complex())
-    return whole and found.dtype != torch.bool and len(found) == batch_size_of(batch)
+def _is_labels(labels: Any, batch: Any) -> bool:
+    whole = isinstance(labels, Tensor) and labels.ndim == 1 and not (labels.is_floating_point() or labels.is_complex())
+    return whole and labels.dtype != torch.bool and len(labels) == batch_size_of(batch)
 
 
 def rows_of(batch: Any, index: Tensor, size: int) -> Any:
@@ -273,8 +273,8 @@ def rebuilt(batch: Any, change: Callable[[Any], Any]) -> Any:
         return batch.apply(change)
     if isinstance(batch, list | tuple):
         return with_contents(batch, list(map(change, batch)))
-    known = isinstance(batch, Mapping) or is_dataclass(batch)
-    if not known and not tensors_of(batch):
+    is_container = isinstance(batch, Mapping) or is_dataclass(batch)
+    if not is_container and not tensors_of(batch):
         return batch
     return with_contents(batch, {key: change(value) for key, value in entries_of(batch).items()})
 
@@ -345,16 +345,16 @@ def targets_in(batch: Any, per_class: PerClass) -> Int[Tensor, " batch"]:
     Raises:
         MeasurementError: If no targets are found in the batch, or they are no class numbers.
     """
-    found = per_class(batch) if callable(per_class) else targets_of(batch)
-    if found is None:
+    targets = per_class(batch) if callable(per_class) else targets_of(batch)
+    if targets is None:
         raise MeasurementError(
             f"per_class=True: found no targets in a batch of type {type(batch).__name__}; expected a pair (inputs, "
             f"targets) or one of the keys {', '.join(TARGET_KEYS)} with one whole number per sample, or pass a "
             "function per_class=lambda batch: ..."
         )
-    if not isinstance(found, Tensor) or found.ndim != 1 or found.is_floating_point() or (found < 0).any():
-        got = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+    if not isinstance(targets, Tensor) or targets.ndim != 1 or targets.is_floating_point() or (targets < 0).any():
+        got = f"{targets.dtype} {tuple(targets.shape)}" if isinstance(targets, Tensor) else type(targets).__name__
         raise MeasurementError(f"per_class: targets must be one whole number of at least 0 per sample, got {got}")
-    if len(found) != batch_size_of(batch):
-        raise MeasurementError(f"per_class: {len(found)} targets for a batch of {batch_size_of(batch)} samples")
-    return found.to(torch.int64)
+    if len(targets) != batch_size_of(batch):
+        raise MeasurementError(f"per_class: {len(targets)} targets for a batch of {batch_size_of(batch)} samples")
+    return targets.to(torch.int64)

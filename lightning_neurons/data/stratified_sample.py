@@ -155,10 +155,10 @@ class StratifiedSample:
         return rows
 
 
-def _alike(one: Picked, other: Picked) -> bool:
+def _alike(picked: Picked, other: Picked) -> bool:
     """Return whether two batches may be joined."""
-    same_data = one.place is None or one.place[1:] == other.place[1:]
-    return same_data and form_of(one.batch) == form_of(other.batch)
+    same_data = picked.place is None or picked.place[1:] == other.place[1:]
+    return same_data and form_of(picked.batch) == form_of(other.batch)
 
 
 def stream_length(loaders: Any, batches: float | Sequence[float]) -> int | None:
@@ -177,14 +177,14 @@ def stream_length(loaders: Any, batches: float | Sequence[float]) -> int | None:
     if len(limits) < len(each):
         each = each[:1]
     lengths = [_length(loader, limit) for loader, limit in zip(each, limits, strict=False)]
-    known = [length for length in lengths if length is not None]
-    return sum(known) if known and len(known) == len(lengths) else None
+    finite = [length for length in lengths if length is not None]
+    return sum(finite) if finite and len(finite) == len(lengths) else None
 
 
 def _flat(loaders: Any) -> list[Any]:
     if isinstance(loaders, Mapping):
-        return [one for loader in loaders.values() for one in _flat(loader)]
-    return [one for loader in loaders for one in _flat(loader)] if isinstance(loaders, list | tuple) else [loaders]
+        return [leaf for loader in loaders.values() for leaf in _flat(loader)]
+    return [leaf for loader in loaders for leaf in _flat(loader)] if isinstance(loaders, list | tuple) else [loaders]
 
 
 def _length(loader: Any, batches: float) -> int | None:

@@ -113,14 +113,14 @@ def activations_on(readout: Readout, aims: Sequence[Aim], batches: Iterable[Tens
     Returns:
         Values in the units of the objectives, on the CPU.
     """
-    found = []
+    columns = []
     parameter = next((p for p in readout.model.parameters() if p.is_floating_point()), torch.zeros(0))
     with torch.no_grad():
         for batch in batches:
             outputs, activations = readout(batch.to(parameter.device, parameter.dtype))
             read = [aim.read(outputs, activations, readout.layers, len(batch)) for aim in aims]
-            found.append(torch.stack(read).float().cpu())
-    return torch.cat(found, 1)
+            columns.append(torch.stack(read).float().cpu())
+    return torch.cat(columns, 1)
 
 
 STARTS = ("noise", "grey")

@@ -127,10 +127,10 @@ def aims_of(model: nn.Module, target: Any, of: Of = "logit", minus: Any = None) 
     given_model(model)
     is_pair = isinstance(target, tuple) and len(target) == 2 and isinstance(target[0], str)
     several = isinstance(target, Sequence | range) and not isinstance(target, str) and not is_pair
-    given = list(target) if several else [target]
-    if not given:
+    targets = list(target) if several else [target]
+    if not targets:
         raise ArgumentError.of("target", target, "at least one target")
-    return [aim_of(model, one, of, minus) for one in given]
+    return [aim_of(model, entry, of, minus) for entry in targets]
 
 
 @torch.inference_mode(False)  # what is made in it could not be differentiated
@@ -171,17 +171,17 @@ def maximized(
         own = activations_on(readout, aims, batches).repeat_interleave(len(seeds), 0) if batches else None
         generators = [torch.Generator().manual_seed(seed) for _, seed in rows]
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        found, reached = ascent.run(start_of(start, described, valid, shape, generators).to(device), generators)
+        results, reached = ascent.run(start_of(start, described, valid, shape, generators).to(device), generators)
     notes = _notes(ascent, rows)
     for note in notes:
         warnings.warn(note, stacklevel=3)
-    return _result(ascent, rows, found.cpu(), reached.float().cpu(), own, notes)
+    return _result(ascent, rows, results.cpu(), reached.float().cpu(), own, notes)
 
 
 def _result(
     ascent: Ascent,
     rows: Sequence[tuple[Aim, int]],
-    found: Tensor,
+    images: Tensor,
     reached: Tensor,
     own: Tensor | None,
     notes: list[str],
@@ -190,10 +190,10 @@ def _result(
     return MaximizedActivation(
         targets=tuple(aim.name for aim, _ in rows),
         seeds=tuple(seed for _, seed in rows),
-        images=found,
+        images=images,
         activations=reached,
         trajectory=torch.stack(ascent.trajectory).float(),
-        frames=torch.stack(ascent.frames) if ascent.frames else found.new_zeros(0, *found.shape),
+        frames=torch.stack(ascent.frames) if ascent.frames else images.new_zeros(0, *images.shape),
         data_maximum=nothing if own is None else own.amax(1),
         data_p99=nothing if own is None else own.quantile(0.99, dim=1),
         data_activations=torch.zeros(len(rows), 0) if own is None else own,

@@ -91,7 +91,7 @@ class Ascent:
         """
         settings = self.settings
         draws = self.robustness.draws(generators, settings.steps)
-        self._rows = {aim: torch.tensor([one == aim for one in self.aims], device=raw.device) for aim in self.aims}
+        self._rows = {aim: torch.tensor([other == aim for other in self.aims], device=raw.device) for aim in self.aims}
         self._odds = torch.tensor([aim.climbed != aim for aim in self.aims], device=raw.device)
         raw = raw.requires_grad_()
         good = raw.detach().clone()
@@ -112,15 +112,15 @@ class Ascent:
                 raw[~fine] = good[~fine]
             if not bool(fine.any()):
                 break
-        found = self.pictures(raw)
-        reached = self.read(found)
+        images = self.pictures(raw)
+        reached = self.read(images)
         fine = self._fine_rows(reached.isfinite(), settings.steps)
         if not bool(fine.all()):
-            found = self.pictures(raw.detach().where(fine.view(-1, *[1] * (raw.ndim - 1)), good))
-            reached = self.read(found)
+            images = self.pictures(raw.detach().where(fine.view(-1, *[1] * (raw.ndim - 1)), good))
+            reached = self.read(images)
         if settings.frames:
-            self.frames.append(found.cpu())
-        return found, reached
+            self.frames.append(images.cpu())
+        return images, reached
 
     def pictures(self, raw: Tensor) -> Latent:
         """Return the valid images that parameters describe."""
@@ -155,12 +155,12 @@ class Ascent:
         inputs = self.range.inputs(pictures).to(parameter.dtype)
         outputs, activations = self.readout(inputs)
         before = self.readout.capture.before if climbing and self.readout.capture is not None else None
-        found: Tensor = pictures.new_zeros(len(pictures))
+        objectives: Tensor = pictures.new_zeros(len(pictures))
         for aim, mine in self._rows.items():
             wanted = aim.climbed if climbing else aim
             read = wanted.read(outputs, activations, self.readout.layers, len(pictures), before=before)
-            found = torch.where(mine, read.to(found.dtype), found)
-        return found
+            objectives = torch.where(mine, read.to(objectives.dtype), objectives)
+        return objectives
 
     def _as_read(self, climbed: Float[Tensor, " row"]) -> Float[Tensor, " row"]:
         """Return values that were maximised in the units of the objectives."""

@@ -126,7 +126,7 @@ def check_normalization(mean: Any, std: Any) -> None:
     Raises:
         ArgumentError: If there are no numbers, or of different length, or a deviation is not above 0.
     """
-    lengths = [len(given) for given in (mean, std) if hasattr(given, "__len__") and not isinstance(given, str)]
+    lengths = [len(values) for values in (mean, std) if hasattr(values, "__len__") and not isinstance(values, str)]
     range_of((0.0, 1.0), mean, std, "clip", [], max(lengths, default=1))
 
 
@@ -139,14 +139,14 @@ def seeds_of(seed: Any) -> tuple[int, ...]:
     seeds = list(seed) if isinstance(seed, Sequence) and not isinstance(seed, str) else [seed]
     if not seeds:
         raise ArgumentError.of("seed", seed, "a whole number, or a list of them")
-    return tuple(check_seed("seed", one) for one in seeds)
+    return tuple(check_seed("seed", number) for number in seeds)
 
 
-def _by_channel(name: str, given: Any, default: float, channels: int) -> Tensor:
-    values = [default] if given is None else given.tolist() if isinstance(given, Tensor) else given
+def _by_channel(name: str, value: Any, default: float, channels: int) -> Tensor:
+    values = [default] if value is None else value.tolist() if isinstance(value, Tensor) else value
     values = list(values) if isinstance(values, Sequence) else [values]
     if len(values) not in (1, channels) or not all(is_number(v) and -torch.inf < v < torch.inf for v in values):
-        raise ArgumentError.of(name, given, f"a number, or one for each of the {channels} channels")
+        raise ArgumentError.of(name, value, f"a number, or one for each of the {channels} channels")
     return torch.tensor([float(v) for v in values], dtype=torch.float32).expand(channels).clone()
 
 

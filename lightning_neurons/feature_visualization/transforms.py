@@ -46,12 +46,12 @@ class Robustness:
             "scale": (scale, 0.9, 0.05 if turned else 0.0),
             "rotation": (rotation, 180, 5.0 if turned else 0.0),
         }
-        for name, (given, most, _) in defaults.items():
-            if given is not None and (not is_number(given) or not 0 <= given <= most):
-                raise ArgumentError.of(name, given, f"a number in [0, {most}]")
-            if given and name != "jitter" and not plane:
-                raise ArgumentError.of(name, given, "0 or None for inputs without two axes of positions")
-        return cls(*(float(default if given is None else given) for given, _, default in defaults.values()))
+        for name, (amount, most, _) in defaults.items():
+            if amount is not None and (not is_number(amount) or not 0 <= amount <= most):
+                raise ArgumentError.of(name, amount, f"a number in [0, {most}]")
+            if amount and name != "jitter" and not plane:
+                raise ArgumentError.of(name, amount, "0 or None for inputs without two axes of positions")
+        return cls(*(float(default if amount is None else amount) for amount, _, default in defaults.values()))
 
     def draws(self, generators: Sequence[torch.Generator], steps: int) -> Float[Tensor, "step row amount"]:
         """Draw random amounts for all steps; those of a row are the same whatever the other rows are.

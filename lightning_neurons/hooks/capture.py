@@ -70,8 +70,8 @@ class FollowLayers(HookedMode):
         return not running.isdisjoint(map(id, module.modules()))
 
     def _goes_on(self, seen: Tensor, output: Tensor) -> None:
-        if (found := self._waiting.pop(id(seen), None)) is not None:
-            self._wait(output, *found)
+        if (entry := self._waiting.pop(id(seen), None)) is not None:
+            self._wait(output, *entry)
 
     def __exit__(self, *exception: object) -> None:
         super().__exit__(*exception)
@@ -114,16 +114,16 @@ class FollowLayers(HookedMode):
         Returns:
             The result of the call, changed if the layer's activation is changed here.
         """
-        given = operands(func, args, kwargs)
-        known = [self._waiting.get(id(unhooked(tensor))) for tensor in given]
-        read = [found for found in known if found is not None]
+        inputs = operands(func, args, kwargs)
+        waiting = [self._waiting.get(id(unhooked(tensor))) for tensor in inputs]
+        read = [entry for entry in waiting if entry is not None]
         if not read:
             return call()
         way = read[0][0]
         out = call()
         if way.next == (STEPS[func], tuple(number for _, number in read)) and all(w is way for w, _ in read):
             return self._went(way, args[0] if out is None else out, has_result=out is not None)
-        if is_copied(func, given, out):
+        if is_copied(func, inputs, out):
             self._wait(out, *read[0])
             return out
         if func in LOOKS:
@@ -327,8 +327,8 @@ class WatchGradients(FollowLayers):
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Full backward hook is firing")  # no hook of the user's does
-                found = torch.autograd.grad(loss, [self._root, *self._factors.values()], allow_unused=True)
-            for number, by_factor in zip(self._factors, found[1:], strict=True):
+                gradients = torch.autograd.grad(loss, [self._root, *self._factors.values()], allow_unused=True)
+            for number, by_factor in zip(self._factors, gradients[1:], strict=True):
                 gradient, (name, activation) = self._late.get(number), self._held.pop(number)
                 if gradient is not None or by_factor is not None:
                     self._delivered = True

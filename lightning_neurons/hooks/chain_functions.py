@@ -27,9 +27,9 @@ _TO_PYTHON = (Tensor.__bool__, Tensor.__float__, Tensor.__int__)
 def _named(names: str) -> dict[Callable[..., Any], str]:
     """Return the functions of these names, on tensors and in modules, in place and as operators, with their names."""
     places = ((name, getattr(o, form.format(name), None)) for name, form, o in product(names.split(), _FORMS, _OWNERS))
-    found = {f: name for name, f in reversed(list(places)) if callable(f) and f not in _TO_PYTHON}
-    packets = [f for f in found if isinstance(f, torch._ops.OpOverloadPacket)]
-    return found | {getattr(packet, form): found[packet] for packet in packets for form in packet.overloads()}
+    functions = {f: name for name, f in reversed(list(places)) if callable(f) and f not in _TO_PYTHON}
+    packets = [f for f in functions if isinstance(f, torch._ops.OpOverloadPacket)]
+    return functions | {getattr(packet, form): functions[packet] for packet in packets for form in packet.overloads()}
 
 
 def _getter(name: str) -> Callable[..., Any]:
@@ -167,19 +167,19 @@ def operands(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[
     """
     if function in _FORM_OF_SECOND:
         args, kwargs = args[:1], {} if args else kwargs
-    found = [a for a in args if isinstance(a, Tensor)]
-    if len(found) < len(args) or kwargs:
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    if len(tensors) < len(args) or kwargs:
         return list(tensors_in((args, {name: value for name, value in kwargs.items() if name != "out"})))
-    return found
+    return tensors
 
 
 MAY_COPY = COPIES.keys() | FORMS["view_as"]
 """Functions that may hand values on unchanged and in the same places."""
 
 
-def is_copied(function: Callable[..., Any], given: Sequence[Tensor], made: Tensor) -> bool:
+def is_copied(function: Callable[..., Any], inputs: Sequence[Tensor], made: Tensor) -> bool:
     """Return whether a call hands values on unchanged and in the same places: a copy, or a view of the same shape."""
-    return function in COPIES or (function in MAY_COPY and made.shape == given[0].shape)
+    return function in COPIES or (function in MAY_COPY and made.shape == inputs[0].shape)
 
 
 @dataclass(frozen=True, eq=False)

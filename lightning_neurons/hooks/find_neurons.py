@@ -43,8 +43,8 @@ def find_neurons(model: nn.Module, example_inputs: Any, *, layers: Sequence[Patt
         try:
             with trace:
                 call(model, example_inputs)
-            found = trace.found()
-            return [found[name] for name in chosen]
+            traced = trace.found()
+            return [traced[name] for name in chosen]
         finally:
             trace.close()
 

@@ -122,22 +122,22 @@ class HookedMode(TorchFunctionMode):
         self._told_before.clear()
         self._told_after.clear()
 
-    def _tell(self, function: Callable[..., Any], module: nn.Module, *given: Any) -> Any:
+    def _tell(self, function: Callable[..., Any], module: nn.Module, *arguments: Any) -> Any:
         if self._aside not in (None, module):
             return None
         with torch._C.DisableTorchFunction():  # no mode counts the calls made in here
-            return self._safely(function, module, *given)
+            return self._safely(function, module, *arguments)
 
-    def _safely(self, look: Callable[..., Any], *given: Any) -> Any:
+    def _safely(self, look: Callable[..., Any], *arguments: Any) -> Any:
         """Call ``look``, unless watching has failed before; in a user's run, keep its exception.
 
         Returns:
             What ``look`` returns; None if it failed, now or before, in a user's run.
         """
         if not self._of_others:
-            return look(*given)
+            return look(*arguments)
         try:
-            return look(*given) if self.failure is None else None
+            return look(*arguments) if self.failure is None else None
         except Exception as error:  # noqa: BLE001 (an observer must not stop what it observes)
             self.failure = error
             return None
@@ -181,8 +181,8 @@ class HookedMode(TorchFunctionMode):
             with torch.no_grad(), unheard(), isolated(module), only_forward_hooks(module, _Hook):
                 set_random_state(random)
                 seen = module.forward(*inputs, **kwargs)
-            for one, other in zip(tensors_in(seen), tensors_in(output), strict=False):
-                self._goes_on(one, other)
+            for inner, other in zip(tensors_in(seen), tensors_in(output), strict=False):
+                self._goes_on(inner, other)
         except Exception as error:  # noqa: BLE001 (the run that is watched has to go on)
             self.failure = error
         finally:
@@ -210,8 +210,8 @@ class _Hook:
     def __init__(self, module: nn.Module, function: Callable[..., Any]) -> None:
         self._module, self._function = module, function
 
-    def __call__(self, module: nn.Module, *given: Any) -> Any:
-        return self._function(module, *given) if module is self._module else None
+    def __call__(self, module: nn.Module, *arguments: Any) -> Any:
+        return self._function(module, *arguments) if module is self._module else None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, NOTHING

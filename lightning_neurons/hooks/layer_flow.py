@@ -44,8 +44,8 @@ def spread_behind(
     if source.ndim < 2 or out.ndim < 2 or source.shape[0] != out.shape[0]:
         return 0
     if function in _MEANS:
-        given = args[1] if len(args) > 1 else kwargs.get("dim")
-        dims = [given] if isinstance(given, int) else list(given or range(source.ndim))
+        dim = args[1] if len(args) > 1 else kwargs.get("dim")
+        dims = [dim] if isinstance(dim, int) else list(dim or range(source.ndim))
         return 0 if {d % source.ndim for d in dims} & {0, axis % source.ndim} else spread
     if axis % source.ndim != 1:  # features behind tokens: only what leaves the shape alone is sure
         return spread if out.shape == source.shape else 0
@@ -110,22 +110,22 @@ class Flow:
 
     def goes_on_as(self, seen: Tensor, output: Tensor) -> None:
         """Record that the model goes on with another tensor of the same values."""
-        for known in (self._nearest, self._streams):
-            if seen in known:
-                known[output] = known[seen]
+        for record in (self._nearest, self._streams):
+            if seen in record:
+                record[output] = record[seen]
 
     def passes(
         self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], out: Any, target: Tensor | None
     ) -> None:
         """Record a call of a function outside of the layers; ``target`` is the tensor that it wrote into, if any."""
         keeps = getattr(func, "__name__", "") in _ELEMENTWISE or func in LINKS
-        given = [t for t in tensors_in((args, kwargs)) if not (keeps and isinstance(t, nn.Parameter))]
-        origins = [self._origin(tensor) for tensor in given]
+        inputs = [t for t in tensors_in((args, kwargs)) if not (keeps and isinstance(t, nn.Parameter))]
+        origins = [self._origin(tensor) for tensor in inputs]
         nearest = frozenset[Call]().union(*origins)
         if not nearest:
             return
         made = [*tensors_in(out), *([] if target is None else [target])]
-        stream = self._stream_behind(func, args, kwargs, given, made[0]) if made else None
+        stream = self._stream_behind(func, args, kwargs, inputs, made[0]) if made else None
         if _WEIGHTS in nearest and any(_WEIGHTS not in origin for origin in origins):  # a linear map without a module
             self._read |= nearest
             nearest, stream = frozenset(), None
@@ -144,8 +144,8 @@ class Flow:
         """
         unread = {call for call in self._last_calls() if call in self._arrived - self._read}
         never = {name for name, _ in unread if all((name, i) not in self._read for i in range(self._calls[name]))}
-        found = never or {name for name, _ in unread}
-        return frozenset(found if len(found) < len(self._calls) else ())
+        layers = never or {name for name, _ in unread}
+        return frozenset(layers if len(layers) < len(self._calls) else ())
 
     def is_lost(self, layer: str) -> bool:
         """Return whether the values of some call of a layer reach neither another layer nor the model's result."""
@@ -163,18 +163,18 @@ class Flow:
     def _origin(self, tensor: Tensor) -> frozenset[Call]:
         if isinstance(tensor, nn.Parameter):
             return frozenset({_WEIGHTS}) if sum(size > 1 for size in tensor.shape) > 1 else frozenset()
-        found: frozenset[Call] = self._nearest.get(tensor, frozenset())
-        return found
+        origin: frozenset[Call] = self._nearest.get(tensor, frozenset())
+        return origin
 
     def _stream_behind(
         self,
         func: Callable[..., Any],
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
-        given: Sequence[Tensor],
+        inputs: Sequence[Tensor],
         out: Tensor,
     ) -> _Stream | None:
-        carried = [(t, s) for t in given if (s := self._streams.get(t)) is not None]
+        carried = [(t, s) for t in inputs if (s := self._streams.get(t)) is not None]
         name = getattr(func, "__name__", "")
         if name in _ELEMENTWISE:  # what is broadcast, such as a gate, only scales
             carried = [(t, s) for t, s in carried if t.shape == out.shape]

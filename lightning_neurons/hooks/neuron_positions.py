@@ -28,7 +28,7 @@ def place_behind(
     function: Callable[..., Any],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
-    given: Sequence[tuple[Tensor, Place | None]],
+    inputs: Sequence[tuple[Tensor, Place | None]],
     made: Tensor,
     affine: bool,
 ) -> Place | None:
@@ -38,25 +38,25 @@ def place_behind(
         function: The function that was called.
         args: Its arguments.
         kwargs: Its keyword arguments.
-        given: The tensors that it read, with the places of those that are the layer's values.
+        inputs: The tensors that it read, with the places of those that are the layer's values.
         made: Its result.
         affine: Whether it only scales and shifts.
 
     Returns:
         Axis and stage of the result, or None if the call is no step of a chain.
     """
-    own = [(tensor, place) for tensor, place in given if place is not None]
-    first = given[0][1]
+    own = [(tensor, place) for tensor, place in inputs if place is not None]
+    first = inputs[0][1]
     stage = max(place.stage for _, place in own)
     kind = LINKS.get(function)
     if kind == "norm":
         is_next = first is not None and len(own) == 1 and first.axis is not None and stage == 0
         return Place(first.axis, 1) if is_next and first is not None else None
     if function is SET:
-        return _set(args, given)
+        return _set(args, inputs)
     if function in MOVES or function is GET:
         if first is None or first.axis is None or len(own) > 1:
-            return Place(None, 2) if function is GET and _picks(args, given) else None
+            return Place(None, 2) if function is GET and _picks(args, inputs) else None
         axis = axis_behind(function, args, kwargs, first.axis, made)
         return None if axis is None else Place(axis, stage)
     if function not in ELEMENTWISE and function not in COPIES:
@@ -67,22 +67,22 @@ def place_behind(
     return Place(own[0][1].axis, stage if affine or kind == "dropout" else 2)
 
 
-def _picks(args: Sequence[Any], given: Sequence[tuple[Tensor, Place | None]]) -> bool:
+def _picks(args: Sequence[Any], inputs: Sequence[tuple[Tensor, Place | None]]) -> bool:
     """Return whether ``x[mask]`` picks values by a mask of the same layer."""
-    places = [place for _, place in given]
-    return len(given) == 2 and None not in places and _is_mask(args[1], args[0])
+    places = [place for _, place in inputs]
+    return len(inputs) == 2 and None not in places and _is_mask(args[1], args[0])
 
 
 def _is_mask(mask: Any, tensor: Tensor) -> bool:
     return isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == tensor.shape
 
 
-def _set(args: Sequence[Any], given: Sequence[tuple[Tensor, Place | None]]) -> Place | None:
+def _set(args: Sequence[Any], inputs: Sequence[tuple[Tensor, Place | None]]) -> Place | None:
     """Return the place behind ``x[mask] = ...`` if the mask, and the values if they vary, are of the same layer."""
-    mask = given[1][1] if len(given) > 1 else None
+    mask = inputs[1][1] if len(inputs) > 1 else None
     if mask is None or mask.axis is None or not _is_mask(args[1], args[0]):
         return None
-    value = given[2] if len(given) > 2 else None
+    value = inputs[2] if len(inputs) > 2 else None
     if value is not None and value[0].ndim and (value[1] is None or value[1].axis is not None):
         return None
     return Place(mask.axis, 2)
@@ -115,9 +115,9 @@ def axis_behind(
         return None
     if moved.untyped_storage().data_ptr() != form.untyped_storage().data_ptr():
         return None
-    found = [d for d in range(moved.ndim) if moved.shape[d] > 1 and moved.stride(d) != 0]
-    if len(found) != 1 or moved.shape[found[0]] != neurons:
+    axes = [d for d in range(moved.ndim) if moved.shape[d] > 1 and moved.stride(d) != 0]
+    if len(axes) != 1 or moved.shape[axes[0]] != neurons:
         return None
-    if found[0] == axis % source.ndim and source.ndim == moved.ndim:
+    if axes[0] == axis % source.ndim and source.ndim == moved.ndim:
         return axis
-    return -1 if found[0] == moved.ndim - 1 else found[0]
+    return -1 if axes[0] == moved.ndim - 1 else axes[0]

@@ -34,8 +34,8 @@ def logits_in(output: Any) -> Tensor | None:
     named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     if isinstance(named, Tensor):
         return named
-    found = [t for t in tensors_of(output) if t.is_floating_point()]
-    return found[0] if len(found) == 1 else None
+    floating = [t for t in tensors_of(output) if t.is_floating_point()]
+    return floating[0] if len(floating) == 1 else None
 
 
 Origin = tuple[frozenset[str], frozenset[str]]
@@ -73,9 +73,9 @@ class Origins(HookedMode):
     def of(self, result: Any) -> Origin:
         """Return the layers from which the tensors in a result come."""
         tensors = list(tensors_in(result))
-        found = [self._known.get(id(tensor), _NOWHERE) for tensor in tensors]
-        found += [self._written.get(address_of(tensor), _NOWHERE) for tensor in tensors]
-        return frozenset().union(*(f[0] for f in found)), frozenset().union(*(f[1] for f in found))
+        origins = [self._known.get(id(tensor), _NOWHERE) for tensor in tensors]
+        origins += [self._written.get(address_of(tensor), _NOWHERE) for tensor in tensors]
+        return frozenset().union(*(f[0] for f in origins)), frozenset().union(*(f[1] for f in origins))
 
     def _made(self, name: str, weights: Weights, module: nn.Module, inputs: Any, output: Any) -> None:
         if not has_weights(module, weights):
@@ -87,10 +87,10 @@ class Origins(HookedMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        given = [(t, version_of(t)) for t in tensors_in((args, kwargs or {}))]
-        origin = self.of([t for t, _ in given])
+        versions = [(t, version_of(t)) for t in tensors_in((args, kwargs or {}))]
+        origin = self.of([t for t, _ in versions])
         out = func(*args, **(kwargs or {}))
-        for tensor, version in given:
+        for tensor, version in versions:
             if version_of(tensor) != version:  # and with it, everything that shares its memory
                 self._written[address_of(tensor)] = origin
                 self._alive.append(tensor)

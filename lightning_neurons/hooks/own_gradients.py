@@ -97,17 +97,17 @@ def functions_running() -> int:
     # What starts them is a function of Python in some versions of torch only; their forward is one in all.
     functions = (inspect.unwrap(kind.forward) for kind in _subclasses(torch.autograd.Function))
     forwards = {getattr(function, "__code__", None) for function in functions}
-    frame, found = inspect.currentframe(), 0
+    frame, count = inspect.currentframe(), 0
     while frame is not None:
-        found += frame.f_code in forwards
+        count += frame.f_code in forwards
         frame = frame.f_back
-    return found
+    return count
 
 
 def _subclasses(kind: Any) -> Iterator[Any]:
-    for one in type.__subclasses__(kind):
-        yield one
-        yield from _subclasses(one)
+    for subclass in type.__subclasses__(kind):
+        yield subclass
+        yield from _subclasses(subclass)
 
 
 @contextmanager

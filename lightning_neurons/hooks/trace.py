@@ -67,8 +67,8 @@ class Trace(HookedMode):
     def _before_runs(self) -> Iterable[tuple[nn.Module, Before]]:
         self._constants.add_model(self._model)
         scripts = [m for m in self._model.modules() if isinstance(m, torch.jit.ScriptModule) and not weights_of(m)]
-        found = [(module, self._starts(path, layer)) for path, module, layer in self._watched()]
-        return found + [(module, lambda _, inputs: self._read_unseen(inputs, SCRIPT)) for module in scripts]
+        hooks = [(module, self._starts(path, layer)) for path, module, layer in self._watched()]
+        return hooks + [(module, lambda _, inputs: self._read_unseen(inputs, SCRIPT)) for module in scripts]
 
     def _after_runs(self) -> Iterable[tuple[nn.Module, After]]:
         return [(module, self._ends(path, layer)) for path, module, layer in self._watched()]
@@ -150,15 +150,15 @@ class Trace(HookedMode):
             return call()
         if func in LOOKS:
             return self._look(func, call, args, kwargs)
-        given = [unhooked(tensor) for tensor in operands(func, args, kwargs)]
-        reads = [self._now.get(id(t)) for t in given]
+        inputs = [unhooked(tensor) for tensor in operands(func, args, kwargs)]
+        reads = [self._now.get(id(t)) for t in inputs]
         target = target_of_write(func, args, kwargs)
         self._copy_before(target, func)
         if func in LEAVES and reads[0] is not None:
             reads[0][0].take_out(reads[0][1])
         out = call()
         try:
-            self._note_call(func, args, kwargs, given, reads, out, target)
+            self._note_call(func, args, kwargs, inputs, reads, out, target)
         except Exception:  # noqa: BLE001 (unexpected arguments: the chain ends, and the model goes on)
             self._ends_here(func, reads, out)
         return out
@@ -168,7 +168,7 @@ class Trace(HookedMode):
         func: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        given: list[Tensor],
+        inputs: list[Tensor],
         reads: _Reads,
         out: Any,
         target: Tensor | None,
@@ -176,25 +176,25 @@ class Trace(HookedMode):
         if not self._inside:
             self._flow.passes(func, args, kwargs, out, target)
         made = target if out is None else out
-        is_copy = isinstance(made, Tensor) and is_copied(func, given, made) and self._copied(given[0], made)
+        is_copy = isinstance(made, Tensor) and is_copied(func, inputs, made) and self._copied(inputs[0], made)
         if is_copy or not any(True for _ in tensors_in(made)):
             return  # .shape and the like read nothing
         if target is None and func not in STEPS and args and out is args[0]:
             return  # the call returned its input as it was
-        self._see(func, args, kwargs, given, reads, made)
-        self._constants.see(given, made, target)
+        self._see(func, args, kwargs, inputs, reads, made)
+        self._constants.see(inputs, made, target)
 
     def _ends_here(self, func: Callable[..., Any], reads: _Reads, made: Any) -> None:
         """Record that a call which is no step of a chain has read values."""
-        for found in reads:
-            if found is not None:
+        for read in reads:
+            if read is not None:
                 name = getattr(func, "__name__", "a function").strip("_")
-                found[0].values[found[1]].outside.append(name if functions_running() == found[0].depth else HIDDEN)
+                read[0].values[read[1]].outside.append(name if functions_running() == read[0].depth else HIDDEN)
         for tensor in tensors_in(made):
             self._now.pop(id(tensor), None)
 
-    def _read_unseen(self, given: Any, name: str) -> None:
-        for tensor in map(unwrapped, map(unhooked, tensors_in(given))):
+    def _read_unseen(self, arguments: Any, name: str) -> None:
+        for tensor in map(unwrapped, map(unhooked, tensors_in(arguments))):
             if id(tensor) in self._now:
                 course, number = self._now[id(tensor)]
                 course.values[number].outside.append(name)
@@ -239,28 +239,28 @@ class Trace(HookedMode):
         func: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        given: list[Tensor],
+        inputs: list[Tensor],
         reads: _Reads,
         made: Any,
     ) -> None:
         """Record a call that makes a step, or that only reads values."""
-        carriers = {id(t): self._carried[id(t)] for t in given if id(t) in self._carried}
-        courses = {id(found[0]): found[0] for found in reads if found is not None}
+        carriers = {id(t): self._carried[id(t)] for t in inputs if id(t) in self._carried}
+        courses = {id(read[0]): read[0] for read in reads if read is not None}
         alone = len(courses) == 1 and isinstance(made, Tensor) and is_plain(made)
         course = next(iter(courses.values())) if alone else None
-        value = None if course is None else self._step(func, args, kwargs, given, reads, made, course)
+        value = None if course is None else self._step(func, args, kwargs, inputs, reads, made, course)
         if value is None:
             self._ends_here(func, reads, made)
-            self._torn(func, given, reads, made)
+            self._torn(func, inputs, reads, made)
         self._carry(func, args, kwargs, carriers, made, value)
 
-    def _torn(self, func: Callable[..., Any], given: list[Tensor], reads: _Reads, made: Any) -> None:
+    def _torn(self, func: Callable[..., Any], inputs: list[Tensor], reads: _Reads, made: Any) -> None:
         """Follow pieces of one layer's values until the model has returned."""
         if self._inside:
             return
-        values = [None if found is None or self._is_over(found[0]) else found[0].values[found[1]] for found in reads]
-        constants = map(self._constants.has, given)
-        self._pieces.see(func, list(zip(given, values, constants, strict=True)), made)
+        values = [None if read is None or self._is_over(read[0]) else read[0].values[read[1]] for read in reads]
+        constants = map(self._constants.has, inputs)
+        self._pieces.see(func, list(zip(inputs, values, constants, strict=True)), made)
 
     def _is_over(self, course: Course) -> bool:
         """Return whether the model has returned, so that later calls, such as those of the loss, are no part of it."""
@@ -271,7 +271,7 @@ class Trace(HookedMode):
         func: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        given: list[Tensor],
+        inputs: list[Tensor],
         reads: _Reads,
         made: Tensor,
         course: Course,
@@ -279,12 +279,12 @@ class Trace(HookedMode):
         """Return the value that a call makes of one layer's output and constants alone; None if it does otherwise."""
         if func not in STEPS or functions_running() != course.depth or (self._is_over(course) and func not in LINKS):
             return None
-        numbers = tuple(None if found is None else found[1] for found in reads)
+        numbers = tuple(None if read is None else read[1] for read in reads)
         step = Step(func, args, kwargs, numbers, calling_module(self._model, self._modules))
         places = [None if n is None else course.values[n].place for n in numbers]
-        if LINKS.get(func) != "norm" and not self._constants.fit(given, places):
+        if LINKS.get(func) != "norm" and not self._constants.fit(inputs, places):
             return None
-        place = place_behind(func, args, kwargs, list(zip(given, places, strict=True)), made, step.kind == "affine")
+        place = place_behind(func, args, kwargs, list(zip(inputs, places, strict=True)), made, step.kind == "affine")
         if place is None:
             return None
         value = course.add(made, place, step)
@@ -394,7 +394,7 @@ class Trace(HookedMode):
         self._alive.clear()
 
 
-def _pass_on(known: dict[int, Any], source: Tensor, made: Tensor) -> None:
-    known.pop(id(made), None)
-    if id(source) in known:
-        known[id(made)] = known[id(source)]
+def _pass_on(entries: dict[int, Any], source: Tensor, made: Tensor) -> None:
+    entries.pop(id(made), None)
+    if id(source) in entries:
+        entries[id(made)] = entries[id(source)]

@@ -48,17 +48,17 @@ class Constants:
             return not self._overwritten or address_of(tensor) not in self._overwritten
         return tensor.ndim == 0 and id(tensor) not in self._of_data
 
-    def fit(self, given: Sequence[Tensor], places: Sequence[Place | None]) -> bool:
+    def fit(self, inputs: Sequence[Tensor], places: Sequence[Place | None]) -> bool:
         """Return whether all other operands are constants, or hold one number per neuron that is not from the batch.
 
         What lies on the neurons' axis alone is the same for all samples: a mean of the data, in a global variable.
 
         Args:
-            given: The tensors that a call reads.
+            inputs: The tensors that a call reads.
             places: For each of them, where the layer's neurons lie; None if it holds none of the layer's values.
         """
-        value, place = next((t, p) for t, p in zip(given, places, strict=True) if p is not None)
-        others = [tensor for tensor, p in zip(given, places, strict=True) if p is None]
+        value, place = next((t, p) for t, p in zip(inputs, places, strict=True) if p is not None)
+        others = [tensor for tensor, p in zip(inputs, places, strict=True) if p is None]
         return all(self.has(tensor) or self._is_per_neuron(tensor, value, place.axis) for tensor in others)
 
     def _is_per_neuron(self, tensor: Tensor, value: Tensor, axis: int | None) -> bool:
@@ -68,11 +68,11 @@ class Constants:
         is_along = tensor.ndim >= -back and tensor.shape[back] == tensor.numel() == value.shape[axis]
         return is_along and -back < value.ndim and (tensor.ndim < value.ndim or len(value) > 1)
 
-    def see(self, given: Iterable[Tensor], made: Any, target: Tensor | None) -> None:
+    def see(self, inputs: Iterable[Tensor], made: Any, target: Tensor | None) -> None:
         """Record a call: whether its result, or the ``target`` it wrote into, is computed from constants alone."""
-        given = list(given)
-        constant = all(self.has(tensor) for tensor in given)
-        is_open = all(id(t) not in self._of_data and (self.has(t) or _is_vector(t)) for t in given)
+        inputs = list(inputs)
+        constant = all(self.has(tensor) for tensor in inputs)
+        is_open = all(id(t) not in self._of_data and (self.has(t) or _is_vector(t)) for t in inputs)
         for tensor in tensors_in(made):
             if constant:
                 self.add(tensor)
@@ -105,22 +105,22 @@ class Pieces:
     def __init__(self) -> None:
         self._known: dict[int, tuple[Tensor, _Piece]] = {}  # ids stay unique while the tensors live
 
-    def see(self, func: Callable[..., Any], given: Sequence[tuple[Tensor, Value | None, bool]], made: Any) -> None:
+    def see(self, func: Callable[..., Any], inputs: Sequence[tuple[Tensor, Value | None, bool]], made: Any) -> None:
         """Record a call that is no step of a chain and reads values of one layer, or pieces of them.
 
         Args:
             func: The function that was called.
-            given: The tensors that it read, each with the value that it is, if any, and whether it is a constant.
+            inputs: The tensors that it read, each with the value that it is, if any, and whether it is a constant.
             made: Its result.
         """
-        found = [self._piece(tensor, value) for tensor, value, _ in given]
-        pieces = [piece for piece in found if piece is not None]
+        carried = [self._piece(tensor, value) for tensor, value, _ in inputs]
+        pieces = [piece for piece in carried if piece is not None]
         results = [*tensors_in(made)]
         for tensor in results:
             self._known.pop(id(tensor), None)
         foreign = any(
             piece is None and not constant and tensor.is_floating_point()
-            for piece, (tensor, _, constant) in zip(found, given, strict=True)
+            for piece, (tensor, _, constant) in zip(carried, inputs, strict=True)
         )
         if not pieces or not results or foreign:
             return
@@ -133,13 +133,13 @@ class Pieces:
             _take_note(pieces, torn, WORKS[func])
         elif func in REDUCES and torn in JOINS:
             _take_note(pieces, torn, REDUCES[func])
-        elif func in TEARS or func in REDUCES or _blurs(func, given):
+        elif func in TEARS or func in REDUCES or _blurs(func, inputs):
             name = torn or ("" if func in REDUCES else TEARS.get(func, _name(func)))
             self._add(results, _Piece(pieces[0].value, name, reduced or REDUCES.get(func, "")))
         elif (
             len(pieces) == 1
             and not reduced
-            and _keeps_all(func, [tensor for tensor, _, _ in given], results, pieces[0].value)
+            and _keeps_all(func, [tensor for tensor, _, _ in inputs], results, pieces[0].value)
         ):
             is_custom = isinstance(func, torch._ops.OpOverload | torch._ops.OpOverloadPacket) and whole
             if is_custom and not str(func).startswith("aten."):
@@ -167,17 +167,17 @@ class Pieces:
         self._known.clear()
 
 
-def _blurs(func: Callable[..., Any], given: Sequence[tuple[Tensor, Value | None, bool]]) -> bool:
+def _blurs(func: Callable[..., Any], inputs: Sequence[tuple[Tensor, Value | None, bool]]) -> bool:
     """Return whether a function is a depthwise convolution with fixed weights."""
-    weights = [tensor for tensor, _, constant in given[1:2] if constant and not isinstance(tensor, nn.Parameter)]
-    is_alone = any(w.ndim > 2 and w.shape[1] == 1 and len(w) == given[0][0].shape[1 - w.ndim] for w in weights)
+    weights = [tensor for tensor, _, constant in inputs[1:2] if constant and not isinstance(tensor, nn.Parameter)]
+    is_alone = any(w.ndim > 2 and w.shape[1] == 1 and len(w) == inputs[0][0].shape[1 - w.ndim] for w in weights)
     return is_alone and _name(func).startswith("conv")
 
 
-def _keeps_all(func: Callable[..., Any], given: Iterable[Tensor], results: Iterable[Tensor], value: Value) -> bool:
+def _keeps_all(func: Callable[..., Any], inputs: Iterable[Tensor], results: Iterable[Tensor], value: Value) -> bool:
     """Return whether a function that is not listed may keep all numbers: it has no weights, and makes as many."""
     is_pool = func in PASSING and func is not F.pad
-    if is_pool or func in MIXES or any(isinstance(tensor, nn.Parameter) for tensor in given):
+    if is_pool or func in MIXES or any(isinstance(tensor, nn.Parameter) for tensor in inputs):
         return False
     numbers = [t.numel() * (1 + t.is_complex()) for t in results if t.is_floating_point() or t.is_complex()]
     return sum(numbers) >= value.tensor.numel()

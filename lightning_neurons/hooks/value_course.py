@@ -47,12 +47,12 @@ def rectifies(steps: Mapping[int, Step], start: int, first: Tensor, axis: int, l
     probe = _RANGE.to(first).view(-1, *[1] * (first.ndim - 1)).expand(-1, *shape[1:])
     try:
         with torch.no_grad():
-            found = _run(steps, start, first, probe, axis)
+            values = _run(steps, start, first, probe, axis)
     except (RuntimeError, TypeError, ValueError, IndexError):  # constants that do not fit one position
         return False
-    if found.shape != probe.shape or not bool((found >= 0).all()):
+    if values.shape != probe.shape or not bool((values >= 0).all()):
         return False
-    return bool(((found == 0).sum(0) >= _LEAST_ZEROS).all()) and bool((found > 0).any())
+    return bool(((values == 0).sum(0) >= _LEAST_ZEROS).all()) and bool((values > 0).any())
 
 
 def _can_run_all(steps: Iterable[Step]) -> bool:
@@ -82,11 +82,11 @@ def _run(steps: Mapping[int, Step], start: int, first: Tensor, probe: Tensor, ax
             continue
         reads = iter(step.reads)
 
-        def given(tensor: Tensor) -> Tensor:
+        def substitute(tensor: Tensor) -> Tensor:
             source = next(reads)  # noqa: B023 (called at once)
             return _in_one_place(tensor, first, probe, axis) if source is None else values[source]
 
-        args, kwargs = map_tensors_in((tuple(step.args), dict(step.kwargs)), given)
+        args, kwargs = map_tensors_in((tuple(step.args), dict(step.kwargs)), substitute)
         made: Any = step.function(*args, **kwargs)
         values[number] = args[0] if made is None else made
     return values[max(steps)]
@@ -244,8 +244,8 @@ class Course:
         return tuple(self._link(first, last) for first, last in pairwise(points))
 
     def _link(self, first: int, last: int) -> Link:
-        found = self._steps(first, last)
-        steps, number_of = list(found.values()), {number: i for i, number in enumerate((first, *found))}
+        by_number = self._steps(first, last)
+        steps, number_of = list(by_number.values()), {number: i for i, number in enumerate((first, *by_number))}
         parts = [step for step in steps if not step.is_move]
         kinds = {step.kind for step in parts}
         modules = {step.module for step in parts}
@@ -298,12 +298,12 @@ class Course:
 
     def _functions_behind(self, end: int) -> list[str]:
         """Return the first functions that compute on a value, after any change of layout."""
-        found = []
+        names = []
         for number in self.uses(end):
             step = self.values[number].step
             assert step is not None, "only the output has none"
-            found += self._functions_behind(number) if step.is_move else [step.title]
-        return found
+            names += self._functions_behind(number) if step.is_move else [step.title]
+        return names
 
 
 def common_axis(calls: Sequence[Course]) -> int | None:

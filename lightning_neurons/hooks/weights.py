@@ -37,8 +37,8 @@ def incoming_weight(module: nn.Module, neurons: int) -> Tensor | None:
         return None
     axis, blocks = _blocks(module, weight.detach())
     rows = [block.movedim(axis, 0).flatten(1) for block in blocks]
-    found = rows[0] if len(rows) == 1 else torch.cat(rows)
-    return found if len(found) == neurons else None
+    matrix = rows[0] if len(rows) == 1 else torch.cat(rows)
+    return matrix if len(matrix) == neurons else None
 
 
 def neuron_weights(module: nn.Module) -> list[Tensor]:

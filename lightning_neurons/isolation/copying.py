@@ -133,7 +133,7 @@ def hooked_parameters(model: nn.Module) -> list[str]:
 def finally_hooked_parameters(model: nn.Module) -> list[str]:
     """Return the paths of parameters with post-accumulate hooks, which may run an optimizer; copies lack them."""
     hooks = {name: getattr(p, "_post_accumulate_grad_hooks", None) or {} for name, p in model.named_parameters()}
-    return [public_name(name) for name, found in hooks.items() if _of_users(found.values())]
+    return [public_name(name) for name, registered in hooks.items() if _of_users(registered.values())]
 
 
 def what_fails(model: nn.Module) -> str:

@@ -86,7 +86,7 @@ class Reach:
             if (kind is OrderedDict or kind is dict or kind is set) and not value:
                 self.empty.append(value)  # as most dicts of a module are
                 continue
-            moves = any(self._visit_of(type(one)) is _movable for one in _runs(value))
+            moves = any(self._visit_of(type(part)) is _movable for part in _runs(value))
             moves = moves or (isinstance(value, Tensor) and _is_replaced(holder, value))
             if moves:
                 self.movable.append((value, (holder, key, path)))
@@ -113,14 +113,14 @@ class Reach:
         return self._visits[kind]
 
     def _resolve(self, kind: type) -> _Visit | None:
-        known = next((visit for base, visit in _VISITS.items() if issubclass(kind, base)), None)
+        inherited = next((visit for base, visit in _VISITS.items() if issubclass(kind, base)), None)
         if not self.users.own(kind):
-            if known is None and hasattr(kind, "__next__"):
+            if inherited is None and hasattr(kind, "__next__"):
                 return _movable
-            return _attributes if known is None and self.users.accumulates(kind) else known
-        if known is None:
+            return _attributes if inherited is None and self.users.accumulates(kind) else inherited
+        if inherited is None:
             return _object
-        return _container_and_object if known in _CONTAINERS else known
+        return _container_and_object if inherited in _CONTAINERS else inherited
 
 
 @functools.lru_cache(maxsize=64)
@@ -305,7 +305,7 @@ def _cache(reach: Reach, thing: Any, path: Path) -> None:
     if not thing.cache_info().currsize:
         reach.keep(contents.Mark(lambda: thing.cache_info().currsize, lambda _: thing.cache_clear()), path)
     for held in gc.get_referents(thing):
-        reach.go(thing, ((None, one) for one in (held.values() if isinstance(held, dict) else [held])), path)
+        reach.go(thing, ((None, entry) for entry in (held.values() if isinstance(held, dict) else [held])), path)
 
 
 def _optimizer(reach: Reach, thing: torch.optim.Optimizer, path: Path) -> None:

@@ -120,8 +120,8 @@ def version_of(tensor: Tensor) -> int:
 
 def same_tensors(first: Any, second: Any, tolerance: float = 0.0) -> bool:
     """Return whether two results have equal tensors, exactly or within a tolerance; NaN is equal to NaN."""
-    one, other = list(tensors_in(first)), list(tensors_in(second))
-    if len(one) != len(other) or any(a.shape != b.shape for a, b in zip(one, other, strict=True)):
+    left, right = list(tensors_in(first)), list(tensors_in(second))
+    if len(left) != len(right) or any(a.shape != b.shape for a, b in zip(left, right, strict=True)):
         return False
-    pairs = zip(one, other, strict=True)
+    pairs = zip(left, right, strict=True)
     return all(torch.allclose(a, b, rtol=tolerance, atol=tolerance, equal_nan=True) for a, b in pairs)

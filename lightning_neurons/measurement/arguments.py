@@ -53,9 +53,9 @@ def given_batches(batches: Any) -> list[Any]:
         MeasurementError: If there are none.
     """
     check_batches(batches)
-    found = [batch for batch in batches if batch_size_of(batch)]
-    if not found:
+    nonempty = [batch for batch in batches if batch_size_of(batch)]
+    if not nonempty:
         raise MeasurementError(
             f"batches={type(batches).__name__}: it gave no batch with a sample (has a generator been used up?)"
         )
-    return found
+    return nonempty

@@ -138,10 +138,10 @@ def divides(outcomes: Outcomes, batch: Any, parts: Sequence[Any], results: Seque
     Returns:
         True if the mean loss and, where the model is called once, its outputs are the same up to rounding.
     """
-    sizes = [batch_size_of(one) for one in parts]
+    sizes = [batch_size_of(part) for part in parts]
     means = [
-        float(outcomes.of([result], one, size).means[0])
-        for result, one, size in zip(results[1:], parts, sizes, strict=True)
+        float(outcomes.of([result], part, size).means[0])
+        for result, part, size in zip(results[1:], parts, sizes, strict=True)
     ]
     mean = float(outcomes.of([results[0]], batch, sum(sizes)).means[0])
     alike = not math.isfinite(mean) or _near(mean, [m * n / sum(sizes) for m, n in zip(means, sizes, strict=True)])

@@ -177,40 +177,42 @@ class SampleLosses:
         for way in list(self._ways):
             try:
                 with _refused(self.modules):
-                    found = way(stacked, outputs[0], batch, samples).double()
+                    losses = way(stacked, outputs[0], batch, samples).double()
             except Exception:  # noqa: BLE001 (whatever a loss does that a way cannot do)
                 self._ways.remove(way)
                 continue
-            if found.shape == (len(outputs), samples) and self._adds_up(found, whole, tolerance):
-                return found
+            if losses.shape == (len(outputs), samples) and self._adds_up(losses, whole, tolerance):
+                return losses
         return None
 
-    def _adds_up(self, found: Tensor, whole: Tensor, tolerance: float) -> bool:
-        found = found if len(whole) == len(found) else found.reshape(1, -1)
-        again = found.mean(1) if self._is_mean else found.sum(1)
+    def _adds_up(self, losses: Tensor, whole: Tensor, tolerance: float) -> bool:
+        losses = losses if len(whole) == len(losses) else losses.reshape(1, -1)
+        again = losses.mean(1) if self._is_mean else losses.sum(1)
         is_close = torch.isclose(again, whole, rtol=tolerance, atol=1e-7) | ~(again.isfinite() | whole.isfinite())
         return bool(is_close.all())
 
     def _all_at_once(self, stacked: list[Tensor], form: Any, batch: Any, samples: int) -> Tensor:
         per_sample = [t for t in tensors_of(batch) if t.ndim and len(t) == samples]
 
-        def one(rows: list[Tensor], out: list[Tensor]) -> Tensor:
+        def loss_of_sample(rows: list[Tensor], out: list[Tensor]) -> Tensor:
             inside, answers = iter(rows), iter(out)
             part = map_tensors(batch, lambda t: next(inside)[None] if t.ndim and len(t) == samples else t)
             answer = map_tensors_in(form, lambda t: next(answers)[None])
             return self._loss_fn(_Answering(self._model, answer), part).reshape(())
 
-        return torch.vmap(torch.vmap(one), in_dims=(None, 0))(per_sample, stacked)
+        return torch.vmap(torch.vmap(loss_of_sample), in_dims=(None, 0))(per_sample, stacked)
 
     def _one_by_one(self, stacked: list[Tensor], form: Any, batch: Any, samples: int) -> Tensor:
         parts = [rows_of(batch, torch.tensor([i]), samples) for i in range(samples)]
 
-        def one(run: int, i: int) -> Tensor:
+        def loss_of_sample(run: int, i: int) -> Tensor:
             out = iter(stacked)
             answer = map_tensors_in(form, lambda t: next(out)[run, i : i + 1])
             return self._loss_fn(_Answering(self._model, answer), parts[i]).reshape(())
 
-        return torch.stack([torch.stack([one(run, i) for i in range(samples)]) for run in range(len(stacked[0]))])
+        return torch.stack([
+            torch.stack([loss_of_sample(run, i) for i in range(samples)]) for run in range(len(stacked[0]))
+        ])
 
 
 @contextmanager

@@ -154,12 +154,12 @@ def _one_batch(
 ) -> None:
     model = passes.model
 
-    def loss_of(given: Any) -> Tensor:
+    def loss_of(data: Any) -> Tensor:
         assert loss_fn is not None, "checked before the first batch"
-        return summed(loss_fn(model, given), settings.loss_reduction, batch_size_of(given))
+        return summed(loss_fn(model, data), settings.loss_reduction, batch_size_of(data))
 
-    def forward(given: Any) -> Any:
-        return run(model, given)
+    def forward(data: Any) -> Any:
+        return run(model, data)
 
     if passes.known is None:
         passes.find(forward if loss_fn is None else loss_of, batch)

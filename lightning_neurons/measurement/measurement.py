@@ -101,18 +101,18 @@ class Measurement:
         self, layer: str, activation: Tensor, gradient: Tensor | None, need: Need, inner: Tensor | None = None
     ) -> None:
         """Add one call of one layer."""
-        known, rectified, bounds = self._forms[layer]
+        traced, rectified, bounds = self._forms[layer]
         view = LayerView(
-            samples_of(activation, known, self._batch_size),
-            None if gradient is None else samples_of(gradient, known, self._batch_size),
-            None if inner is None else samples_of(inner, known, self._batch_size),
+            samples_of(activation, traced, self._batch_size),
+            None if gradient is None else samples_of(gradient, traced, self._batch_size),
+            None if inner is None else samples_of(inner, traced, self._batch_size),
             rectified=rectified,
             bounds=bounds,
         )
         place = self.metric.places[layer]
         if view.activation.shape[1] != place.stop - place.start:
             raise MeasurementError(
-                f"layer {layer!r} gave {view.activation.shape[1]} neurons on axis {known.axis} of its output and says "
+                f"layer {layer!r} gave {view.activation.shape[1]} neurons on axis {traced.axis} of its output and says "
                 f"that it has {place.stop - place.start}; check its register_layer(neurons=..., axis=...)"
             )
         self.metric.hold(layer, view, need, self._targets if self.per_class else None, self._batch_size)
@@ -187,7 +187,7 @@ class Measurement:
 
     def _unresolved(self) -> list[str]:
         """Return notes of the layers where near_zero asks for magnitudes that the histogram does not tell apart."""
-        found = []
+        notes = []
         for criterion in self.criteria:
             limit_of = criterion.score.keywords if isinstance(criterion.score, partial) else {}
             if not criterion.histogram or "threshold" not in limit_of:
@@ -196,11 +196,11 @@ class Measurement:
                 rms = layer_rms(self.metric.summary(name)) if limit_of["relative"] else 1.0
                 limit = limit_of["threshold"] * rms
                 if limit > 0 and not LOWEST <= limit <= HIGHEST:
-                    found.append(
+                    notes.append(
                         f"{criterion.name} of {name}: the threshold is {limit:.1e}, outside of {LOWEST:.0e} to "
                         f"{HIGHEST:.0e} that the histogram resolves; only whether a neuron is dead is exact"
                     )
-        return found
+        return notes
 
     def _unfollowed(self) -> list[str]:
         """Return notes of the layers whose values may not be what downstream layers get; those alike together."""
@@ -209,8 +209,8 @@ class Measurement:
             layer = self.layers.get(name)
             if layer is not None and layer.calls and layer.note:
                 same.setdefault(layer.note, []).append(name)
-        found = [f"{_listed(names)}: measured before what follows, as {note}" for note, names in same.items()]
-        return found[:_NAMED] + [f"and {len(found) - _NAMED} notes more, at their layers"] * (len(found) > _NAMED)
+        notes = [f"{_listed(names)}: measured before what follows, as {note}" for note, names in same.items()]
+        return notes[:_NAMED] + [f"and {len(notes) - _NAMED} notes more, at their layers"] * (len(notes) > _NAMED)
 
     def _counts(self, name: str) -> LayerCounts:
         summary, place = self.metric.summary(name), self.metric.places[name]

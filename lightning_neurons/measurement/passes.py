@@ -76,11 +76,11 @@ class Passes:
         known: Facts that earlier passes have found; used as long as the layers are the same.
     """
 
-    def __init__(self, model: nn.Module, receivers: Sequence[Receiver], known: Known | None = None) -> None:
+    def __init__(self, model: nn.Module, receivers: Sequence[Receiver], traced: Known | None = None) -> None:
         self.model = model
         self._modules = candidates(model)  # the forward may hang modules elsewhere; each keeps its name
         self.receivers: list[Receiver] = []
-        self.known: Known | None = known if known is not None and known.form == _form_of(self._modules) else None
+        self.known: Known | None = traced if traced is not None and traced.form == _form_of(self._modules) else None
         """If None, the next forward is traced."""
         self._learnt: Mapping[str, Layer] = self.known.layers if self.known else {}
         self._is_plain = True  # until the forward takes gradients of its own that need its parameters
@@ -291,8 +291,8 @@ class Passes:
 
     def _tell_apart(self, forward: Callable[[Any], Any], batch: Any) -> None:
         """Find the layout of the samples' rows, from two forwards of a few samples in opposite orders."""
-        known, size = self.known, batch_size_of(batch)
-        assert known is not None, "just learnt"
+        traced, size = self.known, batch_size_of(batch)
+        assert traced is not None, "just learnt"
         few, apart = min(_SOME, size), set[str]()
         with suppress(Exception):  # the model need not run on so many
             rows = torch.arange(few)
@@ -301,7 +301,7 @@ class Passes:
                 for order in (rows, rows.flip(0))
             )
             apart = {name for name in values.keys() & turned if lie_apart(values[name], turned[name], few)}
-        self._take(replace(known, layers={n: replace(la, rows_apart=n in apart) for n, la in known.layers.items()}))
+        self._take(replace(traced, layers={n: replace(la, rows_apart=n in apart) for n, la in traced.layers.items()}))
 
     def _learn(self, trace: Trace, samples: int | None = None, *, few: int | None = None) -> None:
         """Store the layers.
@@ -326,10 +326,10 @@ class Passes:
         ambiguous = few is None and (bool(folded) or any(unclear))
         self._take(Known(_form_of(self._modules), layers, max(sizes, default=0), ambiguous))
 
-    def _take(self, known: Known) -> None:
-        self.known, self._learnt = known, known.layers
+    def _take(self, traced: Known) -> None:
+        self.known, self._learnt = traced, traced.layers
         for receiver in self.receivers:
-            receiver.learn({name: known.layers[name] for name in receiver.modules})
+            receiver.learn({name: traced.layers[name] for name in receiver.modules})
 
     def _forget(self, unknown: set[str]) -> None:
         """Forget the layers if some did not run as known, so that they are found again."""

@@ -20,17 +20,17 @@ def unmeasured(measurement: Measurement) -> list[str]:
     model, ran = measurement.model, {n for n, layer in measurement.layers.items() if layer.calls}
     seen = {id(p) for name in ran for p in measurement.modules[name].parameters()}
     total = sum(p.numel() for p in model.parameters())
-    found = []
+    missed = []
     for name, module in _owners(model):
         own = {id(p): p.numel() for p in _own_parameters(module) if id(p) not in seen}
         seen |= own.keys()
         if sum(own.values()):
-            found.append((sum(own.values()) / total, f"{name or type(module).__name__} ({type(module).__name__}"))
-    if not found:
+            missed.append((sum(own.values()) / total, f"{name or type(module).__name__} ({type(module).__name__}"))
+    if not missed:
         return []
-    found.sort(key=lambda one: -one[0])
-    named = [f"{what}, {_percent(share)} of parameters)" for share, what in found[:_NAMED]]
-    rest = found[_NAMED:]
+    missed.sort(key=lambda row: -row[0])
+    named = [f"{what}, {_percent(share)} of parameters)" for share, what in missed[:_NAMED]]
+    rest = missed[_NAMED:]
     if rest:
         named.append(f"and {len(rest)} more ({_percent(sum(share for share, _ in rest))})")
     return [f"not measured: {', '.join(named)}"]

@@ -264,6 +264,6 @@ def add_magnitudes(
     start = group.bins if index is None else group.bins + index[:, None] * (counts.shape[1] * histogram.BINS)
     # int32 is enough for the bins of most models, and twice as fast as int64.
     flat = bins.add_(start) if counts.numel() < 2**31 else bins + start
-    one = flat.new_ones(1, dtype=torch.int64)
-    weights = one.expand(flat.numel()) if finite is None else finite.t().long().unsqueeze(-1).expand_as(flat).flatten()
+    unit = flat.new_ones(1, dtype=torch.int64)
+    weights = unit.expand(flat.numel()) if finite is None else finite.t().long().unsqueeze(-1).expand_as(flat).flatten()
     counts.view(-1).index_add_(0, flat.flatten(), weights)

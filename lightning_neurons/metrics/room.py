@@ -25,13 +25,13 @@ def available_bytes(device: torch.device) -> int | None:
     """Return the number of free bytes on a device; None where it is not known."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    found = [_number(limit) - _number(taken) for limit, taken in _LIMITS.items() if _number(limit) and _number(taken)]
+    sizes = [_number(limit) - _number(taken) for limit, taken in _LIMITS.items() if _number(limit) and _number(taken)]
     try:
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        found += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+        sizes += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
     except (OSError, ValueError, IndexError):
         pass  # another operating system
-    return min(found, default=None)
+    return min(sizes, default=None)
 
 
 def _number(path: str) -> int:

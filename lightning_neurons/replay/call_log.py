@@ -122,9 +122,9 @@ class _Learn(TorchFunctionMode):
         calls, kwargs = self.calls, kwargs or {}
         now = self._now = len(calls.functions)
         calls.functions.append(func)
-        given = [(t, version_of(t)) for t in tensors_in((args, kwargs))]
+        versions = [(t, version_of(t)) for t in tensors_in((args, kwargs))]
         out = func(*args, **kwargs)
-        for tensor, version in given:
+        for tensor, version in versions:
             address = address_of(tensor)
             number = self._number.get(address, -1)
             if number >= 0:

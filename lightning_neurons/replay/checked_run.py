@@ -65,9 +65,9 @@ class SameCalls(HookedMode):
 
     def _call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         now = self.now
-        given = [(t, version_of(t)) for t in tensors_in((args, kwargs))]
+        versions = [(t, version_of(t)) for t in tensors_in((args, kwargs))]
         out = func(*args, **kwargs)
-        touched = {address_of(t) for t, version in given if version_of(t) != version}
+        touched = {address_of(t) for t, version in versions if version_of(t) != version}
         expected = {self._where.get(memory) for memory in self.calls.writes.get(now, ())}
         if touched != expected and (expected - touched or now not in self.calls.outside):
             raise DivergedError(f"call {now} wrote into other memory before")

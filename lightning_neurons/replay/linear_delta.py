@@ -55,27 +55,27 @@ class Narrow:
         self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], out: Any, call: int
     ) -> None:
         """Record a call and its result."""
-        given = list(tensors_in((args, kwargs)))
-        touched = set().union(*(self._touched.get(id(t), ()) for t in given))
+        inputs = list(tensors_in((args, kwargs)))
+        touched = set().union(*(self._touched.get(id(t), ()) for t in inputs))
         narrow = {
             point: (id(t), *place)
-            for t in given
+            for t in inputs
             for point, place in self._narrow.get(id(t), {}).items()
             if point != call  # an activation that is made in place is both
         }
         for point, (source, twin, axis) in narrow.items():
             reads = func in READERS and args and id(args[0]) == source and point not in touched
             is_same_channels = (
-                isinstance(out, Tensor) and out.ndim > axis and out.shape[axis] == _shape_of(given, source)[axis]
+                isinstance(out, Tensor) and out.ndim > axis and out.shape[axis] == _shape_of(inputs, source)[axis]
             )
             if reads and _is_dense(func, args, kwargs, axis):
                 self.twins.setdefault(point, {})[call] = twin
-            elif point not in touched and is_same_channels and _is_channelwise(func, args, kwargs, given, out):
+            elif point not in touched and is_same_channels and _is_channelwise(func, args, kwargs, inputs, out):
                 self._narrow.setdefault(id(out), {})[point] = call, axis
                 continue
             touched.add(point)
         if touched:
-            for tensor in (*tensors_in(out), *(t for t in given if any(t is o for o in tensors_in(out)))):
+            for tensor in (*tensors_in(out), *(t for t in inputs if any(t is o for o in tensors_in(out)))):
                 self._touched.setdefault(id(tensor), set()).update(touched)
 
 
@@ -100,25 +100,25 @@ def through_reader(
     Returns:
         A new tensor of the shape of ``output``, equal to the full computation up to rounding.
     """
-    given = dict(zip(READERS[func], args, strict=False)) | dict(kwargs)
-    axis = given["input"].ndim - 1 if func is F.linear else 1
-    change = given["input"].index_select(axis, index) - before
-    few = {"input": change, "weight": given["weight"].index_select(1, index), "bias": None}
-    return func(**{**given, **few}).add_(output)  # type: ignore[no-any-return]  # memory that is in the cache
+    arguments = dict(zip(READERS[func], args, strict=False)) | dict(kwargs)
+    axis = arguments["input"].ndim - 1 if func is F.linear else 1
+    change = arguments["input"].index_select(axis, index) - before
+    few = {"input": change, "weight": arguments["weight"].index_select(1, index), "bias": None}
+    return func(**{**arguments, **few}).add_(output)  # type: ignore[no-any-return]  # memory that is in the cache
 
 
 def _is_dense(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], axis: int) -> bool:
-    given = dict(zip(READERS[func], args, strict=False)) | dict(kwargs)
-    wanted = given["input"].ndim - 1 if func is F.linear else 1
-    return (axis == wanted and given.get("groups", 1) == 1 and given["input"].ndim == given["weight"].ndim) or (
-        func is F.linear and axis == wanted
-    )
+    arguments = dict(zip(READERS[func], args, strict=False)) | dict(kwargs)
+    wanted = arguments["input"].ndim - 1 if func is F.linear else 1
+    return (
+        axis == wanted and arguments.get("groups", 1) == 1 and arguments["input"].ndim == arguments["weight"].ndim
+    ) or (func is F.linear and axis == wanted)
 
 
 def _is_channelwise(
-    func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], given: Sequence[Tensor], out: Tensor
+    func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], inputs: Sequence[Tensor], out: Tensor
 ) -> bool:
-    if any(share_memory(t, out) for t in given):
+    if any(share_memory(t, out) for t in inputs):
         return False  # in place, or a view
     if func is F.batch_norm:
         training = args[5] if len(args) > 5 else kwargs.get("training", False)

@@ -158,9 +158,9 @@ class Rerun:
             calls = self._of.calls
             assert calls is not None, "learnt before"
             changed = {call: edit for name, edit in edits.items() for call in calls.points[name]}
-            found = self._replay(start, changed, list(edits))
-            if found is not None:
-                return found[0]
+            replayed = self._replay(start, changed, list(edits))
+            if replayed is not None:
+                return replayed[0]
         return self._whole(edits)
 
     def silenced_together(self, layer: str, edits: Sequence[Edit]) -> Any:
@@ -179,9 +179,9 @@ class Rerun:
         if of.calls is None or len(of.calls.points[layer]) != 1 or of.stackable.get(start) is False:
             return None
         if start not in of.stackable:
-            found = self._stacked(layer, start, [None] * len(edits))
+            result = self._stacked(layer, start, [None] * len(edits))
             repeated = map_tensors_in(self.result, partial(_repeated, times=len(edits), samples=self._samples))
-            of.stackable[start] = found is not None and same_tensors(found, repeated, tolerance=_ROUNDING)
+            of.stackable[start] = result is not None and same_tensors(result, repeated, tolerance=_ROUNDING)
         return self._stacked(layer, start, edits) if of.stackable[start] else None
 
     def _stacked(self, layer: str, start: int, edits: Sequence[Edit | None]) -> Any:
@@ -190,12 +190,12 @@ class Rerun:
         replay = StackedReplay(self._tape, {layer: self._of.modules[layer]}, start, edits, self._samples)
         try:
             with self._again(), replay:
-                found = self._of.run(batch)
+                result = self._of.run(batch)
             replay.finish()
         except Exception:  # noqa: BLE001 (sizes that the model has remembered do not fit: one by one, then)
             return None
         self._of.replays += len(edits)
-        return found
+        return result
 
     def plan_parameters(self, parameters: Sequence[Tensor]) -> list[int]:
         """Announce the parameters that will be changed.
@@ -219,8 +219,8 @@ class Rerun:
         """Return the result of the run with a parameter that was changed after ``prepare_parameter``."""
         self._state = None  # it has other weights now
         start = self._reader(parameter)
-        found = None if start is None else self._replay(start, {})
-        result = self._whole({}) if found is None else found[0]
+        replayed = None if start is None else self._replay(start, {})
+        result = self._whole({}) if replayed is None else replayed[0]
         self._state = None
         return result
 
@@ -234,8 +234,8 @@ class Rerun:
         calls, tape, start = self._of.calls, self._tape, self._start(layer)
         if calls is None or tape is None or start not in tape.starts or len(calls.points[layer]) != 1:
             return None
-        found = tape.answer(calls.points[layer][0], start, {})
-        return found if isinstance(found, Tensor) and found.numel() else None
+        value = tape.answer(calls.points[layer][0], start, {})
+        return value if isinstance(value, Tensor) and value.numel() else None
 
     def prepare(self, layer: str) -> bool:
         """Record all that a change of a layer needs.
@@ -258,12 +258,12 @@ class Rerun:
         modules = {name: self._of.modules[name] for name in layers}
         replay = Replay(self._tape, modules, start, edits, shortcuts=not self._of.exact)
         try:
-            found = (self._checked(replay),)
+            result = (self._checked(replay),)
         except Exception:  # noqa: BLE001 (it went another way, or failed because it did: the whole forward will tell)
             self._tape = None
             return None
         self._of.replays += 1
-        return found
+        return result
 
     def _trusted(self, start: int) -> bool:
         """Record all that a replay from ``start`` needs.

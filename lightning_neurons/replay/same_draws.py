@@ -60,7 +60,7 @@ class SameDraws(TorchFunctionMode):
 
 def _place(name: str, args: tuple[Any, ...]) -> list[str]:
     place = args[1] if name == "__getitem__" and len(args) > 1 else ()
-    return [str(one) for one in (place if isinstance(place, tuple) else (place,)) if not isinstance(one, Tensor)]
+    return [str(index) for index in (place if isinstance(place, tuple) else (place,)) if not isinstance(index, Tensor)]
 
 
 def _backward(

@@ -100,8 +100,8 @@ class Tape(SameCalls):
             intact = not any(memory in self.written for memory in self.calls.memory[call])
             return call in self._extra and intact and isinstance(self.results[call], Tensor)
 
-        found = self.calls.twins.get(start - 1, {})
-        return {reader: twin for reader, twin in found.items() if is_kept(reader) and is_kept(twin)}
+        pairs = self.calls.twins.get(start - 1, {})
+        return {reader: twin for reader, twin in pairs.items() if is_kept(reader) and is_kept(twin)}
 
     def answer(self, call: int, start: int, private: dict[int, torch.UntypedStorage]) -> Any:
         """Return the result of a call as it was at the start of a replay, in memory that the replay may write into.

@@ -56,14 +56,14 @@ def layer_rows(report: NeuronReport, shown: int = 3) -> list[LayerRow]:
         is_known = not importance.isnan().all()
         measured = {"dead": report.deadness.get(name)}
         measured |= {measure: report.deadness_by.get(measure, {}).get(name) for measure in ("dormant", "constant")}
-        known = {measure: 0 if d is None else int((~d.isnan()).sum()) for measure, d in measured.items()}
-        counts_of = {m: int((d == 1).sum()) if d is not None and known[m] else None for m, d in measured.items()}
+        judged = {measure: 0 if d is None else int((~d.isnan()).sum()) for measure, d in measured.items()}
+        counts_of = {m: int((d == 1).sum()) if d is not None and judged[m] else None for m, d in measured.items()}
         rows.append(
             LayerRow(
                 layer=name,
                 neurons=len(counts.samples),
                 **counts_of,
-                known=known,
+                known=judged,
                 most=tuple(ranked[:shown]),
                 least=tuple(ranked[::-1][:shown]),
                 top_share=share_of_top(importance, TOP_SHARE) if is_known else math.nan,
@@ -85,8 +85,8 @@ def counted(rows: Sequence[LayerRow], measure: str) -> int | None:
     Returns:
         The sum over the layers of which it is known; None if that is none.
     """
-    found = [count for row in rows if (count := getattr(row, measure)) is not None]
-    return sum(found) if found else None
+    counts = [count for row in rows if (count := getattr(row, measure)) is not None]
+    return sum(counts) if counts else None
 
 
 def known_share(rows: Sequence[LayerRow], measure: str) -> float:
@@ -96,8 +96,8 @@ def known_share(rows: Sequence[LayerRow], measure: str) -> float:
 
 def effective_share(rows: Sequence[LayerRow]) -> float:
     """Return the effective number of important neurons as a share of all, over layers of which it is known."""
-    known = [row for row in rows if not math.isnan(row.effective)]
-    return sum(row.effective for row in known) / sum(row.neurons for row in known) if known else math.nan
+    rated = [row for row in rows if not math.isnan(row.effective)]
+    return sum(row.effective for row in rated) / sum(row.neurons for row in rated) if rated else math.nan
 
 
 def in_words(rows: Sequence[LayerRow], measure: str) -> str:

@@ -115,14 +115,14 @@ class AblationReport:
         Raises:
             ArgumentError: If the file is no such report, or of a newer version.
         """
-        with reading_document(path, FORMAT, VERSION, "AblationReport.save") as found:
+        with reading_document(path, FORMAT, VERSION, "AblationReport.save") as document:
             kinds = get_type_hints(cls)
             tensors = {name: dims for name, dims in _DIMENSIONS.items() if not name.endswith("metrics")}
-            values: dict[str, Any] = {name: _by_layer(found[name], dims) for name, dims in tensors.items()}
+            values: dict[str, Any] = {name: _by_layer(document[name], dims) for name, dims in tensors.items()}
             for name in _DIMENSIONS.keys() - tensors.keys():
-                values[name] = {m: _by_layer(by, _DIMENSIONS[name]) for m, by in found[name].items()}
-            plain_ones = [one.name for one in fields(cls) if one.name not in values]
-            values |= {name: typed(kinds[name], found[name], name) for name in plain_ones}
+                values[name] = {m: _by_layer(by, _DIMENSIONS[name]) for m, by in document[name].items()}
+            plain_ones = [entry.name for entry in fields(cls) if entry.name not in values]
+            values |= {name: typed(kinds[name], document[name], name) for name in plain_ones}
             _check_widths(values)
             return cls(**values)
 
@@ -139,10 +139,10 @@ _DIMENSIONS = {
 
 
 def _by_layer(entries: Mapping[str, Any], dimensions: int) -> dict[str, Tensor]:
-    found = {name: floats(values) for name, values in entries.items()}
-    if any(values.ndim != dimensions for values in found.values()):
+    tensors = {name: floats(values) for name, values in entries.items()}
+    if any(values.ndim != dimensions for values in tensors.values()):
         raise ValueError(f"numbers have {dimensions} axes")
-    return found
+    return tensors
 
 
 def _check_widths(values: Mapping[str, Any]) -> None:
@@ -152,8 +152,8 @@ def _check_widths(values: Mapping[str, Any]) -> None:
     groups += [*values["delta_metrics"].values(), *values["per_class_metrics"].values()]
     if values["standard_error"].keys() != widths.keys():
         raise ValueError("not every layer has a standard error")
-    for layer, found in ((layer, found) for group in groups for layer, found in group.items()):
-        if found.shape[-1] != widths.get(layer):
+    for layer, numbers in ((layer, numbers) for group in groups for layer, numbers in group.items()):
+        if numbers.shape[-1] != widths.get(layer):
             raise ValueError(f"{layer!r} does not have one number for each of its neurons")
     for layer, neurons in values["undecided"].items():
         if not all(0 <= neuron < widths.get(layer, 0) for neuron in neurons):

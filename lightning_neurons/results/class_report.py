@@ -89,8 +89,8 @@ class ClassReport:
         Raises:
             ArgumentError: If a class was not studied.
         """
-        found = classes.tolist() if hasattr(classes, "tolist") else classes
-        rows = [self.row(k) for k in (found if isinstance(found, Sequence) else [found])]
+        numbers = classes.tolist() if hasattr(classes, "tolist") else classes
+        rows = [self.row(k) for k in (numbers if isinstance(numbers, Sequence) else [numbers])]
         if not rows:
             raise ArgumentError.of("classes", classes, "at least one class")
         return {name: m[rows].any(0).nonzero().flatten().tolist() for name, m in self.members.items()}
@@ -116,11 +116,11 @@ class ClassReport:
         Raises:
             ArgumentError: If there is none.
         """
-        found = [row for row in self.accuracies if row.model == model and row.klass == klass]
-        if not found:
-            known = ", ".join(repr(name) for name in dict.fromkeys(row.model for row in self.accuracies))
-            raise ArgumentError.of("model, klass", (model, klass), f"one of {known} and a class that was studied")
-        return found[0]
+        rows = [row for row in self.accuracies if row.model == model and row.klass == klass]
+        if not rows:
+            models = ", ".join(repr(name) for name in dict.fromkeys(row.model for row in self.accuracies))
+            raise ArgumentError.of("model, klass", (model, klass), f"one of {models} and a class that was studied")
+        return rows[0]
 
     def save(self, path: str | Path) -> None:
         """Write the report as JSON, whole or not at all; NaN becomes null."""

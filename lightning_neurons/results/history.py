@@ -57,8 +57,8 @@ class HistoryEntry:
     @property
     def mean_stability(self) -> float:
         """The mean over layers that have a stability; NaN if none has."""
-        known = [s for s in self.stability.values() if not math.isnan(s)]
-        return sum(known) / len(known) if known else math.nan
+        defined = [s for s in self.stability.values() if not math.isnan(s)]
+        return sum(defined) / len(defined) if defined else math.nan
 
 
 @dataclass
@@ -207,19 +207,19 @@ class NeuronHistory:
         Raises:
             ArgumentError: If the file is no such history, or of a newer version.
         """
-        with reading_document(path, FORMAT, VERSION, "NeuronHistory.save") as found:
-            entries = typed(list[HistoryEntry], found["entries"], "entries")
-            always_dead = typed(Mapping[str, list[int]], found.get("always_dead", {}), "always_dead")
+        with reading_document(path, FORMAT, VERSION, "NeuronHistory.save") as document:
+            entries = typed(list[HistoryEntry], document["entries"], "entries")
+            always_dead = typed(Mapping[str, list[int]], document.get("always_dead", {}), "always_dead")
             for entry in entries:
                 for neurons in (entry.dead, entry.unknown, entry.died, entry.revived):
                     _check_neurons(neurons, entry.widths)
             _check_neurons(always_dead, entries[-1].widths if entries else {})
-            return cls(entries, {}, typed(int, found.get("measured", 0), "measured"), always_dead)
+            return cls(entries, {}, typed(int, document.get("measured", 0), "measured"), always_dead)
 
 
 def _check_neurons(neurons: Mapping[str, list[int]], widths: Mapping[str, int]) -> None:
-    for layer, found in neurons.items():
-        if not all(0 <= neuron < widths.get(layer, 0) for neuron in found):
+    for layer, indices in neurons.items():
+        if not all(0 <= neuron < widths.get(layer, 0) for neuron in indices):
             raise ValueError(f"{layer!r} does not have all of these neurons")
 
 

@@ -86,11 +86,11 @@ class NeuronReport:
     @property
     def main_criterion(self) -> str:
         """The criterion behind rankings that name none: that of ``criteria.main_criterion`` when it was measured."""
-        found = self.settings.get("main_criterion")
-        found = found if found in self.scores else next(iter(self.scores), None)
-        if found is None:
+        name = self.settings.get("main_criterion")
+        name = name if name in self.scores else next(iter(self.scores), None)
+        if name is None:
             raise ArgumentError.of("criterion", None, "a report with at least one importance criterion")
-        return str(found)
+        return str(name)
 
     @property
     def deadness(self) -> Mapping[str, Tensor]:
@@ -138,14 +138,14 @@ class NeuronReport:
         check_threshold(threshold)
         if "near_zero" not in self.deadness_by:
             raise ArgumentError.of("threshold", threshold, "a report whose criteria include 'near_zero'")
-        found = {}
+        deadness = {}
         for name, c in self.counts.items():
             assert c.rms is not None, "near_zero needs it"
             assert c.largest is not None, "near_zero needs it"
             limit = threshold * c.rms if relative else threshold
             dead = exact_at_the_end(share_at_most(c.histogram, limit), c.largest, limit, c.values)
-            found[name] = known_deadness(dead, c.left_out)
-        return found
+            deadness[name] = known_deadness(dead, c.left_out)
+        return deadness
 
     def importance(self, criterion: str | None = None, normalize_by: Normalization | None = None) -> dict[str, Tensor]:
         """Return scores by layer, higher more important, normalised; deadness measures count as 1 - deadness.
@@ -237,7 +237,7 @@ class NeuronReport:
         groups = [rankings.each_alone({name: s}) for name, s in scores.items()]
         if scope == "global":
             groups = [rankings.merged(scores, self.layers, include_outputs=include_outputs)]
-        found: dict[str, list[int]] = {name: [] for name in scores}
+        selected: dict[str, list[int]] = {name: [] for name in scores}
         for entries in groups:
             everything = torch.cat([torch.zeros(0), *entries.values()])
             places = rankings.best_first(everything, rankings.dead_in(entries, self.deadness))
@@ -245,8 +245,8 @@ class NeuronReport:
             mask[places] = select(
                 everything[places], share=share, count=count, threshold=threshold, cumulative=cumulative
             )
-            found |= rankings.chosen(entries, mask)
-        return found
+            selected |= rankings.chosen(entries, mask)
+        return selected
 
     def to_frame(self) -> Any:
         """Return a pandas DataFrame, one row per neuron: layer, neuron, every score and deadness measure.

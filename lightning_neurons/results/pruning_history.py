@@ -76,6 +76,6 @@ class PruningHistory:
         Raises:
             ArgumentError: If the file is no such history, or of a newer version.
         """
-        with reading_document(path, FORMAT, VERSION, "PruningHistory.save") as found:
-            history: PruningHistory = typed(cls, {**found, "points": found["points"]}, "the document")
+        with reading_document(path, FORMAT, VERSION, "PruningHistory.save") as document:
+            history: PruningHistory = typed(cls, {**document, "points": document["points"]}, "the document")
             return history

@@ -65,16 +65,16 @@ def merged(scores: Mapping[str, Tensor], layers: Iterable[Layer], *, include_out
     Returns:
         By group of layers, the scores ``(neuron,)``, of twins their mean.
     """
-    known = {layer.name: layer for layer in layers}
-    found: dict[tuple[str, ...], Tensor] = {}
+    by_name = {layer.name: layer for layer in layers}
+    groups: dict[tuple[str, ...], Tensor] = {}
     for name, values in scores.items():
-        twins = known[name].twins if name in known else ()
+        twins = by_name[name].twins if name in by_name else ()
         stream = {name, *(other for other in twins if other in scores and scores[other].shape == values.shape)}
         group = tuple(other for other in scores if other in stream)
-        found.setdefault(group, torch.stack([scores[other] for other in group]).nanmean(0))
-    outputs = {name for name, layer in known.items() if layer.output}
-    candidates = {group: values for group, values in found.items() if not outputs & {*group}}
-    return found if include_outputs or not candidates else candidates
+        groups.setdefault(group, torch.stack([scores[other] for other in group]).nanmean(0))
+    outputs = {name for name, layer in by_name.items() if layer.output}
+    candidates = {group: values for group, values in groups.items() if not outputs & {*group}}
+    return groups if include_outputs or not candidates else candidates
 
 
 def dead_in(entries: Entries, deadness: Mapping[str, Tensor]) -> Bool[Tensor, " neuron"]:
@@ -101,12 +101,12 @@ def ranked(entries: Entries, deadness: Mapping[str, Tensor]) -> list[RankedNeuro
     """Return the neurons of all entries, from the most to the least important."""
     owners = [(group, i) for group, values in entries.items() for i in range(len(values))]
     scores = torch.cat([torch.zeros(0), *entries.values()])
-    found = []
+    rows = []
     for place in best_first(scores, dead_in(entries, deadness)).tolist():
         group, neuron = owners[place]
-        found.append(RankedNeuron(group[0], neuron, float(scores[place])))
-        found[-1].twins = group[1:]
-    return found
+        rows.append(RankedNeuron(group[0], neuron, float(scores[place])))
+        rows[-1].twins = group[1:]
+    return rows
 
 
 def chosen(entries: Entries, mask: Bool[Tensor, " neuron"]) -> dict[str, list[int]]:

@@ -108,24 +108,24 @@ def _fields(document: dict[str, Any], counts_type: Callable[..., Any]) -> dict[s
     })
 
 
-def _consistent(found: dict[str, Any]) -> dict[str, Any]:
+def _consistent(document: dict[str, Any]) -> dict[str, Any]:
     """Return the fields, if every number belongs to a neuron.
 
     Raises:
         ValueError: If not.
     """
-    widths = {name: len(counts.samples) for name, counts in found["counts"].items()}
+    widths = {name: len(counts.samples) for name, counts in document["counts"].items()}
     for name, kind in _READ_SETTINGS.items():
-        if name in found["settings"]:
-            value = typed(kind, found["settings"][name], name)
+        if name in document["settings"]:
+            value = typed(kind, document["settings"][name], name)
             if isinstance(value, float) and math.isnan(value):  # null
                 raise ValueError(f"{name} has to be a number")
     for group, dimensions in (("scores", 1), ("deadness_by", 1), ("per_class", 2)):
-        for criterion, by_layer in found[group].items():
+        for criterion, by_layer in document[group].items():
             for layer, values in by_layer.items():
                 if layer not in widths or values.ndim != dimensions or values.shape[-1] != widths[layer]:
                     raise ValueError(f"{criterion} of {layer} does not have one value for each of its neurons")
-    return found
+    return document
 
 
 def _item(by_layer: Mapping[str, Tensor], row: Mapping[str, Any]) -> float | None:

@@ -111,13 +111,13 @@ def _refuse(kind: Any, value: Any, where: str) -> Any:
 def _one_of(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
     if value is None and types.NoneType in kinds:
         return None
-    found = [kind for kind in kinds if kind is not types.NoneType]
-    for kind in found[:-1]:
+    options = [kind for kind in kinds if kind is not types.NoneType]
+    for kind in options[:-1]:
         try:
             return typed(kind, value, where)
         except ValueError:
             continue
-    return typed(found[-1], value, where)
+    return typed(options[-1], value, where)
 
 
 def _several(kind: Any, inside: tuple[Any, ...], value: Any, where: str) -> Any:
@@ -126,7 +126,7 @@ def _several(kind: Any, inside: tuple[Any, ...], value: Any, where: str) -> Any:
     if kind is tuple and inside[-1] is not ...:
         if len(inside) != len(value):
             _refuse(kind, value, where)
-        return tuple(typed(one, entry, where) for one, entry in zip(inside, value, strict=True))
+        return tuple(typed(inner, entry, where) for inner, entry in zip(inside, value, strict=True))
     return kind(typed(inside[0], entry, where) for entry in value)
 
 

@@ -123,9 +123,9 @@ def on_this_machine(folder: str | Path, *subfolders: str) -> Iterator[Path]:
         for part in ("", *subfolders):
             (copy / part).mkdir(exist_ok=True)
             source = f"{name}/{part}".rstrip("/")
-            for found in files.find(source, maxdepth=1) if files.isdir(source) else []:
-                if part or found.endswith(".json"):  # checkpoints lie there as well
-                    files.get_file(found, str(copy / part / found.rpartition("/")[2]))
+            for file in files.find(source, maxdepth=1) if files.isdir(source) else []:
+                if part or file.endswith(".json"):  # checkpoints lie there as well
+                    files.get_file(file, str(copy / part / file.rpartition("/")[2]))
         yield copy
 
 
@@ -144,17 +144,17 @@ def reading_document(path: str | Path, form: str, version: int, writer: str) -> 
     """
     allowed = f"a JSON file that {writer} wrote, whole, of version {version} or older"
     try:
-        found = json.loads(read_text(path))
+        document = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise ArgumentError.of("path", str(path), allowed) from error
-    if not isinstance(found, dict) or found.pop("format", None) != form:
+    if not isinstance(document, dict) or document.pop("format", None) != form:
         raise ArgumentError.of("path", str(path), allowed)
-    known = found.pop("version", None)
-    if type(known) is not int or known < 1:
-        raise ArgumentError.of("path", f"{path} (version {known!r})", allowed)
-    if known > version:
-        raise ArgumentError.of("path", f"{path} of version {known}", f"version {version} or older")
+    written = document.pop("version", None)
+    if type(written) is not int or written < 1:
+        raise ArgumentError.of("path", f"{path} (version {written!r})", allowed)
+    if written > version:
+        raise ArgumentError.of("path", f"{path} of version {written}", f"version {version} or older")
     try:
-        yield found
+        yield document
     except Exception as error:
         raise ArgumentError.of("path", f"{path} ({type(error).__name__}: {error})", allowed) from error

@@ -83,8 +83,8 @@ def selectivity_histogram(report: ClassReport) -> Any:
     """
     figure = new_figure(6, 4)
     axes = figure.subplots()
-    found = torch.cat(list(report.selectivity.values()))
-    axes.hist(found[found.isfinite()].numpy(), bins=30, range=(0, 1), color=PALETTE[0])
+    selectivity = torch.cat(list(report.selectivity.values()))
+    axes.hist(selectivity[selectivity.isfinite()].numpy(), bins=30, range=(0, 1), color=PALETTE[0])
     axes.yaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("class selectivity index (0: all classes alike, 1: one class alone)")
     axes.set_ylabel("neurons")

@@ -66,7 +66,7 @@ def silent_shares(report: NeuronReport, layer: str | None, thresholds: Any) -> T
         UnknownNameError: If the layer was not measured.
     """
     chosen = list(report.counts.values()) if layer is None else [layer_counts(report, layer)]
-    found = [torch.zeros(len(thresholds), 0, dtype=torch.float64)]
+    parts = [torch.zeros(len(thresholds), 0, dtype=torch.float64)]
     for counts in chosen:
         if counts.rms is None or counts.largest is None or not counts.histogram.any():
             continue
@@ -75,9 +75,9 @@ def silent_shares(report: NeuronReport, layer: str | None, thresholds: Any) -> T
         running = torch.nn.functional.pad(counts.histogram.cumsum(1), (1, 0))[:, inside].T.double()
         shares = running / counts.histogram.sum(1)
         exact = [exact_at_the_end(s, counts.largest, t, counts.values) for s, t in zip(shares, limits, strict=True)]
-        known = known_deadness(torch.stack(exact), counts.left_out)
-        found.append(known[:, ~known.isnan().any(0)])
-    return torch.cat(found, dim=1)
+        deadness = known_deadness(torch.stack(exact), counts.left_out)
+        parts.append(deadness[:, ~deadness.isnan().any(0)])
+    return torch.cat(parts, dim=1)
 
 
 def scored_and_measured(
@@ -88,12 +88,12 @@ def scored_and_measured(
     Returns:
         By layer, scores and magnitudes of the change, ``(2, neuron)``, of the neurons that have both.
     """
-    scores, found = report.importance(criterion, "none"), {}
+    scores, pairs = report.importance(criterion, "none"), {}
     for layer, delta in ablation.delta_loss.items():
         if layer in scores and len(delta) == len(scores[layer]):
             both = torch.stack([scores[layer].double(), delta.double().abs()])
-            found[layer] = both[:, both.isfinite().all(0)]
-    return {layer: both for layer, both in found.items() if both.shape[1]}
+            pairs[layer] = both[:, both.isfinite().all(0)]
+    return {layer: both for layer, both in pairs.items() if both.shape[1]}
 
 
 def is_signal(values: Tensor) -> bool:

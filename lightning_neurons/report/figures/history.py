@@ -47,9 +47,9 @@ def magnitude_history(history: NeuronHistory, layer: str, axes: Any = None) -> A
     Raises:
         UnknownNameError: If no measurement has the layer.
     """
-    known = [name for entry in history.entries for name in entry.widths]
-    if layer not in known:
-        raise UnknownNameError.among("layer", layer, dict.fromkeys(known))
+    names = [name for entry in history.entries for name in entry.widths]
+    if layer not in names:
+        raise UnknownNameError.among("layer", layer, dict.fromkeys(names))
     axes = given_or_new(axes, 6.5, 3.6)
     _epochs(axes, history.entries)
     axes.set_ylabel("log10 of |activation|")
@@ -154,16 +154,16 @@ def _metric(axes: Any, history: PruningHistory) -> tuple[list[Any], list[str]]:
     epochs = sorted({point.epoch for point in history.points})
     apart = 0.25 * min(np.diff(epochs), default=1)
     for point in history.points:
-        known = [(point.epoch + side * apart, value) for side, value in _measured(point)]
-        axes.plot(*zip(*known, strict=True), color="0.5", linewidth=0.8, zorder=1) if known else None
+        measured = [(point.epoch + side * apart, value) for side, value in _measured(point)]
+        axes.plot(*zip(*measured, strict=True), color="0.5", linewidth=0.8, zorder=1) if measured else None
     for name, (label, marker, side) in _METRICS.items():
         points = [point for point in history.points if getattr(point, name) is not None]
         if points:
             at, values = [p.epoch + side * apart for p in points], [getattr(p, name) for p in points]
             axes.plot(at, values, marker, color=PALETTE[2], markersize=5, label=f"metric {label}")
     axes.set_ylabel(shortened(history.monitor or "metric", 40))
-    found: tuple[list[Any], list[str]] = axes.get_legend_handles_labels()
-    return found
+    legend: tuple[list[Any], list[str]] = axes.get_legend_handles_labels()
+    return legend
 
 
 def _measured(point: PruningPoint) -> list[tuple[int, float]]:
@@ -173,8 +173,8 @@ def _measured(point: PruningPoint) -> list[tuple[int, float]]:
 
 def _dead_share(entry: HistoryEntry, layer: str) -> float:
     """Return the share of dead neurons in per cent of those of which it is known; NaN where there are none."""
-    known = entry.widths[layer] - len(entry.unknown.get(layer, [])) if layer in entry.dead else 0
-    return 100 * len(entry.dead[layer]) / known if known else math.nan
+    judged = entry.widths[layer] - len(entry.unknown.get(layer, [])) if layer in entry.dead else 0
+    return 100 * len(entry.dead[layer]) / judged if judged else math.nan
 
 
 def _places(entries: Sequence[HistoryEntry]) -> list[int] | None:

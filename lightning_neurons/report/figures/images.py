@@ -167,17 +167,17 @@ def filters_before_after(before: Tensor, after: Tensor, axes: Sequence[Any] | No
     weights = [finite(w) for w in (before, after)]
     grids = [tiled(w) for w in weights]
     limit = max((float(t.nan_to_num().abs().max()) for t in grids if t.numel()), default=0) or 1.0
-    for one, shown, weight, title in zip(pair, grids, weights, ("before", "after"), strict=True):
-        drawn = one.imshow(shown.numpy(), aspect="equal" if weight.ndim > 2 else "auto", **_colors(limit, False))
-        one.set_title(f"{title}: {len(weight)} {'filters' if weight.ndim > 2 else 'neurons'}", fontsize=10)
+    for panel, shown, weight, title in zip(pair, grids, weights, ("before", "after"), strict=True):
+        drawn = panel.imshow(shown.numpy(), aspect="equal" if weight.ndim > 2 else "auto", **_colors(limit, False))
+        panel.set_title(f"{title}: {len(weight)} {'filters' if weight.ndim > 2 else 'neurons'}", fontsize=10)
         if weight.ndim > 2:
-            one.set_xlabel(f"mean over {weight.shape[1]} inputs; first filter top left", fontsize=8)
-            one.set_facecolor("0.8")  # gaps, as white is a weight of zero
-            one.set_xticks([])
-            one.set_yticks([])
+            panel.set_xlabel(f"mean over {weight.shape[1]} inputs; first filter top left", fontsize=8)
+            panel.set_facecolor("0.8")  # gaps, as white is a weight of zero
+            panel.set_xticks([])
+            panel.set_yticks([])
         else:
-            one.set_xlabel("input", fontsize=8)
-            one.set_ylabel("neuron", fontsize=8)
+            panel.set_xlabel("input", fontsize=8)
+            panel.set_ylabel("neuron", fontsize=8)
     pair[0].figure.colorbar(drawn, ax=list(pair), label="weight", shrink=0.8)
     return pair[0].figure
 

@@ -245,20 +245,20 @@ def agreement_scatter(
     """
     axes = given_or_new(axes, 5.6, 4.6)
     name = report.main_criterion if criterion is None else criterion
-    found = figure_data.scored_and_measured(report, ablation, criterion)
-    x, y = torch.cat([torch.zeros(2, 0), *found.values()], dim=1).double()
+    pairs = figure_data.scored_and_measured(report, ablation, criterion)
+    x, y = torch.cat([torch.zeros(2, 0), *pairs.values()], dim=1).double()
     rho = agreement(x, y).spearman
     put_title(axes, "", f"{_neurons(len(x))}, Spearman {'undefined' if math.isnan(rho) else f'{rho:.2f}'}")
     axes.set_xlabel(f"importance by {shortened(name, 30)}")
     axes.set_ylabel("|change of loss without the neuron|")
-    if not found:
+    if not pairs:
         return say_instead(axes, "no neuron was measured by both")
     x, below = drawing.log_where_positive(axes, "x", x)
     y, beneath = drawing.log_where_positive(axes, "y", y)
     axes.set_xlabel(axes.get_xlabel() + below)
     axes.set_ylabel(axes.get_ylabel() + beneath, fontsize=9)
-    few, start = len(found) <= len(PALETTE), 0
-    for place, (layer, both) in enumerate(found.items()):
+    few, start = len(pairs) <= len(PALETTE), 0
+    for place, (layer, both) in enumerate(pairs.items()):
         part = slice(start, start := start + both.shape[1])
         # A space in front, as matplotlib leaves labels out that begin with an underscore.
         style = {"color": PALETTE[place], "label": f" {shortened(layer, 28)}"} if few else {"color": PALETTE[0]}

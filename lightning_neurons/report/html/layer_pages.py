@@ -18,18 +18,18 @@ _BARS = 12
 
 def layer_figures(report: NeuronReport, history: NeuronHistory | None, layer: str) -> list[Picture]:
     """Return all figures that can be drawn of a layer."""
-    found = []
+    drawn = []
     if report.counts[layer].histogram.any():
-        found.append(_magnitudes(report, layer))
+        drawn.append(_magnitudes(report, layer))
         if layer in report.deadness_by.get("near_zero", {}):
-            found.append(_curve(report, layer))
+            drawn.append(_curve(report, layer))
     if layer in report.deadness and len(report.deadness[layer]):
-        found.append(_grid(report, layer))
+        drawn.append(_grid(report, layer))
     if report.scores and layer in report.importance():
-        found.append(_bars(report, layer))
+        drawn.append(_bars(report, layer))
     if history is not None and sum(layer in entry.magnitudes for entry in history.entries) > 1:
-        found.append(_heat_map(history, layer))
-    return found
+        drawn.append(_heat_map(history, layer))
+    return drawn
 
 
 def _magnitudes(report: NeuronReport, layer: str) -> Picture:
@@ -86,7 +86,7 @@ def layer_pages(run: RunFolder, *, drawing: bool) -> Section:
 
 
 def _page(run: RunFolder, row: LayerRow, place: int, drawing: bool) -> LayerPage:
-    known = [f"{count} {word}" for word in ("dead", "dormant", "constant") if (count := getattr(row, word))]
+    counts = [f"{count} {word}" for word in ("dead", "dormant", "constant") if (count := getattr(row, word))]
     parts: list[Part] = [Facts("", _facts(run.report, row))]
     figures = layer_figures(run.report, run.history, row.layer) if drawing else []
     if figures:
@@ -94,25 +94,25 @@ def _page(run: RunFolder, row: LayerRow, place: int, drawing: bool) -> LayerPage
     refused = {name: layers[row.layer] for name, layers in run.report.refused.items() if row.layer in layers}
     if refused:
         parts.append(Facts("Criteria that cannot judge this layer", refused))
-    return LayerPage(f"layer-{place}", row.layer, ", ".join([many(row.neurons, "neuron"), *known]), tuple(parts))
+    return LayerPage(f"layer-{place}", row.layer, ", ".join([many(row.neurons, "neuron"), *counts]), tuple(parts))
 
 
 def _facts(report: NeuronReport, row: LayerRow) -> dict[str, str]:
-    counts, found = report.counts[row.layer], _place(report, row.layer)
+    counts, facts = report.counts[row.layer], _place(report, row.layer)
     for name, tensor in (("samples", counts.samples), ("samples with gradients", counts.gradient_samples)):
         if tensor.any():
-            found[name] = whole(int(tensor.max()))
+            facts[name] = whole(int(tensor.max()))
     if counts.rms is not None:
-        found["root mean square"] = real(counts.rms)
+        facts["root mean square"] = real(counts.rms)
     for word in ("dead", "dormant", "constant"):
         if (count := getattr(row, word)) is not None:
-            found[word] = f"{whole(count)} of {whole(row.known[word])}"
+            facts[word] = f"{whole(count)} of {whole(row.known[word])}"
     if row.dead:
         bound = float(report.never_fired_bound(row.layer)[report.dead(row.layer)].max())
-        found["who never fired"] = f"fires in fewer than {percent(min(bound, 1))} of all samples (95 % confidence)"
+        facts["who never fired"] = f"fires in fewer than {percent(min(bound, 1))} of all samples (95 % confidence)"
     if counts.nonfinite.any():
-        found["NaN or infinite"] = f"{whole(int(counts.nonfinite.sum()))} values left out (samples x neurons)"
-    return found
+        facts["NaN or infinite"] = f"{whole(int(counts.nonfinite.sum()))} values left out (samples x neurons)"
+    return facts
 
 
 def _place(report: NeuronReport, name: str) -> dict[str, str]:
@@ -121,6 +121,6 @@ def _place(report: NeuronReport, name: str) -> dict[str, str]:
     if layer is None:
         return {}
     readers = ", ".join(reader for reader, _ in layer.readers or ())
-    found = {"measured at": layer.activation_point, "type": layer.type, "read by": readers}
-    found |= {"makes the output": "yes" * layer.output, "summed with": ", ".join(layer.twins), "note": layer.note}
-    return {word: text for word, text in found.items() if text}
+    facts = {"measured at": layer.activation_point, "type": layer.type, "read by": readers}
+    facts |= {"makes the output": "yes" * layer.output, "summed with": ", ".join(layer.twins), "note": layer.note}
+    return {word: text for word, text in facts.items() if text}

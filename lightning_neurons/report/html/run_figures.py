@@ -28,10 +28,10 @@ def threshold_figure(report: NeuronReport) -> Picture:
 
 def layer_comparisons(report: NeuronReport, history: NeuronHistory | None) -> list[Picture]:
     """Return the figures of sensitivity by layer, and of dead neurons by layer over the run."""
-    found = [_layers(report)] if report.scores else []
+    drawn = [_layers(report)] if report.scores else []
     if history is not None and len(history) > 1 and any(history.entries[-1].dead):
-        found.append(_dead(history))
-    return found
+        drawn.append(_dead(history))
+    return drawn
 
 
 def _layers(report: NeuronReport) -> Picture:
@@ -66,12 +66,12 @@ def agreement_figure(report: NeuronReport, ablation: AblationReport) -> Picture 
     if not pairs:
         return None
     score, delta = (torch.cat([pair[i].double() for pair in pairs]) for i in (0, 1))
-    known = score.isfinite() & delta.isfinite()
-    if not known.any():
+    finite = score.isfinite() & delta.isfinite()
+    if not finite.any():
         return None
-    rank = agreement(score[known], delta[known].abs()).spearman
+    rank = agreement(score[finite], delta[finite].abs()).spearman
     alt = (
-        f"{int(known.sum())} neurons by {report.main_criterion} and by the measured change of the loss without them; "
+        f"{int(finite.sum())} neurons by {report.main_criterion} and by the measured change of the loss without them; "
         f"Spearman correlation with its size: {real(rank)}."
     )
     axes = figures.agreement_scatter(report, ablation, axes=new_axes(_WIDTH, 4.4))

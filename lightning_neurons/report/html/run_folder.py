@@ -84,11 +84,11 @@ def read_cards(path: Path, notes: list[str]) -> tuple[ListedCard, ...]:
 
 
 def _entries(path: Path, notes: list[str]) -> list[tuple[dict[str, Any], Path]]:
-    found = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(found, list) or not all(isinstance(e, dict) and isinstance(e.get("file"), str) for e in found):
+    listed = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(listed, list) or not all(isinstance(e, dict) and isinstance(e.get("file"), str) for e in listed):
         raise ArgumentError.of("path", str(path), 'a list of entries such as {"file": "a.png", ...}')
     entries = []
-    for entry in found:
+    for entry in listed:
         why = _unfit(path.parent, entry["file"])
         if why:
             notes.append(f"{path.name}: {entry['file']!r} is left out: {why}")
@@ -190,9 +190,9 @@ def _report(folder: Path) -> NeuronReport:
 def _nearest(folder: Path) -> Path | None:
     """Return the folder with a report that is the fewest levels below; the newest of several."""
     for depth in range(1, _DEPTH + 1):
-        found = [path for path in folder.glob("*/" * depth + "neurons.json") if path.is_file()]
-        if found:
-            return max(found, key=lambda path: (path.stat().st_mtime, str(path))).parent
+        reports = [path for path in folder.glob("*/" * depth + "neurons.json") if path.is_file()]
+        if reports:
+            return max(reports, key=lambda path: (path.stat().st_mtime, str(path))).parent
     return None
 
 
@@ -213,13 +213,13 @@ def _optional(path: Path, load: Callable[[Path], Found], notes: list[str]) -> Fo
 
 
 def _versions(path: Path) -> dict[str, str]:
-    found: Any = json.loads(path.read_text(encoding="utf-8")).get("versions")
-    return {str(name): str(version) for name, version in found.items()} if isinstance(found, Mapping) else {}
+    versions: Any = json.loads(path.read_text(encoding="utf-8")).get("versions")
+    return {str(name): str(version) for name, version in versions.items()} if isinstance(versions, Mapping) else {}
 
 
 def _classes(path: Path) -> tuple[ClassAccuracy, ...]:
-    found = json.loads(path.read_text(encoding="utf-8"))
-    if found["format"] != "lightning_neurons classes" or found["version"] > 1:
+    document = json.loads(path.read_text(encoding="utf-8"))
+    if document["format"] != "lightning_neurons classes" or document["version"] > 1:
         raise ArgumentError.of("path", str(path), "a JSON file that ClassReport.save wrote, of version 1 or older")
-    rows = [ClassAccuracy(**row) for row in found["accuracies"]]
+    rows = [ClassAccuracy(**row) for row in document["accuracies"]]
     return tuple(ClassAccuracy(str(row.model), int(row.klass), *map(number, row[2:])) for row in rows)

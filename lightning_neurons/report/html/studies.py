@@ -40,19 +40,22 @@ def gallery(run: RunFolder) -> Section:
 
 def agreement(run: RunFolder, *, drawing: bool) -> Section:
     """Return the section on ablation: the change of the loss without neurons, and the main criterion against it."""
-    title, found = "Agreement with ablation", run.ablation
-    if found is None:
+    title, ablation = "Agreement with ablation", run.ablation
+    if ablation is None:
         return Section("ablation", title, "", ())
-    ranking = found.ranking()
-    facts = {"loss with all neurons": real(found.loss), "samples": whole(found.samples)}
-    facts |= {"neurons measured": whole(len(ranking)), **{name: real(value) for name, value in found.metrics.items()}}
-    figure = agreement_figure(run.report, found) if drawing and run.report.scores else None
+    ranking = ablation.ranking()
+    facts = {"loss with all neurons": real(ablation.loss), "samples": whole(ablation.samples)}
+    facts |= {
+        "neurons measured": whole(len(ranking)),
+        **{name: real(value) for name, value in ablation.metrics.items()},
+    }
+    figure = agreement_figure(run.report, ablation) if drawing and run.report.scores else None
     measured = Facts("What was measured", facts)
     ends = {"Hurts most to lose": ranking[:_SHOWN], "Hurts least to lose": ranking[::-1][:_SHOWN]}
     tables = tuple(_ablated(caption, rows) for caption, rows in ends.items() if rows)
     parts: list[Part] = [Side((figure, measured)) if figure else measured]
     parts += [Side(tables)] if tables else []
-    parts += [Words(found.notes)] if found.notes else []
+    parts += [Words(ablation.notes)] if ablation.notes else []
     lead = "The loss with a neuron switched off, minus the loss with all of them."
     return Section("ablation", title, lead, tuple(parts))
 
@@ -76,44 +79,44 @@ def _ablated(caption: str, rows: list[AblatedNeuron]) -> Table:
 
 def pruning(run: RunFolder, *, drawing: bool) -> Section:
     """Return the section on pruning: the cuts, and the metric and sizes after them."""
-    title, found = "Pruning", run.pruning
-    if found is None or not found.points:
+    title, history = "Pruning", run.pruning
+    if history is None or not history.points:
         return Section("pruning", title, "", ())
-    changed = {n: w for n, w in found.widths.items() if found.widths_after.get(n, w) != w}
-    left = Facts("What is left", _left(found))
-    parts: list[Part] = [Side((pruning_figure(found), left)) if drawing else left]
-    parts += [_cuts(found)] + ([_widths(found, changed)] if changed else [])
+    changed = {n: w for n, w in history.widths.items() if history.widths_after.get(n, w) != w}
+    left = Facts("What is left", _left(history))
+    parts: list[Part] = [Side((pruning_figure(history), left)) if drawing else left]
+    parts += [_cuts(history)] + ([_widths(history, changed)] if changed else [])
     return Section("pruning", title, "", tuple(parts))
 
 
-def _left(found: PruningHistory) -> dict[str, str]:
-    standing = [point for point in found.points if not point.taken_back]
-    back = len(found.points) - len(standing)
-    facts = {"cuts": f"{len(found.points)}{f', {back} taken back' * bool(back)}"}
+def _left(history: PruningHistory) -> dict[str, str]:
+    standing = [point for point in history.points if not point.taken_back]
+    back = len(history.points) - len(standing)
+    facts = {"cuts": f"{len(history.points)}{f', {back} taken back' * bool(back)}"}
     facts["neurons removed"] = whole(sum(point.removed for point in standing))
     last = standing[-1] if standing else None
     for name, before, after in (
-        ("parameters", found.parameters, last.parameters if last else found.parameters),
-        ("multiply-accumulate operations", found.macs, last.macs if last else found.macs),
+        ("parameters", history.parameters, last.parameters if last else history.parameters),
+        ("multiply-accumulate operations", history.macs, last.macs if last else history.macs),
     ):
         facts[name] = f"{whole(after)} of {whole(before)}, {percent(after / max(before, 1))}"
     return facts
 
 
-def _cuts(found: PruningHistory) -> Table:
+def _cuts(history: PruningHistory) -> Table:
     columns = [Column("cut", numeric=True), Column("epoch", numeric=True), Column("removed", numeric=True)]
     columns += [Column("parameters left", numeric=True), Column("operations left", numeric=True)]
-    if found.monitor is not None:
-        said = found.monitor
+    if history.monitor is not None:
+        said = history.monitor
         columns += [
             Column("before", True, f"{said} at the validation before the cut"),
             Column("cut at once", True, f"{said} right after it, on kept samples"),
             Column("after", True, f"{said} at the next validation"),
         ]
     rows = []
-    for place, point in enumerate(found.points, 1):
-        macs, parameters = point.macs / max(found.macs, 1), point.parameters / max(found.parameters, 1)
-        metrics = (point.before, point.cut, point.after) if found.monitor is not None else ()
+    for place, point in enumerate(history.points, 1):
+        macs, parameters = point.macs / max(history.macs, 1), point.parameters / max(history.parameters, 1)
+        metrics = (point.before, point.cut, point.after) if history.monitor is not None else ()
         rows.append((
             Cell(f"{place} (taken back)" if point.taken_back else str(place), place),
             Cell(whole(point.epoch), point.epoch),
@@ -125,11 +128,11 @@ def _cuts(found: PruningHistory) -> Table:
     return Table("Cuts, oldest first", tuple(columns), tuple(rows))
 
 
-def _widths(found: PruningHistory, changed: dict[str, int]) -> Table:
+def _widths(history: PruningHistory, changed: dict[str, int]) -> Table:
     columns = (Column("layer"), *(Column(name, numeric=True) for name in ("before", "after", "left")))
     rows = []
     for layer, before in changed.items():
-        after = found.widths_after[layer]
+        after = history.widths_after[layer]
         left = after / max(before, 1)
         rows.append((
             Cell(layer),
@@ -155,14 +158,14 @@ def classes(run: RunFolder) -> Section:
     title = "Classes"
     if not run.classes:
         return Section("classes", title, "", ())
-    found: dict[int, dict[str, ClassAccuracy]] = {}
+    by_class: dict[int, dict[str, ClassAccuracy]] = {}
     for row in run.classes:
-        found.setdefault(row.klass, {})[row.model] = row
-    kinds = [kind for kind in _MODELS if any(kind in by_model for by_model in found.values())]
+        by_class.setdefault(row.klass, {})[row.model] = row
+    kinds = [kind for kind in _MODELS if any(kind in by_model for by_model in by_class.values())]
     columns = (Column("class", numeric=True), *(Column(_MODELS[kind], numeric=True) for kind in kinds))
     rows = tuple(
         (Cell(str(klass), klass), *(_accuracy(by_model.get(kind)) for kind in kinds))
-        for klass, by_model in found.items()
+        for klass, by_model in by_class.items()
     )
     lead = "Accuracy on the samples of the class, and on all others, of networks of some neurons or without some."
     return Section("classes", title, lead, (Table("On its own samples / on the others", columns, rows),))

@@ -52,7 +52,7 @@ def whole(count: int | None) -> str:
     return "-" if count is None else f"{count:,}"
 
 
-def many(count: int, one: str, several: str = "") -> str:
+def many(count: int, singular: str, several: str = "") -> str:
     """Format a count and its noun, in the plural where needed.
 
     Returns:
@@ -62,7 +62,7 @@ def many(count: int, one: str, several: str = "") -> str:
         >>> many(1, "layer"), many(2, "layer"), many(2, "class", "classes")
         ('1 layer', '2 layers', '2 classes')
     """
-    return f"{whole(count)} {one if count == 1 else several or one + 's'}"
+    return f"{whole(count)} {singular if count == 1 else several or singular + 's'}"
 
 
 def dead_by_threshold(report: NeuronReport, layer: str | None = None) -> str:
@@ -72,7 +72,7 @@ def dead_by_threshold(report: NeuronReport, layer: str | None = None) -> str:
         A phrase with the thresholds in the report's unit and the number of neurons.
     """
     silent = silent_shares(report, layer, np.array(THRESHOLDS))
-    words = ", ".join(f"{int((found == 1).sum())} at {t:g}" for t, found in zip(THRESHOLDS, silent, strict=True))
+    words = ", ".join(f"{int((shares == 1).sum())} at {t:g}" for t, shares in zip(THRESHOLDS, silent, strict=True))
     relative = report.settings.get("relative_threshold", True)
     unit = "root mean squares of the layer" if relative else "units of activations"
     return f"in {unit}: {words}, of {silent.shape[1]}"

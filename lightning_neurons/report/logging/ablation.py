@@ -65,13 +65,13 @@ def print_ablation(
 ) -> None:
     """Print both ends of the ranking, and the agreement of the criterion with it."""
     console = console or Console()
-    found = Table(title="Loss without a neuron", caption=f"loss with all of them: {report.loss:.4g}")
-    found.add_column("layer", overflow="fold")
+    ends = Table(title="Loss without a neuron", caption=f"loss with all of them: {report.loss:.4g}")
+    ends.add_column("layer", overflow="fold")
     for heading in ("neuron", "change", "standard error"):
-        found.add_column(heading, justify="right")
+        ends.add_column(heading, justify="right")
     for row in _ends(report):
-        found.add_row(escape(row.layer), str(row.neuron), f"{row.delta_loss:+.4g}", f"{row.standard_error:.2g}")
-    console.print(found)
+        ends.add_row(escape(row.layer), str(row.neuron), f"{row.delta_loss:+.4g}", f"{row.standard_error:.2g}")
+    console.print(ends)
     console.print(
         f"{criterion} agrees with the measured change of {agreement.neurons} neurons: {_number(agreement.same_data)} "
         f"(Spearman) on the same samples, {_number(agreement.held_out)} on others; the measurement agrees with itself: "

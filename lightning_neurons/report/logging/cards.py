@@ -43,15 +43,15 @@ def chosen_neurons(report: NeuronReport, died: Mapping[str, Sequence[int]], each
         "least important": [(row.layer, row.neuron) for row in reversed(ranking)],
         "newly dead": [(layer, neuron) for layer, neurons in died.items() for neuron in neurons],
     }
-    found: list[Chosen] = []
+    chosen: list[Chosen] = []
     for why, neurons in kinds.items():
-        new = [one for one in neurons if one not in {(c.layer, c.neuron) for c in found}]
-        found += [Chosen(layer, neuron, why) for layer, neuron in new[:each]]
-    return found
+        new = [pair for pair in neurons if pair not in {(c.layer, c.neuron) for c in chosen}]
+        chosen += [Chosen(layer, neuron, why) for layer, neuron in new[:each]]
+    return chosen
 
 
 def neuron_cards(
-    found: MaximizedActivation,
+    maximized: MaximizedActivation,
     chosen: Sequence[Chosen],
     report: NeuronReport | None,
     inputs: Float[Tensor, "picture ..."],
@@ -59,7 +59,7 @@ def neuron_cards(
     """Make a card for each neuron.
 
     Args:
-        found: Maximised images; the last rows are those of the neurons.
+        maximized: Maximised images; the last rows are those of the neurons.
         chosen: The neurons.
         report: A measurement of them; None if there is none.
         inputs: The images that were compared with, as the model takes them.
@@ -67,37 +67,39 @@ def neuron_cards(
     Returns:
         The cards, in the order of ``chosen``.
     """
-    first = len(found.targets) - len(chosen)
-    return tuple(_card(found, first + place, one, report, inputs) for place, one in enumerate(chosen))
+    first = len(maximized.targets) - len(chosen)
+    return tuple(_card(maximized, first + place, choice, report, inputs) for place, choice in enumerate(chosen))
 
 
-def _card(found: MaximizedActivation, row: int, one: Chosen, report: NeuronReport | None, inputs: Tensor) -> NeuronCard:
-    activations = found.data_activations[row]
+def _card(
+    maximized: MaximizedActivation, row: int, choice: Chosen, report: NeuronReport | None, inputs: Tensor
+) -> NeuronCard:
+    activations = maximized.data_activations[row]
     top = activations.argsort(descending=True, stable=True)[:_TOP_PICTURES]
-    numbers = {} if report is None else _numbers(report, one)
+    numbers = {} if report is None else _numbers(report, choice)
     numbers |= {
-        "activation reached": float(found.activations[row]),
-        "largest on the data": float(found.data_maximum[row]),
-        "99th percentile on the data": float(found.data_p99[row]),
+        "activation reached": float(maximized.activations[row]),
+        "largest on the data": float(maximized.data_maximum[row]),
+        "99th percentile on the data": float(maximized.data_p99[row]),
     }
-    pictures = found.range.shown(found.range.pictures(inputs[top].float())).clamp(0, 1)
-    return NeuronCard(found.targets[row], one.why, numbers, pictures, activations[top], found.shown[row])
+    pictures = maximized.range.shown(maximized.range.pictures(inputs[top].float())).clamp(0, 1)
+    return NeuronCard(maximized.targets[row], choice.why, numbers, pictures, activations[top], maximized.shown[row])
 
 
-def _numbers(report: NeuronReport, one: Chosen) -> dict[str, float]:
+def _numbers(report: NeuronReport, choice: Chosen) -> dict[str, float]:
     numbers: dict[str, float] = {}
-    if one.layer in report.deadness:
-        numbers["deadness"] = float(report.deadness[one.layer][one.neuron])
+    if choice.layer in report.deadness:
+        numbers["deadness"] = float(report.deadness[choice.layer][choice.neuron])
     for name, by_layer in report.scores.items():
-        if name in (report.main_criterion, "fisher") and one.layer in by_layer:
-            numbers[name] = float(by_layer[one.layer][one.neuron])
+        if name in (report.main_criterion, "fisher") and choice.layer in by_layer:
+            numbers[name] = float(by_layer[choice.layer][choice.neuron])
     return numbers
 
 
 def show_maximized(
     loggers: Sequence[Any],
     folder: Place | None,
-    found: MaximizedActivation,
+    maximized: MaximizedActivation,
     count: int,
     step: int,
     name: str,
@@ -108,15 +110,15 @@ def show_maximized(
     Args:
         loggers: Lightning loggers.
         folder: The folder of the run, or None.
-        found: The images.
+        maximized: The images.
         count: Number of rows to show.
         step: The step to log at.
         name: The name of the figure.
         apart: The suffix of the name in loggers, which other runs may share.
     """
-    reached = zip(found.targets, found.activations.tolist(), found.data_maximum.tolist(), strict=True)
+    reached = zip(maximized.targets, maximized.activations.tolist(), maximized.data_maximum.tolist(), strict=True)
     titles = [f"{target}\n{value:.3g} (data: {most:.3g})" for target, value, most in reached][:count]
-    figure = maximized_images(found.shown[:count], titles)
+    figure = maximized_images(maximized.shown[:count], titles)
     show_figure(loggers, name + apart, figure, step)
     if folder is not None:
         caption = "What was made to excite each target, the activation that it reaches, and the largest on the data"

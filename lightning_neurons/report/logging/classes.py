@@ -46,11 +46,11 @@ def write_classes(loggers: Sequence[Any], report: ClassReport, step: int, group:
 
 def class_scalars(report: ClassReport) -> dict[str, float]:
     """Return the scalar series: accuracies on each class's own samples, and neurons that all classes share."""
-    found = {_LOGGED[row.model].format(row.klass): row.on_class for row in report.accuracies if row.model in _LOGGED}
+    series = {_LOGGED[row.model].format(row.klass): row.on_class for row in report.accuracies if row.model in _LOGGED}
     count = len(report.classes)
     excess = (report.jaccard - report.jaccard_chance).fill_diagonal_(0).sum() / max(count * (count - 1), 1)
-    found["classes/reuse"] = float(excess)
-    return {name: value for name, value in found.items() if not math.isnan(value)}
+    series["classes/reuse"] = float(excess)
+    return {name: value for name, value in series.items() if not math.isnan(value)}
 
 
 def print_classes(report: ClassReport, console: Console | None = None) -> None:

@@ -47,7 +47,7 @@ def keep_picture(directory: Place, name: str, figure: Any, title: str, caption: 
     save_figure(figure, inside(directory, FOLDER, f"{name}.png"))
     entry = {"file": f"{name}.png", "title": title, "caption": caption}
     listed = inside(directory, FOLDER, PICTURES)
-    others = [one for one in _listed(listed) if one.get("file") != entry["file"]]
+    others = [old for old in _listed(listed) if old.get("file") != entry["file"]]
     write_whole(listed, json.dumps([*others, entry], indent=1))
 
 
@@ -61,8 +61,8 @@ def keep_cards(directory: Place, cards: Sequence[tuple[Any, Mapping[str, Any]]],
     """
     listed, of_group = inside(directory, FOLDER, CARDS), re.compile(rf"{re.escape(group)}-\d+\.png")
     before = _listed(listed)
-    entries = [one for one in before if not of_group.fullmatch(str(one.get("file")))]
-    for stale in (one["file"] for one in before if one not in entries):
+    entries = [old for old in before if not of_group.fullmatch(str(old.get("file")))]
+    for stale in (old["file"] for old in before if old not in entries):
         remove(inside(directory, FOLDER, stale))
     for place, (figure, said) in enumerate(cards):
         save_figure(figure, inside(directory, FOLDER, f"{group}-{place}.png"))
@@ -72,10 +72,10 @@ def keep_cards(directory: Place, cards: Sequence[tuple[Any, Mapping[str, Any]]],
 
 def _listed(path: Place) -> list[dict[str, Any]]:
     try:
-        found = json.loads(read_text(path))
+        document = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError):
         return []
-    return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
+    return [entry for entry in document if isinstance(entry, dict)] if isinstance(document, list) else []
 
 
 def _experiment(logger: Any) -> Any:

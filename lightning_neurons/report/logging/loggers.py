@@ -67,7 +67,7 @@ def _writes(
 def scalars(report: NeuronReport, entry: HistoryEntry) -> dict[str, float]:
     """Return all scalar series; those that have no value yet (NaN) are left out."""
     rows = layer_rows(report)
-    found = {
+    series = {
         "neurons/dead_share": known_share(rows, "dead"),
         "neurons/dormant_share": known_share(rows, "dormant"),
         "neurons/constant_share": known_share(rows, "constant"),
@@ -78,11 +78,11 @@ def scalars(report: NeuronReport, entry: HistoryEntry) -> dict[str, float]:
         "neurons/nonfinite": float(sum(int(c.nonfinite.sum()) for c in report.counts.values())),
     }
     for row in rows:
-        found[f"neurons/dead_share/{row.layer}"] = known_share([row], "dead")
-        found[f"neurons/dormant_share/{row.layer}"] = known_share([row], "dormant")
-        found[f"neurons/effective/{row.layer}"] = row.effective
-        found[f"neurons/rank_stability/{row.layer}"] = entry.stability.get(row.layer, math.nan)
-    return {name: value for name, value in found.items() if not math.isnan(value)}
+        series[f"neurons/dead_share/{row.layer}"] = known_share([row], "dead")
+        series[f"neurons/dormant_share/{row.layer}"] = known_share([row], "dormant")
+        series[f"neurons/effective/{row.layer}"] = row.effective
+        series[f"neurons/rank_stability/{row.layer}"] = entry.stability.get(row.layer, math.nan)
+    return {name: value for name, value in series.items() if not math.isnan(value)}
 
 
 def _histograms(experiment: Any, report: NeuronReport, step: int, suffix: str) -> Iterator[Callable[[], Any]]:

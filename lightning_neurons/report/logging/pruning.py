@@ -18,10 +18,10 @@ def pruning_history(rounds: Rounds, monitor: str | None) -> PruningHistory | Non
     if dense is None:
         return None
     points, parameters, macs = [], dense.parameters, dense.macs
-    for made in sorted((*rounds.done, *rounds.undone), key=lambda one: one.step):
+    for made in sorted((*rounds.done, *rounds.undone), key=lambda cut: cut.step):
         if (cost := made.plan.cost) is not None:
             parameters, macs = cost.parameters_after, cost.macs_after
-        taken_back = any(made is one for one in rounds.undone)
+        taken_back = any(made is cut for cut in rounds.undone)
         metrics = {"before": made.before, "cut": made.cut, "after": made.after}
         points.append(PruningPoint(made.epoch, len(made.plan), parameters, macs, **metrics, taken_back=taken_back))
     return PruningHistory(dense.parameters, dense.macs, dict(dense.widths), rounds.widths(), monitor, tuple(points))
@@ -42,12 +42,12 @@ def round_scalars(made: PruningRound, widths: Mapping[str, int]) -> dict[str, fl
     Returns:
         Values by name of the series.
     """
-    found: dict[str, float | None] = {"pruning/removed": float(len(made.plan))}
+    series: dict[str, float | None] = {"pruning/removed": float(len(made.plan))}
     if made.plan.cost is not None:
-        found |= _sizes(made.plan.cost.parameters_after, made.plan.cost.macs_after, widths)
-    found["pruning/latency_ms"] = None if made.latency is None else 1000 * made.latency
-    found |= {"pruning/metric_before": made.before, "pruning/metric_cut": made.cut, "pruning/metric_after": made.after}
-    return {name: value for name, value in found.items() if value is not None}
+        series |= _sizes(made.plan.cost.parameters_after, made.plan.cost.macs_after, widths)
+    series["pruning/latency_ms"] = None if made.latency is None else 1000 * made.latency
+    series |= {"pruning/metric_before": made.before, "pruning/metric_cut": made.cut, "pruning/metric_after": made.after}
+    return {name: value for name, value in series.items() if value is not None}
 
 
 def taken_back_scalars(rounds: Rounds) -> dict[str, float]:
@@ -97,8 +97,8 @@ def rounds_table(
     if monitor is not None:
         for heading in ("before", "cut", "after"):
             table.add_column(heading, justify="right")
-    for made in sorted((*done, *undone), key=lambda one: one.step):
-        taken_back = any(made is one for one in undone)
+    for made in sorted((*done, *undone), key=lambda cut: cut.step):
+        taken_back = any(made is cut for cut in undone)
         cost = made.plan.cost
         sizes = ["", ""]
         if cost is not None:

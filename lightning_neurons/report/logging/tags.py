@@ -190,7 +190,7 @@ def _charts(page: Layout) -> dict[str, dict[str, list[Any]]]:
 def _chart(chart: Any) -> list[Any]:
     if not chart.HasField("margin"):
         return ["Multiline", list(chart.multiline.tag)]
-    return ["Margin", [tag for one in chart.margin.series for tag in (one.value, one.lower, one.upper)]]
+    return ["Margin", [tag for band in chart.margin.series for tag in (band.value, band.lower, band.upper)]]
 
 
 def _page(charts: dict[str, dict[str, list[Any]]]) -> Layout | None:

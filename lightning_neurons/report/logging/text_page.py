@@ -78,10 +78,10 @@ def _thresholds(report: NeuronReport) -> str:
     rows = []
     for threshold in THRESHOLDS:
         deadness = report.deadness_at(threshold)
-        known = sum(int((~d.isnan()).sum()) for d in deadness.values())
+        judged = sum(int((~d.isnan()).sum()) for d in deadness.values())
         dead = sum(int((d == 1).sum()) for d in deadness.values())
         seldom = sum(int((d >= 0.99).sum()) for d in deadness.values())
-        rows.append((threshold, dead, _real(share(dead, known), "{:.1%}"), seldom))
+        rows.append((threshold, dead, _real(share(dead, judged), "{:.1%}"), seldom))
     return "### Deadness by threshold (in units of each layer's root mean square)\n\n" + table(
         ("threshold", "dead neurons", "share", "silent in 99 % of values or more"), rows
     )
