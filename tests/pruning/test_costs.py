@@ -52,6 +52,54 @@ class ByKeyword(nn.Module):
         return self.layer(input=x)
 
 
+class Attention(nn.Module):
+    """Heads of 3 values, several of queries for one of keys; in a kernel of the user's choice."""
+
+    def __init__(self, kernel: SDPBackend, heads: int = 4, groups: int = 4) -> None:
+        super().__init__()
+        self.q, self.kv, self.kernel = nn.Linear(5, 3 * heads), nn.Linear(5, 6 * groups), kernel
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (-1, 3)).transpose(1, 2) for t in (self.q(x), *self.kv(x).chunk(2, -1)))
+        with sdpa_kernel(self.kernel):
+            return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], is_causal=True)
+
+
+class WithItself(nn.Module):
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__()
+        self.attention, self.kwargs = nn.MultiheadAttention(6, 2, batch_first=True), kwargs
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x, **self.kwargs)[0]
+
+
+class Packed(nn.Module):
+    """Reads one step less of each sample than of the one before."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        lengths = [x.shape[1] - i for i in range(len(x))]
+        return self.layer(nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True))[0].data
+
+
+def recurrent(gates: int, steps: int, inputs: int, hidden: int, layers: int, directions: int) -> int:
+    wide = [inputs] + [directions * hidden] * (layers - 1)
+    return sum(gates * hidden * (width + hidden) * steps * directions for width in wide)
+
+
+def attended(width: int, tokens: int) -> int:
+    """Four projections; queries times keys, and weights times values."""
+    return 4 * tokens * width**2 + 2 * tokens**2 * width
+
+
+def block() -> nn.Module:
+    return nn.TransformerEncoderLayer(6, 2, 9, batch_first=True)
+
+
 PICTURE = (3, 9, 9)
 BY_HAND: dict[str, tuple[Any, Any, int, int]] = {  # a model, the shape of a sample, parameters, MACs
     "conv": (lambda: nn.Conv2d(3, 8, 3), PICTURE, 8 * 27 + 8, 7 * 7 * 8 * 27),
@@ -76,6 +124,32 @@ BY_HAND: dict[str, tuple[Any, Any, int, int]] = {  # a model, the shape of a sam
     ),
     "one layer twice": (Twice, PICTURE, 112 + 148 + 10, 49 * 108 + 2 * 49 * 144 + 8),
     "tied weights": (Tied, (5,), 36, 5 * 36),
+    "LSTM": (lambda: nn.LSTM(3, 5, batch_first=True), (7, 3), 4 * 5 * (3 + 5 + 2), recurrent(4, 7, 3, 5, 1, 1)),
+    "LSTM, two ways": (
+        lambda: nn.LSTM(3, 5, 2, batch_first=True, bidirectional=True), (7, 3),
+        2 * 20 * (3 + 5 + 2) + 2 * 20 * (10 + 5 + 2), recurrent(4, 7, 3, 5, 2, 2),
+    ),
+    "GRU": (
+        lambda: nn.GRU(3, 5, 2, batch_first=True, bidirectional=True), (7, 3),
+        2 * 15 * (3 + 5 + 2) + 2 * 15 * (10 + 5 + 2), recurrent(3, 7, 3, 5, 2, 2),
+    ),
+    "RNN": (lambda: nn.RNN(3, 5, batch_first=True), (7, 3), 5 * (3 + 5 + 2), recurrent(1, 7, 3, 5, 1, 1)),
+    "cell": (lambda: nn.LSTMCell(3, 5), (3,), 4 * 5 * (3 + 5 + 2), recurrent(4, 1, 3, 5, 1, 1)),
+    "attention": (WithItself, (7, 6), 4 * 42, attended(6, 7)),
+    "attention, weights unasked": (lambda: WithItself(need_weights=False), (7, 6), 4 * 42, attended(6, 7)),
+    "encoder": (
+        lambda: nn.TransformerEncoder(block(), 2), (7, 6),
+        2 * (4 * 42 + 63 + 60 + 24), 2 * (attended(6, 7) + 7 * 2 * 54),
+    ),
+    "flash": (
+        lambda: Attention(SDPBackend.FLASH_ATTENTION), (7, 5), 12 * 6 + 24 * 6, 7 * 36 * 5 + 2 * 49 * 12
+    ),
+    "flash, shared keys": (
+        lambda: Attention(SDPBackend.FLASH_ATTENTION, groups=2), (7, 5), 12 * 6 + 12 * 6, 7 * 24 * 5 + 2 * 49 * 12
+    ),
+    "written out, shared keys": (
+        lambda: Attention(SDPBackend.MATH, groups=2), (7, 5), 12 * 6 + 12 * 6, 7 * 24 * 5 + 2 * 49 * 12
+    ),
     "named inputs": (lambda: ByKeyword(nn.Conv2d(3, 8, 3)), PICTURE, 224, 49 * 8 * 27),
     "named inputs, transposed": (lambda: ByKeyword(nn.ConvTranspose2d(3, 5, 2, 2)), PICTURE, 65, 81 * 60),
 }  # fmt: skip
@@ -95,6 +169,45 @@ def test_parameters_and_operations_are_those_counted_by_hand(name, batch):
 def test_operations_are_known_by_layer():
     costs = costs_of(Twice().eval(), Example(torch.zeros(2, *PICTURE)))
     assert [costs.macs_of(f"{name}.weight") for name in ("start", "again", "head", "unknown")] == [5292, 14112, 8, 0]
+
+
+@for_each("kind, gates", [(nn.LSTM, 4), (nn.GRU, 3), (nn.RNN, 1)])
+def test_of_sequences_of_several_lengths_the_steps_that_are_there_count(kind, gates):
+    costs = costs_of(Packed(kind(3, 5)).eval(), Example(torch.zeros(3, 7, 3)))
+    assert costs.macs() == recurrent(gates, 6, 3, 5, 1, 1)  # of 7 + 6 + 5 steps, a third
+    assert costs.uncounted == ()
+
+
+def test_a_projection_of_a_recurrent_layer_counts():
+    net = nn.LSTM(3, 5, batch_first=True, proj_size=2).double()
+    assert costs_of(net, Example(torch.zeros(2, 7, 3).double())).macs() == 7 * (20 * (3 + 2) + 10)
+
+
+def test_a_kernel_for_all_layers_of_a_recurrent_network_counts_by_weight():
+    net = nn.LSTM(3, 5, 2, bidirectional=True, device="meta")
+    weights = [p for name, p in net.named_parameters() if "weight" in name]
+
+    def run(_, x: Tensor) -> Tensor:  # as on a GPU: LSTM, time first, no dropout
+        state = torch.zeros(4, 2, 5, device="meta")
+        return torch.ops.aten._cudnn_rnn(
+            x, weights, 2, None, state, state, 2, 5, 0, 2, False, 0.0, False, True, [], None
+        )[0]  # fmt: skip
+
+    costs = costs_of(net, Example(torch.zeros(7, 2, 3, device="meta"), run))
+    assert {name: costs.positions[name] for name, p in net.named_parameters() if p.ndim > 1} == {
+        name: 7 * 2 / 7 for name, p in net.named_parameters() if p.ndim > 1
+    }
+    assert costs.rest == 0
+
+
+def test_a_recurrent_layer_counts_whatever_is_cut_behind_it():
+    net = nn.Sequential(nn.LSTM(6, 4, batch_first=True), First(), nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2)).eval()
+    structure = discover(net, Example(torch.randn(2, 6, 6)))
+    assert (structure.routed, structure.costs.uncounted, structure.costs.rest) == ((), (), 0)
+    own = recurrent(4, 6, 6, 4, 1, 1)
+    assert structure.costs.macs() == own + 6 * (20 + 10)
+    assert structure.costs_without({"2": [0, 3]}) == structure.counted_without({"2": [0, 3]})
+    assert structure.costs_without({"2": [0, 3]})[1] == own + 6 * (12 + 6)
 
 
 @for_each("form", [lambda x: x, lambda x: (x,), lambda x: {"input": x}])

@@ -1,9 +1,9 @@
 """Costs of a model, whole or with fewer neurons: parameters, multiply-accumulate operations (MACs), measured time.
 
-MACs are those of one sample, of every operation that ``torch.utils.flop_counter`` has a formula for. An operation with
-a weight takes the number of positions at which it is applied, times the weight's size. Both follow from the sizes of
-tensors, so the cost of a plan is known before anything is cut. What has no weight of its own, as the products inside of
-attention, is taken to stay.
+MACs are those of one sample, of every operation that ``torch.utils.flop_counter`` has a formula for, and of attention
+and recurrent layers in whatever kernel they run. An operation with a weight takes the number of positions at which it
+is applied, times the weight's size. Both follow from the sizes of tensors, so the cost of a plan is known before
+anything is cut. What has no weight of its own, as the products inside of attention, is counted on a cut copy.
 """
 
 import math
@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from lightning_neurons.data.batches import samples_in
+from lightning_neurons.data.batches import samples_in, tensors_of
 from lightning_neurons.dependency.groups import Group
 from lightning_neurons.isolation.isolation import isolated
 from lightning_neurons.layers.layer import candidates, modules_by_name, public_name
@@ -33,6 +33,18 @@ Removed = Mapping[tuple[str, int], int]
 
 Effects = list[tuple[str, int, tuple[int, ...]]]
 """Tensor, axis, and the number of places that are removed with each unit of a group."""
+
+_ATTENTION = frozenset(
+    f"_scaled_dot_product_{kernel}"
+    for kernel in (
+        "flash_attention",
+        "flash_attention_for_cpu",
+        "efficient_attention",
+        "cudnn_attention",
+        "fused_attention_overrideable",
+    )
+)
+_RECURRENT = frozenset({"mkldnn_rnn_layer", "_cudnn_rnn", "miopen_rnn"})
 
 
 @dataclass(frozen=True)
@@ -81,7 +93,7 @@ def costs_of(model: nn.Module, example: Example) -> Costs:
     """
     samples = samples_in(example.inputs)
     counting = _Counting(model)
-    # The fused forms of attention have no formula on every device; written out, all of it is counted.
+    # The fast path of nn.MultiheadAttention and nn.TransformerEncoder has no formula; written out, all is counted.
     with counting.watched(), _written_out(), torch.inference_mode(False), torch.no_grad(), counting:
         example.run(model)
     shapes = {public_name(name): tuple(p.shape) for name, p in model.named_parameters()}
@@ -153,7 +165,9 @@ class _Counting(TorchDispatchMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.macs: dict[str, int] = {}
-        self._names = {_memory(p): public_name(name) for name, p in model.named_parameters() if p.ndim > 1}
+        weights = {public_name(name): p for name, p in model.named_parameters() if p.ndim > 1}
+        # cuDNN makes the weights of a recurrent layer views of one piece of memory.
+        self._names = {key: name for name, p in weights.items() for key in (_memory(p), id(p))}
         inside = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Bilinear)
         known = {name: m for name, m in modules_by_name(model).items() if isinstance(m, inside)}
         self._layers = {**candidates(model), **known}
@@ -185,11 +199,11 @@ class _Counting(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func._overloadpacket)
-        if formula is not None:
-            macs = int(formula(*args, **(kwargs or {}), out_val=out)) // 2
-            name = self._weight_of([t for t in args[:3] if isinstance(t, Tensor)])
-            self.macs[name] = self.macs.get(name, 0) + macs
+        macs = _macs_by_operands(func, args, kwargs or {}, out)
+        for operands, number in macs:
+            name = self._weight_of(operands)
+            self.macs[name] = self.macs.get(name, 0) + number
+        if macs:
             self._ran.update({layer: self._ran.get(layer, 0) + 1 for layer in self._running})
         return out
 
@@ -205,13 +219,32 @@ class _Counting(TorchDispatchMode):
 
     def _weight_of(self, operands: Sequence[Tensor]) -> str:
         """Return the one parameter among operands, or what a layer has computed from its own; else no name."""
-        found = {self._names[_memory(t)] for t in operands if _memory(t) in self._names}
+        names = (self._names.get(id(t)) or self._names.get(_memory(t)) for t in operands)
+        found = {name for name in names if name is not None}
         running = self._layers[self._running[-1]] if self._running else None
         weight = None if running is None else running._parameters.get(weight_name(running))
         if len(found) != 1 and weight is not None:
             shapes = {tuple(t.shape) for t in operands} | {tuple(t.shape[::-1]) for t in operands if t.ndim == 2}
             return self._names.get(_memory(weight), "") if tuple(weight.shape) in shapes else ""
         return found.pop() if len(found) == 1 else ""
+
+
+def _macs_by_operands(
+    func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any
+) -> list[tuple[Sequence[Tensor], int]]:
+    """Return the MACs of an operation, of each part of it with the operands among which its weight is; else nothing."""
+    name = func._overloadpacket.__name__
+    if name in _RECURRENT:  # a kernel for all steps, of one layer or of all layers and directions
+        steps = math.prod(args[0].shape[:-1])
+        return [([w], steps * w.numel()) for w in tensors_of(args[1:5]) if w.ndim == 2]
+    if name in _ATTENTION:
+        query, key, value = args[:3]  # several heads of queries may share one of keys
+        return [((), math.prod(query.shape[:-1]) * key.shape[-2] * (query.shape[-1] + value.shape[-1]))]
+    formula = flop_registry.get(func._overloadpacket)
+    if formula is None:
+        return []
+    operands = [t for t in args[:3] if isinstance(t, Tensor)]
+    return [(operands, int(formula(*args, **kwargs, out_val=out)) // 2)]
 
 
 def _memory(tensor: Tensor) -> int:
