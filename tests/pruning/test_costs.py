@@ -347,7 +347,9 @@ def test_what_goes_is_counted_once_for_each_tensor_and_axis():
         "conv", 3, (Part("conv", "makes", ((0,), (1,), (2,))), Part("fc", "reads", ((0, 1), (2, 3), (4, 5)))), {}
     )
     held = Group("scale", 2, (Part("scale", "holds", ((0,), (1,)), 0), Part("fc", "reads", ((6,), (7,)))), {})
-    modules = {"conv": nn.Conv2d(3, 3, 3), "fc": nn.Linear(8, 2)}
+    model = nn.Module()
+    model.scale = nn.Parameter(torch.ones(2))
+    modules = {"": model, "conv": nn.Conv2d(3, 3, 3), "fc": nn.Linear(8, 2)}
     by_root = {"conv": effects(group, modules), "scale": effects(held, modules)}
     removed = removed_by(by_root, {"conv": [0, 2], "scale": [1]})
     assert removed == {("conv.weight", 0): 2, ("conv.bias", 0): 2, ("fc.weight", 1): 5, ("scale", 0): 1}

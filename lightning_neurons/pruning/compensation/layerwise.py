@@ -24,6 +24,7 @@ from lightning_neurons.pruning.compensation.weight_shifts import (
     Wiring,
     constant_of,
     readers_of,
+    tied_with,
     without_compensation,
 )
 from lightning_neurons.pruning.surgery.surgery import TensorCut
@@ -56,7 +57,9 @@ def least_squares(
         The changes of weights and of biases or running means, at the model's full width.
     """
     modules = modules_by_name(model)
-    gone = readers_of(cuts, modules)
+    reading = readers_of(cuts, modules)
+    tied = {path: other for path in reading if (other := tied_with(path, modules)) is not None}
+    gone = {path: places for path, places in reading.items() if path not in tied}
     calls, run, reduce = wiring.calls, calibration.run, calibration.reduce
     constants = {path: constant_of(path, modules, wiring.norm_behind) for path in gone}
     readers = {
@@ -65,6 +68,7 @@ def least_squares(
         if path in gone
     }
     notes = without_compensation(cuts, modules)
+    notes += [f"{path} is not compensated: {other} has the same weights" for path, other in tied.items()]
     notes += [f"{path} is not compensated: it did not run" for path in gone if path not in calls]
     shifts: dict[str, Tensor] = {}
     rehearsal = Rehearsal(model, cuts)

@@ -49,6 +49,13 @@ def without_compensation(cuts: Sequence[TensorCut], modules: Mapping[str, nn.Mod
     ]
 
 
+def tied_with(path: str, modules: Mapping[str, nn.Module]) -> str | None:
+    """Return the path of another module that has a parameter of a module as well, or None."""
+    own = {id(parameter) for parameter in modules[path]._parameters.values() if parameter is not None}
+    tied = (name for name, other in modules.items() if own & {id(p) for p in other._parameters.values()})
+    return next((name for name in tied if name != path), None)
+
+
 def constant_of(
     path: str, modules: Mapping[str, nn.Module], norm_behind: Mapping[str, str]
 ) -> tuple[str, float] | None:

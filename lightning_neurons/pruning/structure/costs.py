@@ -253,19 +253,30 @@ def _memory(tensor: Tensor) -> int:
 
 
 def effects(group: Group, modules: Mapping[str, nn.Module]) -> Effects:
-    """Return the number of places that each unit of a group takes from the model's parameters."""
-    found: Effects = []
+    """Return the number of places that each unit of a group takes from the model's parameters.
+
+    Args:
+        group: The group.
+        modules: All modules of the model by path, in its order.
+
+    Returns:
+        Each parameter and axis once, also where several modules share the parameter.
+    """
+    names: dict[int, str] = {}
+    for path, module in modules.items():
+        for leaf, parameter in module._parameters.items():
+            names.setdefault(id(parameter), f"{path}.{leaf}" if path else leaf)
+    places: dict[tuple[str, int], list[set[int]]] = {}
     for part in group.parts:
-        taken = tuple(len(places) for places in part.indices)
-        if part.axis is not None:
-            found.append((part.path, part.axis, taken))
-            continue
-        module = modules[part.path]
-        for leaf, axis in axes(module, part.role).items():
-            tensor = module._parameters.get(leaf)
+        owner, _, leaf = part.path.rpartition(".") if part.role == "holds" else (part.path, "", "")
+        by_leaf = {leaf: part.axis or 0} if part.role == "holds" else axes(modules[owner], part.role)
+        for leaf, axis in by_leaf.items():
+            tensor = modules[owner]._parameters.get(leaf)
             if tensor is not None:
-                found.append((f"{part.path}.{leaf}", axis % tensor.ndim, taken))
-    return found
+                units = places.setdefault((names[id(tensor)], axis % tensor.ndim), [set() for _ in part.indices])
+                for unit, more in zip(units, part.indices, strict=True):
+                    unit.update(more)
+    return [(name, axis, tuple(map(len, units))) for (name, axis), units in places.items()]
 
 
 def removed_by(effects_of: Mapping[str, Effects], units: Mapping[str, Iterable[int]]) -> dict[tuple[str, int], int]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_neurons.layers.layer import modules_by_name
+from lightning_neurons.layers.layer import modules_by_name, public_name
 from lightning_neurons.layers.width_handlers import is_depthwise, weight_name
 from lightning_neurons.pruning.structure.example import Example
 from lightning_neurons.pruning.structure.structure import Structure, discover
@@ -77,7 +77,9 @@ def _blocks(model: nn.Module, structure: Structure) -> dict[str, Any]:
             group_of.setdefault(layer, root)
     found: dict[str, Any] = {}
     sources: dict[str, dict[str, None]] = {}
+    names = {id(parameter): public_name(name) for name, parameter in model.named_parameters()}  # the first of several
     for layer, block in structure.blocks.items():
+        weight = weight_name(modules[layer])
         reads = structure.coupling.reads.get(layer, ())
         entry = found.setdefault(block, {"parents": [], "layers": {}})
         sources[block] = dict.fromkeys([*sources.get(block, ()), *(structure.blocks[name] for name in reads)])
@@ -88,7 +90,7 @@ def _blocks(model: nn.Module, structure: Structure) -> dict[str, Any]:
             "group": group_of.get(layer),
             "reads": list(reads),
             "parameters": sum(p.numel() for p in modules[layer].parameters()),
-            "macs": structure.costs.macs_of(f"{layer}.{weight_name(modules[layer])}"),
+            "macs": structure.costs.macs_of(names.get(id(modules[layer]._parameters.get(weight)), f"{layer}.{weight}")),
         }
     for block, entry in found.items():
         entry["parents"] = _nearest(block, sources)

@@ -4,6 +4,7 @@ Silenced means that layers that read them have weights of zero for them. The cop
 cut cannot go unnoticed.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -110,7 +111,8 @@ class Preflight:
 @contextmanager
 def silenced(model: nn.Module, cuts: Sequence[TensorCut]) -> Iterator[None]:
     """Silence neurons inside the context: weights of layers that read them, and parameters added to them, are 0."""
-    modules, kept = modules_by_name(model), []
+    modules, undo = modules_by_name(model), []
+    owners = Counter(id(parameter) for module in modules.values() for parameter in module._parameters.values())
     with torch.no_grad():
         for one in cuts:
             if one.role == "holds":
@@ -119,14 +121,19 @@ def silenced(model: nn.Module, cuts: Sequence[TensorCut]) -> Iterator[None]:
             else:
                 owner, found = one.path, axes(modules[one.path], "reads") if one.role == "reads" else {}
             for leaf, axis in found.items():
-                tensor = getattr(modules[owner], leaf).data
-                kept.append((tensor, tensor.clone()))
-                tensor.index_fill_(axis, torch.tensor(one.places, device=tensor.device), 0)
+                module, tensor = modules[owner], getattr(modules[owner], leaf)
+                before = tensor.detach().clone()
+                if owners[id(tensor)] > 1:  # what others do with it stays as it is
+                    undo.append(partial(module._parameters.__setitem__, leaf, tensor))
+                    tensor = module._parameters[leaf] = nn.Parameter(before.clone(), requires_grad=False)
+                else:
+                    undo.append(partial(tensor.data.copy_, before))
+                tensor.data.index_fill_(axis, torch.tensor(one.places, device=tensor.device), 0)
     try:
         yield
     finally:
-        for tensor, before in reversed(kept):
-            tensor.copy_(before)
+        for take_back in reversed(undo):
+            take_back()
 
 
 def _compare(expected: Sequence[Tensor], got: Sequence[Tensor], tolerance: float) -> str | None:

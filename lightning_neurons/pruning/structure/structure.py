@@ -1,13 +1,13 @@
 """The structure of a model for pruning: groups that can be cut, why others cannot, and costs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import nn
 
-from lightning_neurons.dependency.groups import Coupling, Group
+from lightning_neurons.dependency.groups import Coupling, Group, Part
 from lightning_neurons.dependency.torch_pruning_adapter import find_coupling
 from lightning_neurons.errors import PruningError
 from lightning_neurons.isolation.isolation import isolated
@@ -149,7 +149,7 @@ def _structure_of(twin: nn.Module, example: Example) -> Structure:
     costs = counter.costs()
     others = costs_of(preflight.twin, preflight.example)
     groups = {group.root: group for group in coupling.groups}
-    refused = _refused(preflight.twin, coupling)
+    refused = _refused(preflight.twin, coupling, preflight.example)
     for seed in range(2):  # one choice alone might happen to have the symmetry that a wrong group needs
         tried = {root: some_units(group, seed) for root, group in groups.items() if root not in refused}
         failing = preflight.failing([groups[root] for root in tried], tried)
@@ -183,15 +183,16 @@ def some_units(group: Group, seed: int) -> list[int]:
     return sorted(chosen)
 
 
-def _refused(model: nn.Module, coupling: Coupling) -> dict[str, str]:
+def _refused(model: nn.Module, coupling: Coupling, example: Example) -> dict[str, str]:
     """Return the groups that cannot be cut, as far as that can be told without a trial, with the reasons."""
-    modules, tied = modules_by_name(model), _tied(model)
+    modules, tied = modules_by_name(model), _tied(model, example)
     refused = {}
     for group in coupling.groups:
         lost, end = coupling.lost.get(group.root), any(layer in coupling.ends for layer in group.layers)
-        reason = lost if lost and not end else _why_not(group, modules, tied)
+        reason = lost if lost and not end else _why_not(group, modules)
         if end and reason is None:
             reason = "its neurons are the model's output"
+        reason = reason or _differing(group, modules, tied)
         if reason is None and group.size <= group.least:
             reason = f"it has {group.size} neuron{'s' * (group.size > 1)}, and {group.least} must stay"
         if reason is not None:
@@ -210,28 +211,52 @@ def _norm_over(group: Group, model: nn.Module) -> str | None:
     return None
 
 
-def _why_not(group: Group, modules: Mapping[str, nn.Module], tied: Mapping[str, str]) -> str | None:
+def _why_not(group: Group, modules: Mapping[str, nn.Module]) -> str | None:
     for part in group.parts:
         owner = part.path.rpartition(".")[0] if part.role == "holds" else part.path
         reason = why_fixed(modules[owner])
         if reason is not None:
             return f"{owner}: {reason}"
-        leaves = (
-            [part.path] if part.role == "holds" else [f"{owner}.{leaf}" for leaf in axes(modules[owner], part.role)]
-        )
+        leaves = _leaves(part, modules)
         if not leaves and not passes(modules[owner]) and any(True for _ in modules[owner].parameters(False)):
             return f"{owner}: {unknown_width(modules[owner])}"
-        shared = next((f"{leaf} and {tied[leaf]} are one parameter" for leaf in leaves if leaf in tied), None)
-        if shared:
-            return shared
     return None
 
 
-def _tied(model: nn.Module) -> dict[str, str]:
-    """Return parameters that several modules have, each with another of its names. A module may have two names."""
-    names: dict[int, list[str]] = {}
-    for path, module in modules_by_name(model).items():
-        for leaf, parameter in module._parameters.items():
-            if parameter is not None:
-                names.setdefault(id(parameter), []).append(f"{path}.{leaf}" if path else leaf)
-    return {name: next(n for n in same if n != name) for same in names.values() if len(same) > 1 for name in same}
+def _leaves(part: Part, modules: Mapping[str, nn.Module]) -> dict[str, int]:
+    """Return the axes on which a part lies, by name of a tensor."""
+    if part.role == "holds":
+        return {part.path: part.axis or 0}
+    found = axes(modules[part.path], part.role)
+    return {f"{part.path}.{leaf}" if part.path else leaf: axis for leaf, axis in found.items()}
+
+
+def _differing(group: Group, modules: Mapping[str, nn.Module], tied: Mapping[str, Sequence[str]]) -> str | None:
+    """Return the reason why a parameter that several modules have cannot be cut: not all of them are cut alike."""
+    cuts: dict[str, set[tuple[int, tuple[tuple[int, ...], ...]]]] = {}
+    for part in group.parts:
+        for name, axis in _leaves(part, modules).items():
+            if name in tied:
+                owner, _, leaf = name.rpartition(".")
+                axis %= modules[owner].get_parameter(leaf).ndim
+                cuts.setdefault(name, set()).add((axis, part.indices))
+    for name, same in cuts.items():
+        other = next((n for n in tied[name] if cuts.get(n) != same), None)
+        if other is not None:
+            return f"{name} and {other} are one parameter, and it would not be cut alike for both"
+    return None
+
+
+def _tied(model: nn.Module, example: Example) -> dict[str, list[str]]:
+    """Return weights that several layers that run share, each with all of its names. A module may have two names."""
+    modules, names = modules_by_name(model), dict[int, list[str]]()
+    for path, module in modules.items():
+        for leaf in {**axes(module, "makes"), **axes(module, "reads")}:
+            if leaf in module._parameters:
+                names.setdefault(id(module._parameters[leaf]), []).append(f"{path}.{leaf}" if path else leaf)
+    several = [same for same in names.values() if len(same) > 1]
+    if not several:
+        return {}
+    ran = calls_of(model, {name.rpartition(".")[0] for same in several for name in same}, example.run)
+    used = [[name for name in same if name.rpartition(".")[0] in ran] for same in several]
+    return {name: same for same in used for name in same}

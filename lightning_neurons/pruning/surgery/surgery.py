@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_neurons.dependency.conform import set_data
 from lightning_neurons.dependency.groups import Group
-from lightning_neurons.layers.layer import modules_by_name
+from lightning_neurons.layers.layer import modules_by_name, public_name
 from lightning_neurons.layers.width_handlers import Role, axes, handler_of, refit
 from lightning_neurons.pruning.surgery.optimizers import (
     fits,
@@ -118,9 +118,10 @@ def cut(
             smaller = [s for root in (model, *copies) for s in _smaller(root, cuts, shifts or {})]
             refuse_outside_state(optimizers, [one.owner for one in smaller if one.stays])
             states = [entry for optimizer in optimizers for entry in _states(optimizer, smaller)]
+            owners = _owners((model, *copies), smaller)
             for one in smaller:
                 operation.do(one.put, one.put_back)
-            for module in {id(one.module): one.module for one in smaller}.values():
+            for module in owners:
                 handler = handler_of(module)
                 sizes = {n: getattr(module, n) for n in (handler.sizes if handler else ()) if n in vars(module)}
                 operation.do(partial(refit, module), partial(vars(module).update, sizes))
@@ -187,10 +188,11 @@ def stays_of(model: nn.Module, cuts: Sequence[TensorCut]) -> dict[str, dict[int,
         cuts: The cuts.
 
     Returns:
-        Sorted indices.
+        Sorted indices. A parameter that several modules have is there once, by its first name.
     """
     modules = modules_by_name(model)
-    places: dict[tuple[str, str], dict[int, set[int]]] = {}
+    names = {id(parameter): public_name(name) for name, parameter in model.named_parameters()}
+    places: dict[str, tuple[Tensor, dict[int, set[int]]]] = {}
     for one in cuts:
         if one.role == "holds":
             owner, _, leaf = one.path.rpartition(".")
@@ -200,12 +202,11 @@ def stays_of(model: nn.Module, cuts: Sequence[TensorCut]) -> dict[str, dict[int,
             owner, found = one.path, axes(modules[one.path], one.role)
         for leaf, axis in found.items():
             tensor = getattr(modules[owner], leaf)
-            places.setdefault((owner, leaf), {}).setdefault(axis % tensor.ndim, set()).update(one.places)
+            name = names.get(id(tensor), f"{owner}.{leaf}" if owner else leaf)
+            places.setdefault(name, (tensor, {}))[1].setdefault(axis % tensor.ndim, set()).update(one.places)
     return {
-        f"{owner}.{leaf}" if owner else leaf: {
-            axis: _rest(getattr(modules[owner], leaf), axis, gone) for axis, gone in by_axis.items()
-        }
-        for (owner, leaf), by_axis in places.items()
+        name: {axis: _rest(tensor, axis, gone) for axis, gone in by_axis.items()}
+        for name, (tensor, by_axis) in places.items()
     }
 
 
@@ -216,6 +217,17 @@ def _smaller(model: nn.Module, cuts: Sequence[TensorCut], shifts: Mapping[str, T
         owner, _, leaf = name.rpartition(".")
         found.append(_Smaller(modules[owner], leaf, stays.get(name, {}), shifts.get(name)))
     return found
+
+
+def _owners(models: Iterable[nn.Module], smaller: Sequence[_Smaller]) -> list[nn.Module]:
+    """Return the modules whose tensors become smaller, also those that share them with others."""
+    changed = {id(one.owner) for one in smaller}
+    return [
+        module
+        for model in models
+        for module in model.modules()
+        if any(id(tensor) in changed for tensor in (*module._parameters.values(), *module._buffers.values()))
+    ]
 
 
 def _bare(models: Iterable[nn.Module], cuts: Sequence[TensorCut]) -> list[tuple[nn.Module, str, int]]:
