@@ -103,8 +103,9 @@ def trains(model: nn.Module, inputs: Any) -> None:
 
 def exports(model: nn.Module, inputs: Any) -> None:
     """Export a network, and compare the outputs of what is exported."""
-    if hasattr(getattr(model, "config", None), "use_cache"):
-        model.config.use_cache = False  # a cache is no tensor
+    for module in model.modules():
+        if hasattr(getattr(module, "config", None), "use_cache"):
+            module.config.use_cache = False  # a cache is no tensor
     args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else ((inputs,), {})
     program = torch.export.export(model, args, kwargs, strict=False).module()
     with torch.no_grad():
