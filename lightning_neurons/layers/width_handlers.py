@@ -160,7 +160,14 @@ HANDLERS: dict[type[nn.Module], WidthHandler] = {
         over_all=True,
         fixed=_over_more,
     ),
-    nn.RMSNorm: WidthHandler(role="passes", over_all=True),
+    nn.RMSNorm: WidthHandler(
+        makes={"weight": -1},
+        sizes={"normalized_shape": lambda module: tuple(module.weight.shape)},
+        axis=_features,
+        role="passes",
+        over_all=True,
+        fixed=_over_more,
+    ),
     nn.GroupNorm: WidthHandler(
         axis=_channels,
         role="passes",

@@ -18,6 +18,7 @@ from lightning_neurons.errors import PruningError, in_short
 from lightning_neurons.layers.layer import modules_by_name
 from lightning_neurons.layers.width_handlers import axes
 from lightning_neurons.pruning.structure.example import Example, in_precision
+from lightning_neurons.pruning.structure.norm_streams import Norms, narrowed
 from lightning_neurons.pruning.surgery.surgery import TensorCut, cut, cuts_of
 
 _TOLERANCES = ((torch.float64, 1e-8), (torch.float32, 1e-4))
@@ -30,10 +31,11 @@ class Preflight:
         twin: A copy with random weights, in evaluation mode.
         example: The inputs that it is run on.
         ends: Layers whose values are compared too: a saturated output could hide a difference.
+        norms: Modules that may take their statistics over the neurons that stay.
     """
 
-    def __init__(self, twin: nn.Module, example: Example, ends: Sequence[str] = ()) -> None:
-        self.twin, self.example, self.ends = twin, example, tuple(ends)
+    def __init__(self, twin: nn.Module, example: Example, ends: Sequence[str] = (), norms: Norms | None = None) -> None:
+        self.twin, self.example, self.ends, self.norms = twin, example, tuple(ends), norms or Norms()
         twin.requires_grad_(False)
         self._find_precision()
 
@@ -79,8 +81,11 @@ class Preflight:
 
     def _difference(self, cuts: Sequence[TensorCut]) -> str | None:
         """Return the difference between silence and removal in words, or None."""
-        with silenced(self.twin, cuts):
-            expected = self._outputs(self.example)
+        try:
+            with silenced(self.twin, cuts, self.norms):
+                expected = self._outputs(self.example)
+        except Exception as error:  # noqa: BLE001 (a norm that does not run on fewer neurons)
+            return f"its norms cannot be narrowed ({in_short(error)})"
         try:
             operation = cut(self.twin, cuts)
         except Exception as error:  # noqa: BLE001 (whatever it is, it is why this group cannot be cut)
@@ -109,12 +114,20 @@ class Preflight:
 
 
 @contextmanager
-def silenced(model: nn.Module, cuts: Sequence[TensorCut]) -> Iterator[None]:
-    """Silence neurons inside the context: weights of layers that read them, and parameters added to them, are 0."""
-    modules, undo = modules_by_name(model), []
+def silenced(model: nn.Module, cuts: Sequence[TensorCut], norms: Norms | None = None) -> Iterator[None]:
+    """Silence neurons inside the context: weights of layers that read them, and parameters added to them, are 0.
+
+    Args:
+        model: The model, with all of its neurons.
+        cuts: The neurons, by what reads and holds them.
+        norms: Modules that take their statistics over the other neurons.
+    """
+    modules, undo, norms = modules_by_name(model), [], norms or Norms()
     owners = Counter(id(parameter) for module in modules.values() for parameter in module._parameters.values())
     with torch.no_grad():
         for one in cuts:
+            if norms.narrows(one):
+                continue
             if one.role == "holds":
                 owner, _, leaf = one.path.rpartition(".")
                 found = {leaf: one.axis or 0}
@@ -130,7 +143,8 @@ def silenced(model: nn.Module, cuts: Sequence[TensorCut]) -> Iterator[None]:
                     undo.append(partial(tensor.data.copy_, before))
                 tensor.data.index_fill_(axis, torch.tensor(one.places, device=tensor.device), 0)
     try:
-        yield
+        with narrowed(model, [one for one in cuts if norms.narrows(one)], norms):
+            yield
     finally:
         for take_back in reversed(undo):
             take_back()

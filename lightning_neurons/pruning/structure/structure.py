@@ -2,14 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from typing import get_args
 
 import torch
 from torch import nn
 
 from lightning_neurons.dependency.groups import Coupling, Group, Part
 from lightning_neurons.dependency.torch_pruning_adapter import find_coupling
-from lightning_neurons.errors import PruningError
+from lightning_neurons.errors import PruningError, check_choice
 from lightning_neurons.isolation.isolation import isolated
 from lightning_neurons.layers.layer import blocks_of, candidates, modules_by_name, require_materialized, widths_of
 from lightning_neurons.layers.prunable import check_prunable
@@ -18,6 +19,7 @@ from lightning_neurons.pruning.compensation.synchronized_forwards import calls_o
 from lightning_neurons.pruning.compensation.weight_shifts import Wiring
 from lightning_neurons.pruning.structure.costs import Costs, Counter, Effects, costs_of, effects, removed_by, routed
 from lightning_neurons.pruning.structure.example import Example, scramble, twin_of
+from lightning_neurons.pruning.structure.norm_streams import Norms, NormStreams, find_norms, follow_through
 from lightning_neurons.pruning.structure.preflight import Preflight
 from lightning_neurons.pruning.surgery.surgery import cuts_of
 
@@ -38,6 +40,7 @@ class Structure:
         costs: The sizes of all tensors.
         preflight: Tries a cut on a copy of the model.
         counter: Counts what the model costs, whole or cut.
+        norm_streams: What happens to neurons that norm layers take their statistics over.
         routed: Layers that do not run on every sample: the model's weights decide on which.
     """
 
@@ -49,6 +52,7 @@ class Structure:
     costs: Costs
     preflight: Preflight
     counter: Counter
+    norm_streams: NormStreams = "refuse"
     routed: tuple[str, ...] = ()
 
     @property
@@ -121,50 +125,55 @@ class Structure:
         return {root: effects(group, modules) for root, group in self.offered.items()}
 
 
-def discover(model: nn.Module, example: Example) -> Structure:
+def discover(model: nn.Module, example: Example, norm_streams: NormStreams = "refuse") -> Structure:
     """Find the groups of a model that can be cut, and its costs. The model is only read.
 
     Args:
         model: Any module.
         example: A few samples, and how to run the model on them.
+        norm_streams: ``"renormalize"`` offers neurons that norm layers take their statistics over, although these then
+            run over fewer of them; ``"refuse"`` does not.
 
     Returns:
         Groups and costs, with the means to try and to count cuts.
 
     Raises:
         PruningError: If the model cannot be copied, run or traced.
-        ArgumentError: If a layer is lazy and has not been materialised, or is not what ``register_prunable`` was told.
+        ArgumentError: If a layer is lazy and has not been materialised, or is not what ``register_prunable`` was told;
+            or if ``norm_streams`` is neither.
     """
+    check_choice("norm_streams", norm_streams, get_args(NormStreams))
     require_materialized(model)
     check_prunable(model)
     with isolated(model):  # a copy may share with it what its code reaches on other ways
-        return _structure_of(twin_of(model), example)
+        return _structure_of(twin_of(model), example, norm_streams)
 
 
-def _structure_of(twin: nn.Module, example: Example) -> Structure:
-    coupling = find_coupling(twin, example.run)
-    preflight = _preflight(twin, example, [name for name in candidates(twin) if name in coupling.ends])
+def _structure_of(twin: nn.Module, example: Example, norm_streams: NormStreams) -> Structure:
+    norms = find_norms(twin, example) if norm_streams == "renormalize" else Norms()
+    coupling = follow_through(twin, norms, partial(find_coupling, forward=example.run))
+    preflight = _preflight(twin, example, [name for name in candidates(twin) if name in coupling.ends], norms)
     twin.requires_grad_(False)
     counter = Counter(twin, example)
     costs = counter.costs()
     others = costs_of(preflight.twin, preflight.example)
     groups = {group.root: group for group in coupling.groups}
-    refused = _refused(preflight.twin, coupling, preflight.example)
+    refused = _refused(preflight, coupling)
     for seed in range(2):  # one choice alone might happen to have the symmetry that a wrong group needs
         tried = {root: some_units(group, seed) for root, group in groups.items() if root not in refused}
         failing = preflight.failing([groups[root] for root in tried], tried)
-        refused |= {root: _norm_over(groups[root], twin) or reason for root, reason in failing.items()}
-    widths, blocks = widths_of(twin), blocks_of(twin)
-    return Structure(groups, refused, coupling, widths, blocks, costs, preflight, counter, routed(costs, others))
+        refused |= {root: _norm_over(groups[root], twin, norms) or reason for root, reason in failing.items()}
+    sizes = (widths_of(twin), blocks_of(twin), costs)
+    return Structure(groups, refused, coupling, *sizes, preflight, counter, norm_streams, routed(costs, others))
 
 
-def _preflight(twin: nn.Module, example: Example, ends: list[str]) -> Preflight:
+def _preflight(twin: nn.Module, example: Example, ends: list[str], norms: Norms) -> Preflight:
     scrambled = twin_of(twin)
     scramble(scrambled)
     try:
-        return Preflight(scrambled, example, ends)
+        return Preflight(scrambled, example, ends, norms)
     except PruningError:  # not every model is finite with random weights
-        return Preflight(twin_of(twin), example, ends)
+        return Preflight(twin_of(twin), example, ends, norms)
 
 
 def some_units(group: Group, seed: int) -> list[int]:
@@ -183,13 +192,13 @@ def some_units(group: Group, seed: int) -> list[int]:
     return sorted(chosen)
 
 
-def _refused(model: nn.Module, coupling: Coupling, example: Example) -> dict[str, str]:
+def _refused(preflight: Preflight, coupling: Coupling) -> dict[str, str]:
     """Return the groups that cannot be cut, as far as that can be told without a trial, with the reasons."""
-    modules, tied = modules_by_name(model), _tied(model, example)
+    modules, tied = modules_by_name(preflight.twin), _tied(preflight.twin, preflight.example)
     refused = {}
     for group in coupling.groups:
         lost, end = coupling.lost.get(group.root), any(layer in coupling.ends for layer in group.layers)
-        reason = lost if lost and not end else _why_not(group, modules)
+        reason = lost if lost and not end else _why_not(group, modules, preflight.norms)
         if end and reason is None:
             reason = "its neurons are the model's output"
         reason = reason or _differing(group, modules, tied)
@@ -200,25 +209,26 @@ def _refused(model: nn.Module, coupling: Coupling, example: Example) -> dict[str
     return refused
 
 
-def _norm_over(group: Group, model: nn.Module) -> str | None:
+def _norm_over(group: Group, model: nn.Module, norms: Norms) -> str | None:
     """Return why a group whose cut is wrong cannot be cut, if a norm layer runs over all of it."""
     modules = modules_by_name(model)
     for part in group.parts:
         owner = part.path.rpartition(".")[0] if part.role == "holds" else part.path
         handler = handler_of(modules[owner])
-        if handler is not None and handler.over_all:
+        if handler is not None and handler.over_all and owner not in norms.layers:
             return f"{owner}: {type(modules[owner]).__name__} normalises over all of them, and would do so over fewer"
     return None
 
 
-def _why_not(group: Group, modules: Mapping[str, nn.Module]) -> str | None:
+def _why_not(group: Group, modules: Mapping[str, nn.Module], norms: Norms) -> str | None:
     for part in group.parts:
         owner = part.path.rpartition(".")[0] if part.role == "holds" else part.path
         reason = why_fixed(modules[owner])
         if reason is not None:
             return f"{owner}: {reason}"
         leaves = _leaves(part, modules)
-        if not leaves and not passes(modules[owner]) and any(True for _ in modules[owner].parameters(False)):
+        passing = passes(modules[owner]) or owner in norms.layers
+        if not leaves and not passing and any(True for _ in modules[owner].parameters(False)):
             return f"{owner}: {unknown_width(modules[owner])}"
     return None
 
