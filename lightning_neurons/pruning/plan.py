@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from lightning_neurons.errors import ArgumentError, UnknownNameError, is_number
+from lightning_neurons.errors import ArgumentError, UnknownNameError, check_choice, is_number
+from lightning_neurons.pruning.structure.norm_streams import NormStreams
 from lightning_neurons.results.whole_file import read_text, write_whole
 
 _AS_SAVED = "a plan as PruningPlan.save wrote it"
@@ -36,6 +37,8 @@ class PruningPlan:
         reasons: By layer and neuron, the reason in words.
         cost: Costs before and after the cut, or None if it was written by hand.
         notes: Reasons why nothing, or less than asked, is removed.
+        norm_streams: ``"renormalize"`` if norm layers take their statistics over fewer neurons without these, so that
+            the cut is not exact.
 
     Example:
         >>> plan = PruningPlan.from_indices({"net.conv1": [3, 0]})
@@ -48,6 +51,7 @@ class PruningPlan:
     reasons: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
     cost: PlanCost | None = None
     notes: tuple[str, ...] = ()
+    norm_streams: NormStreams = "refuse"
 
     @classmethod
     def from_indices(cls, neurons: Mapping[str, Iterable[int]]) -> "PruningPlan":
@@ -105,7 +109,8 @@ class PruningPlan:
         cost = None if self else later.cost
         if self.cost is not None and later.cost is not None:
             cost = replace(later.cost, parameters=self.cost.parameters, macs=self.cost.macs)
-        return PruningPlan(both, self.widths or later.widths, reasons, cost, (*self.notes, *later.notes))
+        norms = self.norm_streams if later.norm_streams == "refuse" else later.norm_streams
+        return PruningPlan(both, self.widths or later.widths, reasons, cost, (*self.notes, *later.notes), norms)
 
     def lifted(self, before: "PruningPlan") -> "PruningPlan":
         """Translate this plan for the model that ``before`` leaves to the indices that ``before`` has.
@@ -166,6 +171,7 @@ class PruningPlan:
             "reasons": {layer: {str(i): why for i, why in by.items()} for layer, by in self.reasons.items()},
             "cost": None if self.cost is None else dict(vars(self.cost)),
             "notes": list(self.notes),
+            "norm_streams": self.norm_streams,
         }
 
     @classmethod
@@ -285,6 +291,7 @@ def _fields(document: Any) -> dict[str, Any]:
             "reasons": {layer: {int(i): str(why) for i, why in by.items()} for layer, by in reasons.items()},
             "cost": None if cost is None else PlanCost(**cost),
             "notes": tuple(map(str, document.get("notes", []))),
+            "norm_streams": check_choice("norm_streams", document.get("norm_streams", "refuse"), get_args(NormStreams)),
         }
     except TypeError as error:
         raise ArgumentError.of("plan", str(error), _AS_SAVED) from error

@@ -7,13 +7,14 @@ from dataclasses import replace
 import torch
 
 from lightning_neurons.dependency.groups import Group
-from lightning_neurons.errors import PruningError
+from lightning_neurons.errors import ArgumentError, PruningError
 from lightning_neurons.pruning.budget import PruningBudget
 from lightning_neurons.pruning.cut import Cut
 from lightning_neurons.pruning.plan import PlanCost, PruningPlan
 from lightning_neurons.pruning.selection.budget_fill import Dense
 from lightning_neurons.pruning.selection.group_scores import GroupScores
 from lightning_neurons.pruning.selection.select import Selection, select
+from lightning_neurons.pruning.structure.norm_streams import NormStreams
 from lightning_neurons.pruning.structure.structure import Structure
 
 Units = dict[str, list[int]]
@@ -104,10 +105,10 @@ def complete(structure: Structure, plan: PruningPlan) -> Cut:
         The cut, whose plan has the coupled neurons, reasons and costs.
 
     Raises:
-        ArgumentError: If the plan is for another model.
+        ArgumentError: If the plan is for another model, or needs norms over fewer neurons and these are refused.
         PruningError: If a neuron cannot be removed, or a layer would have none left.
     """
-    plan.check(structure.widths)
+    _check(plan, structure)
     units: Units = {}
     reasons: dict[str, dict[int, str]] = {}
     for layer, neurons in plan.neurons.items():
@@ -139,6 +140,13 @@ def complete(structure: Structure, plan: PruningPlan) -> Cut:
     return Cut.of(structure, _plan(structure, units, reasons, notes), units)
 
 
+def _check(plan: PruningPlan, structure: Structure) -> None:
+    plan.check(structure.widths)
+    if plan.norm_streams != "refuse" and structure.norm_streams == "refuse":
+        allowed = f"{plan.norm_streams!r}, as the plan removes neurons that norms take their statistics over"
+        raise ArgumentError.of("norm_streams", "refuse", allowed)
+
+
 def verify(structure: Structure, units: Mapping[str, list[int]]) -> None:
     """Try a cut, whole, on a copy.
 
@@ -156,7 +164,9 @@ def _plan(
     neurons = {layer: tuple(chosen) for layer, chosen in structure.neurons(units).items()}
     parameters, macs = structure.counted_without(units)
     cost = PlanCost(structure.costs.parameters(), structure.costs.macs(), parameters, macs)
-    return PruningPlan(neurons, dict(structure.widths), reasons, cost, notes)
+    inexact = structure.inexact(units)
+    norms: NormStreams = "renormalize" if inexact else "refuse"
+    return PruningPlan(neurons, dict(structure.widths), reasons, cost, (*notes, *inexact), norms)
 
 
 def _reasons(

@@ -2,13 +2,13 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from lightning_neurons.data.batches import inputs_of, map_tensors, targets_of, tensors_of
-from lightning_neurons.errors import ArgumentError, PruningError, check_flag
+from lightning_neurons.errors import ArgumentError, PruningError, check_choice, check_flag
 from lightning_neurons.hooks.find_neurons import call, find_neurons
 from lightning_neurons.hooks.output_layers import logits_in
 from lightning_neurons.isolation.copying import hooked_parameters
@@ -26,6 +26,7 @@ from lightning_neurons.pruning.preparation import prepare
 from lightning_neurons.pruning.request import check_inputs, check_model, chosen_compensation, kept_batches, wanted
 from lightning_neurons.pruning.selection.lossless import without_loss
 from lightning_neurons.pruning.structure.example import Example
+from lightning_neurons.pruning.structure.norm_streams import NormStreams
 from lightning_neurons.pruning.structure.structure import Structure, discover
 from lightning_neurons.pruning.surgery.optimizers import checked_optimizers
 from lightning_neurons.pruning.surgery.surgery import cut
@@ -76,6 +77,7 @@ def prune(
     lossless: bool = False,
     reestimate_norms: bool = False,
     loss_fn: LossFunction | None = None,
+    norm_streams: NormStreams = "refuse",
 ) -> PruningReport:
     """Make a model smaller, in place, and with it the state of its optimizer.
 
@@ -102,6 +104,9 @@ def prune(
         loss_fn: Returns the loss of the model on a batch, for criteria that need gradients and to compare by; by
             default the cross entropy of ``(inputs, class number)`` pairs, else the distance from the outputs before
             the cut.
+        norm_streams: ``"renormalize"`` removes neurons that norm layers take their statistics over as well, as those of
+            a residual stream with LayerNorm: the norms then run over fewer, which is another function, so the report
+            says by how much the output changes. ``"refuse"`` leaves them alone.
 
     Returns:
         The neurons that have been removed, and the layers that were left alone.
@@ -127,6 +132,7 @@ def prune(
     if reestimate_norms and not given:
         raise ArgumentError.of("batches", given, "some batches, with reestimate_norms=True")
     _refuse_unmeasurable(asked, given)
+    _check_norm_streams(norm_streams, lossless)
     kept = given or []
     optimizers = checked_optimizers(optimizer, model)
     check_inputs(example_inputs, kept)
@@ -134,7 +140,7 @@ def prune(
         raise ArgumentError.of("loss_fn", loss_fn, "a function (model, batch) -> loss")
     example = Example(example_inputs)
     with isolated(model):  # copies may share with it what their code reaches on other ways
-        structure = discover(model, example)
+        structure = discover(model, example, norm_streams)
         calibration = Calibration(kept, _run, _loss(model, kept, loss_fn))
         report = None
         if isinstance(asked, PruningBudget):
@@ -154,6 +160,9 @@ def prune(
         prepared = prepared.noted([
             f"hooks on gradients may count on the number of neurons, and are left as they are: {names}"
         ])
+    if prepared.plan.norm_streams != "refuse" and prepared.shifts:
+        change, _ = structure.changes(prepared.units, prepared.shifts)
+        prepared = prepared.noted([f"with compensation, outputs on the example change by {change:.2g} of their size"])
     widths = {layer: len(prepared.plan.remaining(layer)) for layer in structure.widths}
     return PruningReport(prepared.plan, widths, prepared.plan.notes)
 
@@ -183,6 +192,13 @@ def _prepared(
         _refuse_unmet(asked, candidates)
     options: dict[str, Any] = {"how": how, "reestimate_norms": reestimate_norms}
     return prepare(model, candidates, calibration, structure.wiring, **options).noted(notes)
+
+
+def _check_norm_streams(norm_streams: NormStreams, lossless: bool) -> None:
+    check_choice("norm_streams", norm_streams, get_args(NormStreams))
+    if lossless and norm_streams != "refuse":
+        allowed = "'refuse' with lossless=True, as norms over fewer neurons are another function"
+        raise ArgumentError.of("norm_streams", norm_streams, allowed)
 
 
 def _run(model: nn.Module, batch: Any) -> Any:

@@ -47,12 +47,12 @@ def _nothing(model: nn.Module, cuts: Sequence[TensorCut], calibration: Calibrati
 
 
 def _means(model: nn.Module, cuts: Sequence[TensorCut], calibration: Calibration, wiring: Wiring) -> Repair:
-    found = InputMeans(model, readers_of(cuts, modules_by_name(model)))
+    found = InputMeans(model, readers_of(cuts, modules_by_name(model), wiring.standardised))
     with isolated(model), eager():
         model.eval()
         for batch in calibration.batches:
             found.observe(partial(calibration.run, model, batch))
-    return fold_means(model, cuts, found.means(calibration.reduce), wiring.norm_behind)
+    return fold_means(model, cuts, found.means(calibration.reduce), wiring.norm_behind, wiring.standardised)
 
 
 NONE = Compensation("none", _nothing, needs_data=False)

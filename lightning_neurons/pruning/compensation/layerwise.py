@@ -57,7 +57,7 @@ def least_squares(
         The changes of weights and of biases or running means, at the model's full width.
     """
     modules = modules_by_name(model)
-    reading = readers_of(cuts, modules)
+    reading = readers_of(cuts, modules, wiring.standardised)
     tied = {path: other for path in reading if (other := tied_with(path, modules)) is not None}
     gone = {path: places for path, places in reading.items() if path not in tied}
     calls, run, reduce = wiring.calls, calibration.run, calibration.reduce
@@ -67,7 +67,7 @@ def least_squares(
         for path in calls
         if path in gone
     }
-    notes = without_compensation(cuts, modules)
+    notes = without_compensation(cuts, modules, wiring.standardised)
     notes += [f"{path} is not compensated: {other} has the same weights" for path, other in tied.items()]
     notes += [f"{path} is not compensated: it did not run" for path in gone if path not in calls]
     shifts: dict[str, Tensor] = {}

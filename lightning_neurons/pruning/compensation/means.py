@@ -1,6 +1,6 @@
 """Compensation by means: the mean of removed neurons moves into biases, or into the norm layers behind them."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -76,7 +76,11 @@ class InputMeans:
 
 
 def fold_means(
-    model: nn.Module, cuts: Sequence[TensorCut], means: Mapping[str, Tensor], norm_behind: Mapping[str, str]
+    model: nn.Module,
+    cuts: Sequence[TensorCut],
+    means: Mapping[str, Tensor],
+    norm_behind: Mapping[str, str],
+    standardised: Collection[str] = (),
 ) -> Repair:
     """Make up for removed neurons by their mean in the layers that read them.
 
@@ -87,13 +91,14 @@ def fold_means(
         cuts: The cuts.
         means: By path of a downstream layer, the mean of each of its inputs.
         norm_behind: By layer, the norm layer that alone reads it.
+        standardised: Layers that standardise their weights, which are left out.
 
     Returns:
         The changes of biases or running means; a note for each layer that has neither.
     """
     modules, shifts = modules_by_name(model), {}
-    notes = without_compensation(cuts, modules)
-    for path, places in readers_of(cuts, modules).items():
+    notes = without_compensation(cuts, modules, standardised)
+    for path, places in readers_of(cuts, modules, standardised).items():
         lost = contribution(modules[path], places, means[path])
         where = constant_of(path, modules, norm_behind)
         if where is None:

@@ -1,6 +1,6 @@
 """Changes of weights that make up for a cut. Nothing is changed here: the shifts are part of the cut."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -29,23 +29,34 @@ class Wiring:
     Attributes:
         calls: All downstream layers in the order in which they run, with the number of their calls.
         norm_behind: By layer, the norm layer that alone reads it.
+        standardised: Layers that standardise their weights, in which they are not linear.
     """
 
     calls: Mapping[str, int]
     norm_behind: Mapping[str, str]
+    standardised: Collection[str] = ()
 
 
-def readers_of(cuts: Sequence[TensorCut], modules: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:
+def readers_of(
+    cuts: Sequence[TensorCut], modules: Mapping[str, nn.Module], standardised: Collection[str] = ()
+) -> dict[str, tuple[int, ...]]:
     """Return the linear modules that read removed neurons, and the places of those among their inputs."""
-    return {one.path: one.places for one in cuts if one.role == "reads" and is_linear(modules[one.path])}
+    linear = [one for one in cuts if one.role == "reads" and is_linear(modules[one.path])]
+    return {one.path: one.places for one in linear if one.path not in standardised}
 
 
-def without_compensation(cuts: Sequence[TensorCut], modules: Mapping[str, nn.Module]) -> list[str]:
+def without_compensation(
+    cuts: Sequence[TensorCut], modules: Mapping[str, nn.Module], standardised: Collection[str] = ()
+) -> list[str]:
     """Return notes of the other modules that read removed neurons."""
+    reading = [one.path for one in cuts if one.role == "reads"]
     return [
-        f"{one.path} is not compensated: it is not known whether {type(modules[one.path]).__name__} is linear"
-        for one in cuts
-        if one.role == "reads" and not is_linear(modules[one.path])
+        *(f"{path} is not compensated: it standardises its weights" for path in reading if path in standardised),
+        *(
+            f"{path} is not compensated: it is not known whether {type(modules[path]).__name__} is linear"
+            for path in reading
+            if not is_linear(modules[path])
+        ),
     ]
 
 

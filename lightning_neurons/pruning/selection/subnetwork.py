@@ -1,6 +1,7 @@
 """Plans that keep just the neurons of a sub-network."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -10,10 +11,17 @@ from lightning_neurons.layers.layer import widths_of
 from lightning_neurons.pruning.plan import PruningPlan
 from lightning_neurons.pruning.planning import complete
 from lightning_neurons.pruning.structure.example import Example
+from lightning_neurons.pruning.structure.norm_streams import NormStreams
 from lightning_neurons.pruning.structure.structure import discover
 
 
-def plan_keeping(model: nn.Module, example_inputs: Any, kept: Mapping[str, Iterable[int]]) -> PruningPlan:
+def plan_keeping(
+    model: nn.Module,
+    example_inputs: Any,
+    kept: Mapping[str, Iterable[int]],
+    *,
+    norm_streams: NormStreams = "refuse",
+) -> PruningPlan:
     """Plan to remove everything but some neurons: a class's sub-network, for example.
 
     Of neurons that can only go together, as in a residual stream, none goes while one of them is kept. Layers that are
@@ -24,6 +32,7 @@ def plan_keeping(model: nn.Module, example_inputs: Any, kept: Mapping[str, Itera
         model: Any module; it is only read.
         example_inputs: One small batch: a tensor, a tuple of positional arguments or a dict of keyword arguments.
         kept: By layer, the neurons to keep: ``ClassReport.subnetwork(classes)``.
+        norm_streams: As in ``prune``, which then needs the same.
 
     Returns:
         A plan for ``prune``.
@@ -46,7 +55,7 @@ def plan_keeping(model: nn.Module, example_inputs: Any, kept: Mapping[str, Itera
     PruningPlan(wanted).check(widths_of(model))
     if empty := [layer for layer, neurons in wanted.items() if not neurons]:
         raise ArgumentError.of(f"kept[{empty[0]!r}]", [], "at least one neuron to keep, or leave the layer out")
-    structure = discover(model, Example(example_inputs))
+    structure = discover(model, Example(example_inputs), norm_streams)
     gone, notes = {}, []
     for root, group in structure.groups.items():
         if not {*group.layers} & {*wanted}:
@@ -67,4 +76,4 @@ def plan_keeping(model: nn.Module, example_inputs: Any, kept: Mapping[str, Itera
         plan = complete(structure, PruningPlan({layer: tuple(found) for layer, found in neurons.items()})).plan
     except PruningError as error:
         raise ArgumentError(f"kept: these neurons make no model of their own: {error}") from error
-    return PruningPlan(plan.neurons, plan.widths, plan.reasons, plan.cost, (*plan.notes, *notes))
+    return replace(plan, notes=(*plan.notes, *notes))

@@ -10,7 +10,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,6 +123,40 @@ class Counter:
             return costs_of(self.twin, self.example)
         finally:
             operation.roll_back()
+
+    def changes(
+        self,
+        cuts: Sequence[TensorCut],
+        shifts: Mapping[str, Tensor] | None,
+        silence: Callable[[], AbstractContextManager[None]],
+    ) -> tuple[float, float]:
+        """Compare the outputs on the example when something has been cut with those before it.
+
+        Args:
+            cuts: The cuts.
+            shifts: By parameter or buffer, what is added to it before the cut.
+            silence: Makes a context in which the neurons are silent.
+
+        Returns:
+            The largest differences from the outputs of the whole model and of the silent one, as shares of the largest
+            output.
+        """
+        with torch.no_grad():
+            before = tensors_of(self.example.run(self.twin))
+            with silence():
+                silent = tensors_of(self.example.run(self.twin))
+            operation = cut(self.twin, cuts, shifts=shifts)
+            try:
+                after = tensors_of(self.example.run(self.twin))
+            finally:
+                operation.roll_back()
+        return _share(after, before), _share(after, silent)
+
+
+def _share(values: Sequence[Tensor], others: Sequence[Tensor]) -> float:
+    pairs = [(a, b) for a, b in zip(values, others, strict=True) if b.is_floating_point() or b.is_complex()]
+    shares = [float((a - b).abs().max()) / max(float(b.abs().max()), 1e-30) for a, b in pairs if b.numel()]
+    return max(shares, default=0.0)
 
 
 def routed(costs: Costs, others: Costs) -> tuple[str, ...]:

@@ -10,13 +10,16 @@ from torch import nn
 from lightning_neurons.layers.layer import modules_by_name, public_name
 from lightning_neurons.layers.width_handlers import is_depthwise, weight_name
 from lightning_neurons.pruning.structure.example import Example
+from lightning_neurons.pruning.structure.norm_streams import NormStreams
 from lightning_neurons.pruning.structure.structure import Structure, discover
 from lightning_neurons.results.whole_file import write_whole
 
 FORMAT, VERSION = "lightning_neurons structure", 1
 
 
-def describe_structure(model: nn.Module, example_inputs: Any, *, path: str | Path | None = None) -> dict[str, Any]:
+def describe_structure(
+    model: nn.Module, example_inputs: Any, *, path: str | Path | None = None, norm_streams: NormStreams = "refuse"
+) -> dict[str, Any]:
     """Describe a model's blocks, the role of each layer in its block, and which neurons can only go together.
 
     Roles: ``"expand"``, ``"depthwise"`` and ``"project"`` of an inverted residual; ``"squeeze-and-excitation"`` for
@@ -27,13 +30,14 @@ def describe_structure(model: nn.Module, example_inputs: Any, *, path: str | Pat
         model: Any module; it is only read.
         example_inputs: One batch: a tensor, a tuple of positional arguments or a dict of keyword arguments.
         path: The file to write the same to as JSON; None writes nothing.
+        norm_streams: As in ``prune``: whether groups that norm layers take their statistics over can be cut.
 
     Returns:
         A document of plain values. ``blocks`` has for each block its ``parents`` (the nearest blocks whose layers it
         reads) and its ``layers``, each with role, type, number of neurons, group, the layers that it reads, parameters
-        and MACs per sample; ``groups`` has for each group its size, its layers, its readers, and why it cannot be cut,
-        or None; ``unseen`` has for each layer without a group the reason, as under ``torch.no_grad`` or inside of a
-        function.
+        and MACs per sample; ``groups`` has for each group its size, its layers, its readers, the norms that would take
+        their statistics over fewer neurons (so that a cut is not exact), and why it cannot be cut, or None; ``unseen``
+        has for each layer without a group the reason, as under ``torch.no_grad`` or inside of a function.
 
     Raises:
         PruningError: If the model cannot be copied, run or traced.
@@ -45,7 +49,7 @@ def describe_structure(model: nn.Module, example_inputs: Any, *, path: str | Pat
         >>> found["blocks"]["3"]["layers"]["3"]["role"], found["blocks"]["3"]["parents"]
         ('head', ['0'])
     """
-    structure = discover(model, Example(example_inputs))
+    structure = discover(model, Example(example_inputs), norm_streams)
     document = {
         "format": FORMAT,
         "version": VERSION,
@@ -58,6 +62,7 @@ def describe_structure(model: nn.Module, example_inputs: Any, *, path: str | Pat
                 "neurons": group.size,
                 "layers": list(group.layers),
                 "readers": [part.path for part in group.parts if part.role == "reads"],
+                "renormalized": structure.preflight.norms.of(group),
                 "why_not": structure.refused.get(root),
             }
             for root, group in structure.groups.items()

@@ -6,7 +6,7 @@ from functools import cached_property, partial
 from typing import get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_neurons.dependency.groups import Coupling, Group, Part
 from lightning_neurons.dependency.torch_pruning_adapter import find_coupling
@@ -20,7 +20,7 @@ from lightning_neurons.pruning.compensation.weight_shifts import Wiring
 from lightning_neurons.pruning.structure.costs import Costs, Counter, Effects, costs_of, effects, removed_by, routed
 from lightning_neurons.pruning.structure.example import Example, scramble, twin_of
 from lightning_neurons.pruning.structure.norm_streams import Norms, NormStreams, find_norms, follow_through
-from lightning_neurons.pruning.structure.preflight import Preflight
+from lightning_neurons.pruning.structure.preflight import Preflight, silenced
 from lightning_neurons.pruning.surgery.surgery import cuts_of
 
 Units = Mapping[str, list[int]]
@@ -83,6 +83,38 @@ class Structure:
         rest = sum(self._rest_per_unit.get(root, 0.0) * len(gone) for root, gone in units.items())
         return self.costs.parameters(removed), self.costs.macs(removed) - round(rest)
 
+    def inexact(self, units: Units) -> tuple[str, ...]:
+        """Say which norms take their statistics over fewer neurons when units have gone, and what that changes.
+
+        Returns:
+            A note, or nothing if there are no such norms.
+        """
+        norms = [p for root, gone in units.items() if gone for p in self.preflight.norms.of(self.groups[root])]
+        if not norms:
+            return ()
+        listed = ", ".join(norms[:5]) + f" and {len(norms) - 5} more" * (len(norms) > 5)
+        changes = (
+            "before any compensation, outputs on the example change by {:.2g} of their size, and by {:.2g} from those"
+        )
+        changes = f"{changes} with neurons silenced".format(*self.changes(units))
+        return (f"not exact: statistics run over fewer neurons in {listed}; {changes}",)
+
+    def changes(
+        self, units: Mapping[str, Sequence[int]], shifts: Mapping[str, Tensor] | None = None
+    ) -> tuple[float, float]:
+        """Return by how much the outputs on the example differ when units have gone.
+
+        Args:
+            units: By root.
+            shifts: By parameter or buffer, what is added to it before the cut.
+
+        Returns:
+            The largest differences from the outputs of the whole model and from those with silenced neurons, as shares
+            of the largest output.
+        """
+        cuts = cuts_of(self.groups.values(), units)
+        return self.counter.changes(cuts, shifts, partial(silenced, self.counter.twin, cuts))
+
     def counted_without(self, units: Units) -> tuple[int, int]:
         """Return parameters and MACs when units have gone, with the MACs counted on a copy that is cut."""
         parameters, macs = self.costs_without(units)
@@ -95,7 +127,7 @@ class Structure:
         reading = [part.path for group in self.groups.values() for part in group.parts if part.role == "reads"]
         readers = [path for path in dict.fromkeys(reading) if is_linear(modules[path])]
         calls = calls_of(self.preflight.twin, readers, self.preflight.example.run)
-        return Wiring(calls, dict(self.coupling.norm_behind))
+        return Wiring(calls, dict(self.coupling.norm_behind), frozenset(self.preflight.norms.readers))
 
     @cached_property
     def _owners(self) -> dict[tuple[str, int], tuple[str, int]]:
