@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_neurons.callbacks import NeuronPruningCallback, NeuronSensitivityCallback
 
-_TRAINING_PICTURES = 1400
+_TRAINING_IMAGES = 1400
 
 
 class DigitsNet(nn.Module):
@@ -30,13 +30,13 @@ class DigitsNet(nn.Module):
         self.conv2, self.norm2 = nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32)
         self.fc1, self.fc2 = nn.Linear(32 * 4, 64), nn.Linear(64, 10)
 
-    def forward(self, pictures: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         """Classify images of digits.
 
         Returns:
             Logits ``(batch, 10)`` of images ``(batch, 1, 8, 8)``.
         """
-        x = nn.functional.max_pool2d(torch.relu(self.norm1(self.conv1(pictures))), 2)
+        x = nn.functional.max_pool2d(torch.relu(self.norm1(self.conv1(images))), 2)
         x = nn.functional.max_pool2d(torch.relu(self.norm2(self.conv2(x))), 2)
         logits: Tensor = self.fc2(torch.relu(self.fc1(x.flatten(1))))
         return logits
@@ -75,11 +75,11 @@ class DigitsModule(L.LightningModule):
 def digits(batch_size: int = 64) -> tuple[DataLoader[tuple[Tensor, ...]], DataLoader[tuple[Tensor, ...]]]:
     """Return dataloaders of scikit-learn's bundled 1,797 handwritten digits: for training and validation."""
     bunch = load_digits()
-    pictures = torch.tensor(bunch.images, dtype=torch.float32).unsqueeze(1) / 16
+    images = torch.tensor(bunch.images, dtype=torch.float32).unsqueeze(1) / 16
     labels = torch.tensor(bunch.target)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    parts = order[:_TRAINING_PICTURES], order[_TRAINING_PICTURES:]
-    train, val = (TensorDataset(pictures[part], labels[part]) for part in parts)
+    parts = order[:_TRAINING_IMAGES], order[_TRAINING_IMAGES:]
+    train, val = (TensorDataset(images[part], labels[part]) for part in parts)
     return DataLoader(train, batch_size, shuffle=True), DataLoader(val, batch_size)
 
 
@@ -142,7 +142,7 @@ SEEDS = 3
 WAYS: dict[str, dict[str, Any]] = {
     "random": {"criterion": "random", "compensation": "none"},
     "weight_l2": {"criterion": "weight_l2", "compensation": "none"},
-    "reconstruction, compensated, taught, guarded": {
+    "reconstruction, compensated, distilled, guarded": {
         "criterion": "reconstruction",
         "recovery": "distill",
         "max_drop": 0.02,

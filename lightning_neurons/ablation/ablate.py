@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from tqdm.auto import tqdm
 
-from lightning_neurons.ablation.engine import WhatIf, given_study, require_present
+from lightning_neurons.ablation.engine import AblationEngine, given_study, require_present
 from lightning_neurons.ablation.neuron_choice import NeuronChoice, chosen_neurons
 from lightning_neurons.ablation.successive_elimination import Race, race
 from lightning_neurons.ablation.sums import AblationSums
@@ -115,7 +115,7 @@ def ablate(
 
 
 def measure_batches(
-    study: WhatIf,
+    study: AblationEngine,
     batches: Sequence[Any],
     sums: AblationSums,
     *,

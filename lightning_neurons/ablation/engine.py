@@ -73,7 +73,7 @@ NeuronSet = Mapping[str, Sequence[int]]
 """Neurons by layer."""
 
 
-class WhatIf:
+class AblationEngine:
     """An engine that runs a model with neurons switched off. Isolate the model, in the mode of your choice, around it.
 
     Args:
@@ -118,7 +118,7 @@ class WhatIf:
         self._outputs: list[Any] = []
 
     @contextmanager
-    def open(self) -> Iterator["WhatIf"]:
+    def open(self) -> Iterator["AblationEngine"]:
         """Record the outputs of the model inside the context."""
         handle = self.model.register_forward_hook(self._hear)
         try:
@@ -183,7 +183,7 @@ class WhatIf:
             except Exception:  # noqa: BLE001 (whatever a model raises on other samples than it expects)
                 return False
 
-    def on(self, batch: Any) -> "BatchWhatIf":
+    def on(self, batch: Any) -> "BatchAblation":
         """Run a batch (or a part of one) once, unchanged.
 
         Returns:
@@ -194,7 +194,7 @@ class WhatIf:
         if self._reruns is None:
             self._reruns = Reruns(self.model, self.layers, self.modules, self._run, self.memory_limit, exact=self.exact)
         with torch.inference_mode(False):
-            return BatchWhatIf(self, Rerun(self._reruns, batch, samples), batch, samples)
+            return BatchAblation(self, Rerun(self._reruns, batch, samples), batch, samples)
 
     def _run(self, batch: Any) -> tuple[Tensor, list[Any]]:
         self._outputs = []
@@ -212,7 +212,7 @@ class WhatIf:
         return partners
 
 
-def require_present(study: WhatIf, layers: Iterable[str]) -> None:
+def require_present(study: AblationEngine, layers: Iterable[str]) -> None:
     """Check that layers have run.
 
     Raises:
@@ -224,14 +224,14 @@ def require_present(study: WhatIf, layers: Iterable[str]) -> None:
         )
 
 
-class BatchWhatIf:
+class BatchAblation:
     """One batch that can be run again with changes.
 
     Attributes:
         outcome: Losses and outputs of the unchanged model.
     """
 
-    def __init__(self, study: WhatIf, rerun: Rerun, batch: Any, samples: int) -> None:
+    def __init__(self, study: AblationEngine, rerun: Rerun, batch: Any, samples: int) -> None:
         self._study, self._rerun, self.batch, self.samples = study, rerun, batch, samples
         if study.replacement == "resample" and samples < 2:
             raise MeasurementError(
@@ -312,7 +312,7 @@ def given_study(
     progress: Any,
     seed: Any,
     exact: Any = True,
-) -> WhatIf:
+) -> AblationEngine:
     """Return the engine of an ablation study, after a check of its arguments.
 
     Raises:
@@ -322,7 +322,7 @@ def given_study(
     given_loss(loss_fn)
     require_materialized(model)
     check_flag("progress", progress)
-    return WhatIf(
+    return AblationEngine(
         model,
         loss_fn,
         loss_reduction=check_choice("loss_reduction", loss_reduction, LOSS_REDUCTIONS),

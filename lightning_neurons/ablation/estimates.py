@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from scipy import stats
 from torch import Tensor, nn
 
-from lightning_neurons.ablation.engine import WhatIf
+from lightning_neurons.ablation.engine import AblationEngine
 from lightning_neurons.criteria.contract import Need
 from lightning_neurons.criteria.view import LayerView
 from lightning_neurons.data.batches import batch_size_of
@@ -36,7 +36,7 @@ class GateGradients:
         works: Whether the loss can be differentiated.
     """
 
-    def __init__(self, study: WhatIf, neurons: Mapping[str, Sequence[int]]) -> None:
+    def __init__(self, study: AblationEngine, neurons: Mapping[str, Sequence[int]]) -> None:
         self.modules: dict[str, nn.Module] = {name: study.modules[name] for name in neurons}
         self.works = True
         self._study, self._neurons = study, neurons

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lightning_neurons.ablation.engine import WhatIf, given_study, require_present
+from lightning_neurons.ablation.engine import AblationEngine, given_study, require_present
 from lightning_neurons.ablation.neuron_choice import NeuronChoice, chosen_neurons
 from lightning_neurons.ablation.sums import Effects
 from lightning_neurons.criteria.ranking import order
@@ -147,7 +147,11 @@ def ablation_curves(
 
 
 def measure_sets(
-    study: WhatIf, batches: Sequence[Any], sets: Sequence[Mapping[str, Sequence[int]]], *, progress: bool = False
+    study: AblationEngine,
+    batches: Sequence[Any],
+    sets: Sequence[Mapping[str, Sequence[int]]],
+    *,
+    progress: bool = False,
 ) -> tuple[Effects, Effects]:
     """Measure the loss, and its change without each set.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lightning_neurons.ablation.engine import WhatIf
+from lightning_neurons.ablation.engine import AblationEngine
 from lightning_neurons.ablation.neuron_choice import layers_matching
 from lightning_neurons.ablation.sums import Effects
 from lightning_neurons.errors import ArgumentError, UnknownNameError, check_choice, check_flag, check_seed, is_number
@@ -24,7 +24,7 @@ from lightning_neurons.measurement.losses import LOSS_REDUCTIONS, LossReduction
 from lightning_neurons.measurement.outcomes import LossFunction
 from lightning_neurons.results.ablation_report import PerturbationReport, Perturbed
 
-Mode = Literal["add", "scale", "noise"]
+PerturbationMode = Literal["add", "scale", "noise"]
 Level = Literal["parameter", "neuron"]
 
 
@@ -42,7 +42,7 @@ def perturb(
     loss_fn: LossFunction,
     *,
     delta: float = 0.1,
-    mode: Mode = "add",
+    mode: PerturbationMode = "add",
     level: Level = "parameter",
     parameters: Sequence[str] | None = None,
     loss_reduction: LossReduction = "mean",
@@ -89,7 +89,7 @@ def perturb(
     given_model(model)
     given_loss(loss_fn)
     require_materialized(model)
-    check_choice("mode", mode, get_args(Mode))
+    check_choice("mode", mode, get_args(PerturbationMode))
     check_choice("level", level, get_args(Level))
     check_choice("loss_reduction", loss_reduction, LOSS_REDUCTIONS)
     check_flag("progress", progress)
@@ -98,7 +98,7 @@ def perturb(
         raise ArgumentError.of("delta", delta, "a number other than 0" if mode != "noise" else "a number above 0")
     targets = list((_parameters if level == "parameter" else _neurons)(model, parameters))
     data = given_batches(batches)
-    study = WhatIf(model, loss_fn, loss_reduction=loss_reduction, by_sample=False)
+    study = AblationEngine(model, loss_fn, loss_reduction=loss_reduction, by_sample=False)
     base, changed = Effects.of(1), Effects.of(len(targets))
     with isolated(model), torch.no_grad(), study.open():
         model.eval()
@@ -118,7 +118,7 @@ def perturb(
 
 
 @contextmanager
-def shifted(weights: Tensor, mode: Mode, delta: float, seed: int = 0) -> Iterator[None]:
+def shifted(weights: Tensor, mode: PerturbationMode, delta: float, seed: int = 0) -> Iterator[None]:
     """Shift weights in place; they are put back bit for bit, whatever happens.
 
     Args:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_neurons.ablation.ablate import measure_batches
-from lightning_neurons.ablation.engine import WhatIf
+from lightning_neurons.ablation.engine import AblationEngine
 from lightning_neurons.ablation.sums import AblationSums
 from lightning_neurons.criteria import Criterion
 from lightning_neurons.criteria.deadness import SILENT
@@ -143,7 +143,7 @@ def screen(
         criteria=[criterion], layers=layers, per_class=False, threshold=SILENT, relative_threshold=True,
         normalize="none", inputs="clean", eps=0.0, loss_reduction=loss_reduction,
     )  # fmt: skip
-    study = WhatIf(model, loss_fn, loss_reduction=loss_reduction, replacement=replacement)
+    study = AblationEngine(model, loss_fn, loss_reduction=loss_reduction, replacement=replacement)
     with study.open():
         study.look(first[0])
         chosen = _studied(study, layers)
@@ -200,7 +200,7 @@ def halves(batches: Sequence[Any], *, may_mix: bool = True) -> tuple[list[Any], 
     return first, second
 
 
-def _studied(study: WhatIf, layers: Sequence[Pattern] | None) -> list[str]:
+def _studied(study: AblationEngine, layers: Sequence[Pattern] | None) -> list[str]:
     """Return the layers that take part."""
     if layers is None:
         return [name for name, layer in study.layers.items() if not layer.output]

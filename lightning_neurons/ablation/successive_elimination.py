@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lightning_neurons.ablation.engine import WhatIf
+from lightning_neurons.ablation.engine import AblationEngine
 from lightning_neurons.ablation.estimates import Estimates, GateGradients, decided
 from lightning_neurons.data.batches import batch_size_of, is_divisible, rows_of
 from lightning_neurons.data.joining import form_of, join
@@ -64,7 +64,7 @@ class Race:
 
 
 def race(
-    study: WhatIf,
+    study: AblationEngine,
     batches: Sequence[Any],
     neurons: Mapping[str, Sequence[int]],
     rules: Race,
@@ -129,7 +129,7 @@ def _count(rules: Race, pairs: Sequence[Any]) -> int:
 
 
 def _one_part(
-    study: WhatIf,
+    study: AblationEngine,
     part: Any,
     pairs: Sequence[tuple[str, int]],
     active: Tensor,
@@ -144,7 +144,7 @@ def _one_part(
             estimates.add(row, values)
 
 
-def _losses(study: WhatIf, whole: Any) -> Tensor:
+def _losses(study: AblationEngine, whole: Any) -> Tensor:
     """Return the losses of all samples."""
     outcomes = [study.on(part).outcome for part in study.parts(whole)]
     if any((outcome.weights != 1).any() for outcome in outcomes):
@@ -156,7 +156,7 @@ def _losses(study: WhatIf, whole: Any) -> Tensor:
 
 
 def _controls(
-    study: WhatIf, neurons: Mapping[str, Sequence[int]], whole: Any, population: int, *, is_worth: bool
+    study: AblationEngine, neurons: Mapping[str, Sequence[int]], whole: Any, population: int, *, is_worth: bool
 ) -> tuple[Tensor, list[str]]:
     """Return the control variates of each sample, and notes on why there are none (then they are zeros)."""
     gates, width = GateGradients(study, neurons), sum(map(len, neurons.values()))
@@ -187,7 +187,7 @@ def _joined(batches: Sequence[Any]) -> tuple[Any, int]:
 def _report(
     estimates: Estimates,
     pairs: Sequence[tuple[str, int]],
-    study: WhatIf,
+    study: AblationEngine,
     active: Tensor,
     rules: Race,
     losses: Tensor,

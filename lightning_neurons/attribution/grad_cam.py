@@ -8,12 +8,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lightning_neurons.attribution.objective import layer_of, neuron_of
-from lightning_neurons.attribution.readout import Forward, Readout, require_samples
-from lightning_neurons.attribution.request import Question
+from lightning_neurons.attribution.readout import Readout, require_samples
+from lightning_neurons.attribution.request import AttributionRequest
 from lightning_neurons.data.batches import rows_of
 from lightning_neurons.errors import ArgumentError, MeasurementError
 from lightning_neurons.layers.layer import Layer
 from lightning_neurons.measurement.arguments import given_model
+from lightning_neurons.measurement.outcomes import Forward
 
 _MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
 _PART = 64
@@ -48,40 +49,42 @@ def activation_map(
     layer = layer_of(model, layer)
     chosen = slice(None) if neuron is None else slice(index := neuron_of(model, layer, neuron), index + 1)
     readout = Readout(model, [layer], forward, stop=True)
-    pictures = pictures_in(inputs)
+    images = images_in(inputs)
     size, maps = require_samples(inputs), []
     with readout.open(), torch.no_grad():
         for rows in torch.arange(size).split(_PART):
             activation = readout(rows_of(inputs, rows, size))[1][layer]
             require_positions(readout.layers[layer], activation)
-            maps.append(resized(activation[:, chosen].mean(1, keepdim=True), pictures.shape[2:])[:, 0])
+            maps.append(resized(activation[:, chosen].mean(1, keepdim=True), images.shape[2:])[:, 0])
     return torch.cat(maps)
 
 
-def grad_cam(question: Question, layer: str) -> Float[Tensor, "batch 1 *space"]:
+def grad_cam(request: AttributionRequest, layer: str) -> Float[Tensor, "batch 1 *space"]:
     """Compute Grad-CAM (Selvaraju et al. 2017, arXiv:1610.02391): channels times their mean gradient, above zero.
 
     Args:
-        question: The question; its readout has to read ``layer``.
+        request: The request; its readout has to read ``layer``.
         layer: A layer with positions.
 
     Returns:
         One map per sample, resized to the inputs.
     """
     maps = []
-    for rows in question.parts():
-        values = question.entrance.values[rows].detach().requires_grad_()
-        total = question.value(values, rows).sum()
-        capture = question.readout.capture
+    for rows in request.parts():
+        values = request.explained.values[rows].detach().requires_grad_()
+        total = request.value(values, rows).sum()
+        capture = request.readout.capture
         assert capture is not None, "the layer has been read"
         activation = capture.activations[layer]
-        require_positions(question.readout.layers[layer], activation)
+        require_positions(request.readout.layers[layer], activation)
         gradient = torch.autograd.grad(total, activation, allow_unused=True)[0] if total.requires_grad else None
         if gradient is None:
-            raise MeasurementError(f"layer: {question.aim.name} does not depend on {layer}; take one in front of it")
+            raise MeasurementError(
+                f"layer: {request.objective.name} does not depend on {layer}; take one in front of it"
+            )
         weights = gradient.flatten(2).mean(2).view(*gradient.shape[:2], *[1] * (gradient.ndim - 2))
         cam = (weights * activation).sum(1, keepdim=True).relu()
-        maps.append(resized(cam.detach(), question.entrance.shape[2:]))
+        maps.append(resized(cam.detach(), request.explained.shape[2:]))
     return torch.cat(maps)
 
 
@@ -95,7 +98,7 @@ def require_positions(layer: Layer, activation: Tensor) -> None:
         raise ArgumentError.of("layer", layer.name, "a layer with positions: a convolution")
 
 
-def pictures_in(inputs: Any) -> Tensor:
+def images_in(inputs: Any) -> Tensor:
     """Return the tensor among inputs that has positions, by which maps are resized.
 
     Raises:
@@ -105,7 +108,7 @@ def pictures_in(inputs: Any) -> Tensor:
     for tensor in tensors if isinstance(tensors, list | tuple) or hasattr(tensors, "__iter__") else ():
         if isinstance(tensor, Tensor) and tensor.ndim > 2:
             return tensor
-    raise ArgumentError.of("inputs", type(inputs).__name__, "pictures (batch, channel, height, width), or signals")
+    raise ArgumentError.of("inputs", type(inputs).__name__, "images (batch, channel, height, width), or signals")
 
 
 def resized(maps: Float[Tensor, "batch channel *space"], space: Sequence[int]) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lightning_neurons.attribution.request import Question, Values
+from lightning_neurons.attribution.request import AttributionRequest, Values
 
 COMPLETENESS = 1e-3
 """Share of the difference by which the sum of integrated gradients may miss it."""
@@ -67,24 +67,24 @@ class _Pieces(NamedTuple):
         return _Pieces(*(torch.cat(pair) for pair in zip(first, second, strict=True)))
 
 
-def integrated(question: Question, baseline: Values, steps: int | None) -> Integrated:
+def integrated(request: AttributionRequest, baseline: Values, steps: int | None) -> Integrated:
     """Integrate the gradient on the straight line from a baseline.
 
     Args:
-        question: The question.
+        request: The model, its inputs and the objective.
         baseline: The start of the line; the shape of the inputs, or of one sample.
         steps: Number of equal pieces; None halves pieces until a sample is complete, or has taken 2,048 gradients.
 
     Returns:
         Attributions in the unit of the objective, and how complete they are for each sample.
     """
-    everywhere = baseline.expand_as(question.entrance.values)
-    parts = [_one_part(question, everywhere, rows, steps) for rows in question.parts()]
+    everywhere = baseline.expand_as(request.explained.values)
+    parts = [_one_part(request, everywhere, rows, steps) for rows in request.parts()]
     return Integrated(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
-def _one_part(question: Question, baseline: Tensor, rows: Tensor, steps: int | None) -> Integrated:
-    lines = _Lines(question, baseline[rows], question.entrance.values[rows] - baseline[rows], rows)
+def _one_part(request: AttributionRequest, baseline: Tensor, rows: Tensor, steps: int | None) -> Integrated:
+    lines = _Lines(request, baseline[rows], request.explained.values[rows] - baseline[rows], rows)
     ends, rounding = lines.values_at(_FIRST_PIECES if steps is None else steps)
     low, high = ends[:, 0], ends[:, -1]
     tolerance = COMPLETENESS * (high - low).abs() + rounding * (high.abs() + low.abs())
@@ -101,8 +101,8 @@ def _one_part(question: Question, baseline: Tensor, rows: Tensor, steps: int | N
 class _Lines:
     """The lines from the baseline to some samples, and the integrals along them so far."""
 
-    def __init__(self, question: Question, start: Tensor, line: Tensor, rows: Tensor) -> None:
-        self._question, self._start, self._rows = question, start, rows
+    def __init__(self, request: AttributionRequest, start: Tensor, line: Tensor, rows: Tensor) -> None:
+        self._request, self._start, self._rows = request, start, rows
         self.line = line
         self.total = torch.zeros(line.shape, dtype=torch.float64, device=line.device)
         self.gap = torch.full((len(rows),), torch.nan, dtype=torch.float64)
@@ -111,7 +111,7 @@ class _Lines:
     def values_at(self, count: int) -> tuple[Float[Tensor, "row place"], float]:
         """Return the objective between ``count`` equal pieces, and the relative rounding error of its type."""
         with torch.no_grad():
-            values = [self._question.value(self._start + i / count * self.line, self._rows) for i in range(count + 1)]
+            values = [self._request.value(self._start + i / count * self.line, self._rows) for i in range(count + 1)]
         return torch.stack(values, 1).double().cpu(), _ROUNDING * torch.finfo(values[0].dtype).eps
 
     def integrate(self, pieces: _Pieces, allowed: Float[Tensor, " row"], *, halving: bool = True) -> None:
@@ -145,7 +145,7 @@ class _Lines:
     def _gradients(self, now: _Pieces, on: Tensor) -> tuple[Tensor, Tensor]:
         """Return the objective in the middle of each piece, and the gradient there times the length of the piece."""
         place = _stretched((now.begin + now.length / 2).to(self.line), self.line)
-        middle, gradient = self._question.gradient(self._start[on] + place * self.line[on], self._rows[on])
+        middle, gradient = self._request.gradient(self._start[on] + place * self.line[on], self._rows[on])
         length = _stretched(now.length.to(self.line.device), self.line)
         return middle.double().cpu(), gradient.double() * length
 

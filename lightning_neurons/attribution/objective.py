@@ -20,7 +20,7 @@ ALLOWED = 'a class index, ("layer", neuron) or the name of a layer'
 
 
 @dataclass(frozen=True)
-class Aim:
+class Objective:
     """An objective: a class of the output, a neuron or a layer.
 
     Attributes:
@@ -34,7 +34,7 @@ class Aim:
     layer: str | None
     index: int | None
     of: Of | Literal["log_odds"] = "logit"
-    minus: "Aim | None" = None
+    minus: "Objective | None" = None
 
     @property
     def name(self) -> str:
@@ -44,7 +44,7 @@ class Aim:
         return own if self.minus is None else f"{own} - {self.minus.name}"
 
     @property
-    def climbed(self) -> "Aim":
+    def climbed(self) -> "Objective":
         """The objective to climb instead: the gradient of a probability vanishes near 1, that of log odds does not."""
         return replace(self, of="log_odds") if self.of == "probability" and self.minus is None else self
 
@@ -76,7 +76,7 @@ class Aim:
             activations: Activations by layer.
             layers: By name, the layers with their activation points.
             batch_size: Number of samples.
-            classes: The class of each sample, where the aim names none.
+            classes: The class of each sample, where the objective names none.
             before: By layer, the values in front of its activation function. If given, those of a neuron that a
                 rectifier holds at zero are read there, where they have a gradient.
             name: The argument's name in errors.
@@ -103,7 +103,7 @@ class Aim:
     def _read_output(self, outputs: Any, classes: Tensor | None, name: str) -> Tensor:
         logits = logits_of(outputs)
         if classes is None or self.index is not None:
-            assert self.index is not None, "aims at outputs name a class unless they are given classes"
+            assert self.index is not None, "objectives of outputs name a class unless they are given classes"
             classes = torch.full((len(logits),), self.index, device=logits.device)
         wrong = classes[(classes < 0) | (classes >= logits.shape[1])]
         if len(wrong):
@@ -145,13 +145,15 @@ def logits_of(outputs: Any) -> Float[Tensor, "batch klass"]:
     return logits.flatten(2).mean(2) if logits.ndim > 2 else logits
 
 
-def aim_of(model: nn.Module, target: Any, of: Of = "logit", minus: Any = None, *, allowed: str = ALLOWED) -> Aim:
+def objective_of(
+    model: nn.Module, target: Any, of: Of = "logit", minus: Any = None, *, allowed: str = ALLOWED
+) -> Objective:
     """Return the objective that a target stands for.
 
     Args:
         model: The model.
         target: A class, a pair of a layer's path and a neuron, or a layer's path.
-        of: Logit, probability or loss of a class, see ``Aim``.
+        of: Logit, probability or loss of a class, see ``Objective``.
         minus: A target that is subtracted from it, of the same kinds, or None.
         allowed: Allowed targets, for errors.
 
@@ -164,12 +166,12 @@ def aim_of(model: nn.Module, target: Any, of: Of = "logit", minus: Any = None, *
 
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
-        >>> aim_of(net, ("0", 2)).name, aim_of(net, 1, minus=0).name
+        >>> objective_of(net, ("0", 2)).name, objective_of(net, 1, minus=0).name
         ('0 2', 'class 1 - class 0')
     """
     check_choice("of", of, OF)
-    aim = _single(model, target, of, "target", allowed)
-    return aim if minus is None else replace(aim, minus=_single(model, minus, of, "minus", ALLOWED))
+    objective = _single(model, target, of, "target", allowed)
+    return objective if minus is None else replace(objective, minus=_single(model, minus, of, "minus", ALLOWED))
 
 
 def layer_of(model: nn.Module, layer: Any) -> str:
@@ -216,10 +218,10 @@ def target_parts(target: Any, name: str = "target", allowed: str = ALLOWED) -> t
     return layer, None if index is None else int(index)
 
 
-def _single(model: nn.Module, target: Any, of: Of, name: str, allowed: str) -> Aim:
+def _single(model: nn.Module, target: Any, of: Of, name: str, allowed: str) -> Objective:
     layer, index = target_parts(target, name, allowed)
     if layer is None:
-        return Aim(None, index, of)
+        return Objective(None, index, of)
     widths = widths_of(model)
     if layer not in widths:
         raise UnknownNameError.among(name, layer, widths)
@@ -227,4 +229,4 @@ def _single(model: nn.Module, target: Any, of: Of, name: str, allowed: str) -> A
         raise ArgumentError.of(name, (layer, index), f"neurons of 0 to {widths[layer] - 1} in {layer!r}")
     if of != "logit":
         raise ArgumentError.of("of", of, f'"logit" where {name} is a neuron or a layer: its activation')
-    return Aim(layer, index)
+    return Objective(layer, index)

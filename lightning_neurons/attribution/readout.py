@@ -1,6 +1,6 @@
 """Forwards of a model for the activations of a few layers, no further than they need."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -15,9 +15,7 @@ from lightning_neurons.hooks.own_gradients import RetainedGraphs, backward_hooks
 from lightning_neurons.hooks.trace import Trace
 from lightning_neurons.isolation.isolation import differentiable, eager, frozen, isolated
 from lightning_neurons.layers.layer import Layer, Link, candidates, require_materialized
-
-Forward = Callable[[nn.Module, Any], Any]
-"""A function of the model and its inputs that returns logits."""
+from lightning_neurons.measurement.outcomes import Forward
 
 
 class _Reached(BaseException):

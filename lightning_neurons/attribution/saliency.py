@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from lightning_neurons.attribution.grad_cam import grad_cam
 from lightning_neurons.attribution.integrated_gradients import COMPLETENESS, MOST_POINTS, Integrated, integrated
 from lightning_neurons.attribution.objective import Of
-from lightning_neurons.attribution.readout import Forward
-from lightning_neurons.attribution.request import Question, Target, Values, asked
+from lightning_neurons.attribution.request import AttributionRequest, AttributionTarget, Values, open_request
 from lightning_neurons.attribution.smoothing import gaussian_blur
 from lightning_neurons.errors import (
     ArgumentError,
@@ -25,19 +24,20 @@ from lightning_neurons.errors import (
     check_share,
     is_number,
 )
+from lightning_neurons.measurement.outcomes import Forward
 
 
-def vanilla(question: Question) -> Values:
+def vanilla(request: AttributionRequest) -> Values:
     """Return the gradient itself."""
-    values = question.entrance.values
-    return torch.cat([question.gradient(values[rows], rows)[1] for rows in question.parts()])
+    values = request.explained.values
+    return torch.cat([request.gradient(values[rows], rows)[1] for rows in request.parts()])
 
 
-def smoothgrad(question: Question, samples: int, noise: float, seed: int) -> Values:
+def smoothgrad(request: AttributionRequest, samples: int, noise: float, seed: int) -> Values:
     """Return the mean gradient over noisy copies of each sample.
 
     Args:
-        question: The question.
+        request: The model, its inputs and the objective.
         samples: Number of copies.
         noise: Standard deviation of the noise, as a share of each sample's range of values.
         seed: Of the noise.
@@ -46,23 +46,23 @@ def smoothgrad(question: Question, samples: int, noise: float, seed: int) -> Val
         Shaped like what is explained.
     """
     if noise == 0:
-        return vanilla(question)
+        return vanilla(request)
     generator = torch.Generator().manual_seed(seed)
     gradients = []
-    for rows in question.parts():
-        values = question.entrance.values[rows]
+    for rows in request.parts():
+        values = request.explained.values[rows]
         flat = values.flatten(1)
         deviation = (noise * (flat.amax(1) - flat.amin(1))).view(-1, *[1] * (values.ndim - 1))
         total = torch.zeros_like(values)
         for _ in range(samples):
             drawn = torch.randn(values.shape, generator=generator).to(values)
-            total += question.gradient(values + deviation * drawn, rows)[1]
+            total += request.gradient(values + deviation * drawn, rows)[1]
         gradients.append(total / samples)
     return torch.cat(gradients)
 
 
-Method = Literal["gradient", "grad_x_input", "smoothgrad", "integrated_gradients", "grad_cam"]
-METHODS: tuple[Method, ...] = get_args(Method)
+SaliencyMethod = Literal["gradient", "grad_x_input", "smoothgrad", "integrated_gradients", "grad_cam"]
+METHODS: tuple[SaliencyMethod, ...] = get_args(SaliencyMethod)
 
 _MOST_SMOOTHING = 1000
 
@@ -70,9 +70,9 @@ _MOST_SMOOTHING = 1000
 def saliency(
     model: nn.Module,
     inputs: Any,
-    target: Target = None,
+    target: AttributionTarget = None,
     *,
-    method: Method = "gradient",
+    method: SaliencyMethod = "gradient",
     of: Of = "logit",
     absolute: bool = False,
     smoothing: float = 0.0,
@@ -147,22 +147,25 @@ def saliency(
         return finished(result.attributions, absolute=absolute, smoothing=smoothing)
     samples = check_count("samples", 16 if samples is None else samples)
     noise, seed = check_share("noise", 0.15 if noise is None else noise), check_seed("seed", seed)
-    with asked(model, inputs, target, of, forward, cam=method == "grad_cam", layer=layer) as (question, cam_layer):
+    with open_request(model, inputs, target, of, forward, cam=method == "grad_cam", layer=layer) as (
+        request,
+        cam_layer,
+    ):
         if cam_layer is not None:
-            values = grad_cam(question, cam_layer).expand(question.entrance.shape).clone()
+            values = grad_cam(request, cam_layer).expand(request.explained.shape).clone()
         elif method == "smoothgrad":
-            values = _per_token(question, smoothgrad(question, samples, noise, seed), "norm")
+            values = _per_token(request, smoothgrad(request, samples, noise, seed), "norm")
         else:
             times_input = method == "grad_x_input"
-            values = vanilla(question) * (question.entrance.values if times_input else 1)
-            values = _per_token(question, values, "sum" if times_input else "norm")
+            values = vanilla(request) * (request.explained.values if times_input else 1)
+            values = _per_token(request, values, "sum" if times_input else "norm")
     return finished(values, absolute=absolute, smoothing=smoothing)
 
 
 def integrated_gradients(
     model: nn.Module,
     inputs: Any,
-    target: Target = None,
+    target: AttributionTarget = None,
     *,
     of: Of = "logit",
     steps: int | None = None,
@@ -196,9 +199,9 @@ def integrated_gradients(
     """
     if steps is not None:
         check_count("steps", steps)
-    with asked(model, inputs, target, of, forward) as (question, _):
-        result = integrated(question, _baseline(baseline, question.entrance.values), steps)
-        return result._replace(attributions=_per_token(question, result.attributions, "sum"))
+    with open_request(model, inputs, target, of, forward) as (request, _):
+        result = integrated(request, _baseline(baseline, request.explained.values), steps)
+        return result._replace(attributions=_per_token(request, result.attributions, "sum"))
 
 
 def finished(values: Tensor, *, absolute: bool, smoothing: float) -> Tensor:
@@ -250,8 +253,8 @@ def _baseline(baseline: Tensor | float | None, values: Tensor) -> Tensor:
     return point.to(values)
 
 
-def _per_token(question: Question, values: Tensor, how: Literal["norm", "sum"]) -> Tensor:
+def _per_token(request: AttributionRequest, values: Tensor, how: Literal["norm", "sum"]) -> Tensor:
     """Return one number per token, where an embedding was explained."""
-    if question.entrance.embedding is None:
+    if request.explained.embedding is None:
         return values
     return values.norm(dim=-1) if how == "norm" else values.sum(-1)

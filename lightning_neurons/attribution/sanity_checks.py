@@ -15,14 +15,15 @@ from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from lightning_neurons.attribution.objective import logits_of
-from lightning_neurons.attribution.readout import Forward, Readout, require_samples
-from lightning_neurons.attribution.request import Target
-from lightning_neurons.attribution.saliency import Method, saliency
+from lightning_neurons.attribution.readout import Readout, require_samples
+from lightning_neurons.attribution.request import AttributionTarget
+from lightning_neurons.attribution.saliency import SaliencyMethod, saliency
 from lightning_neurons.criteria.ranking import agreement
 from lightning_neurons.errors import ArgumentError, MeasurementError, UnknownNameError, check_seed
 from lightning_neurons.isolation.copying import copy_of
 from lightning_neurons.layers.layer import modules_by_name, public_name
 from lightning_neurons.measurement.arguments import given_model
+from lightning_neurons.measurement.outcomes import Forward
 
 _WINDOW = 5
 _STEPS = 32  # of integrated gradients: similarity does not need completeness
@@ -47,9 +48,9 @@ class RandomizedLayer:
 def randomization_check(
     model: nn.Module,
     inputs: Any,
-    target: Target = None,
+    target: AttributionTarget = None,
     *,
-    method: Method = "gradient",
+    method: SaliencyMethod = "gradient",
     layers: Sequence[str] | None = None,
     seed: int = 0,
     forward: Forward | None = None,

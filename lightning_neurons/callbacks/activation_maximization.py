@@ -7,8 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_neurons.attribution.objective import aim_of, logits_of, target_parts
-from lightning_neurons.attribution.readout import Forward
+from lightning_neurons.attribution.objective import logits_of, objective_of, target_parts
 from lightning_neurons.callbacks.observing.observer import NeuronObserver
 from lightning_neurons.callbacks.observing.sampled_study import SampledStudy
 from lightning_neurons.callbacks.trainer.checks import is_unfinished, lightning_errors, name_of
@@ -17,11 +16,12 @@ from lightning_neurons.callbacks.trainer.step_replay import StepReplay
 from lightning_neurons.callbacks.trainer.steps import forward_of
 from lightning_neurons.data.batches import inputs_of
 from lightning_neurons.errors import ArgumentError, MeasurementError, check_choice, check_count, check_seed
-from lightning_neurons.feature_visualization.maximize import Target, aims_of, maximized
-from lightning_neurons.feature_visualization.parametrization import Kind
+from lightning_neurons.feature_visualization.maximize import Target, maximized, objectives_of
+from lightning_neurons.feature_visualization.parametrization import ParametrizationKind
 from lightning_neurons.feature_visualization.result import MaximizedActivation
 from lightning_neurons.feature_visualization.settings import MaximizationSettings, check_normalization, range_of
 from lightning_neurons.feature_visualization.value_range import Validity
+from lightning_neurons.measurement.outcomes import Forward
 from lightning_neurons.report.figures.drawing import MISSING_MATPLOTLIB, can_draw
 from lightning_neurons.report.logging.cards import Chosen, chosen_neurons, neuron_cards, show_cards, show_maximized
 from lightning_neurons.results.neuron_card import NeuronCard
@@ -86,7 +86,7 @@ class ActivationMaximizationCallback(SampledStudy):
         value_range: tuple[float, float] | None = None,
         mean: float | Sequence[float] | None = None,
         std: float | Sequence[float] | None = None,
-        parametrization: Kind | None = None,
+        parametrization: ParametrizationKind | None = None,
         validity: Validity = "sigmoid",
         steps: int = 128,
         learning_rate: float | None = None,
@@ -134,7 +134,7 @@ class ActivationMaximizationCallback(SampledStudy):
         super().on_fit_start(trainer, pl_module)
         if self.targets is not None and not is_unfinished(pl_module):
             with lightning_errors():
-                aims_of(pl_module, self.targets, "logit")
+                objectives_of(pl_module, self.targets, "logit")
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Do nothing: the images wait for ``on_validation_end``, when all callbacks have made their reports."""
@@ -175,12 +175,15 @@ class ActivationMaximizationCallback(SampledStudy):
         targets = self.targets
         if targets is None:
             targets = list(range(min(logits_of(forward(pl_module, images[0][:1])).shape[1], _MOST_CLASSES)))
-        aims = [
-            *(aim_of(pl_module, one, self.of if not isinstance(one, str | tuple) else "logit") for one in targets),
-            *(aim_of(pl_module, (one.layer, one.neuron)) for one in chosen),
+        objectives = [
+            *(
+                objective_of(pl_module, one, self.of if not isinstance(one, str | tuple) else "logit")
+                for one in targets
+            ),
+            *(objective_of(pl_module, (one.layer, one.neuron)) for one in chosen),
         ]
         return maximized(
-            pl_module, aims, settings, self.seeds, input_shape=None, value_range=self.value_range, mean=self.mean,
+            pl_module, objectives, settings, self.seeds, input_shape=None, value_range=self.value_range, mean=self.mean,
             std=self.std, images=images, forward=forward,
         )  # fmt: skip
 

@@ -11,12 +11,12 @@ from lightning_neurons.callbacks.trainer.folders import apart
 from lightning_neurons.callbacks.trainer.outlet import Outlet, keeping_training, numbered, offer
 from lightning_neurons.callbacks.trainer.step_replay import StepReplay
 from lightning_neurons.callbacks.trainer.steps import forward_of
-from lightning_neurons.class_study.accuracy import Forward
 from lightning_neurons.class_study.choice import ClassRule
-from lightning_neurons.class_study.class_study import Method, checked_settings
+from lightning_neurons.class_study.class_study import StudyMethod, checked_settings
 from lightning_neurons.class_study.steps import ClassStudy
 from lightning_neurons.errors import ArgumentError
 from lightning_neurons.layers.layer import Pattern
+from lightning_neurons.measurement.outcomes import Forward
 from lightning_neurons.report.figures.drawing import MISSING_MATPLOTLIB, can_draw
 from lightning_neurons.report.logging.classes import class_scalars, print_classes, write_classes
 from lightning_neurons.report.logging.tags import with_suffix
@@ -65,7 +65,7 @@ class ClassNeuronsCallback(SampledStudy):
         self,
         *,
         classes: Sequence[int] | None = None,
-        method: Method = "thresholding",
+        method: StudyMethod = "thresholding",
         importance: str = "mean",
         share: float | None = None,
         threshold: float | None = None,

@@ -21,7 +21,7 @@ from lightning_neurons.errors import ArgumentError, MeasurementError, check_choi
 from lightning_neurons.hooks.intervention import Replacement
 from lightning_neurons.layers.layer import Pattern
 from lightning_neurons.measurement.losses import LOSS_REDUCTIONS, LossReduction
-from lightning_neurons.measurement.measure import LossFunction
+from lightning_neurons.measurement.outcomes import LossFunction
 from lightning_neurons.report.figures.drawing import can_draw
 from lightning_neurons.report.figures.measurements import agreement_scatter
 from lightning_neurons.report.logging.ablation import ablation_scalars, print_ablation, write_ablation

@@ -13,7 +13,7 @@ from lightning_neurons.criteria.ranking import Normalization
 from lightning_neurons.errors import ArgumentError, check_choice, check_count, check_flag
 from lightning_neurons.layers.layer import Pattern
 from lightning_neurons.measurement.losses import LossReduction
-from lightning_neurons.measurement.measure import LossFunction
+from lightning_neurons.measurement.outcomes import LossFunction
 from lightning_neurons.measurement.settings import Inputs, MeasurementSettings
 
 Source = Literal["val", "train"]

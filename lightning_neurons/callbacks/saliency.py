@@ -9,8 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lightning_neurons.attribution.objective import OF, Of, target_parts
-from lightning_neurons.attribution.readout import Forward
-from lightning_neurons.attribution.saliency import METHODS, Method, check_smoothing, saliency
+from lightning_neurons.attribution.saliency import METHODS, SaliencyMethod, check_smoothing, saliency
 from lightning_neurons.callbacks.observing.sampled_study import SampledStudy
 from lightning_neurons.callbacks.trainer.checks import lightning_errors, name_of
 from lightning_neurons.callbacks.trainer.outlet import Outlet, numbered
@@ -20,6 +19,7 @@ from lightning_neurons.data.batches import batch_size_of, inputs_of, map_tensors
 from lightning_neurons.data.joining import form_of, join
 from lightning_neurons.errors import ArgumentError, MeasurementError, check_choice, check_count, check_flag
 from lightning_neurons.feature_visualization.settings import check_normalization, range_of
+from lightning_neurons.measurement.outcomes import Forward
 from lightning_neurons.report.figures.drawing import MISSING_MATPLOTLIB, can_draw
 from lightning_neurons.report.figures.images import saliency_rows
 from lightning_neurons.report.logging.images import keep_picture, show_figure
@@ -82,7 +82,7 @@ class SaliencyCallback(SampledStudy):
     def __init__(
         self,
         *,
-        method: Method = "gradient",
+        method: SaliencyMethod = "gradient",
         target: int | str | tuple[str, int] | None = None,
         of: Of = "logit",
         absolute: bool = False,

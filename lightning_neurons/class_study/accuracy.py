@@ -1,7 +1,7 @@
 """The accuracy of a model, class by class, with some of its neurons switched off."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,10 +13,8 @@ from lightning_neurons.hooks.intervention import Edit, Replacement, Silence, edi
 from lightning_neurons.hooks.output_layers import logits_in
 from lightning_neurons.isolation.isolation import eager
 from lightning_neurons.layers.layer import Layer
+from lightning_neurons.measurement.outcomes import Forward
 from lightning_neurons.results.class_report import ClassAccuracy
-
-Forward = Callable[[nn.Module, Any], Any]
-"""A function of a model and a batch that returns logits ``(batch, class)``."""
 
 Masks = Mapping[str, Bool[Tensor, " neuron"]]
 """By layer, True for the neurons that are on."""

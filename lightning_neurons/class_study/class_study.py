@@ -6,7 +6,6 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from lightning_neurons.class_study.accuracy import Forward
 from lightning_neurons.class_study.choice import ClassRule
 from lightning_neurons.class_study.steps import ClassStudy
 from lightning_neurons.criteria import CRITERIA
@@ -23,9 +22,10 @@ from lightning_neurons.isolation.isolation import isolated
 from lightning_neurons.layers.layer import Pattern, require_materialized
 from lightning_neurons.measurement.arguments import given_batches, given_model
 from lightning_neurons.measurement.measure import call_on_inputs
+from lightning_neurons.measurement.outcomes import Forward
 from lightning_neurons.results.class_report import ClassReport
 
-Method = Literal["thresholding", "masking"]
+StudyMethod = Literal["thresholding", "masking"]
 
 
 def class_study(
@@ -33,7 +33,7 @@ def class_study(
     batches: Iterable[Any],
     *,
     classes: Sequence[int] | None = None,
-    method: Method = "thresholding",
+    method: StudyMethod = "thresholding",
     importance: str = "mean",
     share: float | None = None,
     threshold: float | None = None,
@@ -109,7 +109,7 @@ def checked_settings(
     Raises:
         ArgumentError: If one is out of range.
     """
-    check_choice("method", method, get_args(Method))
+    check_choice("method", method, get_args(StudyMethod))
     check_choice("replacement", replacement, ("zero", "mean"))
     if method == "masking" and importance != "mean":
         raise ArgumentError.of("importance", importance, 'the default with method="masking", which measures it')

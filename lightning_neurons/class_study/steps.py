@@ -9,11 +9,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lightning_neurons.ablation.ablate import measure_batches
-from lightning_neurons.ablation.engine import WhatIf, activation_means
+from lightning_neurons.ablation.engine import AblationEngine, activation_means
 from lightning_neurons.ablation.sums import AblationSums
 from lightning_neurons.class_study.accuracy import (
     ClassAccuracies,
-    Forward,
     accuracy_rows,
     checked_logits,
     require_finite,
@@ -32,6 +31,7 @@ from lightning_neurons.layers.layer import Layer, candidates, widths_of
 from lightning_neurons.measurement.losses import normal_tensors
 from lightning_neurons.measurement.measure import collect
 from lightning_neurons.measurement.measurement import Measurement
+from lightning_neurons.measurement.outcomes import Forward
 from lightning_neurons.measurement.settings import MeasurementSettings
 from lightning_neurons.results.class_report import ClassAccuracy, ClassReport
 
@@ -64,7 +64,7 @@ class ClassStudy:
     ) -> None:
         self.model, self.forward, self.settings, self.rule = model, forward, settings, rule
         self._processes, self._add_up = processes, add_up
-        self._engine = WhatIf(model, self._losses, loss_reduction="none", replacement=settings["replacement"])
+        self._engine = AblationEngine(model, self._losses, loss_reduction="none", replacement=settings["replacement"])
 
     def _losses(self, model: Any, batch: Any) -> Tensor:
         targets = targets_in(batch, True)

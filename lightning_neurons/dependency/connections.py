@@ -226,7 +226,7 @@ def _moved_edge(node: Any, source: Any, before: Sequence[int], axis: int, part: 
         return _Edge(source, None, part, table=())
     if found is None:
         return _Edge(source, None, part, exact=False)
-    added = "something between them and their readers adds channels" if -1 in (found[1] or ()) else None
+    added = "something between them and their consumers adds channels" if -1 in (found[1] or ()) else None
     return _Edge(source, found[0], part, found[1], lost=added)
 
 

@@ -26,11 +26,11 @@ from lightning_neurons.layers.width_handlers import (
     why_fixed,
 )
 
-Forward = Callable[[nn.Module], Any]
+ExampleForward = Callable[[nn.Module], Any]
 """A function that runs a model, or a copy of it, on some inputs."""
 
 
-def find_coupling(copy: nn.Module, forward: Forward) -> Coupling:
+def find_coupling(copy: nn.Module, forward: ExampleForward) -> Coupling:
     """Build the graph of a model and read it.
 
     Args:
@@ -80,7 +80,7 @@ def _read(model: nn.Module, graph: Any) -> Coupling:
         try:
             found = follow(graph, module, fresh)
         except LostError as error:
-            fixed = _fixed_readers(nodes[module], paths, modules_by_name(model))
+            fixed = _fixed_consumers(nodes[module], paths, modules_by_name(model))
             lost[name] = fixed or str(error)
             found = []
         group = _group(name, fresh, found, paths, layers)
@@ -107,13 +107,13 @@ def _read(model: nn.Module, graph: Any) -> Coupling:
 
 def _norm_behind(node: Any) -> nn.Module | None:
     """Return the norm layer that reads a layer, if nothing else does, and if it reads nothing else."""
-    readers = node.outputs
-    if len(readers) != 1 or len(readers[0].inputs) != 1:
+    consumers = node.outputs
+    if len(consumers) != 1 or len(consumers[0].inputs) != 1:
         return None
-    return readers[0].module if keeps_statistics(readers[0].module) else None
+    return consumers[0].module if keeps_statistics(consumers[0].module) else None
 
 
-def _fixed_readers(node: Any, paths: Mapping[Any, str], modules: Mapping[str, nn.Module]) -> str | None:
+def _fixed_consumers(node: Any, paths: Mapping[Any, str], modules: Mapping[str, nn.Module]) -> str | None:
     """Return the first downstream module that cannot change its width, with the reason, or None."""
     stack, visited = [node], set()
     while stack:

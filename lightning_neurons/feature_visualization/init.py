@@ -13,17 +13,17 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_neurons.attribution.objective import Aim
+from lightning_neurons.attribution.objective import Objective
 from lightning_neurons.attribution.readout import Readout
 from lightning_neurons.data.batches import inputs_of
 from lightning_neurons.errors import ArgumentError, check_choice, check_count
 from lightning_neurons.feature_visualization.parametrization import (
     Colours,
     Fourier,
-    Kind,
     Latent,
     Maco,
     Parametrization,
+    ParametrizationKind,
     Pixel,
 )
 from lightning_neurons.feature_visualization.value_range import Range
@@ -55,16 +55,16 @@ def batches_of(images: Any) -> Iterator[Tensor]:
     if isinstance(images, Tensor):
         images = [images]
     if isinstance(images, Dataset | str | dict) or not isinstance(images, Iterable):
-        raise ArgumentError.of("images", type(images).__name__, "a tensor (picture, ...), or an iterable of batches")
+        raise ArgumentError.of("images", type(images).__name__, "a tensor (image, ...), or an iterable of batches")
     shape: torch.Size | None = None
     for batch in images:
         inputs = inputs_of(batch)
         if not isinstance(inputs, Tensor) or inputs.ndim < 2 or not inputs.is_floating_point():
             got = f"{inputs.dtype} {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else type(inputs).__name__
-            raise ArgumentError.of("images", got, "pictures of floating point, (picture, ...), or batches of them")
+            raise ArgumentError.of("images", got, "images of floating point, (image, ...), or batches of them")
         shape = inputs.shape[1:] if shape is None else shape
         if inputs.shape[1:] != shape:
-            raise ArgumentError.of("images", tuple(inputs.shape[1:]), f"pictures of one shape, {tuple(shape)}")
+            raise ArgumentError.of("images", tuple(inputs.shape[1:]), f"images of one shape, {tuple(shape)}")
         if not bool(inputs.isfinite().all()):
             raise ArgumentError.of("images", "NaN or infinite values", "finite values")
         yield from inputs.split(_PART) if len(inputs) else ()
@@ -102,12 +102,14 @@ def spectrum_of(latent: Latent, colours: Colours) -> Spectrum:
     return Spectrum(magnitudes, mean)
 
 
-def activations_on(readout: Readout, aims: Sequence[Aim], batches: Iterable[Tensor]) -> Float[Tensor, "aim picture"]:
+def activations_on(
+    readout: Readout, objectives: Sequence[Objective], batches: Iterable[Tensor]
+) -> Float[Tensor, "objective image"]:
     """Return every objective on every image. Open the readout around it.
 
     Args:
         readout: The model.
-        aims: The objectives.
+        objectives: The objectives.
         batches: Inputs, as the model takes them.
 
     Returns:
@@ -118,7 +120,7 @@ def activations_on(readout: Readout, aims: Sequence[Aim], batches: Iterable[Tens
     with torch.no_grad():
         for batch in batches:
             outputs, activations = readout(batch.to(parameter.device, parameter.dtype))
-            read = [aim.read(outputs, activations, readout.layers, len(batch)) for aim in aims]
+            read = [objective.read(outputs, activations, readout.layers, len(batch)) for objective in objectives]
             columns.append(torch.stack(read).float().cpu())
     return torch.cat(columns, 1)
 
@@ -126,25 +128,25 @@ def activations_on(readout: Readout, aims: Sequence[Aim], batches: Iterable[Tens
 STARTS = ("noise", "grey")
 
 
-def shape_of(input_shape: Any, pictures: Tensor | None) -> tuple[int, ...]:
+def shape_of(input_shape: Any, images: Tensor | None) -> tuple[int, ...]:
     """Return the shape of one input.
 
     Raises:
         ArgumentError: If neither it nor images are given, or the two differ.
     """
     if input_shape is None:
-        if pictures is None:
+        if images is None:
             raise ArgumentError.of("input_shape", None, "the shape of one input, such as (3, 32, 32), or images=")
-        return tuple(pictures.shape[1:])
+        return tuple(images.shape[1:])
     if not isinstance(input_shape, Sequence) or isinstance(input_shape, str) or not input_shape:
         raise ArgumentError.of("input_shape", input_shape, "the shape of one input, such as (3, 32, 32)")
     shape = tuple(check_count("input_shape", length) for length in input_shape)
-    if pictures is not None and shape != tuple(pictures.shape[1:]):
-        raise ArgumentError.of("input_shape", shape, f"{tuple(pictures.shape[1:])}, as images have, or None")
+    if images is not None and shape != tuple(images.shape[1:]):
+        raise ArgumentError.of("input_shape", shape, f"{tuple(images.shape[1:])}, as images have, or None")
     return shape
 
 
-def parametrization_of(kind: Kind, shape: tuple[int, ...], latent: Tensor | None) -> Parametrization:
+def parametrization_of(kind: ParametrizationKind, shape: tuple[int, ...], latent: Tensor | None) -> Parametrization:
     """Return a parametrization of images; ``latent`` are the user's own."""
     if kind == "pixel":
         return Pixel(shape)
@@ -167,18 +169,18 @@ def start_of(
     noise = described.noise(generators)
     if isinstance(start, Tensor):
         if tuple(start.shape) != shape:
-            raise ArgumentError.of("start", tuple(start.shape), f"a picture of shape {shape}")
+            raise ArgumentError.of("start", tuple(start.shape), f"an image of shape {shape}")
         low, high = float(start.min()), float(start.max())
         if not valid.low <= low <= high <= valid.high:
-            allowed = f"a picture with values from {valid.low:.3g} to {valid.high:.3g}, before normalisation"
+            allowed = f"an image with values from {valid.low:.3g} to {valid.high:.3g}, before normalisation"
             raise ArgumentError.of("start", f"values from {low:.3g} to {high:.3g}", allowed)
         latent = valid.latent(start.detach().cpu().float()[None])
         return described.encode(latent).expand_as(noise).clone()
     if not isinstance(start, str):
-        raise ArgumentError.of("start", start, '"noise", "grey" or a picture')
+        raise ArgumentError.of("start", start, '"noise", "grey" or an image')
     check_choice("start", start, STARTS)
     if start == "noise":
         return noise
     if isinstance(described, Maco):
-        raise ArgumentError.of("start", start, '"noise" or a picture with parametrization="maco", which has no grey')
+        raise ArgumentError.of("start", start, '"noise" or an image with parametrization="maco", which has no grey')
     return torch.zeros_like(noise)

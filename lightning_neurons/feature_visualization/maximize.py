@@ -7,8 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_neurons.attribution.objective import Aim, Of, aim_of
-from lightning_neurons.attribution.readout import Forward, Readout
+from lightning_neurons.attribution.objective import Objective, Of, objective_of
+from lightning_neurons.attribution.readout import Readout
 from lightning_neurons.errors import ArgumentError, check_choice
 from lightning_neurons.feature_visualization.init import (
     activations_on,
@@ -19,11 +19,12 @@ from lightning_neurons.feature_visualization.init import (
     start_of,
 )
 from lightning_neurons.feature_visualization.optimize import Ascent
-from lightning_neurons.feature_visualization.parametrization import Kind
+from lightning_neurons.feature_visualization.parametrization import ParametrizationKind
 from lightning_neurons.feature_visualization.result import MaximizedActivation
 from lightning_neurons.feature_visualization.settings import MaximizationSettings, range_of, seeds_of
 from lightning_neurons.feature_visualization.value_range import Validity
 from lightning_neurons.measurement.arguments import given_model
+from lightning_neurons.measurement.outcomes import Forward
 
 Target = int | str | tuple[str, int]
 
@@ -40,7 +41,7 @@ def maximize_activation(
     of: Literal["logit", "probability"] = "logit",
     minus: Target | None = None,
     start: Literal["noise", "grey"] | Tensor = "noise",
-    parametrization: Kind | None = None,
+    parametrization: ParametrizationKind | None = None,
     validity: Validity = "sigmoid",
     steps: int = 256,
     learning_rate: float | None = None,
@@ -112,12 +113,12 @@ def maximize_activation(
     )
     check_choice("of", of, ("logit", "probability"))
     return maximized(
-        model, aims_of(model, target, of, minus), settings, seeds_of(seed), input_shape=input_shape,
+        model, objectives_of(model, target, of, minus), settings, seeds_of(seed), input_shape=input_shape,
         value_range=value_range, mean=mean, std=std, images=images, start=start, forward=forward,
     )  # fmt: skip
 
 
-def aims_of(model: nn.Module, target: Any, of: Of = "logit", minus: Any = None) -> list[Aim]:
+def objectives_of(model: nn.Module, target: Any, of: Of = "logit", minus: Any = None) -> list[Objective]:
     """Return the objectives of one target or several.
 
     Raises:
@@ -130,13 +131,13 @@ def aims_of(model: nn.Module, target: Any, of: Of = "logit", minus: Any = None) 
     targets = list(target) if several else [target]
     if not targets:
         raise ArgumentError.of("target", target, "at least one target")
-    return [aim_of(model, entry, of, minus) for entry in targets]
+    return [objective_of(model, entry, of, minus) for entry in targets]
 
 
 @torch.inference_mode(False)  # what is made in it could not be differentiated
 def maximized(
     model: nn.Module,
-    aims: Sequence[Aim],
+    objectives: Sequence[Objective],
     settings: MaximizationSettings,
     seeds: Sequence[int],
     *,
@@ -155,20 +156,23 @@ def maximized(
     """
     batches = [] if images is None else list(batches_of(images))
     if images is not None and not batches:
-        raise ArgumentError.of("images", images, "at least one picture")
-    pictures = some_of(batches) if batches else None
-    shape = shape_of(input_shape, pictures)
-    kind, robustness = settings.kind(shape, has_pictures=bool(batches)), settings.robustness(shape)
+        raise ArgumentError.of("images", images, "at least one image")
+    samples = some_of(batches) if batches else None
+    shape = shape_of(input_shape, samples)
+    kind, robustness = settings.kind(shape, has_images=bool(batches)), settings.robustness(shape)
     valid = range_of(value_range, mean, std, settings.validity, batches, shape[0])
-    latent = None if pictures is None else valid.latent(valid.pictures(pictures))
+    latent = None if samples is None else valid.latent(valid.pictures(samples))
     described = parametrization_of(kind, shape, latent)
-    rows = [(aim, seed) for aim in aims for seed in seeds]
+    rows = [(objective, seed) for objective in objectives for seed in seeds]
     readout = Readout(
-        model, sorted({n for aim in aims for n in aim.layers}), forward, stop=not any(aim.reads_output for aim in aims)
+        model,
+        sorted({n for objective in objectives for n in objective.layers}),
+        forward,
+        stop=not any(objective.reads_output for objective in objectives),
     )
     with readout.open():
-        ascent = Ascent(readout, [aim for aim, _ in rows], settings, kind, described, valid, robustness)
-        own = activations_on(readout, aims, batches).repeat_interleave(len(seeds), 0) if batches else None
+        ascent = Ascent(readout, [objective for objective, _ in rows], settings, kind, described, valid, robustness)
+        own = activations_on(readout, objectives, batches).repeat_interleave(len(seeds), 0) if batches else None
         generators = [torch.Generator().manual_seed(seed) for _, seed in rows]
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         results, reached = ascent.run(start_of(start, described, valid, shape, generators).to(device), generators)
@@ -180,7 +184,7 @@ def maximized(
 
 def _result(
     ascent: Ascent,
-    rows: Sequence[tuple[Aim, int]],
+    rows: Sequence[tuple[Objective, int]],
     images: Tensor,
     reached: Tensor,
     own: Tensor | None,
@@ -188,7 +192,7 @@ def _result(
 ) -> MaximizedActivation:
     nothing = torch.full((len(rows),), torch.nan)
     return MaximizedActivation(
-        targets=tuple(aim.name for aim, _ in rows),
+        targets=tuple(objective.name for objective, _ in rows),
         seeds=tuple(seed for _, seed in rows),
         images=images,
         activations=reached,
@@ -202,9 +206,9 @@ def _result(
     )
 
 
-def _notes(ascent: Ascent, rows: Sequence[tuple[Aim, int]]) -> list[str]:
+def _notes(ascent: Ascent, rows: Sequence[tuple[Objective, int]]) -> list[str]:
     return [
         f"{rows[row][0].name} (seed {rows[row][1]}) was NaN or infinite, or its gradient was, at step {step}: stopped "
-        "there, with the last good picture"
+        "there, with the last good image"
         for row, step in ascent.stopped.items()
     ]

@@ -7,11 +7,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from lightning_neurons.attribution.objective import Aim
+from lightning_neurons.attribution.objective import Objective
 from lightning_neurons.attribution.readout import Readout
 from lightning_neurons.attribution.smoothing import gaussian_blur
 from lightning_neurons.errors import MeasurementError
-from lightning_neurons.feature_visualization.parametrization import Kind, Latent, Parametrization
+from lightning_neurons.feature_visualization.parametrization import Latent, Parametrization, ParametrizationKind
 from lightning_neurons.feature_visualization.settings import LEARNING_RATES, MaximizationSettings
 from lightning_neurons.feature_visualization.transforms import Robustness
 from lightning_neurons.feature_visualization.value_range import Range
@@ -60,7 +60,7 @@ class Ascent:
 
     Attributes:
         readout: The model, open.
-        aims: The objective of each row.
+        objectives: The objective of each row.
         settings: The settings of the optimisation.
         kind: The parametrization's name.
         parametrization: From the values that are optimised to images, and back.
@@ -69,9 +69,9 @@ class Ascent:
     """
 
     readout: Readout
-    aims: Sequence[Aim]
+    objectives: Sequence[Objective]
     settings: MaximizationSettings
-    kind: Kind
+    kind: ParametrizationKind
     parametrization: Parametrization
     range: Range
     robustness: Robustness
@@ -91,8 +91,11 @@ class Ascent:
         """
         settings = self.settings
         draws = self.robustness.draws(generators, settings.steps)
-        self._rows = {aim: torch.tensor([other == aim for other in self.aims], device=raw.device) for aim in self.aims}
-        self._odds = torch.tensor([aim.climbed != aim for aim in self.aims], device=raw.device)
+        self._rows = {
+            objective: torch.tensor([other == objective for other in self.objectives], device=raw.device)
+            for objective in self.objectives
+        }
+        self._odds = torch.tensor([objective.climbed != objective for objective in self.objectives], device=raw.device)
         raw = raw.requires_grad_()
         good = raw.detach().clone()
         rate = LEARNING_RATES[self.kind] if settings.learning_rate is None else settings.learning_rate
@@ -126,23 +129,23 @@ class Ascent:
         """Return the valid images that parameters describe."""
         return self.range.valid(self.parametrization.decode(raw.detach()))
 
-    def read(self, pictures: Latent) -> Float[Tensor, " row"]:
+    def read(self, images: Latent) -> Float[Tensor, " row"]:
         """Return the objective of each row on its image."""
         with torch.no_grad():
-            return self._read(pictures, climbing=False)
+            return self._read(images, climbing=False)
 
     def _kept_steps(self) -> set[int]:
         count = min(self.settings.frames - 1, self.settings.steps)
         return {i * self.settings.steps // count for i in range(count)} if count > 0 else set()
 
     def _gradient(self, raw: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
-        pictures = self.range.valid(self.parametrization.decode(raw))
-        values = self._read(self.robustness.applied(pictures, draws), climbing=True)
+        images = self.range.valid(self.parametrization.decode(raw))
+        values = self._read(self.robustness.applied(images, draws), climbing=True)
         objective = values.sum()
         if self.settings.total_variation:
-            objective = objective - self.settings.total_variation * total_variation(self.range.shown(pictures)).sum()
+            objective = objective - self.settings.total_variation * total_variation(self.range.shown(images)).sum()
         if self.settings.l2:
-            objective = objective - self.settings.l2 * distance_from_grey(self.range.shown(pictures)).sum()
+            objective = objective - self.settings.l2 * distance_from_grey(self.range.shown(images)).sum()
         if not values.requires_grad:
             raise MeasurementError(
                 "target: it does not depend on the inputs by anything that can be differentiated (does the model "
@@ -150,17 +153,17 @@ class Ascent:
             )
         return values, torch.autograd.grad(-objective, raw)[0]
 
-    def _read(self, pictures: Latent, *, climbing: bool) -> Float[Tensor, " row"]:
-        parameter = next(self.readout.model.parameters(), pictures)
-        inputs = self.range.inputs(pictures).to(parameter.dtype)
+    def _read(self, images: Latent, *, climbing: bool) -> Float[Tensor, " row"]:
+        parameter = next(self.readout.model.parameters(), images)
+        inputs = self.range.inputs(images).to(parameter.dtype)
         outputs, activations = self.readout(inputs)
         before = self.readout.capture.before if climbing and self.readout.capture is not None else None
-        objectives: Tensor = pictures.new_zeros(len(pictures))
-        for aim, mine in self._rows.items():
-            wanted = aim.climbed if climbing else aim
-            read = wanted.read(outputs, activations, self.readout.layers, len(pictures), before=before)
-            objectives = torch.where(mine, read.to(objectives.dtype), objectives)
-        return objectives
+        values: Tensor = images.new_zeros(len(images))
+        for objective, mine in self._rows.items():
+            wanted = objective.climbed if climbing else objective
+            read = wanted.read(outputs, activations, self.readout.layers, len(images), before=before)
+            values = torch.where(mine, read.to(values.dtype), values)
+        return values
 
     def _as_read(self, climbed: Float[Tensor, " row"]) -> Float[Tensor, " row"]:
         """Return values that were maximised in the units of the objectives."""

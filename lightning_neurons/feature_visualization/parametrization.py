@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-Kind = Literal["pixel", "fourier", "maco"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+ParametrizationKind = Literal["pixel", "fourier", "maco"]
+KINDS: tuple[ParametrizationKind, ...] = get_args(ParametrizationKind)
 
 Latent = Float[Tensor, "row channel ..."]
 

@@ -37,7 +37,7 @@ class MaximizedActivation:
     frames: Float[Tensor, "frame row ..."]
     data_maximum: Float[Tensor, " row"]
     data_p99: Float[Tensor, " row"]
-    data_activations: Float[Tensor, "row picture"]
+    data_activations: Float[Tensor, "row image"]
     range: Range
     notes: tuple[str, ...] = ()
 

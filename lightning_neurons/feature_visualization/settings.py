@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from lightning_neurons.errors import ArgumentError, check_choice, check_count, check_seed, is_number
-from lightning_neurons.feature_visualization.parametrization import KINDS, Kind
+from lightning_neurons.feature_visualization.parametrization import KINDS, ParametrizationKind
 from lightning_neurons.feature_visualization.transforms import Robustness
 from lightning_neurons.feature_visualization.value_range import VALIDITIES, Range, Validity
 
-LEARNING_RATES: dict[Kind, float] = {"pixel": 0.05, "fourier": 0.05, "maco": 0.1}
+LEARNING_RATES: dict[ParametrizationKind, float] = {"pixel": 0.05, "fourier": 0.05, "maco": 0.1}
 
-_PAIR = "(least, largest) value of a picture, such as (0.0, 1.0)"
+_PAIR = "(least, largest) value of an image, such as (0.0, 1.0)"
 _MOST_BLUR = 1000
 _LARGEST = 1e30  # of values that float32 can still calculate with
 _SLACK = 0.01
@@ -30,7 +30,7 @@ class MaximizationSettings:
         ArgumentError: If one is out of range.
     """
 
-    parametrization: Kind | None = None
+    parametrization: ParametrizationKind | None = None
     validity: Validity = "sigmoid"
     steps: int = 256
     learning_rate: float | None = None
@@ -55,7 +55,7 @@ class MaximizationSettings:
         if self.blur and self.parametrization == "maco":
             raise ArgumentError.of("blur", self.blur, '0 with parametrization="maco", which keeps the spectrum fixed')
 
-    def kind(self, shape: Sequence[int], *, has_pictures: bool) -> Kind:
+    def kind(self, shape: Sequence[int], *, has_images: bool) -> ParametrizationKind:
         """Return the parametrization: Fourier, or single values where there are no positions.
 
         Raises:
@@ -63,8 +63,8 @@ class MaximizationSettings:
         """
         if self.parametrization in ("fourier", "maco") and len(shape) < 2:
             raise ArgumentError.of("parametrization", self.parametrization, '"pixel" for inputs without positions')
-        if self.parametrization == "maco" and not has_pictures:
-            raise ArgumentError.of("images", None, 'pictures, whose spectrum parametrization="maco" keeps')
+        if self.parametrization == "maco" and not has_images:
+            raise ArgumentError.of("images", None, 'images, whose spectrum parametrization="maco" keeps')
         return self.parametrization or ("fourier" if len(shape) > 1 else "pixel")
 
     def robustness(self, shape: Sequence[int]) -> Robustness:
@@ -100,10 +100,10 @@ def range_of(
     if value_range is None:
         if not ends:
             raise ArgumentError.of(
-                "value_range", None, "(least, largest) value of a picture, such as (0.0, 1.0), or images="
+                "value_range", None, "(least, largest) value of an image, such as (0.0, 1.0), or images="
             )
         if not least < largest:
-            raise ArgumentError.of("images", f"only {least}", "pictures that differ, or value_range=")
+            raise ArgumentError.of("images", f"only {least}", "images that differ, or value_range=")
         return Range(least, largest, center, spread, validity)
     is_pair = isinstance(value_range, Sequence) and len(value_range) == 2 and all(map(is_number, value_range))
     if not is_pair or not -_LARGEST < value_range[0] < value_range[1] < _LARGEST:
@@ -115,7 +115,7 @@ def range_of(
         raise ArgumentError.of(
             "images",
             got,
-            f"pictures in value_range={(low, high)}; if they are normalised, pass mean= and std= of that normalisation",
+            f"images in value_range={(low, high)}; if they are normalised, pass mean= and std= of that normalisation",
         )
     return Range(low, high, center, spread, validity)
 

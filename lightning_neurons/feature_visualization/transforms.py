@@ -61,24 +61,24 @@ class Robustness:
         """
         return torch.stack([2 * torch.rand(steps, _DRAWS, generator=g, dtype=torch.float32) - 1 for g in generators], 1)
 
-    def applied(self, pictures: Latent, draws: Float[Tensor, "row amount"]) -> Latent:
+    def applied(self, images: Latent, draws: Float[Tensor, "row amount"]) -> Latent:
         """Move images by random amounts.
 
         Returns:
             Images of the same shape; the very same ones where nothing is to be moved.
         """
-        space = pictures.shape[2:]
+        space = images.shape[2:]
         if len(space) == 2 and (self.jitter or self.scale or self.rotation):
-            return self._moved(pictures, draws.to(pictures))
+            return self._moved(images, draws.to(images))
         if space and self.jitter:
             shifts = (self.jitter * draws).round().int().tolist()
             axes = tuple(range(1, 1 + min(len(space), _AXES)))
-            rows = zip(pictures, shifts, strict=True)
-            return torch.stack([picture.roll(shift[: len(axes)], axes) for picture, shift in rows])
-        return pictures
+            rows = zip(images, shifts, strict=True)
+            return torch.stack([image.roll(shift[: len(axes)], axes) for image, shift in rows])
+        return images
 
-    def _moved(self, pictures: Tensor, draws: Tensor) -> Tensor:
-        height, width = pictures.shape[2:]
+    def _moved(self, images: Tensor, draws: Tensor) -> Tensor:
+        height, width = images.shape[2:]
         shift = 2 * self.jitter * draws[:, :2] / draws.new_tensor([width, height])
         angle = math.radians(self.rotation) * draws[:, _AXES + 1]
         zoom = 1 / (1 + self.scale * draws[:, _AXES])
@@ -86,5 +86,5 @@ class Robustness:
         across, down = -angle.sin() * height / width, angle.sin() * width / height
         turn = torch.stack([angle.cos(), across, down, angle.cos()], 1).view(-1, 2, 2)
         transform = torch.cat([zoom[:, None, None] * turn, shift[:, :, None]], 2)
-        grid = nn.functional.affine_grid(transform, list(pictures.shape), align_corners=False)
-        return nn.functional.grid_sample(pictures, grid, padding_mode="reflection", align_corners=False)
+        grid = nn.functional.affine_grid(transform, list(images.shape), align_corners=False)
+        return nn.functional.grid_sample(images, grid, padding_mode="reflection", align_corners=False)

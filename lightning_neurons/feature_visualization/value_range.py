@@ -43,27 +43,27 @@ class Range:
         share = latent.sigmoid() if self.validity == "sigmoid" else 0.5 + latent / 4
         return (self.low + (self.high - self.low) * share).clamp(self.low, self.high)
 
-    def latent(self, pictures: Latent) -> Latent:
+    def latent(self, images: Latent) -> Latent:
         """Return the latent images that become these, as far as there are any."""
-        share = ((pictures - self.low) / (self.high - self.low) - 0.5).clamp(-0.5, 0.5)
+        share = ((images - self.low) / (self.high - self.low) - 0.5).clamp(-0.5, 0.5)
         return (share.clamp(-_LARGEST, _LARGEST) + 0.5).logit() if self.validity == "sigmoid" else 4 * share
 
     def projected(self, raw: Tensor, parametrization: Parametrization) -> Tensor:
         """Return the parameters of the nearest valid images, after a step of the optimizer."""
         return parametrization.encode(parametrization.decode(raw).clamp(-2, 2))
 
-    def inputs(self, pictures: Latent) -> Latent:
+    def inputs(self, images: Latent) -> Latent:
         """Return the model's inputs for images, normalised."""
-        return (pictures - _by_channel(self.mean, pictures)) / _by_channel(self.std, pictures)
+        return (images - _by_channel(self.mean, images)) / _by_channel(self.std, images)
 
     def pictures(self, inputs: Latent) -> Latent:
         """Return the images of the model's inputs, without the normalisation."""
         return inputs * _by_channel(self.std, inputs) + _by_channel(self.mean, inputs)
 
-    def shown(self, pictures: Latent) -> Latent:
+    def shown(self, images: Latent) -> Latent:
         """Return the images in [0, 1]."""
-        return (pictures - self.low) / (self.high - self.low)
+        return (images - self.low) / (self.high - self.low)
 
 
-def _by_channel(values: Tensor, pictures: Tensor) -> Tensor:
-    return values.to(pictures) if pictures.ndim < 3 else values.to(pictures).view(-1, *[1] * (pictures.ndim - 2))
+def _by_channel(values: Tensor, images: Tensor) -> Tensor:
+    return values.to(images) if images.ndim < 3 else values.to(images).view(-1, *[1] * (images.ndim - 2))

@@ -15,7 +15,7 @@ import torch.nn.functional as F  # noqa: N812 (the name that the field uses)
 from torch import Tensor
 
 from lightning_neurons.isolation.tensors import tensors_in
-from lightning_neurons.layers.registry import LINKS, Kind, function_name
+from lightning_neurons.layers.registry import LINKS, LinkKind, function_name
 
 _OWNERS = (torch, Tensor, F, torch.special, torch._C._nn, torch.ops.aten)
 _FORMS = ("{}", "{}_", "__{}__", "__r{}__", "__i{}__")
@@ -225,7 +225,7 @@ class Step:
         return self.function in MOVES or self.function in DETACHES or self.function is GET
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> LinkKind:
         """The kind of link that the call makes on its own."""
         divides_by_it = "div" in self.name and self.reads[0] is None
         affine = self.name in ARITHMETIC and len(self.values) == 1 and not divides_by_it

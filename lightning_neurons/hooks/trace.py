@@ -4,7 +4,7 @@ Static tracing fails on too many real models, and module hooks alone miss functi
 A ``TorchFunctionMode`` sees every call. A chain runs from a layer through one normalisation and whatever elementwise
 functions follow, as long as all operands come from the layer's one value or from constants: parameters, buffers and
 numbers. A branch that does not reunite, a residual sum or a concatenation ends it. An in-place call makes a new value
-although the tensor stays the same object. The values computed from one output are kept in ``value_course.py``.
+although the tensor stays the same object. The values computed from one output are kept in ``value_graph.py``.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,13 +22,13 @@ from lightning_neurons.hooks.neuron_positions import place_behind
 from lightning_neurons.hooks.own_gradients import functions_running, unhooked
 from lightning_neurons.hooks.unfollowed import Constants, Pieces
 from lightning_neurons.hooks.unseen_code import ANYWHERE, HIDDEN, LEAVES, SCRIPT, TRANSFORM, UNUSED, script_functions
-from lightning_neurons.hooks.value_course import Course, Value, common_axis
+from lightning_neurons.hooks.value_graph import Value, ValueGraph, common_axis
 from lightning_neurons.isolation.tensors import has_weights, in_transform, is_plain, tensors_in, unwrapped, weights_of
 from lightning_neurons.isolation.writes import target_of_write
 from lightning_neurons.layers.layer import Layer, calling_module
 from lightning_neurons.layers.registry import LINKS, PASSING, family_of, neuron_axis
 
-_Reads = list[tuple[Course, int] | None]
+_Reads = list[tuple[ValueGraph, int] | None]
 
 
 class Trace(HookedMode):
@@ -54,9 +54,9 @@ class Trace(HookedMode):
     ) -> None:
         super().__init__(fast, of_others=of_others)
         self._model, self._layers = model, layers
-        self._now: dict[int, tuple[Course, int]] = {}  # id of a tensor -> which value of which call it is
+        self._now: dict[int, tuple[ValueGraph, int]] = {}  # id of a tensor -> which value of which call it is
         self._carried: dict[int, tuple[Value, int]] = {}  # id of a tensor -> whose value it carries, inputs per neuron
-        self._calls: dict[str, list[Course]] = {}
+        self._calls: dict[str, list[ValueGraph]] = {}
         self._constants = Constants()
         self._alive: list[Tensor] = []  # ids stay unique while the tensors live
         self._modules: list[str] = []  # the modules that are running, innermost last
@@ -107,8 +107,8 @@ class Trace(HookedMode):
                     value, spread = self._carried[id(tensor)]
                     value.readers[layer] = spread
                 if id(tensor) in self._now:
-                    course, number = self._now[id(tensor)]
-                    course.values[number].is_entered = True
+                    graph, number = self._now[id(tensor)]
+                    graph.values[number].is_entered = True
 
         return start
 
@@ -128,10 +128,10 @@ class Trace(HookedMode):
                     return  # with other weights (of ``functional_call``, for example) it is another network
                 self._flow.leaves(layer, output, axis)
                 if isinstance(output, Tensor) and is_plain(output):
-                    course = Course(output, axis, depth=functions_running(), in_model=bool(self._modules))
-                    self._calls.setdefault(layer, []).append(course)
-                    self._name(output, course, 0)
-                    self._carried[id(output)] = course.values[0], 1
+                    graph = ValueGraph(output, axis, depth=functions_running(), in_model=bool(self._modules))
+                    self._calls.setdefault(layer, []).append(graph)
+                    self._name(output, graph, 0)
+                    self._carried[id(output)] = graph.values[0], 1
 
         return end
 
@@ -196,8 +196,8 @@ class Trace(HookedMode):
     def _read_unseen(self, arguments: Any, name: str) -> None:
         for tensor in map(unwrapped, map(unhooked, tensors_in(arguments))):
             if id(tensor) in self._now:
-                course, number = self._now[id(tensor)]
-                course.values[number].outside.append(name)
+                graph, number = self._now[id(tensor)]
+                graph.values[number].outside.append(name)
             if id(tensor) in self._carried:
                 self._carried[id(tensor)][0].foreign = True
 
@@ -211,9 +211,9 @@ class Trace(HookedMode):
             self._constants.see((), out, None)
         source = unhooked(args[0]) if args else None
         if func in DETACHES and isinstance(out, Tensor) and out is not source and id(source) in self._now:
-            course, number = self._now[id(source)]
-            course.add(out, course.values[number].place, Step(func, args, kwargs, (number,), None))
-            self._name(out, course, len(course.values) - 1)
+            graph, number = self._now[id(source)]
+            graph.add(out, graph.values[number].place, Step(func, args, kwargs, (number,), None))
+            self._name(out, graph, len(graph.values) - 1)
         return out
 
     def _copied(self, source: Tensor, made: Tensor) -> bool:
@@ -245,10 +245,10 @@ class Trace(HookedMode):
     ) -> None:
         """Record a call that makes a step, or that only reads values."""
         carriers = {id(t): self._carried[id(t)] for t in inputs if id(t) in self._carried}
-        courses = {id(read[0]): read[0] for read in reads if read is not None}
-        alone = len(courses) == 1 and isinstance(made, Tensor) and is_plain(made)
-        course = next(iter(courses.values())) if alone else None
-        value = None if course is None else self._step(func, args, kwargs, inputs, reads, made, course)
+        graphs = {id(read[0]): read[0] for read in reads if read is not None}
+        alone = len(graphs) == 1 and isinstance(made, Tensor) and is_plain(made)
+        graph = next(iter(graphs.values())) if alone else None
+        value = None if graph is None else self._step(func, args, kwargs, inputs, reads, made, graph)
         if value is None:
             self._ends_here(func, reads, made)
             self._torn(func, inputs, reads, made)
@@ -262,9 +262,9 @@ class Trace(HookedMode):
         constants = map(self._constants.has, inputs)
         self._pieces.see(func, list(zip(inputs, values, constants, strict=True)), made)
 
-    def _is_over(self, course: Course) -> bool:
+    def _is_over(self, graph: ValueGraph) -> bool:
         """Return whether the model has returned, so that later calls, such as those of the loss, are no part of it."""
-        return course.in_model and not self._modules
+        return graph.in_model and not self._modules
 
     def _step(
         self,
@@ -274,21 +274,21 @@ class Trace(HookedMode):
         inputs: list[Tensor],
         reads: _Reads,
         made: Tensor,
-        course: Course,
+        graph: ValueGraph,
     ) -> Value | None:
         """Return the value that a call makes of one layer's output and constants alone; None if it does otherwise."""
-        if func not in STEPS or functions_running() != course.depth or (self._is_over(course) and func not in LINKS):
+        if func not in STEPS or functions_running() != graph.depth or (self._is_over(graph) and func not in LINKS):
             return None
         numbers = tuple(None if read is None else read[1] for read in reads)
         step = Step(func, args, kwargs, numbers, calling_module(self._model, self._modules))
-        places = [None if n is None else course.values[n].place for n in numbers]
+        places = [None if n is None else graph.values[n].place for n in numbers]
         if LINKS.get(func) != "norm" and not self._constants.fit(inputs, places):
             return None
         place = place_behind(func, args, kwargs, list(zip(inputs, places, strict=True)), made, step.kind == "affine")
         if place is None:
             return None
-        value = course.add(made, place, step)
-        self._name(made, course, len(course.values) - 1)
+        value = graph.add(made, place, step)
+        self._name(made, graph, len(graph.values) - 1)
         return value
 
     def _carry(
@@ -323,15 +323,15 @@ class Trace(HookedMode):
     def _goes_on(self, seen: Tensor, output: Tensor) -> None:
         self._flow.goes_on_as(seen, output)
         if id(seen) in self._now:
-            course, number = self._now[id(seen)]
-            if course.values[number].tensor is seen:
-                course.values[number].tensor = output
+            graph, number = self._now[id(seen)]
+            if graph.values[number].tensor is seen:
+                graph.values[number].tensor = output
         self._alive.append(output)
         _pass_on(self._now, seen, output)
         _pass_on(self._carried, seen, output)
 
-    def _name(self, tensor: Tensor, course: Course, number: int) -> None:
-        self._now[id(tensor)] = course, number
+    def _name(self, tensor: Tensor, graph: ValueGraph, number: int) -> None:
+        self._now[id(tensor)] = graph, number
         self._alive.append(tensor)
 
     def _copy_before(self, target: Tensor | None, func: Callable[..., Any]) -> None:
@@ -341,8 +341,8 @@ class Trace(HookedMode):
         if func in LINKS and own is not None and own[0].goes_on_alone(own[1]):
             return  # the next link holds the value that is overwritten
         is_aside = own is not None and own[0].values[own[1]].is_aside
-        for course in (course for calls in self._calls.values() for course in calls):
-            course.keep_before_write(target, is_aside=is_aside)
+        for graph in (graph for calls in self._calls.values() for graph in calls):
+            graph.keep_before_write(target, is_aside=is_aside)
 
     def found(self) -> dict[str, Layer]:
         """Return the traced layers, by name; layers that did not run have no calls and a note that says so."""
@@ -357,18 +357,18 @@ class Trace(HookedMode):
         assert family is not None, "candidates have families"
         calls = self._calls.get(name, [])
         axis = common_axis(calls)
-        ends = [course.end(axis) for course in calls]
+        ends = [graph.end(axis) for graph in calls]
         whole = bool(ends) and all(end.readers and not end.foreign for end in ends)
         readers = tuple({r: s for end in ends for r, s in end.readers.items()}.items())
         # Where no module runs around the layer, what a loss makes of the output looks like more of the model.
-        followed = [course for course in calls if course.in_model or name not in self._flow.outputs()]
-        notes = [note for course in followed if (note := course.note(axis))]
+        followed = [graph for graph in calls if graph.in_model or name not in self._flow.outputs()]
+        notes = [note for graph in followed if (note := graph.note(axis))]
         return Layer(
             name=name,
             type=type(module).__name__,
             neurons=family.neurons(module),
             axis=family.axis if not ends or ends[0].place.axis is None else ends[0].place.axis,
-            chains=tuple(course.chain(axis) for course in calls),
+            chains=tuple(graph.chain(axis) for graph in calls),
             readers=readers if whole else None,
             note=next(iter(notes), ANYWHERE if self._flow.is_lost(name) else "") if ends else UNUSED,
         )
@@ -381,8 +381,8 @@ class Trace(HookedMode):
         """Yield the name and the final value of every call of every layer."""
         for name, calls in self._calls.items():
             axis = common_axis(calls)
-            for course in calls:
-                yield name, course.end(axis).tensor
+            for graph in calls:
+                yield name, graph.end(axis).tensor
 
     def close(self) -> None:
         """Let go of the tensors."""

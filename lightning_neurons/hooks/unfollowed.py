@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_neurons.hooks.chain_functions import JOINS, MIXES, REDUCES, TEARS, WORKS
 from lightning_neurons.hooks.neuron_positions import Place
-from lightning_neurons.hooks.value_course import Value
+from lightning_neurons.hooks.value_graph import Value
 from lightning_neurons.isolation.tensors import address_of, tensors_in
 from lightning_neurons.layers.registry import PASSING
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_neurons.errors import ArgumentError, UnknownNameError
-from lightning_neurons.layers.registry import BOUNDS, LAYER_FAMILIES, RECTIFIERS, Kind, family_of
+from lightning_neurons.layers.registry import BOUNDS, LAYER_FAMILIES, RECTIFIERS, LinkKind, family_of
 
 Pattern = str | type[nn.Module]
 
@@ -30,7 +30,7 @@ class Link:
             that enters the link, 1 the result of the first call, and so on.
     """
 
-    kind: Kind
+    kind: LinkKind
     function: str
     module: str | None = None
     rectified: bool = False

@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from lightning_neurons.errors import ArgumentError
 
-Kind = Literal["norm", "affine", "activation", "dropout"]
+LinkKind = Literal["norm", "affine", "activation", "dropout"]
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ _DROPOUTS: set[Callable[..., Any]] = {
     torch.dropout_, torch.alpha_dropout, torch.feature_dropout,
 }  # fmt: skip
 
-LINKS: dict[Callable[..., Any], Kind] = {
+LINKS: dict[Callable[..., Any], LinkKind] = {
     **dict.fromkeys(_NORMS, "norm"),
     **dict.fromkeys(_RECTIFIERS | _SIGMOIDS | _TANHS | _SMOOTH, "activation"),
     **dict.fromkeys(_DROPOUTS, "dropout"),

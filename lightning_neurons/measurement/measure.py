@@ -20,12 +20,10 @@ from lightning_neurons.measurement.arguments import check_batches, given_model
 from lightning_neurons.measurement.batch_splitting import Independence
 from lightning_neurons.measurement.losses import LossReduction, fgsm, sampled_label_loss, summed
 from lightning_neurons.measurement.measurement import Measurement
+from lightning_neurons.measurement.outcomes import LossFunction as LossFunction
 from lightning_neurons.measurement.passes import Passes
 from lightning_neurons.measurement.settings import MeasurementSettings
 from lightning_neurons.results.neuron_report import NeuronReport
-
-LossFunction = Callable[[Any, Any], Tensor]
-"""A function of the model and a batch that returns a scalar, or one loss per sample."""
 
 
 def measure(

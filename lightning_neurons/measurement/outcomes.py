@@ -18,6 +18,9 @@ _ROUNDING = 8
 LossFunction = Callable[[Any, Any], Tensor]
 """A function of the model and a batch that returns a scalar, or one loss per sample."""
 
+Forward = Callable[[nn.Module, Any], Any]
+"""A function that runs a model, or a copy of it, on a batch (or on the inputs alone) and returns its output."""
+
 
 @dataclass(frozen=True)
 class Outcome:

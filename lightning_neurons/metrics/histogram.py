@@ -39,7 +39,7 @@ _MAGNITUDE_MASK = 0x7FFFFFFF
 def positions(space: int) -> Int[Tensor, " position"]:
     """Return the positions that are counted: the same in every sample, so that the result does not depend on batches.
 
-    Rows (of a square picture) are spread evenly, columns by a golden-ratio sequence.
+    Rows (of a square image) are spread evenly, columns by a golden-ratio sequence.
 
     Example:
         >>> positions(4).tolist(), positions(64).tolist()

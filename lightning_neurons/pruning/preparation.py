@@ -12,7 +12,7 @@ from lightning_neurons.isolation.isolation import eager, isolated
 from lightning_neurons.pruning.compensation.batch_norm import reestimate, together
 from lightning_neurons.pruning.compensation.calibration import Calibration
 from lightning_neurons.pruning.compensation.compensate import Compensation
-from lightning_neurons.pruning.compensation.trial_model import Rehearsal
+from lightning_neurons.pruning.compensation.trial_model import TrialModel
 from lightning_neurons.pruning.compensation.weight_shifts import Repair, Wiring
 from lightning_neurons.pruning.cut import Cut
 
@@ -67,7 +67,7 @@ def _try_on(model: nn.Module, candidate: Cut, calibration: Calibration) -> None:
     if not candidate.tensor_cuts or not calibration.batches:
         return
     with isolated(model), torch.no_grad(), eager():
-        twin = Rehearsal(model, candidate.tensor_cuts).twin
+        twin = TrialModel(model, candidate.tensor_cuts).twin
         for number, batch in enumerate(calibration.batches):
             try:
                 calibration.run(twin, batch)
@@ -81,7 +81,7 @@ def _try_on(model: nn.Module, candidate: Cut, calibration: Calibration) -> None:
 def _loss(model: nn.Module, candidate: Cut, repair: Repair, calibration: Calibration) -> float:
     with isolated(model):
         model.eval()
-        return calibration.loss_of(Rehearsal(model, candidate.tensor_cuts, repair.shifts).twin)
+        return calibration.loss_of(TrialModel(model, candidate.tensor_cuts, repair.shifts).twin)
 
 
 def _with_new_norms(
@@ -89,7 +89,7 @@ def _with_new_norms(
 ) -> tuple[dict[str, Tensor], str]:
     with isolated(model):
         model.eval()
-        rehearsal = Rehearsal(model, chosen.tensor_cuts, shifts)
+        rehearsal = TrialModel(model, chosen.tensor_cuts, shifts)
         before = calibration.loss_of(rehearsal.twin)
         more = reestimate(rehearsal, calibration)
         if not more:

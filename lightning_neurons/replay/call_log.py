@@ -36,7 +36,7 @@ class Calls:
         outside: The calls that write into memory of the model or the batch.
         entries: By layer, the number of calls before each run of it.
         points: By layer, the calls whose results are its activations.
-        twins: For readers of a changed activation; see ``linear_delta.py``.
+        twins: For consumers of a changed activation; see ``linear_delta.py``.
         parameters: By address of a parameter's memory, the first call that reads it.
         samples: Number of samples in the run.
     """

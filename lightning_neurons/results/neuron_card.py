@@ -23,6 +23,6 @@ class NeuronCard:
     name: str
     why: str
     numbers: Mapping[str, float]
-    pictures: Float[Tensor, "picture ..."]
-    activations: Float[Tensor, " picture"]
+    pictures: Float[Tensor, "image ..."]
+    activations: Float[Tensor, " image"]
     maximized: Float[Tensor, "..."] | None = field(default=None)

@@ -18,7 +18,7 @@ from lightning_neurons.metrics.histogram import share_at_most
 from lightning_neurons.results import rankings, report_json
 from lightning_neurons.results.rankings import RankedNeuron
 
-Scope = Literal["layer", "global"]
+RankingScope = Literal["layer", "global"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,7 +203,7 @@ class NeuronReport:
         self,
         criterion: str | None = None,
         *,
-        scope: Scope = "layer",
+        scope: RankingScope = "layer",
         normalize: Normalization | None = None,
         share: float | None = None,
         count: int | None = None,

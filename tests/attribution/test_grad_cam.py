@@ -181,7 +181,7 @@ def test_a_map_of_something_else_is_refused(case):
 
 
 def test_a_map_needs_pictures_and_a_model():
-    with pytest.raises(ArgumentError, match=r"inputs=.*pictures"):
+    with pytest.raises(ArgumentError, match=r"inputs=.*images"):
         activation_map(seeded(ConvNet), torch.rand(2, 3), "conv1")
     with pytest.raises(MeasurementError, match=r"ConvNet refuses inputs of shape \(2, 3, 9, 12\): RuntimeError: .*"):
         activation_map(seeded(ConvNet), torch.rand(2, 3, 9, 12), "fc1")

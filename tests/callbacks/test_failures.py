@@ -114,7 +114,7 @@ WATCHING = [
     "hooks.function_mode:isolated",
     "callbacks.trainer.validated_weights:_copies",
 ]
-FOLLOWING = ["hooks.trace:Trace._see", "hooks.value_course:Course.add"]
+FOLLOWING = ["hooks.trace:Trace._see", "hooks.value_graph:ValueGraph.add"]
 """These end the chains of layers, and the layers are measured where they are."""
 
 

@@ -266,7 +266,7 @@ class Odd(nn.Module):
     [
         (lambda x: torch.stack(x.unbind(1)[::-1], 1), "single ones of them are picked out"),
         (lambda x: x - x.mean(1, keepdim=True), "mean makes one value of all of them"),
-        (lambda x: F.pad(x[:, :6], (1, 1)), "something between them and their readers adds channels"),
+        (lambda x: F.pad(x[:, :6], (1, 1)), "something between them and their consumers adds channels"),
         (lambda x: x[:, 3][:, None] + x, "single ones of them are picked out"),
         (lambda x: x @ torch.ones(8, 8), r"a function reads them, not a layer \(mm\)"),
         (lambda x: torch.cat([x[:, :1], torch.ones(2, 1), x[:, 1:6], torch.zeros(2, 1)], 1), "more than one constant"),

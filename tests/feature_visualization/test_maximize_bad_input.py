@@ -17,7 +17,7 @@ from tests.tables import for_each
 X = torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 GOOD = {"input_shape": (3, 8, 8), "value_range": (0.0, 1.0), "steps": 2}
 NAN_PICTURE = torch.where(X > 0.99, torch.nan, X)
-NOT_IN_RANGE = r"images=.*expected pictures in value_range=\(0.0, 1.0\).*mean= and std="
+NOT_IN_RANGE = r"images=.*expected images in value_range=\(0.0, 1.0\).*mean= and std="
 
 BAD = {
     "no shape": ({"input_shape": None}, r"input_shape=None.*shape of one input.*images="),
@@ -42,13 +42,13 @@ BAD = {
     "images with infinity": ({"images": NAN_PICTURE.nan_to_num(torch.inf), "value_range": None}, "images=.*finite"),
     "a data set": ({"images": TensorDataset(X)}, "images='TensorDataset'.*iterable of batches"),
     "text as images": ({"images": "digits"}, "images='str'.*iterable of batches"),
-    "no images": ({"images": X[:0]}, "images=.*at least one picture"),
-    "no batches": ({"images": []}, "images=.*at least one picture"),
-    "empty batches": ({"images": [X[:0]]}, "images=.*at least one picture"),
+    "no images": ({"images": X[:0]}, "images=.*at least one image"),
+    "no batches": ({"images": []}, "images=.*at least one image"),
+    "empty batches": ({"images": [X[:0]]}, "images=.*at least one image"),
     "images of two shapes": ({"images": [X, X[..., :5]], "input_shape": None}, r"images=.*of one shape, \(3, 8, 8\)"),
     "one number as images": ({"images": torch.tensor(0.5)}, "images=.*"),
-    "numbers as images": ({"images": torch.rand(5), "input_shape": None}, "images=.*pictures of floating"),
-    "whole numbers as images": ({"images": (255 * X).int()}, "images=.*pictures of floating"),
+    "numbers as images": ({"images": torch.rand(5), "input_shape": None}, "images=.*images of floating"),
+    "whole numbers as images": ({"images": (255 * X).int()}, "images=.*images of floating"),
     "a std of 0": ({"std": 0}, "std=0.*above 0"),
     "a std of 0 in a channel": ({"std": [1, 0, 1]}, r"std=\[1, 0, 1\].*above 0"),
     "a negative std": ({"std": -1.0}, "std=-1.0.*above 0"),
@@ -65,10 +65,10 @@ BAD = {
     ),
     "an unknown validity": ({"validity": "clamp"}, "validity='clamp'.*'sigmoid', 'clip'"),
     "an unknown start": ({"start": "gray"}, "start='gray'.*did you mean 'grey'"),
-    "a number as start": ({"start": 0.5}, "start=0.5.*a picture"),
-    "a start of another shape": ({"start": X}, r"start=\(5, 3, 8, 8\).*picture of shape \(3, 8, 8\)"),
-    "a start beyond the range": ({"start": 2 * X[0]}, "start=.*a picture with values from 0 to 1, before"),
-    "a start with NaN": ({"start": X[0] * torch.nan}, "start=.*expected a picture with values from 0 to 1"),
+    "a number as start": ({"start": 0.5}, "start=0.5.*an image"),
+    "a start of another shape": ({"start": X}, r"start=\(5, 3, 8, 8\).*image of shape \(3, 8, 8\)"),
+    "a start beyond the range": ({"start": 2 * X[0]}, "start=.*an image with values from 0 to 1, before"),
+    "a start with NaN": ({"start": X[0] * torch.nan}, "start=.*expected an image with values from 0 to 1"),
     "the loss": ({"of": "loss"}, "of='loss'.*'logit', 'probability'"),
     "the probability of a neuron": ({"target": ("conv1", 1), "of": "probability"}, "of='probability'.*\"logit\""),
     "the probability less a neuron": ({"minus": ("conv1", 1), "of": "probability"}, "of=.*\"logit\" where minus"),

@@ -155,7 +155,7 @@ EACH_PAIR = [
 @for_each("validity, kind, options", EACH_PAIR)
 def test_a_row_that_is_not_finite_stops_and_the_others_go_on(validity, kind, options):
     options = options | {"validity": validity, "parametrization": kind}
-    with pytest.warns(UserWarning, match=r"^class 0 \(seed 0\) was NaN or infinite.*last good picture"):
+    with pytest.warns(UserWarning, match=r"^class 0 \(seed 0\) was NaN or infinite.*last good image"):
         found = excited(TooBright(), **options)
     assert len(found.notes) == 1
     assert 0 <= found.images.min() <= found.images.max() <= 1
@@ -168,7 +168,7 @@ def test_a_row_that_is_not_finite_stops_and_the_others_go_on(validity, kind, opt
 
 @for_each("value, kind", [(torch.nan, "fourier"), (torch.inf, "pixel"), (-torch.inf, "fourier")])
 def test_the_picture_that_is_kept_was_still_good(value, kind):
-    with pytest.warns(UserWarning, match="last good picture"):
+    with pytest.warns(UserWarning, match="last good image"):
         found = excited(TooBright(value), 0, parametrization=kind, **STILL)
     assert found.images.mean() <= 0.6
     assert found.activations.isfinite().all()

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_neurons import ArgumentError
-from lightning_neurons.attribution.objective import Aim
+from lightning_neurons.attribution.objective import Objective
 from lightning_neurons.attribution.readout import Readout
 from lightning_neurons.feature_visualization.init import activations_on, batches_of, some_of, spectrum_of
 from lightning_neurons.feature_visualization.parametrization import Colours
@@ -68,16 +68,16 @@ def test_all_pictures_come_once_and_in_order_in_small_parts(form):
 
 @for_each("images", [TensorDataset(X), "pictures", {"x": X}, 5, X.numpy(), [{"x": X}], ["a"], [np.zeros((2, 2))]])
 def test_anything_else_is_refused(images):
-    with pytest.raises(ArgumentError, match=r"^images=.*expected (a tensor|pictures of floating point)"):
+    with pytest.raises(ArgumentError, match=r"^images=.*expected (a tensor|images of floating point)"):
         list(batches_of(images))
 
 
 @for_each(
     "images, message",
     [
-        (X.int(), r"torch.int32 \(200, 1, 2, 2\).*expected pictures of floating point"),
-        (X[:, 0, 0, 0], r"torch.float32 \(200,\).*expected pictures of floating point"),
-        ([X, X[..., :1]], r"\(1, 2, 1\).*expected pictures of one shape, \(1, 2, 2\)"),
+        (X.int(), r"torch.int32 \(200, 1, 2, 2\).*expected images of floating point"),
+        (X[:, 0, 0, 0], r"torch.float32 \(200,\).*expected images of floating point"),
+        ([X, X[..., :1]], r"\(1, 2, 1\).*expected images of one shape, \(1, 2, 2\)"),
         ([X, X * torch.nan], "NaN or infinite values.*expected finite values"),
         (X / 0, "NaN or infinite values.*expected finite values"),
     ],
@@ -106,10 +106,15 @@ def test_statistics_of_small_batches_take_at_most_512_pictures(size):
 
 def test_activations_on_pictures_against_a_plain_forward():
     net, (x, _) = seeded(ConvNet), pictures(10)
-    aims = [Aim(None, 2), Aim("conv1", 3), Aim("conv2", None), Aim(None, 1, "probability", Aim("fc1", 0))]
+    objectives = [
+        Objective(None, 2),
+        Objective("conv1", 3),
+        Objective("conv2", None),
+        Objective(None, 1, "probability", Objective("fc1", 0)),
+    ]
     readout = Readout(net, ["conv1", "conv2", "fc1"])
     with readout.open():
-        found = activations_on(readout, aims, x.split(4))
+        found = activations_on(readout, objectives, x.split(4))
     layers, logits = net.by_hand(x)
     expected = [
         logits[:, 2],
@@ -133,5 +138,5 @@ def test_the_last_call_of_a_layer_that_runs_twice_counts():
     net, x = seeded(Twice), torch.randn(5, 3)
     readout = Readout(net, ["cell"], stop=True)
     with readout.open():
-        found = activations_on(readout, [Aim("cell", 1)], [x])
+        found = activations_on(readout, [Objective("cell", 1)], [x])
     torch.testing.assert_close(found[0], net(x)[:, 1].detach())

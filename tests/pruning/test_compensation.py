@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from lightning_neurons import prune
 from lightning_neurons.layers.layer import modules_by_name
 from lightning_neurons.pruning.compensation.means import InputMeans, fold_means
-from lightning_neurons.pruning.compensation.weight_shifts import readers_of
+from lightning_neurons.pruning.compensation.weight_shifts import consumers_of
 from lightning_neurons.pruning.surgery.surgery import TensorCut, cut
 from tests.models import ConvNet, pictures, seeded
 from tests.tables import for_each
@@ -201,7 +201,7 @@ def test_readers_are_those_of_what_goes_and_only_they_are_given_something():
     net = seeded(ConvNet)
     cuts = [TensorCut("conv1", "makes", GONE), TensorCut("bn1", "passes", GONE), TensorCut("conv2", "reads", GONE)]
     means = {"conv2": torch.arange(6.0).double()}
-    assert readers_of(cuts, modules_by_name(net)) == {"conv2": GONE}
+    assert consumers_of(cuts, modules_by_name(net)) == {"conv2": GONE}
     repair = fold_means(net, cuts, means, {"conv1": "bn1", "conv2": "bn2"})
     assert set(repair.shifts) == {"conv2.bias"}
     expected = net.conv2.weight[:, 1].sum((1, 2)) * 1 + net.conv2.weight[:, 4].sum((1, 2)) * 4

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from lightning_neurons import ArgumentError, prune
 from lightning_neurons.pruning.compensation.batch_norm import reestimate
 from lightning_neurons.pruning.compensation.calibration import Calibration
-from lightning_neurons.pruning.compensation.trial_model import Rehearsal
+from lightning_neurons.pruning.compensation.trial_model import TrialModel
 from lightning_neurons.pruning.surgery.surgery import TensorCut
 from tests.models import ConvNet, cross_entropy, pictures, seeded
 from tests.pruning.nets import Decoder, ResNet
@@ -179,9 +179,9 @@ def test_two_processes_find_the_mean_over_all_batches():
             own.append(tensor.clone())
             return tensor + next(other, 0)
 
-        rehearsal = Rehearsal(net, cuts)
-        shifts = reestimate(rehearsal, Calibration(some, lambda m, b: m(b), cross_entropy, reduce))
-        return shifts, own, rehearsal.twin
+        trial = TrialModel(net, cuts)
+        shifts = reestimate(trial, Calibration(some, lambda m, b: m(b), cross_entropy, reduce))
+        return shifts, own, trial.twin
 
     alone, _, twin = found(batches)
     _, theirs, _ = found(batches[2:])
@@ -191,6 +191,6 @@ def test_two_processes_find_the_mean_over_all_batches():
         torch.testing.assert_close(both[name], shift)
         assert len(shift) == len(net.state_dict()[name]), "at the width before the cut"
     assert float(alone["bn1.running_mean"][1]) == 0
-    expected = Rehearsal(net, cuts).twin
+    expected = TrialModel(net, cuts).twin
     freshly(expected, batches)
     torch.testing.assert_close(twin.bn2.running_var, expected.bn2.running_var)

@@ -213,7 +213,7 @@ REFUSED = {
     "norm over neighbours": (
         lambda: convolutions(conv(), nn.LocalResponseNorm(3)),
         "0",
-        r"its neurons cannot be followed: something between them and their readers adds channels",
+        r"its neurons cannot be followed: something between them and their consumers adds channels",
     ),
     "mean of channels": (
         lambda: convolutions(conv(), Call(lambda x: x - x.mean(1, True))),

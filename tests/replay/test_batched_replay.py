@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from lightning_neurons.ablation.engine import WhatIf
+from lightning_neurons.ablation.engine import AblationEngine
 from lightning_neurons.isolation.isolation import isolated
 from tests.models import CharTransformer, ConvNet, ResidualNet, cross_entropy, pictures, seeded
 from tests.pruning.nets import ResNet
@@ -28,7 +28,7 @@ CASES = {
 
 def compared(net, batch, loss_fn, together):
     """By layer, what single runs give and what runs of several give; None where they are not possible."""
-    study, found = WhatIf(net, loss_fn, exact=False), {}
+    study, found = AblationEngine(net, loss_fn, exact=False), {}
     with isolated(net), torch.no_grad(), study.open():
         study.look(batch)
         here = study.on(batch)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from lightning_neurons.ablation.engine import BatchWhatIf, WhatIf
+from lightning_neurons.ablation.engine import AblationEngine, BatchAblation
 from lightning_neurons.isolation.isolation import isolated
 from tests.models import CharTransformer, pictures, seeded
 from tests.replay import replayed
@@ -46,8 +46,8 @@ def losses(model, batch):
 
 
 @contextmanager
-def opened(net, batch, loss_fn=losses, **options) -> Iterator[tuple[WhatIf, BatchWhatIf]]:
-    study = WhatIf(net, loss_fn, **options)
+def opened(net, batch, loss_fn=losses, **options) -> Iterator[tuple[AblationEngine, BatchAblation]]:
+    study = AblationEngine(net, loss_fn, **options)
     with isolated(net), torch.no_grad(), study.open():
         with isolated(net):
             study.look(batch)
@@ -59,7 +59,7 @@ def opened(net, batch, loss_fn=losses, **options) -> Iterator[tuple[WhatIf, Batc
         yield study, here
 
 
-def some_neurons(study: WhatIf) -> list[tuple[str, int, int]]:
+def some_neurons(study: AblationEngine) -> list[tuple[str, int, int]]:
     return [(n, i, layer.axis) for n, layer in study.layers.items() for i in sorted({0, 1, layer.neurons - 1})]
 
 
@@ -99,7 +99,7 @@ def test_means_as_in_a_whole_forward(name):
 @pytest.mark.parametrize("name", sorted(NETS.keys() - {"sample by sample"}))
 def test_values_of_other_samples_as_in_a_whole_forward(name, monkeypatch):
     net, batch, order = seeded(NETS[name]), pictures(5), torch.tensor([3, 0, 4, 2, 1])
-    monkeypatch.setattr(WhatIf, "shuffle", lambda self, samples: order)
+    monkeypatch.setattr(AblationEngine, "shuffle", lambda self, samples: order)
     twin = copy.deepcopy(net)
     with opened(net, batch, replacement="resample") as (study, here):
         for layer, neuron, axis in some_neurons(study):

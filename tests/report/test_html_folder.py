@@ -100,7 +100,7 @@ def test_a_picture_that_would_make_the_page_huge_is_left_out_with_a_note(bare):
     with (bare / "pictures" / "large.png").open("ab") as file:
         file.truncate(9 << 20)
     put_list(bare, "pictures", [{"file": "large.png"}])
-    assert "large.png' is left out: it has 9 MB, and a page takes pictures of at most 8 MB" in notes(bare)
+    assert "large.png' is left out: it has 9 MB, and a page takes images of at most 8 MB" in notes(bare)
     assert write_html(bare).stat().st_size < 1 << 20
 
 

@@ -151,7 +151,7 @@ def test_where_a_neuron_is_active_in_a_signal_is_drawn():
 
 @for_each("titles", [[], ["a"], ["a", "b", "c"]])
 def test_a_wrong_number_of_titles_is_refused(titles):
-    with pytest.raises(ArgumentError, match=r"titles=\[.*one title and one picture for each of the 2 maps"):
+    with pytest.raises(ArgumentError, match=r"titles=\[.*one title and one image for each of the 2 maps"):
         picture_figures.saliency_rows(digits(2), noise(2, 1, 8, 8), titles)
     with pytest.raises(ArgumentError, match=r"titles=\[.*one title for each of the 2 maps"):
         picture_figures.activation_overlay(digits(1)[0], noise(2, 8, 8).relu(), titles)

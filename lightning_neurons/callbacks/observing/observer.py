@@ -18,7 +18,7 @@ from lightning_neurons.callbacks.observing.session import Session
 from lightning_neurons.callbacks.trainer import checks
 from lightning_neurons.callbacks.trainer.folders import apart
 from lightning_neurons.callbacks.trainer.namespaces import EitherCallback
-from lightning_neurons.callbacks.trainer.outlet import Trail, keeping_training, monitored, numbered_observer, offer
+from lightning_neurons.callbacks.trainer.outlet import Notice, keeping_training, monitored, numbered_observer, offer
 from lightning_neurons.callbacks.trainer.processes import end_together
 from lightning_neurons.callbacks.trainer.step_replay import StepReplay
 from lightning_neurons.callbacks.trainer.steps import evaluation_loaders, training_loaders
@@ -26,8 +26,8 @@ from lightning_neurons.callbacks.trainer.validated_weights import forget_weights
 from lightning_neurons.data.stratified_sample import StratifiedSample, stream_length
 from lightning_neurons.errors import ArgumentError, NoLossError, check_count
 from lightning_neurons.layers.layer import candidates
-from lightning_neurons.measurement.measure import LossFunction
 from lightning_neurons.measurement.measurement import Measurement
+from lightning_neurons.measurement.outcomes import LossFunction
 from lightning_neurons.measurement.settings import MeasurementSettings
 from lightning_neurons.report.logging.loggers import scalars
 from lightning_neurons.report.logging.tags import with_suffix
@@ -57,7 +57,7 @@ class NeuronObserver(EitherCallback):
         self.every_n_epochs = check_count("every_n_epochs", every_n_epochs)
         self.history = NeuronHistory()
         self._report: NeuronReport | None = None
-        self._trail = Trail()
+        self._notice = Notice()
         self._member: Member | None = None
         self._active: str | None = None  # the source of the session that this callback is part of now
         self._failure: Exception | None = None  # why the measurement was given up, if it has no member to know it
@@ -68,8 +68,8 @@ class NeuronObserver(EitherCallback):
     @property
     def report(self) -> NeuronReport | None:
         """The latest measurement, or None before the first."""
-        if self._report is None and self._trail.hint is not None:
-            self._warn(self._trail.hint)
+        if self._report is None and self._notice.hint is not None:
+            self._warn(self._notice.hint)
         return self._report
 
     @report.setter
@@ -334,7 +334,7 @@ class NeuronObserver(EitherCallback):
                 self.history.keep(report, entry)
         if self.publishes:
             self._unpublished = report, entry
-            self._trail.leave(None)
+            self._notice.leave(None)
             with keeping_training(self, "the report was not offered to other callbacks"):
                 suffix = numbered_observer(trainer, self) + apart(trainer)
                 values = {with_suffix(name, suffix): value for name, value in scalars(report, entry).items()}
@@ -345,7 +345,7 @@ class NeuronObserver(EitherCallback):
         if self._unpublished is not None:
             (report, entry), self._unpublished = self._unpublished, None
             with keeping_training(self, "the report was not written"):
-                self._trail.leave(publish(trainer, self, report, entry))
+                self._notice.leave(publish(trainer, self, report, entry))
 
     @property
     def _why(self) -> Exception | None:

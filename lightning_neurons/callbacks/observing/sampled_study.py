@@ -24,7 +24,7 @@ from lightning_neurons.data.batches import map_tensors, targets_of
 from lightning_neurons.data.stratified_sample import Picked, StratifiedSample, stream_length
 from lightning_neurons.errors import ArgumentError, PruningError, check_count
 from lightning_neurons.layers.layer import Pattern
-from lightning_neurons.measurement.measure import LossFunction
+from lightning_neurons.measurement.outcomes import LossFunction
 
 
 class SampledStudy(EitherCallback):

@@ -8,13 +8,13 @@ from lightning_neurons.callbacks.trainer.folders import apart, folder_of
 from lightning_neurons.results.whole_file import Place
 
 
-class Trail:
+class Notice:
     """A message that a callback shares with its copies: the place of the last report that one of them made."""
 
     def __init__(self) -> None:
         self.hint: str | None = None
 
-    def __deepcopy__(self, memo: Any) -> "Trail":
+    def __deepcopy__(self, memo: Any) -> "Notice":
         return self
 
     def leave(self, folder: Any) -> None:

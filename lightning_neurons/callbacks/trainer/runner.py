@@ -24,7 +24,7 @@ from lightning_neurons.errors import PruningError
 from lightning_neurons.hooks.find_neurons import call
 from lightning_neurons.isolation.isolation import eager, isolated
 from lightning_neurons.layers.layer import modules_by_name
-from lightning_neurons.pruning.compensation.calibration import Run
+from lightning_neurons.measurement.outcomes import Forward
 from lightning_neurons.pruning.structure.example import Example
 
 _FEW = 2
@@ -48,8 +48,8 @@ class Runner:
     def __init__(self, trainer: Any, pl_module: Any, example_inputs: Any, batch: Any) -> None:
         self.trainer, self._is_told = trainer, example_inputs is not None
         few = _first_of(batch, _FEW)
-        self._run: Run = self._step
-        self._others: list[tuple[Example, Run]] = [(Example(few, self._step), self._step)]
+        self._run: Forward = self._step
+        self._others: list[tuple[Example, Forward]] = [(Example(few, self._step), self._step)]
         given = pl_module.example_input_array if example_inputs is None else example_inputs
         if given is not None:
             given = map_tensors(given, lambda t: t.to(pl_module.device))

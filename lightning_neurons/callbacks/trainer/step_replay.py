@@ -21,7 +21,7 @@ from lightning_neurons.data.batches import map_tensors, tensors_of
 from lightning_neurons.errors import MeasurementError, NoLossError
 from lightning_neurons.isolation.isolation import isolated
 from lightning_neurons.isolation.surroundings import kept_attributes, kept_environment, silent
-from lightning_neurons.measurement.measure import LossFunction
+from lightning_neurons.measurement.outcomes import LossFunction
 from lightning_neurons.replay.checked_run import DivergedError
 
 _OF_DYNAMO = ("__compiled_fn_", "__resume_at_")  # what the compiler leaves in a file of which it has compiled something

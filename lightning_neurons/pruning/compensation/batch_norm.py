@@ -10,32 +10,32 @@ from lightning_neurons.isolation.isolation import eager
 from lightning_neurons.layers.layer import modules_by_name
 from lightning_neurons.layers.width_handlers import keeps_statistics
 from lightning_neurons.pruning.compensation.calibration import Calibration
-from lightning_neurons.pruning.compensation.trial_model import Rehearsal
+from lightning_neurons.pruning.compensation.trial_model import TrialModel
 
 
-def reestimate(rehearsal: Rehearsal, calibration: Calibration) -> dict[str, Tensor]:
+def reestimate(trial: TrialModel, calibration: Calibration) -> dict[str, Tensor]:
     """Estimate the running statistics of a cut copy anew; return their changes at the model's full width.
 
     The copy gets the new ones. Every process has to take part.
 
     Args:
-        rehearsal: The cut copy.
+        trial: The cut copy.
         calibration: The data; every batch counts the same.
 
     Returns:
         By name of a buffer, what is added to it; zero for removed neurons.
     """
-    norms = {path: module for path, module in modules_by_name(rehearsal.twin).items() if keeps_statistics(module)}
+    norms = {path: module for path, module in modules_by_name(trial.twin).items() if keeps_statistics(module)}
     before = {path: (norm.running_mean.clone(), norm.running_var.clone()) for path, norm in norms.items()}  # type: ignore[union-attr]
-    rehearsal.twin.eval()
+    trial.twin.eval()
     for norm in norms.values():
         norm.reset_running_stats()
         norm.momentum, norm.training = None, True  # the mean over batches
     with torch.no_grad(), eager():
         for batch in calibration.batches:
             if samples_in(batch) > 1:  # one sample alone may have no variance
-                calibration.run(rehearsal.twin, batch)
-    rehearsal.twin.eval()
+                calibration.run(trial.twin, batch)
+    trial.twin.eval()
     found = {}
     for path, norm in norms.items():
         ran = _count(norm)
@@ -45,7 +45,7 @@ def reestimate(rehearsal: Rehearsal, calibration: Calibration) -> dict[str, Tens
             new = calibration.reduce(tensor * ran) / total
             new = torch.where(calibration.reduce(ran.clone()) > 0, new, old)
             tensor.copy_(new)
-            found[f"{path}.{leaf}"] = rehearsal.widened(f"{path}.{leaf}", new - old).cpu()
+            found[f"{path}.{leaf}"] = trial.widened(f"{path}.{leaf}", new - old).cpu()
     return found
 
 

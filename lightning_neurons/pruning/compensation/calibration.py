@@ -11,12 +11,10 @@ from lightning_neurons.data.batches import is_divisible, samples_in, tensors_of
 from lightning_neurons.data.joining import form_of, join
 from lightning_neurons.errors import PruningError
 from lightning_neurons.isolation.isolation import eager
+from lightning_neurons.measurement.outcomes import Forward
 from lightning_neurons.pruning.compensation.moments import Reduce, alone
 
 _ALIKE = 1e-4
-
-Run = Callable[[nn.Module, Any], Any]
-"""A function that runs a model, or a copy of it, on a batch."""
 
 
 def same(value: Any) -> Any:
@@ -37,7 +35,7 @@ class Calibration:
     """
 
     batches: Sequence[Any]
-    run: Run
+    run: Forward
     loss: Callable[[nn.Module, Any], Tensor]
     reduce: Reduce = alone
     agree: Callable[[Any], Any] = same

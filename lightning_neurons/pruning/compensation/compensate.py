@@ -16,7 +16,7 @@ from lightning_neurons.layers.layer import modules_by_name
 from lightning_neurons.pruning.compensation.calibration import Calibration
 from lightning_neurons.pruning.compensation.layerwise import least_squares
 from lightning_neurons.pruning.compensation.means import InputMeans, fold_means
-from lightning_neurons.pruning.compensation.weight_shifts import Repair, Wiring, readers_of
+from lightning_neurons.pruning.compensation.weight_shifts import Repair, Wiring, consumers_of
 from lightning_neurons.pruning.surgery.surgery import TensorCut
 
 CompensationName = Literal["least_squares", "patch_least_squares", "mean", "none"]
@@ -47,7 +47,7 @@ def _nothing(model: nn.Module, cuts: Sequence[TensorCut], calibration: Calibrati
 
 
 def _means(model: nn.Module, cuts: Sequence[TensorCut], calibration: Calibration, wiring: Wiring) -> Repair:
-    found = InputMeans(model, readers_of(cuts, modules_by_name(model), wiring.standardised))
+    found = InputMeans(model, consumers_of(cuts, modules_by_name(model), wiring.standardised))
     with isolated(model), eager():
         model.eval()
         for batch in calibration.batches:

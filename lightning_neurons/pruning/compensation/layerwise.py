@@ -13,17 +13,18 @@ from torch import Tensor, nn
 
 from lightning_neurons.isolation.isolation import eager, isolated
 from lightning_neurons.layers.layer import modules_by_name
-from lightning_neurons.pruning.compensation.calibration import Calibration, Run, in_few
+from lightning_neurons.measurement.outcomes import Forward
+from lightning_neurons.pruning.compensation.calibration import Calibration, in_few
+from lightning_neurons.pruning.compensation.consumer import Consumer
 from lightning_neurons.pruning.compensation.moments import Reduce
-from lightning_neurons.pruning.compensation.reader import Reader
 from lightning_neurons.pruning.compensation.synchronized_forwards import Lockstep
-from lightning_neurons.pruning.compensation.trial_model import Rehearsal
+from lightning_neurons.pruning.compensation.trial_model import TrialModel
 from lightning_neurons.pruning.compensation.unfold import batched
 from lightning_neurons.pruning.compensation.weight_shifts import (
     Repair,
     Wiring,
     constant_of,
-    readers_of,
+    consumers_of,
     tied_with,
     without_compensation,
 )
@@ -57,13 +58,13 @@ def least_squares(
         The changes of weights and of biases or running means, at the model's full width.
     """
     modules = modules_by_name(model)
-    reading = readers_of(cuts, modules, wiring.standardised)
+    reading = consumers_of(cuts, modules, wiring.standardised)
     tied = {path: other for path in reading if (other := tied_with(path, modules)) is not None}
     gone = {path: places for path, places in reading.items() if path not in tied}
     calls, run, reduce = wiring.calls, calibration.run, calibration.reduce
     constants = {path: constant_of(path, modules, wiring.norm_behind) for path in gone}
-    readers = {
-        path: Reader(path, modules[path], gone[path], patchwise=patchwise, has_constant=constants[path] is not None)
+    consumers = {
+        path: Consumer(path, modules[path], gone[path], patchwise=patchwise, has_constant=constants[path] is not None)
         for path in calls
         if path in gone
     }
@@ -71,40 +72,40 @@ def least_squares(
     notes += [f"{path} is not compensated: {other} has the same weights" for path, other in tied.items()]
     notes += [f"{path} is not compensated: it did not run" for path in gone if path not in calls]
     shifts: dict[str, Tensor] = {}
-    rehearsal = Rehearsal(model, cuts)
+    trial = TrialModel(model, cuts)
     with isolated(model), eager(), torch.no_grad():
         model.eval()
         batches = in_few(calibration.batches, _WALKS, partial(run, model))
         # What runs several times in a forward cannot be waited for: it is solved by what it reads in the whole model.
-        repeated = [path for path in readers if calls[path] > 1]
-        _watch(model, [readers[path] for path in repeated], batches, run)
+        repeated = [path for path in consumers if calls[path] > 1]
+        _watch(model, [consumers[path] for path in repeated], batches, run)
         for path in repeated:
-            _correct(rehearsal, readers[path], constants[path], shifts, reduce)
-        passed, order = set(repeated), [path for path in readers if path not in repeated]
-        with Lockstep(model, order, run, batches) as whole, Lockstep(rehearsal.twin, order, run, batches) as cutting:
+            _correct(trial, consumers[path], constants[path], shifts, reduce)
+        passed, order = set(repeated), [path for path in consumers if path not in repeated]
+        with Lockstep(model, order, run, batches) as whole, Lockstep(trial.twin, order, run, batches) as cutting:
             for path in order:
                 for index in range(len(batches)):
                     dense, inputs = whole.walk_to(path, passed, index), cutting.walk_to(path, passed, index)
                     if dense is not None and inputs is not None:
-                        readers[path].add(dense, inputs)
+                        consumers[path].add(dense, inputs)
                 passed.add(path)
-                _correct(rehearsal, readers[path], constants[path], shifts, reduce)
-    return Repair(shifts, (*notes, *(note for reader in readers.values() for note in reader.notes)))
+                _correct(trial, consumers[path], constants[path], shifts, reduce)
+    return Repair(shifts, (*notes, *(note for consumer in consumers.values() for note in consumer.notes)))
 
 
-def _watch(model: nn.Module, readers: Sequence[Reader], batches: Sequence[Any], run: Run) -> None:
-    """Record the inputs of readers in the whole model, in all of their calls."""
+def _watch(model: nn.Module, consumers: Sequence[Consumer], batches: Sequence[Any], run: Forward) -> None:
+    """Record the inputs of consumers in the whole model, in all of their calls."""
 
-    def hook(reader: Reader) -> Callable[..., None]:
+    def hook(consumer: Consumer) -> Callable[..., None]:
         def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             given = batched(module, args, kwargs)
-            reader.add(given, reader.kept(given))
+            consumer.add(given, consumer.kept(given))
 
         return add
 
-    hooks = [reader.module.register_forward_pre_hook(hook(reader), with_kwargs=True) for reader in readers]
+    hooks = [consumer.module.register_forward_pre_hook(hook(consumer), with_kwargs=True) for consumer in consumers]
     try:
-        for batch in batches if readers else ():
+        for batch in batches if consumers else ():
             run(model, batch)
     finally:
         for handle in hooks:
@@ -112,17 +113,17 @@ def _watch(model: nn.Module, readers: Sequence[Reader], batches: Sequence[Any], 
 
 
 def _correct(
-    rehearsal: Rehearsal, reader: Reader, constant: tuple[str, float] | None, shifts: dict[str, Tensor], reduce: Reduce
+    trial: TrialModel, consumer: Consumer, constant: tuple[str, float] | None, shifts: dict[str, Tensor], reduce: Reduce
 ) -> None:
-    """Solve a reader, correct it in the copy, and store the change."""
-    change, offset = reader.solve(reduce)
-    name = f"{reader.path}.weight"
+    """Solve a consumer, correct it in the copy, and store the change."""
+    change, offset = consumer.solve(reduce)
+    name = f"{consumer.path}.weight"
     # What is below the weights' precision corrects nothing, and would keep dead neurons from going without a trace.
-    small = _ROUNDING * reader.weight.abs().max()
+    small = _ROUNDING * consumer.weight.abs().max()
     if float(change.abs().max()) > small:
         shifts[name] = change.cpu()
-        rehearsal.shift(name, change)
-    if constant is not None and float(offset.abs().max()) > small * max(reader.largest, 1e-30):
+        trial.shift(name, change)
+    if constant is not None and float(offset.abs().max()) > small * max(consumer.largest, 1e-30):
         where, sign = constant
         shifts[where] = (sign * offset).cpu()
-        rehearsal.shift(where, sign * offset)
+        trial.shift(where, sign * offset)

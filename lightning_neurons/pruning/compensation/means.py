@@ -12,7 +12,7 @@ from lightning_neurons.layers.layer import modules_by_name
 from lightning_neurons.layers.width_handlers import axes
 from lightning_neurons.pruning.compensation.moments import Reduce, alone, wide
 from lightning_neurons.pruning.compensation.unfold import batched, channels
-from lightning_neurons.pruning.compensation.weight_shifts import Repair, constant_of, readers_of, without_compensation
+from lightning_neurons.pruning.compensation.weight_shifts import Repair, constant_of, consumers_of, without_compensation
 from lightning_neurons.pruning.surgery.surgery import TensorCut
 
 
@@ -21,12 +21,12 @@ class InputMeans:
 
     Args:
         model: The model.
-        readers: Paths of convolutions and linear layers.
+        consumers: Paths of convolutions and linear layers.
     """
 
-    def __init__(self, model: nn.Module, readers: Iterable[str]) -> None:
+    def __init__(self, model: nn.Module, consumers: Iterable[str]) -> None:
         modules = modules_by_name(model)
-        self.modules = {path: modules[path] for path in readers}
+        self.modules = {path: modules[path] for path in consumers}
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, Tensor] = {}
 
@@ -98,7 +98,7 @@ def fold_means(
     """
     modules, shifts = modules_by_name(model), {}
     notes = without_compensation(cuts, modules, standardised)
-    for path, places in readers_of(cuts, modules, standardised).items():
+    for path, places in consumers_of(cuts, modules, standardised).items():
         lost = contribution(modules[path], places, means[path])
         where = constant_of(path, modules, norm_behind)
         if where is None:

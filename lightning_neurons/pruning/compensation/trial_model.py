@@ -8,7 +8,7 @@ from lightning_neurons.pruning.structure.example import twin_of
 from lightning_neurons.pruning.surgery.surgery import TensorCut, cut, stays_of
 
 
-class Rehearsal:
+class TrialModel:
     """A cut copy of a model, in evaluation mode.
 
     Args:

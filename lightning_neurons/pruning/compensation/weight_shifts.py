@@ -37,7 +37,7 @@ class Wiring:
     standardised: Collection[str] = ()
 
 
-def readers_of(
+def consumers_of(
     cuts: Sequence[TensorCut], modules: Mapping[str, nn.Module], standardised: Collection[str] = ()
 ) -> dict[str, tuple[int, ...]]:
     """Return the linear modules that read removed neurons, and the places of those among their inputs."""

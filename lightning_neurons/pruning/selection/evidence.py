@@ -12,17 +12,17 @@ from lightning_neurons.isolation.isolation import eager, isolated
 from lightning_neurons.layers.layer import modules_by_name
 from lightning_neurons.layers.width_handlers import axes
 from lightning_neurons.pruning.compensation.calibration import Calibration
+from lightning_neurons.pruning.compensation.consumer import LARGEST
 from lightning_neurons.pruning.compensation.moments import Moments, wide
-from lightning_neurons.pruning.compensation.reader import LARGEST
 from lightning_neurons.pruning.compensation.unfold import batched, channels
 
 
-def second_moments(model: nn.Module, readers: Sequence[str], calibration: Calibration) -> dict[str, Moments]:
+def second_moments(model: nn.Module, consumers: Sequence[str], calibration: Calibration) -> dict[str, Moments]:
     """Measure the moments of the inputs of layers; without layers that have more inputs than can be kept.
 
     Args:
         model: The model; it is left as it was. Every process has to take part.
-        readers: Paths of convolutions and linear layers.
+        consumers: Paths of convolutions and linear layers.
         calibration: The data.
 
     Returns:
@@ -30,7 +30,7 @@ def second_moments(model: nn.Module, readers: Sequence[str], calibration: Calibr
     """
     modules = modules_by_name(model)
     found = {
-        p: Moments.empty(_width(modules[p]), 0, _device(modules[p])) for p in readers if _width(modules[p]) <= LARGEST
+        p: Moments.empty(_width(modules[p]), 0, _device(modules[p])) for p in consumers if _width(modules[p]) <= LARGEST
     }
     _watch(model, {path: moments.add for path, moments in found.items()}, calibration)
     reduced = {path: moments.reduced(calibration.reduce) for path, moments in found.items()}
@@ -61,13 +61,13 @@ class Constant:
 
 
 def constants(
-    model: nn.Module, readers: Sequence[str], first: Mapping[str, Tensor], calibration: Calibration
+    model: nn.Module, consumers: Sequence[str], first: Mapping[str, Tensor], calibration: Calibration
 ) -> dict[str, Constant]:
     """Find the inputs of layers that never change.
 
     Args:
         model: The model; it is left as it was. Every process has to take part.
-        readers: Paths of convolutions and linear layers.
+        consumers: Paths of convolutions and linear layers.
         first: By path, the inputs that a layer once had, ``(input,)``; the same in every process.
         calibration: The data.
 
@@ -75,26 +75,26 @@ def constants(
         By path, counted over all processes.
     """
     modules = modules_by_name(model)
-    found = {path: Constant(first[path].to(_device(modules[path]))) for path in readers if path in first}
+    found = {path: Constant(first[path].to(_device(modules[path]))) for path in consumers if path in first}
     _watch(model, {path: constant.add for path, constant in found.items()}, calibration)
     for constant in found.values():
         constant.changed = calibration.reduce(constant.changed)
     return found
 
 
-def first_read(model: nn.Module, readers: Sequence[str], run: Callable[[nn.Module], Any]) -> dict[str, Tensor]:
+def first_read(model: nn.Module, consumers: Sequence[str], run: Callable[[nn.Module], Any]) -> dict[str, Tensor]:
     """Return the inputs of layers at the first position of the first sample.
 
     Args:
         model: The model, in evaluation mode.
-        readers: Paths of convolutions and linear layers.
+        consumers: Paths of convolutions and linear layers.
         run: Runs the model.
 
     Returns:
         By path, ``(input,)``, in float64 where the device has it.
     """
     found: dict[str, Tensor] = {}
-    hooks = _hooks(model, {path: partial(_keep_first, found, path) for path in readers})
+    hooks = _hooks(model, {path: partial(_keep_first, found, path) for path in consumers})
     try:
         with torch.no_grad(), eager():
             run(model)

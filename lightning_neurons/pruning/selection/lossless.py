@@ -14,7 +14,7 @@ from lightning_neurons.isolation.isolation import eager, isolated
 from lightning_neurons.layers.layer import modules_by_name
 from lightning_neurons.pruning.compensation.calibration import Calibration
 from lightning_neurons.pruning.compensation.means import fold_means
-from lightning_neurons.pruning.compensation.trial_model import Rehearsal
+from lightning_neurons.pruning.compensation.trial_model import TrialModel
 from lightning_neurons.pruning.compensation.weight_shifts import Wiring, constant_of
 from lightning_neurons.pruning.cut import Cut
 from lightning_neurons.pruning.selection.evidence import Constant
@@ -158,13 +158,13 @@ def difference(
     Returns:
         The largest difference, relative to the largest output.
     """
-    rehearsal = Rehearsal(model, cuts, shifts)
+    trial = TrialModel(model, cuts, shifts)
     worst = 0.0
     with isolated(model), eager(), torch.no_grad():
         model.eval()
         for batch in calibration.batches:
             expected = tensors_of(calibration.run(model, batch))
-            got = tensors_of(calibration.run(rehearsal.twin, batch))
+            got = tensors_of(calibration.run(trial.twin, batch))
             worst = max([worst, *(_relative(a, b) for a, b in zip(expected, got, strict=True))])
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     # There is no maximum over processes here; the sum is never less.

@@ -146,7 +146,7 @@ def reconstruction_scores(
         readings = _readings(group, modules, moments, structure.coupling)
         if readings is None:
             unknown = [part.path for part in group.parts if part.role == "reads" and part.path not in moments]
-            notes.append(f"{root} is not cut: it is not known what {', '.join(unknown) or 'its readers'} read")
+            notes.append(f"{root} is not cut: it is not known what {', '.join(unknown) or 'its consumers'} read")
             continue
         order, errors = eliminate(readings, group.size) if readings else (list(range(group.size)), [0.0] * group.size)
         value = torch.empty(group.size, dtype=torch.float64)

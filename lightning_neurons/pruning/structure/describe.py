@@ -35,9 +35,10 @@ def describe_structure(
     Returns:
         A document of plain values. ``blocks`` has for each block its ``parents`` (the nearest blocks whose layers it
         reads) and its ``layers``, each with role, type, number of neurons, group, the layers that it reads, parameters
-        and MACs per sample; ``groups`` has for each group its size, its layers, its readers, the norms that would take
-        their statistics over fewer neurons (so that a cut is not exact), and why it cannot be cut, or None; ``unseen``
-        has for each layer without a group the reason, as under ``torch.no_grad`` or inside of a function.
+        and MACs per sample; ``groups`` has for each group its size, its layers, its consumers (``readers``), the norms
+        that would take their statistics over fewer neurons (so that a cut is not exact), and why it cannot be cut, or
+        None; ``unseen`` has for each layer without a group the reason, as under ``torch.no_grad`` or inside of a
+        function.
 
     Raises:
         PruningError: If the model cannot be copied, run or traced.

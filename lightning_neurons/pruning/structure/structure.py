@@ -125,8 +125,8 @@ class Structure:
         """The downstream layers in the order in which they run, and the norm layers behind layers."""
         modules = modules_by_name(self.preflight.twin)
         reading = [part.path for group in self.groups.values() for part in group.parts if part.role == "reads"]
-        readers = [path for path in dict.fromkeys(reading) if is_linear(modules[path])]
-        calls = calls_of(self.preflight.twin, readers, self.preflight.example.run)
+        consumers = [path for path in dict.fromkeys(reading) if is_linear(modules[path])]
+        calls = calls_of(self.preflight.twin, consumers, self.preflight.example.run)
         return Wiring(calls, dict(self.coupling.norm_behind), frozenset(self.preflight.norms.readers))
 
     @cached_property

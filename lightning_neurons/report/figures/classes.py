@@ -65,13 +65,13 @@ def reuse_matrix(report: ClassReport) -> Any:
     axes = figure.subplots()
     excess = (report.jaccard - report.jaccard_chance).fill_diagonal_(math.nan)
     limit = max(float(excess.abs().nan_to_num().max()), 1e-3)
-    picture = axes.imshow(excess.numpy(), cmap="PuOr_r", vmin=-limit, vmax=limit)
+    heat_map = axes.imshow(excess.numpy(), cmap="PuOr_r", vmin=-limit, vmax=limit)
     _ticks(axes.set_xticks, report, most=20)
     _ticks(axes.set_yticks, report, most=20)
     axes.set_xlabel("class")
     axes.set_ylabel("class")
     axes.set_title("neurons shared by two classes: Jaccard index minus chance", fontsize=10)
-    figure.colorbar(picture, ax=axes)
+    figure.colorbar(heat_map, ax=axes)
     return figure
 
 

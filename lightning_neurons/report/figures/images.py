@@ -45,7 +45,7 @@ def picture(image: Float[Tensor, "*shape"], axes: Any, *, value_range: tuple[flo
 
 
 def attribution(values: Float[Tensor, "*shape"], axes: Any, *, absolute: bool = False) -> Any:
-    """Draw an attribution: how much each place of a sample adds (orange) or takes away (purple), summed over channels.
+    """Draw an attribution: how much each place of a sample adds (orange) or subtracts (purple), summed over channels.
 
     Args:
         values: As ``picture`` takes them; or ``(token,)``, drawn as bars.
@@ -95,7 +95,7 @@ def saliency_rows(
         ArgumentError: If there is not one title and one image for each map.
     """
     if not len(maps) or len(maps) != len(titles) or (images is not None and len(images) != len(maps)):
-        raise ArgumentError.of("titles", list(titles), f"one title and one picture for each of the {len(maps)} maps")
+        raise ArgumentError.of("titles", list(titles), f"one title and one image for each of the {len(maps)} maps")
     signals = images is None or is_signal(images[0])
     columns = 1 if images is None else 2 if signals else 3
     width, height = (6.5, 1.7) if signals else (7.0, 2.4)
@@ -133,7 +133,7 @@ def activation_overlay(image: Tensor, maps: Sequence[Tensor] | Tensor, titles: S
     figure = new_figure(2.6 * (len(maps) + 1) + 0.8, 3.0)
     first, *others = figure.subplots(1, len(maps) + 1, squeeze=False)[0]
     picture(image, first)
-    first.set_title("picture", fontsize=9)
+    first.set_title("image", fontsize=9)
     together = torch.cat([finite(m).flatten() for m in maps])
     highest = max(float(together.max()), 1e-12)
     if is_signal(image):

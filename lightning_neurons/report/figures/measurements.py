@@ -126,7 +126,7 @@ def deadness_grid(report: NeuronReport, layer: str, axes: Any = None) -> Any:
     rows = max(-(-len(dead) // columns), 1)
     cells = torch.full((rows * columns,), torch.nan, dtype=torch.float64)
     cells[: len(dead)] = report.deadness[layer]
-    picture = axes.imshow(cells.view(rows, columns).numpy(), cmap=MAGNITUDES, vmin=0, vmax=1, interpolation="nearest")
+    grid = axes.imshow(cells.view(rows, columns).numpy(), cmap=MAGNITUDES, vmin=0, vmax=1, interpolation="nearest")
     where = dead.nonzero().flatten()
     if len(where):
         size = (120 / max(rows, columns)) ** 2 / 4
@@ -138,7 +138,7 @@ def deadness_grid(report: NeuronReport, layer: str, axes: Any = None) -> Any:
     axes.set_xticks(range(0, columns, across), [f"+{i}" for i in range(0, columns, across)], fontsize=8)
     axes.set_xlabel("neuron: the number on the left plus the one below", fontsize=8)
     put_title(axes, layer, f": {_neurons(len(dead))}{_dead(report, layer)}")
-    axes.figure.colorbar(picture, ax=axes, label="deadness (share of silent values)")
+    axes.figure.colorbar(grid, ax=axes, label="deadness (share of silent values)")
     return axes
 
 

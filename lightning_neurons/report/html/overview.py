@@ -31,9 +31,7 @@ def overview(run: RunFolder) -> Section:
     """Return the section of key numbers and notes."""
     lines = list(remarks(run.report))
     if run.notes:
-        lines.append(
-            f"{many(len(run.notes), 'file or picture', 'files or pictures')} could not be shown: see the notes"
-        )
+        lines.append(f"{many(len(run.notes), 'file or image', 'files or images')} could not be shown: see the notes")
     return Section("overview", "Overview", "", (_tiles(run), Words(tuple(lines))))
 
 

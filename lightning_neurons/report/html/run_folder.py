@@ -107,7 +107,7 @@ def _unfit(folder: Path, name: str) -> str:
         if not file.is_file():
             return "there is no such file"
         if file.stat().st_size > LARGEST:
-            return f"it has {file.stat().st_size >> 20} MB, and a page takes pictures of at most {LARGEST >> 20} MB"
+            return f"it has {file.stat().st_size >> 20} MB, and a page takes images of at most {LARGEST >> 20} MB"
         with file.open("rb") as opened:
             return "" if media_type(opened.read(16)) else "it is no PNG, JPEG, GIF or WebP"
     except (OSError, ValueError) as error:

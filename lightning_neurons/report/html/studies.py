@@ -32,10 +32,8 @@ def cards(run: RunFolder) -> Section:
 
 def gallery(run: RunFolder) -> Section:
     """Return the section of images that were saved with the run."""
-    pictures = tuple(
-        embedded_file(p.path, p.caption or p.title or p.path.name, p.title, p.caption) for p in run.gallery
-    )
-    return Section("pictures", "Pictures", "", (Side(pictures),) * bool(pictures))
+    images = tuple(embedded_file(p.path, p.caption or p.title or p.path.name, p.title, p.caption) for p in run.gallery)
+    return Section("pictures", "Images", "", (Side(images),) * bool(images))
 
 
 def agreement(run: RunFolder, *, drawing: bool) -> Section:

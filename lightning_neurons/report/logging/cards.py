@@ -54,7 +54,7 @@ def neuron_cards(
     maximized: MaximizedActivation,
     chosen: Sequence[Chosen],
     report: NeuronReport | None,
-    inputs: Float[Tensor, "picture ..."],
+    inputs: Float[Tensor, "image ..."],
 ) -> tuple[NeuronCard, ...]:
     """Make a card for each neuron.
 

@@ -15,10 +15,10 @@ AT_ONCE = 2**23
 """Values of patches that are processed together: 64 MB in float64."""
 
 LARGEST = 8192
-"""Inputs of a reader up to which their covariance is kept: 0.5 GB in float64."""
+"""Inputs of a consumer up to which their covariance is kept: 0.5 GB in float64."""
 
 
-class Reader:
+class Consumer:
     """A convolution or linear layer that reads removed neurons.
 
     Args:

@@ -1,6 +1,6 @@
 """Values computed from a layer's output in one call: which depend on it alone, and where its branches reunite.
 
-The output is value 0. Each step makes another value, of earlier ones of the same course and of constants. A value to
+The output is value 0. Each step makes another value, of earlier ones of the same graph and of constants. A value to
 which everything before it leads, and nothing else, is where the chain may end: the last such one is the activation
 point. Between two of them lies a link: one function, or several where an activation function is written out.
 
@@ -140,7 +140,7 @@ class Value:
     is_taken_out: bool = False
 
 
-class Course:
+class ValueGraph:
     """The values that are computed from one call of a layer.
 
     Args:
@@ -306,9 +306,9 @@ class Course:
         return names
 
 
-def common_axis(calls: Sequence[Course]) -> int | None:
+def common_axis(calls: Sequence[ValueGraph]) -> int | None:
     """Return None if the neurons lie on one axis at the ends of all calls; else the axis of the layer's output."""
-    axes = {course.end().place.axis for course in calls}
+    axes = {graph.end().place.axis for graph in calls}
     return calls[0].values[0].place.axis if len(axes) > 1 else None
 
 
