@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
+from lightning_neurons.dependency.sizes import all_sizes, put_sizes, sizes_in
 from lightning_neurons.errors import ArgumentError
 from lightning_neurons.layers.prunable import check_prunable
 from lightning_neurons.layers.width_handlers import axes, passes, refit, why_fixed
@@ -17,8 +18,9 @@ from lightning_neurons.layers.width_handlers import axes, passes, refit, why_fix
 def conform(model: nn.Module, state: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Give a model the widths of a state dict, so that it can be loaded; no forward needed.
 
-    Only widths are changed. A module for which the state dict differs in anything else, has contradicting widths or
-    lacks a key is left as it is, so that ``load_state_dict`` reports it.
+    Only widths are changed, and with them the numbers in attributes that the metadata of ``state`` has. A module for
+    which the state dict differs in anything else, has contradicting widths or lacks a key is left as it is, so that
+    ``load_state_dict`` reports it.
 
     Args:
         model: The model that will load ``state``.
@@ -51,6 +53,7 @@ def conform(model: nn.Module, state: Mapping[str, Any], prefix: str = "") -> lis
         _set(module, leaf, torch.empty(shape, dtype=tensor.dtype, device=tensor.device))
     for module in model.modules() if changed else ():  # all of them: a tensor may be shared
         refit(module)
+    put_sizes(model, sizes_in(model, state, prefix))
     return [name for name, *_ in changed]
 
 
@@ -59,6 +62,7 @@ def conforming(model: nn.Module, state: Mapping[str, Any]) -> Iterator[None]:
     """Give a model the widths of a state dict while that is loaded; after an error it gets its own back."""
     before = [(module, leaf, getattr(module, leaf).data) for _, module, leaf, _ in _misfits(model, state, "")]
     lazy = [module for module in model.modules() if isinstance(module, LazyModuleMixin)]
+    sizes = all_sizes(model)
     conform(model, state)
     try:
         yield
@@ -69,6 +73,7 @@ def conforming(model: nn.Module, state: Mapping[str, Any]) -> Iterator[None]:
             _set(module, leaf, data)
         for module in model.modules() if before else ():
             refit(module)
+        put_sizes(model, sizes)
         raise
 
 

@@ -24,6 +24,25 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Attribute:
+    """A whole number in a module's own attributes that follows the width of a layer, such as a number of heads.
+
+    Attributes:
+        path: Path of the module.
+        name: Name of the attribute; with a dot, that of an entry of an object that it holds: ``"config.num_heads"``.
+        place: Place in a tuple or list, or None.
+        layer: The layer that it follows.
+        neurons: The neurons of that layer by which it scales: it keeps the share of them that stays.
+    """
+
+    path: str
+    name: str
+    place: int | None
+    layer: str
+    neurons: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Group:
     """A group of coupled neurons of several layers; a *unit* is the smallest set that can only be removed together.
 
@@ -33,6 +52,7 @@ class Group:
         parts: All modules that get narrower when a unit is removed.
         layers: For each layer that makes neurons of the group, the neurons of each unit.
         least: Number of neurons that must stay in each of its layers.
+        attributes: Whole numbers that have to follow when units are removed.
     """
 
     root: str
@@ -40,6 +60,7 @@ class Group:
     parts: tuple[Part, ...]
     layers: Mapping[str, tuple[tuple[int, ...], ...]]
     least: int = 1
+    attributes: tuple[Attribute, ...] = ()
 
     def neurons(self, units: Iterable[int]) -> dict[str, list[int]]:
         """Return the neurons, by layer, that are removed with some units."""

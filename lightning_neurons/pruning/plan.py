@@ -39,6 +39,8 @@ class PruningPlan:
         notes: Reasons why nothing, or less than asked, is removed.
         norm_streams: ``"renormalize"`` if norm layers take their statistics over fewer neurons without these, so that
             the cut is not exact.
+        attributes: Whole numbers in modules' own attributes that follow, such as ``"attention.num_heads"``, each before
+            and after the cut.
 
     Example:
         >>> plan = PruningPlan.from_indices({"net.conv1": [3, 0]})
@@ -52,6 +54,7 @@ class PruningPlan:
     cost: PlanCost | None = None
     notes: tuple[str, ...] = ()
     norm_streams: NormStreams = "refuse"
+    attributes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @classmethod
     def from_indices(cls, neurons: Mapping[str, Iterable[int]]) -> "PruningPlan":
@@ -110,7 +113,9 @@ class PruningPlan:
         if self.cost is not None and later.cost is not None:
             cost = replace(later.cost, parameters=self.cost.parameters, macs=self.cost.macs)
         norms = self.norm_streams if later.norm_streams == "refuse" else later.norm_streams
-        return PruningPlan(both, self.widths or later.widths, reasons, cost, (*self.notes, *later.notes), norms)
+        attributes = {**self.attributes, **lifted.attributes}
+        notes = (*self.notes, *later.notes)
+        return PruningPlan(both, self.widths or later.widths, reasons, cost, notes, norms, attributes)
 
     def lifted(self, before: "PruningPlan") -> "PruningPlan":
         """Translate this plan for the model that ``before`` leaves to the indices that ``before`` has.
@@ -127,7 +132,9 @@ class PruningPlan:
             if width is not None and neurons and neurons[-1] >= width:
                 left = width - len(before.neurons.get(layer, ()))
                 raise ArgumentError.of("plan", {layer: self.neurons[layer][-1]}, f"neurons of the {left} in {layer!r}")
-        return replace(moved, widths=before.widths or self.widths)
+        first = {name: pair[0] for name, pair in before.attributes.items()}
+        attributes = {name: (first.get(name, was), now) for name, (was, now) in self.attributes.items()}
+        return replace(moved, widths=before.widths or self.widths, attributes=attributes)
 
     def lowered(self, before: "PruningPlan") -> "PruningPlan":
         """Translate this plan to the model that ``before`` leaves.
@@ -137,7 +144,9 @@ class PruningPlan:
         """
         widths = before.widths or self.widths
         left = {n: width - len(before.neurons.get(n, ())) for n, width in widths.items()}
-        return replace(_moved(self, before, _lower), widths=left)
+        last = {name: pair[1] for name, pair in before.attributes.items()}
+        attributes = {name: (last.get(name, was), now) for name, (was, now) in self.attributes.items()}
+        return replace(_moved(self, before, _lower), widths=left, attributes=attributes)
 
     def check(self, widths: Mapping[str, int]) -> None:
         """Check that the plan is one for a model.
@@ -172,6 +181,7 @@ class PruningPlan:
             "cost": None if self.cost is None else dict(vars(self.cost)),
             "notes": list(self.notes),
             "norm_streams": self.norm_streams,
+            "attributes": {name: list(pair) for name, pair in self.attributes.items()},
         }
 
     @classmethod
@@ -282,6 +292,10 @@ def _fields(document: Any) -> dict[str, Any]:
     _check_reasons(reasons, neurons)
     if not (cost is None or (_is_map(cost) and all(is_number(n) and isinstance(n, int) for n in cost.values()))):
         raise ArgumentError.of("plan", cost, f"a cost of whole numbers, in {_AS_SAVED}")
+    attributes = document.get("attributes") or {}
+    if not _is_map(attributes) or not all(_is_pair(pair) for pair in attributes.values()):
+        allowed = f"attributes with two whole numbers each, before and after the cut, in {_AS_SAVED}"
+        raise ArgumentError.of("plan", attributes, allowed)
     if not isinstance(document.get("notes", []), list):
         raise ArgumentError.of("plan", document["notes"], f"a list of notes, in {_AS_SAVED}")
     try:
@@ -292,6 +306,7 @@ def _fields(document: Any) -> dict[str, Any]:
             "cost": None if cost is None else PlanCost(**cost),
             "notes": tuple(map(str, document.get("notes", []))),
             "norm_streams": check_choice("norm_streams", document.get("norm_streams", "refuse"), get_args(NormStreams)),
+            "attributes": {name: (pair[0], pair[1]) for name, pair in attributes.items()},
         }
     except TypeError as error:
         raise ArgumentError.of("plan", str(error), _AS_SAVED) from error
@@ -305,6 +320,11 @@ def _check_reasons(reasons: Any, neurons: Mapping[str, tuple[int, ...]]) -> None
         strange = [i for i in by if int(i) not in neurons.get(layer, ())]
         if strange:
             raise ArgumentError.of("plan", {layer: strange[0]}, "reasons for neurons that it removes")
+
+
+def _is_pair(value: Any) -> bool:
+    fits = isinstance(value, list | tuple) and len(value) == 2
+    return fits and all(is_number(n) and isinstance(n, int) and n > 0 for n in value)
 
 
 def _is_map(value: Any) -> bool:

@@ -16,6 +16,8 @@ from lightning_neurons.pruning.selection.group_scores import GroupScores
 from lightning_neurons.pruning.selection.select import Selection, select
 from lightning_neurons.pruning.structure.norm_streams import NormStreams
 from lightning_neurons.pruning.structure.structure import Structure
+from lightning_neurons.pruning.structure.width_attributes import attributes_of, mended
+from lightning_neurons.pruning.surgery.surgery import cuts_of, sizes_after
 
 Units = dict[str, list[int]]
 
@@ -117,7 +119,7 @@ def complete(structure: Structure, plan: PruningPlan) -> Cut:
             if found is None:
                 raise PruningError(f"{layer} cannot be cut: {structure.unseen[layer]}")
             root, unit = found
-            if root in structure.refused:
+            if root in structure.refused and root not in structure.failed:
                 raise PruningError(f"{layer} cannot be cut: {structure.refused[root]}")
             units.setdefault(root, [])
             if unit not in units[root]:
@@ -135,7 +137,7 @@ def complete(structure: Structure, plan: PruningPlan) -> Cut:
                 f"{layer} cannot lose {len(gone)} of its {structure.widths[layer]} neurons: at least {least[layer]} "
                 "must stay"
             )
-    verify(structure, units)
+    structure = verified(structure, units)
     notes = plan.notes if units else (*plan.notes, "nothing is cut: the plan is empty")
     return Cut.of(structure, _plan(structure, units, reasons, notes), units)
 
@@ -147,26 +149,45 @@ def _check(plan: PruningPlan, structure: Structure) -> None:
         raise ArgumentError.of("norm_streams", "refuse", allowed)
 
 
-def verify(structure: Structure, units: Mapping[str, list[int]]) -> None:
-    """Try a cut, whole, on a copy.
+def verified(structure: Structure, units: Mapping[str, list[int]]) -> Structure:
+    """Try a cut, whole, on a copy; groups whose trial with other units failed are judged by these alone.
+
+    Args:
+        structure: The model.
+        units: By root, the units to remove.
+
+    Returns:
+        The structure, with the attributes that have to follow this cut.
 
     Raises:
         PruningError: If the output is not that with the neurons silenced.
     """
-    groups = [structure.groups[root] for root in units]
-    for root, reason in structure.preflight.failing(groups, units).items():
-        raise PruningError(f"{root} cannot be cut: {reason}")
+
+    def failing() -> dict[str, str]:
+        return structure.preflight.failing([structure.groups[root] for root in units], units)
+
+    wrong = [structure.groups[root] for root in failing()]
+    able = mended(structure.preflight, wrong, units, structure.widths)
+    if len(able) < len(wrong) and len(wrong) > 1:  # an attribute may follow several of them
+        together = attributes_of(structure.preflight, wrong, units, structure.widths) or []
+        able |= {group.root: group for group in together}
+    structure = replace(structure, groups={**structure.groups, **able})
+    for root, reason in failing().items() if wrong else ():
+        raise PruningError(f"{root} cannot be cut: {structure.refused.get(root, reason)}")
+    return replace(structure, refused={root: why for root, why in structure.refused.items() if root not in units})
 
 
 def _plan(
     structure: Structure, units: Units, reasons: Mapping[str, Mapping[int, str]], notes: tuple[str, ...]
 ) -> PruningPlan:
     neurons = {layer: tuple(chosen) for layer, chosen in structure.neurons(units).items()}
+    sizes = sizes_after(structure.preflight.twin, cuts_of(structure.groups.values(), units))
+    attributes = {f"{path}.{key}".lstrip("."): pair for path, by in sizes.items() for key, pair in by.items()}
     parameters, macs = structure.counted_without(units)
     cost = PlanCost(structure.costs.parameters(), structure.costs.macs(), parameters, macs)
     inexact = structure.inexact(units)
     norms: NormStreams = "renormalize" if inexact else "refuse"
-    return PruningPlan(neurons, dict(structure.widths), reasons, cost, (*notes, *inexact), norms)
+    return PruningPlan(neurons, dict(structure.widths), reasons, cost, (*notes, *inexact), norms, attributes)
 
 
 def _reasons(

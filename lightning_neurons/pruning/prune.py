@@ -63,6 +63,7 @@ class PruningReport:
             f"MACs {c.macs:,} -> {c.macs_after:,} ({c.macs_after / max(c.macs, 1):.1%})",
         ]
         lines += [f"{n}: {self.plan.widths[n]} -> {w}" for n, w in self.widths.items() if w != self.plan.widths[n]]
+        lines += [f"{name}: {before} -> {after}" for name, (before, after) in self.plan.attributes.items()]
         return "\n".join([*lines, *self.notes])
 
 

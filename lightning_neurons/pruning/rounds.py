@@ -89,6 +89,7 @@ class Rounds:
                 reasons={n: {**total.reasons.get(n, {}), **plan.reasons.get(n, {})} for n in layers},
                 cost=plan.cost,
                 notes=tuple(dict.fromkeys((*total.notes, *plan.notes))),
+                attributes={**total.attributes, **plan.attributes},
             )
         if total.cost is not None and self.dense is not None:
             cost = replace(total.cost, parameters=self.dense.parameters, macs=self.dense.macs)

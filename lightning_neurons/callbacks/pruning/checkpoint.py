@@ -2,8 +2,8 @@
 
 import functools
 import pickle
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_neurons.dependency.conform import conform, conforming, narrowed, widened
+from lightning_neurons.dependency.sizes import exchange_sizes
 from lightning_neurons.errors import ArgumentError, PruningError
+from lightning_neurons.pruning.plan import PruningPlan
+from lightning_neurons.pruning.rounds import Rounds
 
 
 def fit_widths(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -38,6 +41,38 @@ def stop_following(module: nn.Module) -> None:
     hooks = module._load_state_dict_pre_hooks
     for key in [key for key, hook in hooks.items() if getattr(hook, "hook", hook) is fit_widths]:
         del hooks[key]
+
+
+def restore_attributes(models: Iterable[nn.Module], plan: PruningPlan, checkpoint: Mapping[str, Any]) -> None:
+    """Give models the numbers in attributes, such as those of heads, that they had when a checkpoint was written.
+
+    State dicts have them in their metadata, which averaging callbacks drop; the cuts in the pruning callback's state
+    have them as well.
+
+    Args:
+        models: A module that has loaded the checkpoint, and copies of it.
+        plan: All cuts of the module before it did.
+        checkpoint: Of a Trainer.
+    """
+    there = _attributes_in(checkpoint)
+    if there is None:
+        return
+    gone = {name: (now, first) for name, (first, now) in plan.attributes.items()}
+    for model in models:
+        exchange_sizes(model, gone)
+        exchange_sizes(model, there)
+
+
+def _attributes_in(checkpoint: Mapping[str, Any]) -> dict[str, tuple[int, int]] | None:
+    """Return the numbers in attributes after the cuts of a checkpoint; None if no pruning callback has written it."""
+    callbacks = checkpoint.get("callbacks")
+    states = callbacks.values() if isinstance(callbacks, dict) else ()
+    found: list[dict[str, tuple[int, int]]] = []
+    for state in states:
+        if isinstance(state, dict) and isinstance(state.get("rounds"), dict):
+            with suppress(Exception):  # the callback itself says what is wrong with its state
+                found.append(dict(Rounds.from_state(state["rounds"]).plan.attributes))
+    return found[0] if len(found) == 1 else None
 
 
 class PrunedCheckpointMixin:
@@ -129,6 +164,7 @@ def load_pruned(model: Any, path: str | Path, **kwargs: Any) -> Any:
             raise PruningError(f"{path} is of another architecture than {what}: {'; '.join(wrong)}")
         made.load_state_dict(state)
     if state is not content:
+        restore_attributes([made], PruningPlan({}), content)
         _say_if_unjudged(content, path)
     return made
 
@@ -217,6 +253,7 @@ def _from_checkpoint(module_class: Any, path: str | Path, kwargs: dict[str, Any]
         content = _read(path, expected, place="meta")
     except Exception:  # noqa: BLE001 (it has been loaded; what else is in it does not matter here)
         return module
+    restore_attributes([module], PruningPlan({}), content)
     _say_if_unjudged(content, path)
     return module
 

@@ -18,7 +18,7 @@ from lightning_neurons.callbacks.observing.monitored import MonitoredObserver
 from lightning_neurons.callbacks.observing.publish import publish_rounds
 from lightning_neurons.callbacks.pruning import suitability
 from lightning_neurons.callbacks.pruning.calibration import calibration_of
-from lightning_neurons.callbacks.pruning.checkpoint import follow_checkpoints, stop_following
+from lightning_neurons.callbacks.pruning.checkpoint import follow_checkpoints, restore_attributes, stop_following
 from lightning_neurons.callbacks.pruning.cutting import averages_of, cut_in_fit, metric_now, reset_early_stopping
 from lightning_neurons.callbacks.pruning.deciding import Decision, Survey, Verdict
 from lightning_neurons.callbacks.pruning.followers import Following
@@ -117,6 +117,7 @@ class NeuronPruner(MonitoredObserver):
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Take over the rounds of a pruning callback with other settings, and warn: budgets are of the whole model."""
+        restore_attributes((pl_module, *averages_of(trainer)), self.plan, checkpoint)
         other = state_of_other_settings(checkpoint, self.state_key) if trainer.state.fn == "fit" else None
         if other is not None:
             self._adopt(other[0])

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_neurons.callbacks.pruning.cutting import average_models
+from lightning_neurons.callbacks.pruning.cutting import average_models, averages_of
 from lightning_neurons.data.batches import map_tensors
 from lightning_neurons.dependency.conform import set_data
+from lightning_neurons.dependency.sizes import all_sizes, put_sizes
 from lightning_neurons.layers.width_handlers import refit
 from lightning_neurons.pruning.surgery.optimizers import with_held
 from lightning_neurons.pruning.surgery.surgery import Operation
+from lightning_neurons.results.typed import typed
 
 Snapshot = dict[str, Any]
 
@@ -28,6 +30,7 @@ def take_snapshot(trainer: Any, pl_module: nn.Module) -> Snapshot:
     """Copy model, averages of it, optimizers, schedulers and the state of the precision plugin."""
     return {
         "model": _tensors(pl_module),
+        "sizes": _plain_sizes(pl_module),
         "averages": [_tensors(average) for average in average_models(trainer)],
         "optimizers": [_copy(optimizer.state_dict()) for optimizer in with_held(trainer.optimizers)],
         "schedulers": [_copy(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs],
@@ -57,6 +60,8 @@ def restore_snapshot(trainer: Any, pl_module: nn.Module, snapshot: Snapshot, als
             pairs += zip(average_models(trainer), snapshot["averages"], strict=True)
             for model, saved in pairs:
                 _put(model, saved, operation)
+            for model in (pl_module, *averages_of(trainer)):
+                _put_sizes(model, snapshot, operation)
             for optimizer, saved in zip(with_held(trainer.optimizers), snapshot["optimizers"], strict=True):
                 live = _Live.of(optimizer)
                 operation.do(partial(_load_optimizer, optimizer, _copy(saved), live), partial(live.put_back, optimizer))
@@ -79,6 +84,7 @@ def restore_models(models: Sequence[nn.Module], snapshot: Snapshot, also: Callab
         with torch.inference_mode(False), torch.no_grad():
             for model in models:
                 _put(model, snapshot["model"], operation)
+                _put_sizes(model, snapshot, operation)
             also(operation)
     except BaseException:
         operation.roll_back()
@@ -89,6 +95,16 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return all parameters and buffers, also those that are not saved in checkpoints."""
     named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in named}
+
+
+def _plain_sizes(model: nn.Module) -> dict[str, dict[str, list[int]]]:
+    return {path: {key: list(pair) for key, pair in by.items()} for path, by in all_sizes(model).items()}
+
+
+def _put_sizes(model: nn.Module, snapshot: Snapshot, operation: Operation) -> None:
+    """Restore the numbers in attributes; snapshots of earlier versions have none, as nothing changed them."""
+    saved = typed(dict[str, dict[str, tuple[int, int]]], snapshot.get("sizes", {}), "sizes")
+    operation.do(partial(put_sizes, model, saved), partial(put_sizes, model, all_sizes(model)))
 
 
 def _copy(state: Any) -> Any:

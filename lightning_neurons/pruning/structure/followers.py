@@ -67,6 +67,8 @@ def _joint(group: Group, own: list[Group], followers: Followers, order: list[str
     for part in group.parts:
         for path in mirrored(part.path, followers):
             parts[path, part.role, part.axis] = Part(path, part.role, part.indices, part.axis)
+    attributes = {a: None for one in (group, *own) for a in one.attributes}
+    attributes |= {replace(a, path=path): None for a in attributes for path in mirrored(a.path, followers)}
     for layer, units in group.layers.items():
         layers |= dict.fromkeys(mirrored(layer, followers), units)
     for one in own:
@@ -78,7 +80,8 @@ def _joint(group: Group, own: list[Group], followers: Followers, order: list[str
                 return None
         layers |= one.layers
     ordered = {name: layers[name] for name in order if name in layers}
-    return Group(group.root, group.size, tuple(parts.values()), ordered, max(g.least for g in (group, *own)))
+    least = max(g.least for g in (group, *own))
+    return Group(group.root, group.size, tuple(parts.values()), ordered, least, tuple(attributes))
 
 
 def shifts_with_followers(shifts: Mapping[str, Tensor], followers: Followers, ran: set[str]) -> dict[str, Tensor]:

@@ -4,10 +4,13 @@ Silenced means that layers that read them have weights of zero for them. The cop
 cut cannot go unnoticed.
 """
 
+import os
+import traceback
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +24,7 @@ from lightning_neurons.pruning.structure.example import Example, in_precision
 from lightning_neurons.pruning.structure.norm_streams import Norms, narrowed
 from lightning_neurons.pruning.surgery.surgery import TensorCut, cut, cuts_of
 
+_NOT_THE_USERS = tuple(f"{folder}{os.sep}" for folder in (Path(torch.__file__).parent, Path(__file__).parents[2]))
 _TOLERANCES = ((torch.float64, 1e-8), (torch.float32, 1e-4))
 
 
@@ -53,7 +57,7 @@ class Preflight:
         """
         if not groups:
             return {}
-        reason = self._difference(cuts_of(groups, units))
+        reason = self.difference(cuts_of(groups, units))
         if reason is None:
             return {}
         if len(groups) == 1:
@@ -79,11 +83,27 @@ class Preflight:
             return
         raise PruningError(f"the model runs on a copy neither in float64 nor in float32 ({failure})")
 
-    def _difference(self, cuts: Sequence[TensorCut]) -> str | None:
-        """Return the difference between silence and removal in words, or None."""
+    def expected(self, cuts: Sequence[TensorCut]) -> list[Tensor]:
+        """Run the copy with neurons silenced.
+
+        Args:
+            cuts: The neurons.
+
+        Returns:
+            The outputs, which those without the neurons have to equal.
+        """
+        with silenced(self.twin, cuts, self.norms):
+            return self._outputs(self.example)
+
+    def difference(self, cuts: Sequence[TensorCut], expected: Sequence[Tensor] | None = None) -> str | None:
+        """Return the difference between silence and removal in words, or None.
+
+        Args:
+            cuts: The neurons to remove.
+            expected: The outputs with them silenced, where they are computed already.
+        """
         try:
-            with silenced(self.twin, cuts, self.norms):
-                expected = self._outputs(self.example)
+            expected = self.expected(cuts) if expected is None else expected
         except Exception as error:  # noqa: BLE001 (a norm that does not run on fewer neurons)
             return f"its norms cannot be narrowed ({in_short(error)})"
         try:
@@ -94,7 +114,8 @@ class Preflight:
             got = self._outputs(self.example)
         except Exception as error:  # noqa: BLE001
             return (
-                f"the forward fails without them ({in_short(error)}): something that is not cut depends on their number"
+                f"the forward fails without them{_line_of(error)} ({in_short(error)}): something that is not cut "
+                "depends on their number"
             )
         finally:
             operation.roll_back()
@@ -148,6 +169,13 @@ def silenced(model: nn.Module, cuts: Sequence[TensorCut], norms: Norms | None = 
     finally:
         for take_back in reversed(undo):
             take_back()
+
+
+def _line_of(error: Exception) -> str:
+    """Return the line of the user's code that fails, in words: the innermost outside of torch and the package."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if f.line and not any(f.filename.startswith(folder) for folder in _NOT_THE_USERS)]
+    return f" at {Path(own[-1].filename).name}:{own[-1].lineno}, `{own[-1].line}`" if own else ""
 
 
 def _compare(expected: Sequence[Tensor], got: Sequence[Tensor], tolerance: float) -> str | None:

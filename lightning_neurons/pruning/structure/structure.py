@@ -21,6 +21,7 @@ from lightning_neurons.pruning.structure.costs import Costs, Counter, Effects, c
 from lightning_neurons.pruning.structure.example import Example, scramble, twin_of
 from lightning_neurons.pruning.structure.norm_streams import Norms, NormStreams, find_norms, follow_through
 from lightning_neurons.pruning.structure.preflight import Preflight, silenced
+from lightning_neurons.pruning.structure.width_attributes import mended
 from lightning_neurons.pruning.surgery.surgery import cuts_of
 
 Units = Mapping[str, list[int]]
@@ -42,6 +43,7 @@ class Structure:
         counter: Counts what the model costs, whole or cut.
         norm_streams: What happens to neurons that norm layers take their statistics over.
         routed: Layers that do not run on every sample: the model's weights decide on which.
+        failed: Roots of refused groups whose trial failed: other units than those that were tried may be removable.
     """
 
     groups: Mapping[str, Group]
@@ -54,6 +56,7 @@ class Structure:
     counter: Counter
     norm_streams: NormStreams = "refuse"
     routed: tuple[str, ...] = ()
+    failed: frozenset[str] = frozenset()
 
     @property
     def offered(self) -> dict[str, Group]:
@@ -117,8 +120,8 @@ class Structure:
 
     def counted_without(self, units: Units) -> tuple[int, int]:
         """Return parameters and MACs when units have gone, with the MACs counted on a copy that is cut."""
-        parameters, macs = self.costs_without(units)
-        return parameters, self._counted(units).macs() if any(units.values()) else macs
+        macs = self._counted(units).macs() if any(units.values()) else self.costs.macs()
+        return self.costs.parameters(removed_by(self._effects, units)), macs
 
     @cached_property
     def wiring(self) -> Wiring:
@@ -189,14 +192,32 @@ def _structure_of(twin: nn.Module, example: Example, norm_streams: NormStreams) 
     counter = Counter(twin, example)
     costs = counter.costs()
     others = costs_of(preflight.twin, preflight.example)
+    widths, blocks = widths_of(twin), blocks_of(twin)
     groups = {group.root: group for group in coupling.groups}
     refused = _refused(preflight, coupling)
+    failed = _try_groups(groups, refused, preflight, widths)
+    reasons, sizes, ran = {**refused, **failed}, (widths, blocks, costs), routed(costs, others)
+    return Structure(groups, reasons, coupling, *sizes, preflight, counter, norm_streams, ran, frozenset(failed))
+
+
+def _try_groups(
+    groups: dict[str, Group], refused: Mapping[str, str], preflight: Preflight, widths: Mapping[str, int]
+) -> dict[str, str]:
+    """Try all groups that are not refused yet; those that need it are given attributes that follow.
+
+    Returns:
+        By root, the reason why the trial of a group failed.
+    """
+    failed: dict[str, str] = {}
     for seed in range(2):  # one choice alone might happen to have the symmetry that a wrong group needs
-        tried = {root: some_units(group, seed) for root, group in groups.items() if root not in refused}
-        failing = preflight.failing([groups[root] for root in tried], tried)
-        refused |= {root: _norm_over(groups[root], twin, norms) or reason for root, reason in failing.items()}
-    sizes = (widths_of(twin), blocks_of(twin), costs)
-    return Structure(groups, refused, coupling, *sizes, preflight, counter, norm_streams, routed(costs, others))
+        tried = {root: some_units(group, seed) for root, group in groups.items() if root not in {**refused, **failed}}
+        reasons = preflight.failing([groups[root] for root in tried], tried)
+        reasons = {root: _norm_over(groups[root], preflight) or reason for root, reason in reasons.items()}
+        open_ones = [root for root in reasons if not _norm_over(groups[root], preflight)]
+        can_be_cut = mended(preflight, [groups[r] for r in open_ones if not groups[r].attributes], tried, widths)
+        groups |= can_be_cut
+        failed |= {root: reason for root, reason in reasons.items() if root not in can_be_cut}
+    return failed
 
 
 def _preflight(twin: nn.Module, example: Example, ends: list[str], norms: Norms) -> Preflight:
@@ -241,13 +262,13 @@ def _refused(preflight: Preflight, coupling: Coupling) -> dict[str, str]:
     return refused
 
 
-def _norm_over(group: Group, model: nn.Module, norms: Norms) -> str | None:
+def _norm_over(group: Group, preflight: Preflight) -> str | None:
     """Return why a group whose cut is wrong cannot be cut, if a norm layer runs over all of it."""
-    modules = modules_by_name(model)
+    modules = modules_by_name(preflight.twin)
     for part in group.parts:
         owner = part.path.rpartition(".")[0] if part.role == "holds" else part.path
         handler = handler_of(modules[owner])
-        if handler is not None and handler.over_all and owner not in norms.layers:
+        if handler is not None and handler.over_all and owner not in preflight.norms.layers:
             return f"{owner}: {type(modules[owner]).__name__} normalises over all of them, and would do so over fewer"
     return None
 

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_neurons.dependency.conform import set_data
-from lightning_neurons.dependency.groups import Group
+from lightning_neurons.dependency.groups import Attribute, Group
+from lightning_neurons.dependency.sizes import key_of, putting_back, set_sizes, size_at
+from lightning_neurons.errors import PruningError
 from lightning_neurons.layers.layer import modules_by_name, public_name
 from lightning_neurons.layers.width_handlers import Role, axes, handler_of, refit
 from lightning_neurons.pruning.surgery.optimizers import (
@@ -29,6 +31,25 @@ from lightning_neurons.pruning.surgery.optimizers import (
 
 
 @dataclass(frozen=True)
+class SizeCut:
+    """A whole number in a module's own attributes, such as a number of heads, of which a share stays.
+
+    Attributes:
+        path: Path of the module.
+        name: Name of the attribute.
+        place: Place in a tuple or list, or None.
+        left: The number of neurons that stay, of those that it follows.
+        total: Their number before the cut.
+    """
+
+    path: str
+    name: str
+    place: int | None
+    left: int
+    total: int
+
+
+@dataclass(frozen=True)
 class TensorCut:
     """The neurons that one module (or, for the role ``"holds"``, one parameter) loses.
 
@@ -37,12 +58,14 @@ class TensorCut:
         role: The module's relation to the removed neurons, such as ``"makes"`` or ``"reads"``.
         places: Their indices, sorted.
         axis: Of a parameter that is no module's weight, the axis.
+        sizes: Numbers in attributes, of this module or others, that follow its width.
     """
 
     path: str
     role: Role
     places: tuple[int, ...]
     axis: int | None = None
+    sizes: tuple[SizeCut, ...] = ()
 
 
 class Operation:
@@ -77,12 +100,24 @@ def cuts_of(groups: Iterable[Group], units: Mapping[str, Sequence[int]]) -> list
         One cut for each module or parameter, role and axis.
     """
     places: dict[tuple[str, Role, int | None], set[int]] = {}
+    attributes: dict[str, dict[Attribute, None]] = {}
     for group in groups:
         for part in group.parts:
             gone = {i for unit in units.get(group.root, ()) for i in part.indices[unit]}
             if gone:
                 places.setdefault((part.path, part.role, part.axis), set()).update(gone)
-    return [TensorCut(path, role, tuple(sorted(gone)), axis) for (path, role, axis), gone in places.items()]
+        for attribute in group.attributes:
+            attributes.setdefault(attribute.layer, {})[attribute] = None
+
+    def sizes(path: str, role: Role, gone: set[int]) -> tuple[SizeCut, ...]:
+        follow = attributes.get(path, {}) if role in ("makes", "passes") else {}
+        shares = [(a, sum(neuron not in gone for neuron in a.neurons)) for a in follow]
+        return tuple(SizeCut(a.path, a.name, a.place, n, len(a.neurons)) for a, n in shares if n < len(a.neurons))
+
+    return [
+        TensorCut(path, role, tuple(sorted(gone)), axis, sizes(path, role, gone))
+        for (path, role, axis), gone in places.items()
+    ]
 
 
 def cut(
@@ -119,6 +154,7 @@ def cut(
             refuse_outside_state(optimizers, [one.owner for one in smaller if one.stays])
             states = [entry for optimizer in optimizers for entry in _states(optimizer, smaller)]
             owners = _owners((model, *copies), smaller)
+            numbers = [entry for root in (model, *copies) for entry in _sizes(root, cuts)]
             for one in smaller:
                 operation.do(one.put, one.put_back)
             for module in owners:
@@ -129,8 +165,10 @@ def cut(
                 operation.do(
                     partial(setattr, module, size, width), partial(setattr, module, size, getattr(module, size))
                 )
-            for state, new in states:
-                operation.do(partial(refill, state, new), partial(refill, state, dict(state)))
+            for module, new in numbers:
+                operation.do(partial(set_sizes, module, new), putting_back(module, new))
+            for state, entries in states:
+                operation.do(partial(refill, state, entries), partial(refill, state, dict(state)))
             if also is not None:
                 also(operation)
     except BaseException:
@@ -242,6 +280,42 @@ def _bare(models: Iterable[nn.Module], cuts: Sequence[TensorCut]) -> list[tuple[
                 sizes = [name for name, size in handler.sizes.items() if size == "passes"]
                 found += [(module, name, getattr(module, name) - len(one.places)) for name in sizes]
     return found
+
+
+def sizes_after(model: nn.Module, cuts: Sequence[TensorCut]) -> dict[str, dict[str, tuple[int, int]]]:
+    """Return the numbers in attributes that a cut changes.
+
+    Args:
+        model: As it is before the cut.
+        cuts: The cuts.
+
+    Returns:
+        By path of a module and by attribute, the number before the cut and after it.
+
+    Raises:
+        PruningError: If a number would not be whole, or follows layers that lose different shares.
+    """
+    modules = modules_by_name(model)
+    found: dict[str, dict[str, tuple[int, int]]] = {}
+    for one in [size for entry in cuts for size in entry.sizes]:
+        key = key_of(one.name, one.place)
+        before = size_at(modules[one.path], key)
+        if before is None:
+            raise PruningError(f"{one.path or 'the model'} has no whole number {key}, which has to follow")
+        after, rest = divmod(before * one.left, one.total)
+        what = f"{key} of {one.path or type(model).__name__}"
+        if rest or not after:
+            would = f"{before * one.left / one.total:.4g}"
+            raise PruningError(f"{what} is {before} and would be {would}, which is no number of neurons")
+        if found.setdefault(one.path, {}).setdefault(key, (before, after)) != (before, after):
+            raise PruningError(f"{what} follows layers that lose different shares of their neurons")
+    return found
+
+
+def _sizes(model: nn.Module, cuts: Sequence[TensorCut]) -> list[tuple[nn.Module, dict[str, int]]]:
+    modules = modules_by_name(model)
+    changes = sizes_after(model, cuts)
+    return [(modules[path], {key: after for key, (_, after) in by.items()}) for path, by in changes.items()]
 
 
 def _rest(tensor: Tensor, axis: int, gone: Iterable[int]) -> Tensor:
