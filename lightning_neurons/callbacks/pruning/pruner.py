@@ -387,10 +387,9 @@ class NeuronPruner(MonitoredObserver):
                 f"training ended before a plan for {len(self.pending)} neurons was carried out; it is in checkpoints, "
                 "and is carried out when training is resumed"
             )
-        rounds = self.rounds
         if not self.plan and not trainer.fast_dev_run:
-            self._warn("all cuts have been taken back" if rounds.undone else "nothing has been cut")
-        elif self.plan and rounds.dense is not None and trainer.is_global_zero:
+            self._warn("all cuts have been taken back" if self.rounds.undone else "nothing has been cut")
+        elif self.plan and (rounds := self.rounds).dense is not None and trainer.is_global_zero:
             print_rounds(rounds.done, rounds.dense, rounds.widths(), self.pruning.monitor, undone=rounds.undone)
 
     def _drop(self, trainer: Any) -> None:
