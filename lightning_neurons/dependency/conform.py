@@ -107,7 +107,7 @@ def _misfits(
 ) -> Iterator[tuple[str, nn.Module, str, torch.Size]]:
     """Yield tensors that differ from a state dict in nothing but widths: name, module, leaf and the shape there."""
     for path, module in model.named_modules():
-        if not axes(module, "makes") and not _holds_parameters(module):
+        if not axes(module, "makes") and not axes(module, "reads") and not _holds_parameters(module):
             continue
         before = f"{prefix}{path}." if path else prefix
         for leaf, shape in _new_shapes(module, state, before).items():

@@ -1,10 +1,9 @@
 """Layout of neurons in the tensors of a forward, read from its autograd graph operation by operation.
 
 The node of an operation keeps its arguments and the sizes of its results. A layout is found by applying the same
-operation to the indices of the neurons.
+operation to the numbers of the places that neurons take.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
@@ -12,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Table = tuple[int, ...]
-"""For each place in the result of an operation, the place in its input; -1 for values from elsewhere."""
+PRODUCTS = {"Mm", "Bmm", "Addmm", "Baddbmm", "Addbmm", "Mv", "Addmv", "Dot", "Convolution", "Cdist", "EuclideanDist"}
+"""Operations that multiply or compare each with each, and sum over an axis."""
 
 
 def name_of(node: Any) -> str:
@@ -22,120 +21,147 @@ def name_of(node: Any) -> str:
 
 
 def shape_of(node: Any, number: int = 0) -> tuple[int, ...] | None:
-    """Return the size of an operation's result, or None if its node does not tell."""
-    known = getattr(node, "_input_metadata", ())
-    if number >= len(known):
+    """Return the size of a result of an operation, or None if its node does not tell."""
+    if name_of(node) == "AccumulateGrad":
+        return tuple(node.variable.shape)
+    sizes = getattr(node, "_input_metadata", ())
+    if number >= len(sizes):
         return None
     try:
-        return tuple(int(size) for size in known[number].shape)
+        return tuple(int(size) for size in sizes[number].shape)
     except (RuntimeError, TypeError):  # nested tensors, sizes that are symbols
         return None
 
 
-def parts_of(node: Any, axis: int) -> list[int] | None:
-    """Return the bounds of the parts of a split along an axis; None if it splits another axis."""
-    shapes = [shape_of(node, number) for number in range(len(node._input_metadata))]
-    sizes = [shape[axis] for shape in shapes if shape is not None]
-    if len(sizes) < len(shapes) or _signed(node._saved_dim) % len(shapes[0] or ()) != axis:
-        return None
-    return [0, *accumulate(sizes)]
+def dim_of(node: Any, ndim: int) -> int:
+    """Return the axis that an operation was given, counted from 0.
 
+    Args:
+        node: The operation's node in autograd's graph.
+        ndim: The number of axes that it counts from.
 
-def joined(node: Any, ndim: int) -> int:
-    """Return the axis along which a concatenation joins."""
+    Returns:
+        The axis; that of a concatenation, a split, a selection or a stack.
+    """
     return _signed(node._saved_dim) % ndim
 
 
-def behind(node: Any, before: Sequence[int], axis: int) -> tuple[int, Table | None] | None:
-    """Find the axis and the order of neurons in the result of an operation.
+def is_split(node: Any) -> bool:
+    """Return whether an operation returns parts of its input, one after the other."""
+    return name_of(node).startswith(("Split", "UnsafeSplit")) or name_of(node) == "Unbind"
+
+
+def part_of(node: Any, numbers: Tensor, number: int) -> Tensor | None:
+    """Return one of the parts that a split returns.
 
     Args:
         node: The operation's node in autograd's graph.
-        before: The size of its input.
-        axis: Axis of the neurons in the input.
+        numbers: Its input, or what lies in the same way.
+        number: The number of the part.
 
     Returns:
-        The axis and the table, which is None if the order is the same; or None if they lie on no single axis.
+        The part; None if the node does not tell its size.
+    """
+    axis = dim_of(node, numbers.ndim)
+    if name_of(node) == "Unbind":
+        return numbers.select(axis, number)
+    shapes = [shape_of(node, place) for place in range(len(node._input_metadata))]
+    sizes = [shape[axis] for shape in shapes if shape is not None]
+    if len(sizes) < len(shapes):
+        return None
+    bounds = [0, *accumulate(sizes)]
+    return numbers.narrow(axis, bounds[number], sizes[number])
+
+
+def moves(node: Any) -> bool:
+    """Return whether an operation only moves, copies or leaves out values of its first input."""
+    return name_of(node) in _MOVES
+
+
+def moved(node: Any, numbers: Tensor) -> Tensor | None:
+    """Apply an operation that moves values to other numbers.
+
+    Args:
+        node: The operation's node in autograd's graph.
+        numbers: What lies as the operation's input does.
+
+    Returns:
+        What lies as its result does, with -1 for values from elsewhere; None if it is not understood.
 
     Example:
         >>> x = torch.zeros(2, 3, 4, requires_grad=True)
-        >>> behind(x.transpose(1, 2).grad_fn, (2, 3, 4), 1)
-        (2, None)
-        >>> behind(x.flatten(1).grad_fn, (2, 3, 4), 1)
-        (1, (0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2))
-        >>> behind(x[:, 1:].grad_fn, (2, 3, 4), 1)
-        (1, (1, 2))
+        >>> moved(x[:, 1:].grad_fn, torch.arange(3).view(1, 3, 1).expand(2, 3, 4))[0, :, 0]
+        tensor([1, 2])
     """
-    after, act = shape_of(node), _LAYOUTS.get(name_of(node))
-    if after is None or not math.prod(before) or not math.prod(after):
+    after = shape_of(node)
+    if after is None:
         return None
-    if act is None and hasattr(node, "_saved_keepdim"):
-        act = _reduced
-    if act is None:  # value by value, from the last axis on
-        moved = axis + len(after) - len(before)
-        return (moved, None) if moved >= 0 and after[moved] == before[axis] else None
-    sizes = [1] * len(before)
-    sizes[axis] = -1
-    numbers = torch.arange(before[axis], dtype=torch.int32).view(sizes).expand(tuple(before))
     try:
-        laid = act(numbers, node, after)
+        laid = _MOVES[name_of(node)](numbers, node, after)
     except (AttributeError, IndexError, RuntimeError, TypeError):  # saved in another form than expected
         return None
-    return _on_one_axis(laid, before[axis], axis) if tuple(laid.shape) == after else None
+    return laid if tuple(laid.shape) == after else None
 
 
-def reduces(node: Any, ndim: int, axis: int) -> bool:
-    """Return whether an operation reduces an axis to one value, as a sum or a mean does."""
-    if hasattr(node, "_saved_keepdim"):
-        return axis in _reduced_axes(node, ndim)
-    return ndim > 0 and shape_of(node) == () and name_of(node) in ("Mean", "Sum", "Norm", "Max", "Min")
-
-
-def contracts(node: Any, number: int, before: Sequence[int], axis: int) -> bool:
-    """Return whether a product, a distance or a convolution sums over an axis of one of its inputs.
+def reduced_axes(node: Any, ndim: int) -> tuple[int, ...] | None:
+    """Return the axes over which an operation reduces its input to one value, as a sum or a mean does.
 
     Args:
         node: The operation's node in autograd's graph.
-        number: Number of the input.
-        before: The size of that input.
-        axis: The axis of that input.
+        ndim: The number of axes of its input.
+
+    Returns:
+        The axes; None if it is no reduction.
     """
-    name = name_of(node)
+    if hasattr(node, "_saved_keepdim"):
+        dims = node._saved_dim
+        dims = () if dims is None else dims if isinstance(dims, tuple) else (dims,)
+        return tuple(_signed(dim) % ndim for dim in dims) if ndim and dims else tuple(range(ndim))
+    whole = ndim > 0 and shape_of(node) == () and name_of(node) in ("Mean", "Sum", "Norm", "Max", "Min")
+    return tuple(range(ndim)) if whole else None
+
+
+def keeps_axes(node: Any) -> bool:
+    """Return whether a reduction leaves axes of size 1."""
+    return bool(getattr(node, "_saved_keepdim", False))
+
+
+def kept_axes(node: Any, number: int, before: Sequence[int], after: Sequence[int]) -> dict[int, int] | None:
+    """Return the axes of an input over which a product, a distance or a convolution does not sum.
+
+    Args:
+        node: The operation's node in autograd's graph.
+        number: The number of the input.
+        before: The size of the input.
+        after: The size of the result.
+
+    Returns:
+        For each axis that stays, its axis in the result; None if the operation sums over no axis of this input.
+
+    Example:
+        >>> left, right = torch.zeros(5, 2, 3, requires_grad=True), torch.zeros(5, 3, 4)
+        >>> kept_axes((left @ right).grad_fn, 0, (5, 2, 3), (5, 2, 4))
+        {0: 0, 1: 1}
+    """
+    name, ndim, last = name_of(node), len(before), len(after)
+    left = number == len(node.next_functions) - 2
     if name == "Convolution":
-        alone = node._saved_groups == before[axis] == (shape_of(node) or (0, 0))[1]
-        return number == 0 and axis == 1 and not alone
+        alone = node._saved_groups == before[1] == after[1]
+        return None if number == 0 and alone else {0: 0} if number == 0 else {}
     if name in ("Cdist", "EuclideanDist"):
-        return axis == len(before) - 1
-    if name in ("Mm", "Addmm", "Mv", "Addmv"):
-        left = number == len(node.next_functions) - 2
-        return axis == len(before) - 1 if left else axis == max(len(before) - 2, 0)
-    if name in ("Bmm", "Baddbmm"):
-        return axis == (2 if number == len(node.next_functions) - 2 else 1)
-    return name.startswith("ScaledDotProduct") and number < 2 and axis == len(before) - 1  # queries and keys
-
-
-def _on_one_axis(laid: Tensor, count: int, before: int) -> tuple[int, Table | None] | None:
-    for axis, size in enumerate(laid.shape):
-        sizes = [1] * laid.ndim
-        sizes[axis] = size
-        table = laid[tuple(slice(None) if i == axis else 0 for i in range(laid.ndim))]
-        if bool((table != table[0]).any()) and bool((laid == table.view(sizes)).all()):
-            found = tuple(table.tolist())
-            return axis, None if found == tuple(range(count)) else found
-    one = laid.flatten()[0]
-    if before < laid.ndim and laid.shape[before] == 1 and bool((laid == one).all()):
-        return before, None if count == 1 else (int(one),)  # a single one is left
+        leading = {axis: axis for axis in range(ndim - 2)}
+        return leading | {ndim - 2: last - 2 if number == 0 else last - 1}
+    is_factor = number >= len(node.next_functions) - 2
+    if name in ("Mm", "Addmm", "Mv", "Addmv", "Dot") and is_factor:
+        return {0: 0} if left and last else {1: 1} if ndim == 2 else {}
+    if name in ("Bmm", "Baddbmm") and is_factor:
+        return {0: 0, 1: 1} if left else {0: 0, 2: 2}
+    if name.startswith("ScaledDotProduct"):
+        leading = {axis: axis + last - ndim for axis in range(ndim - 2) if axis + last - ndim >= 0}
+        # queries, keys, values, and a bias that is added to their products
+        more: tuple[dict[int, int], ...] = ({ndim - 2: last - 2}, {}, {ndim - 1: last - 1}, {ndim - 2: last - 2})
+        return leading | more[min(number, 3)]
     return None
-
-
-def _reduced_axes(node: Any, ndim: int) -> tuple[int, ...]:
-    given = node._saved_dim
-    dims = given if isinstance(given, tuple) else (given,)
-    return tuple(_signed(dim) % ndim for dim in dims) or tuple(range(ndim))
-
-
-def _reduced(numbers: Tensor, node: Any, after: tuple[int, ...]) -> Tensor:
-    return numbers.amax(_reduced_axes(node, numbers.ndim), keepdim=bool(node._saved_keepdim))
 
 
 def _signed(value: int) -> int:
@@ -152,13 +178,9 @@ def _indexed(numbers: Tensor, node: Any, after: tuple[int, ...]) -> Tensor:
     return numbers[tuple(slice(None) if index is None else index.cpu() for index in node._saved_indices)]
 
 
-def _rolled(numbers: Tensor, node: Any, after: tuple[int, ...]) -> Tensor:
-    return numbers.roll([_signed(n) for n in node._saved_shifts], [_signed(dim) for dim in node._saved_dims])
-
-
-_LAYOUTS: dict[str, Callable[[Tensor, Any, tuple[int, ...]], Tensor]] = {
+_MOVES: dict[str, Callable[[Tensor, Any, tuple[int, ...]], Tensor]] = {
     **dict.fromkeys(
-        ("View", "UnsafeView", "Reshape", "ReshapeAlias", "Squeeze", "Unsqueeze"),
+        ("View", "UnsafeView", "Reshape", "ReshapeAlias", "Squeeze", "Unsqueeze", "ViewAs", "SqueezeDim"),
         lambda numbers, node, after: numbers.reshape(after),
     ),
     "Expand": lambda numbers, node, after: numbers.expand(after),
@@ -177,6 +199,5 @@ _LAYOUTS: dict[str, Callable[[Tensor, Any, tuple[int, ...]], Tensor]] = {
     "ConstantPadNd": lambda numbers, node, after: torch.constant_pad_nd(numbers, node._saved_pad, -1),
     "PixelShuffle": lambda numbers, node, after: torch.pixel_shuffle(numbers, node._saved_upscale_factor),
     "PixelUnshuffle": lambda numbers, node, after: torch.pixel_unshuffle(numbers, node._saved_downscale_factor),
-    "Stack": lambda numbers, node, after: numbers.unsqueeze(_signed(node._saved_dim) % len(after)).expand(after),
 }
 """The change of layout by each operation, from the arguments that its node has saved."""

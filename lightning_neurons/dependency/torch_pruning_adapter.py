@@ -1,24 +1,27 @@
-"""Groups of coupled neurons, found by Torch-Pruning's dependency graph.
+"""Groups of coupled neurons of a model, and which layers read which, from one forward.
 
-Its dependency graph (Fang et al. 2023, DepGraph) is right for all that it knows, but to build one it puts a model into
-evaluation mode, loses frozen layers, leaves hooks behind after an error, and keeps the activations of a forward alive.
-So it only ever gets a copy, and is dropped after use; ``following.py`` walks through it.
+Modules and their connections are those of Torch-Pruning's dependency graph (Fang et al. 2023, DepGraph). To build one,
+it puts a model into evaluation mode, loses frozen layers, leaves hooks behind after an error, and keeps the activations
+of a forward alive. So it only ever gets a copy, and is dropped after use. ``flow.py`` follows the neurons.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from lightning_neurons.data.batches import tensors_of
-from lightning_neurons.dependency.connections import LostError
-from lightning_neurons.dependency.following import Arrival, build, follow
+from lightning_neurons.dependency.flow import Flow
+from lightning_neurons.dependency.graph import build
 from lightning_neurons.dependency.groups import Coupling, Group, Part
+from lightning_neurons.dependency.layout import PRODUCTS, name_of
+from lightning_neurons.dependency.places import Places, Port
 from lightning_neurons.errors import PruningError
 from lightning_neurons.isolation.isolation import differentiable
 from lightning_neurons.layers.layer import candidates, modules_by_name, public_name
 from lightning_neurons.layers.width_handlers import (
     Role,
+    axis_of,
     handler_of,
     is_depthwise,
     keeps_statistics,
@@ -70,6 +73,10 @@ def _read(model: nn.Module, graph: Any) -> Coupling:
     paths |= {parameter: public_name(path) for path, parameter in model.named_parameters()}
     nodes = graph.module2node
     seen = {name: module for name, module in layers.items() if module in nodes}
+    held = {parameter: axis for parameter, axis in graph.unwrapped_parameters if parameter in paths}
+    flow = Flow(graph.calls, held)
+    flow.walk(graph.ends)
+    units = _Units(flow.places, paths, held)
     covered: dict[str, set[int]] = {name: set() for name in seen}
     groups, lost = [], {}
     for name, module in seen.items():
@@ -77,17 +84,15 @@ def _read(model: nn.Module, graph: Any) -> Coupling:
         fresh = [i for i in range(width or 0) if i not in covered[name]]
         if not fresh:
             continue
-        try:
-            found = follow(graph, module, fresh)
-        except LostError as error:
-            fixed = _fixed_consumers(nodes[module], paths, modules_by_name(model))
-            lost[name] = fixed or str(error)
-            found = []
-        group = _group(name, fresh, found, paths, layers)
-        groups.append(group)
-        for other, units in group.layers.items():
-            covered[other] |= {i for unit in units for i in unit}
+        reason = units.why_lost(module, fresh)
+        if reason is not None:
+            lost[name] = _fixed_consumers(nodes[module], paths, modules_by_name(model)) or reason
+        parts = () if reason is not None else units.parts(module, fresh)
+        groups.append(_group(name, fresh, parts, layers))
+        for other, taken in groups[-1].layers.items():
+            covered[other] |= {i for unit in taken for i in unit}
     names = {module: name for name, module in seen.items()}
+    reductions = {(id(source), id(node)) for source, node in flow.reductions}
     return Coupling(
         groups=tuple(groups),
         reads={name: _sources(nodes[module], names) for name, module in seen.items()},
@@ -100,9 +105,64 @@ def _read(model: nn.Module, graph: Any) -> Coupling:
             and module._parameters
             and not any(id(p) in graph.used for p in module.parameters())
         ),
-        ends=frozenset(name for name, module in seen.items() if _is_end(nodes[module], graph)),
+        ends=frozenset(name for name, module in seen.items() if _is_end(nodes[module], reductions)),
         lost=lost,
     )
+
+
+class _Units:
+    """What can only be removed together: sets of places in modules and parameters, each the lowest of its numbers.
+
+    Args:
+        places: All places, joined.
+        paths: Paths of modules and parameters.
+        axes: By parameter that is no known module's, the axis on which it holds neurons.
+    """
+
+    def __init__(self, places: Places, paths: Mapping[Any, str], axes: Mapping[Any, int]) -> None:
+        self._unit_at = places.components().tolist()
+        self._ports = {port: [self._unit_at[n] for n in own.tolist()] for port, own in places.ports.items()}
+        self._members: dict[int, list[tuple[Port, int]]] = {}
+        for port, units in self._ports.items():
+            for index, unit in enumerate(units):
+                self._members.setdefault(unit, []).append((port, index))
+        self._lost: dict[int, str] = {}
+        for numbers, reason in places.lost:
+            for number in numbers.unique().tolist():
+                self._lost.setdefault(self._unit_at[number], reason)
+        self._order = {reason: place for place, (_, reason) in reversed([*enumerate(places.lost)])}
+        self._paths, self._axes = paths, axes
+
+    def _units_of(self, module: nn.Module, neurons: Sequence[int]) -> list[int]:
+        own = self._ports.get((module, "out"), [])
+        return list(dict.fromkeys(own[i] for i in neurons if i < len(own)))
+
+    def why_lost(self, module: nn.Module, neurons: Sequence[int]) -> str | None:
+        """Return the first reason why a module's neurons cannot be followed, or None."""
+        units = self._units_of(module, neurons)
+        if not units:
+            return "its neurons cannot be followed: what it makes is no tensor that is known"
+        reasons = [self._lost[unit] for unit in units if unit in self._lost]
+        return min(reasons, key=self._order.__getitem__, default=None)
+
+    def parts(self, module: nn.Module, neurons: Sequence[int]) -> tuple[Part, ...]:
+        """Return what gets narrower with some neurons of a module, and where the units of it lie."""
+        units = self._units_of(module, neurons)
+        number = {unit: place for place, unit in enumerate(units)}
+        taken: dict[Port, list[list[int]]] = {}
+        for unit in units:
+            for port, index in self._members[unit]:
+                taken.setdefault(port, [[] for _ in units])[number[unit]].append(index)
+        return tuple(
+            Part(
+                self._paths[thing],
+                _role(thing, makes=side == "out"),
+                tuple(map(tuple, taken[thing, side])),
+                self._axes.get(thing),
+            )
+            for thing, side in self._ports
+            if (thing, side) in taken
+        )
 
 
 def _norm_behind(node: Any) -> nn.Module | None:
@@ -131,49 +191,13 @@ def _fixed_consumers(node: Any, paths: Mapping[Any, str], modules: Mapping[str, 
     return None
 
 
-def _group(
-    root: str, fresh: list[int], found: list[Arrival], paths: Mapping[Any, str], layers: Mapping[str, nn.Module]
-) -> Group:
-    unit_of = _units(fresh, found)
-    size = len(set(unit_of.values()))
-    taken: dict[tuple[str, Role, int | None], list[set[int]]] = {}
-    for arrival in found:
-        if arrival.module not in paths:
-            continue  # an operation without parameters
-        role, axis = _role(arrival.module, arrival.makes), None
-        if role == "holds":
-            axis = arrival.axis % arrival.module.ndim
-        units = taken.setdefault((paths[arrival.module], role, axis), [set() for _ in range(size)])
-        for index, origin in arrival.places:
-            units[unit_of[origin]].add(index)
-    parts = tuple(
-        Part(path, role, tuple(tuple(sorted(unit)) for unit in units), axis)
-        for (path, role, axis), units in taken.items()
-    )
+def _group(root: str, fresh: list[int], parts: tuple[Part, ...], layers: Mapping[str, nn.Module]) -> Group:
     makers = {p.path: p.indices for p in parts if p.path in layers and p.role in ("makes", "passes")}
     makers.setdefault(root, tuple((index,) for index in fresh))
     ordered = {name: makers[name] for name in layers if name in makers}
     # With one channel left, a depthwise convolution could not be told from a dense one.
     least = 2 if any(is_depthwise(layers[name]) for name in ordered) else 1
-    return Group(root, size, parts, ordered, least)
-
-
-def _units(fresh: list[int], found: list[Arrival]) -> dict[int, int]:
-    """Return the unit of each neuron of the root; neurons that share a place anywhere are in one unit."""
-    first = {neuron: neuron for neuron in fresh}
-
-    def find(neuron: int) -> int:
-        while first[neuron] != neuron:
-            neuron = first[neuron]
-        return neuron
-
-    for arrival in found:
-        owners: dict[int, int] = {}
-        for index, origin in arrival.places:
-            a, b = sorted((find(owners.setdefault(index, origin)), find(origin)))
-            first[b] = a
-    numbers = {neuron: number for number, neuron in enumerate(n for n in fresh if find(n) == n)}
-    return {neuron: numbers[find(neuron)] for neuron in fresh}
+    return Group(root, len(makers[root]), parts, ordered, least)
 
 
 def _role(module: Any, makes: bool) -> Role:
@@ -203,7 +227,7 @@ def _sources(node: Any, names: Mapping[Any, str]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _is_end(node: Any, graph: Any) -> bool:
+def _is_end(node: Any, reductions: set[tuple[int, int]]) -> bool:
     """Return whether a layer makes the model's output: its neurons, or only their sums, reach it."""
     stack, visited = [(node, False)], set()
     arrived, summed, read = False, False, False
@@ -212,12 +236,16 @@ def _is_end(node: Any, graph: Any) -> bool:
         arrived |= not current.outputs and not reduced
         summed |= not current.outputs and reduced
         for following in current.outputs:
-            if _role(following.module, makes=False) == "reads" or (current, following) in graph.products:
+            if _role(following.module, makes=False) == "reads" or _is_product(following):
                 read = True
             elif (following, reduced) not in visited:
                 visited.add((following, reduced))
-                stack.append((following, reduced or (current, following) in graph.reductions))
+                stack.append((following, reduced or (id(current.grad_fn), id(following.grad_fn)) in reductions))
     return arrived or (summed and not read)
+
+
+def _is_product(node: Any) -> bool:
+    return axis_of(node.module) is None and name_of(node.grad_fn) in PRODUCTS
 
 
 def _is_used(module: nn.Module, graph: Any) -> bool:

@@ -70,12 +70,11 @@ def outgoing_weight(module: Any, spread: int = 1) -> Tensor | None:
     weight, handler = _weight_of(module), handler_of(module)
     if not isinstance(weight, Tensor) or handler is None:
         return None
-    weight = weight.detach()
-    if handler.unfolds and module.groups > 1:
+    weight, axis = weight.detach(), handler.reads.get(weight_name(module))
+    if axis is None and getattr(module, "groups", 1) > 1:
         # (groups, outputs, inputs, taps) of each group: an input is read by the outputs of its own group only.
         grouped = weight.reshape(module.groups, -1, *weight.shape[1:]).flatten(3)
         return grouped.transpose(1, 2).reshape(module.in_channels, -1)
-    axis = handler.reads.get(weight_name(module))
     if axis is None:
         return None
     inputs = weight.movedim(axis, 0)
@@ -89,10 +88,10 @@ def _blocks(module: Any, weight: Tensor) -> tuple[int, tuple[Tensor, ...]]:
         The axis of the weight on which its neurons lie, and the parts, as views, in the order of their neurons.
     """
     handler = handler_of(module)
-    axis = 0 if handler is None else handler.makes.get(weight_name(module), 0)
+    name = weight_name(module)
     # In a transposed convolution, the inputs of a group make the neurons of that group.
-    groups = module.groups if axis and handler is not None and handler.linear else 1
-    return axis, weight.chunk(groups)
+    axis = 0 if handler is None else handler.makes.get(name, int(handler.reads.get(name) == 0))
+    return axis, weight.chunk(getattr(module, "groups", 1) if axis else 1)
 
 
 def _weight_of(module: nn.Module | None) -> Any:

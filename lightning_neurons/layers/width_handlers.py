@@ -48,6 +48,8 @@ class WidthHandler:
         linear: Whether its outputs are linear in what it reads, by its ``weight``.
         unfolds: Whether that weight is multiplied by receptive patches, as in a plain convolution.
         over_all: Whether it normalises over all neurons together.
+        blocks: Finds how many blocks of neurons can only be removed whole, such as the groups of a grouped convolution
+            or norm; None if neurons are single.
         registered: Whether it is the record of a type that the package does not know by itself.
         fixed: Says why the width of a module cannot be changed, or None.
     """
@@ -60,6 +62,7 @@ class WidthHandler:
     linear: bool = False
     unfolds: bool = False
     over_all: bool = False
+    blocks: Callable[[Any], int] | None = None
     registered: bool = False
     fixed: Callable[[Any], str | None] = _nothing
 
@@ -84,10 +87,21 @@ def _before_taps(module: Any) -> int:
     return -1 - len(module.kernel_size)  # there may be no batch
 
 
-def _grouped(module: Any) -> str | None:
-    if module.groups == 1:
-        return None
-    return f"{type(module).__name__} with groups={module.groups} is neither dense nor depthwise"
+def _groups(module: Any) -> int:
+    return int(module.groups)
+
+
+def _groups_made(module: Any) -> int:
+    """Return how many groups a convolution has left, by the size of its weight; groups keep their sizes."""
+    return int(module.weight.shape[0] // (module.out_channels // module.groups))
+
+
+def _groups_read(module: Any) -> int:
+    return int(module.weight.shape[0] // (module.in_channels // module.groups))
+
+
+def _groups_normalized(module: Any) -> int:
+    return int(module.weight.shape[0] // (module.num_channels // module.num_groups))
 
 
 def _over_more(module: Any) -> str | None:
@@ -107,7 +121,16 @@ _CONVOLUTION = WidthHandler(
     axis=_before_taps,
     linear=True,
     unfolds=True,
-    fixed=_grouped,
+)
+_GROUPED = WidthHandler(
+    makes=_FIRST,
+    sizes={
+        "out_channels": "makes",
+        "in_channels": lambda module: module.weight.shape[1] * _groups_made(module),
+        "groups": _groups_made,
+    },
+    axis=_before_taps,
+    blocks=_groups,
 )
 _DEPTHWISE = WidthHandler(
     makes=_FIRST,
@@ -123,7 +146,17 @@ _TRANSPOSED = WidthHandler(
     sizes={"in_channels": "reads", "out_channels": lambda module: module.weight.shape[1] * module.groups},
     axis=_before_taps,
     linear=True,
-    fixed=_grouped,
+)
+_GROUPED_TRANSPOSED = WidthHandler(
+    makes={"bias": 0},
+    reads={"weight": 0},
+    sizes={
+        "in_channels": "reads",
+        "out_channels": lambda module: module.weight.shape[1] * _groups_read(module),
+        "groups": _groups_read,
+    },
+    axis=_before_taps,
+    blocks=_groups,
 )
 _LINEAR = WidthHandler(
     makes=_FIRST,
@@ -133,7 +166,17 @@ _LINEAR = WidthHandler(
     linear=True,
 )
 _RECURRENT = WidthHandler(axis=_features, fixed=_always("stacks its gates in one tensor"))
-_SLOPES = WidthHandler(makes={"weight": 0}, sizes={"num_parameters": "passes"}, role="passes")
+_GROUP_NORM = WidthHandler(
+    makes=_FIRST,
+    sizes={"num_channels": "passes", "num_groups": _groups_normalized},
+    axis=_channels,
+    role="passes",
+    blocks=lambda module: module.num_groups,
+)
+_ONE_GROUP_NORM = WidthHandler(
+    makes=_FIRST, sizes={"num_channels": "passes"}, axis=_channels, role="passes", over_all=True
+)
+_SLOPES = WidthHandler(makes={"weight": 0}, sizes={"num_parameters": "passes"}, axis=_channels, role="passes")
 _ONE_SLOPE = WidthHandler(role="passes")
 
 HANDLERS: dict[type[nn.Module], WidthHandler] = {
@@ -168,11 +211,7 @@ HANDLERS: dict[type[nn.Module], WidthHandler] = {
         over_all=True,
         fixed=_over_more,
     ),
-    nn.GroupNorm: WidthHandler(
-        axis=_channels,
-        role="passes",
-        fixed=_always("normalises groups of channels together, and would do so over other groups"),
-    ),
+    nn.GroupNorm: _GROUP_NORM,
     nn.PReLU: _SLOPES,
     nn.MultiheadAttention: WidthHandler(axis=_features, fixed=_always("splits its width into heads")),
     nn.RNNBase: _RECURRENT,
@@ -190,6 +229,10 @@ def handler_of(module: object) -> WidthHandler | None:
     found = next((HANDLERS[t] for t in type(module).__mro__ if t in HANDLERS), None)
     if found is _CONVOLUTION and _is_by_channel(module):
         return _DEPTHWISE
+    if found in (_CONVOLUTION, _TRANSPOSED) and getattr(module, "groups", 1) > 1:
+        return _GROUPED if found is _CONVOLUTION else _GROUPED_TRANSPOSED
+    if found is _GROUP_NORM and getattr(module, "num_groups", 0) == 1:
+        return _ONE_GROUP_NORM
     if found is _SLOPES and getattr(module, "num_parameters", 1) == 1:  # one slope for all neurons
         return _ONE_SLOPE
     return found
@@ -197,6 +240,17 @@ def handler_of(module: object) -> WidthHandler | None:
 
 def _is_by_channel(module: Any) -> bool:
     return bool(module.groups > 1 and module.groups == module.in_channels == module.out_channels)
+
+
+def blocks_of_neurons(module: object) -> int | None:
+    """Return how many blocks of neurons of a module can only be removed whole; None if neurons are single.
+
+    Example:
+        >>> blocks_of_neurons(nn.GroupNorm(4, 12)), blocks_of_neurons(nn.Conv2d(8, 8, 3))
+        (4, None)
+    """
+    handler = handler_of(module)
+    return None if handler is None or handler.blocks is None else handler.blocks(module)
 
 
 def is_depthwise(module: object) -> bool:
@@ -301,7 +355,7 @@ def why_fixed(module: nn.Module) -> str | None:
 def refit(module: nn.Module) -> None:
     """Make a module's attributes say what its tensors are."""
     handler = handler_of(module)
-    tensors = [getattr(module, name) for name in axes(module, "makes")]
+    tensors = [getattr(module, name) for name in {**axes(module, "makes"), **axes(module, "reads")}]
     if handler is None or not tensors or any(map(is_lazy, tensors)):
         return
     found = {name: size_of(module, size) for name, size in handler.sizes.items()}

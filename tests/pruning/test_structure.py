@@ -196,9 +196,7 @@ HARD_CODED = (
     r"\(RuntimeError: shape '\[-1, 128\]'"
 )
 REFUSED = {
-    "GroupNorm": (lambda: convolutions(conv(), nn.GroupNorm(2, 8)), "0", r"1: GroupNorm normalises groups"),
-    "read by groups": (lambda: convolutions(conv(), conv(8, groups=2)), "0", r"1: Conv2d with groups=2"),
-    "made by groups": (lambda: convolutions(conv(), conv(8, groups=2)), "1", r"1: Conv2d with groups=2"),
+    "GroupNorm": (lambda: convolutions(conv(), nn.GroupNorm(1, 8)), "0", r"1: GroupNorm normalises over all of them"),
     "weight norm": (lambda: convolutions(parametrizations.weight_norm(conv())), "0", r"0: .* is parametrized"),
     "spectral norm": (lambda: convolutions(parametrizations.spectral_norm(conv())), "0", r"0: .* is parametrized"),
     "old weight norm": (lambda: convolutions(with_old_weight_norm(conv())), "0", r"0: .*reparametrized"),
@@ -237,11 +235,6 @@ REFUSED = {
     ),
     "softmax of channels": (lambda: convolutions(conv(), nn.Softmax(1)), "0", r"the output differs"),
     "shuffled channels": (lambda: convolutions(conv(), nn.ChannelShuffle(2)), "0", r"the output differs"),
-    "pixels of channels": (
-        lambda: convolutions(conv(), nn.PixelShuffle(2), width=2),
-        "0",
-        r"its neurons cannot be followed to fine",
-    ),
 }
 
 

@@ -14,7 +14,7 @@ from lightning_neurons.errors import PruningError, check_choice
 from lightning_neurons.isolation.isolation import isolated
 from lightning_neurons.layers.layer import blocks_of, candidates, modules_by_name, require_materialized, widths_of
 from lightning_neurons.layers.prunable import check_prunable
-from lightning_neurons.layers.width_handlers import axes, handler_of, is_linear, passes, unknown_width, why_fixed
+from lightning_neurons.layers.width_handlers import axes, handler_of, is_linear, unknown_width, why_fixed
 from lightning_neurons.pruning.compensation.synchronized_forwards import calls_of
 from lightning_neurons.pruning.compensation.weight_shifts import Wiring
 from lightning_neurons.pruning.structure.costs import Costs, Counter, Effects, costs_of, effects, removed_by, routed
@@ -237,11 +237,12 @@ def some_units(group: Group, seed: int) -> list[int]:
         it.
     """
     chosen: list[int] = []
+    left = {name: sum(map(len, units)) for name, units in group.layers.items()}
     for unit in torch.randperm(group.size, generator=torch.Generator().manual_seed(seed)).tolist():
-        gone = group.neurons([*chosen, unit])
-        full = any(sum(map(len, units)) - len(gone[n]) < group.least for n, units in group.layers.items() if gone[n])
-        if not full and len(chosen) < max(group.size // 3, 1):
+        lost = {name: len(units[unit]) for name, units in group.layers.items() if units[unit]}
+        if len(chosen) < max(group.size // 3, 1) and all(left[n] - count >= group.least for n, count in lost.items()):
             chosen.append(unit)
+            left |= {name: left[name] - count for name, count in lost.items()}
     return sorted(chosen)
 
 
@@ -256,7 +257,12 @@ def _refused(preflight: Preflight, coupling: Coupling) -> dict[str, str]:
             reason = "its neurons are the model's output"
         reason = reason or _differing(group, modules, tied)
         if reason is None and group.size <= group.least:
-            reason = f"it has {group.size} neuron{'s' * (group.size > 1)}, and {group.least} must stay"
+            neurons = len(group.neurons(range(group.size))[group.root])
+            together = f"its {neurons} neurons can only be removed together"
+            reason = f"it has {neurons} neuron{'s' * (neurons > 1)}, and {group.least} must stay"
+            reason = _norm_over(group, preflight.twin, preflight.norms) or (
+                together if neurons > group.size else reason
+            )
         if reason is not None:
             refused[group.root] = reason
     return refused
@@ -280,8 +286,8 @@ def _why_not(group: Group, modules: Mapping[str, nn.Module], norms: Norms) -> st
         if reason is not None:
             return f"{owner}: {reason}"
         leaves = _leaves(part, modules)
-        passing = passes(modules[owner]) or owner in norms.layers
-        if not leaves and not passing and any(True for _ in modules[owner].parameters(False)):
+        unknown = handler_of(modules[owner]) is None and owner not in norms.layers
+        if not leaves and unknown and any(True for _ in modules[owner].parameters(False)):
             return f"{owner}: {unknown_width(modules[owner])}"
     return None
 

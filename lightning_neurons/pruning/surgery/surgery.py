@@ -277,8 +277,9 @@ def _bare(models: Iterable[nn.Module], cuts: Sequence[TensorCut]) -> list[tuple[
             module = modules.get(one.path)
             handler = handler_of(module)
             if module is not None and handler is not None and handler.role == "passes" and not axes(module, one.role):
-                sizes = [name for name, size in handler.sizes.items() if size == "passes"]
-                found += [(module, name, getattr(module, name) - len(one.places)) for name in sizes]
+                before = next((getattr(module, name) for name, size in handler.sizes.items() if size == "passes"), 0)
+                left = before - len(one.places)  # blocks, such as the groups of a norm, go whole
+                found += [(module, name, getattr(module, name) * left // before) for name in handler.sizes if before]
     return found
 
 
