@@ -260,9 +260,7 @@ def _refused(preflight: Preflight, coupling: Coupling) -> dict[str, str]:
             neurons = len(group.neurons(range(group.size))[group.root])
             together = f"its {neurons} neurons can only be removed together"
             reason = f"it has {neurons} neuron{'s' * (neurons > 1)}, and {group.least} must stay"
-            reason = _norm_over(group, preflight.twin, preflight.norms) or (
-                together if neurons > group.size else reason
-            )
+            reason = _norm_over(group, preflight) or (together if neurons > group.size else reason)
         if reason is not None:
             refused[group.root] = reason
     return refused
