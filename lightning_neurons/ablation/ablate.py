@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from lightning_neurons.ablation.engine import AblationEngine, given_study, require_present
 from lightning_neurons.ablation.neuron_choice import NeuronChoice, chosen_neurons
-from lightning_neurons.ablation.successive_elimination import Race, race
+from lightning_neurons.ablation.successive_elimination import EliminationRules, race
 from lightning_neurons.ablation.sums import AblationSums
 from lightning_neurons.data.batches import PerClass, targets_in
 from lightning_neurons.errors import ArgumentError
@@ -92,7 +92,7 @@ def ablate(
     options = {"replacement": replacement, "loss_reduction": loss_reduction, "exact": exact}
     study = given_study(model, loss_fn, **options, memory_limit=memory_limit, progress=progress, seed=seed)
     chosen, named = chosen_neurons(model, neurons), not (isinstance(neurons, str) and neurons == "all")
-    checked = Race(1.0 if budget is None else budget, bottom, confidence, seed)
+    checked = EliminationRules(1.0 if budget is None else budget, bottom, confidence, seed)
     rules = None if budget is None else checked
     _check_metrics(metrics, per_class, rules)
     data = given_batches(batches)

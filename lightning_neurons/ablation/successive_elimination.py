@@ -37,8 +37,8 @@ _BACKWARD = 3
 
 
 @dataclass(frozen=True)
-class Race:
-    """The rules of a race.
+class EliminationRules:
+    """The rules of successive elimination.
 
     Attributes:
         budget: The largest share of the work of the exact study.
@@ -67,7 +67,7 @@ def race(
     study: AblationEngine,
     batches: Sequence[Any],
     neurons: Mapping[str, Sequence[int]],
-    rules: Race,
+    rules: EliminationRules,
     settings: Mapping[str, Any],
     *,
     progress: bool = False,
@@ -124,7 +124,7 @@ def race(
     return _report(estimates, pairs, study, active, rules, losses, spent / population, settings, notes)
 
 
-def _count(rules: Race, pairs: Sequence[Any]) -> int:
+def _count(rules: EliminationRules, pairs: Sequence[Any]) -> int:
     return min(max(round(rules.bottom * len(pairs)), 1), len(pairs))
 
 
@@ -189,7 +189,7 @@ def _report(
     pairs: Sequence[tuple[str, int]],
     study: AblationEngine,
     active: Tensor,
-    rules: Race,
+    rules: EliminationRules,
     losses: Tensor,
     runs: float,
     settings: Mapping[str, Any],

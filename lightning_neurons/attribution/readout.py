@@ -106,7 +106,7 @@ class Readout:
             try:
                 with torch.no_grad(), eager(), trace:
                     self._run(inputs)
-                traced = trace.found()
+                traced = trace.traced_layers()
                 self.layers = {name: traced[name] for name in trace.in_order()}
             finally:
                 trace.close()

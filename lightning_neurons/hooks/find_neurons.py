@@ -43,7 +43,7 @@ def find_neurons(model: nn.Module, example_inputs: Any, *, layers: Sequence[Patt
         try:
             with trace:
                 call(model, example_inputs)
-            traced = trace.found()
+            traced = trace.traced_layers()
             return [traced[name] for name in chosen]
         finally:
             trace.close()

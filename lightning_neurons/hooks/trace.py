@@ -344,7 +344,7 @@ class Trace(HookedMode):
         for graph in (graph for calls in self._calls.values() for graph in calls):
             graph.keep_before_write(target, is_aside=is_aside)
 
-    def found(self) -> dict[str, Layer]:
+    def traced_layers(self) -> dict[str, Layer]:
         """Return the traced layers, by name; layers that did not run have no calls and a note that says so."""
         outputs = self._flow.outputs()
         return {

@@ -73,7 +73,7 @@ class Passes:
     Args:
         model: The model.
         receivers: The receivers; each is told of its own layers only.
-        known: Facts that earlier passes have found; used as long as the layers are the same.
+        traced: Facts that earlier passes have found; used as long as the layers are the same.
     """
 
     def __init__(self, model: nn.Module, receivers: Sequence[Receiver], traced: Known | None = None) -> None:
@@ -314,7 +314,7 @@ class Passes:
         before = self._learnt
         finals = dict(trace.activations())
         layers = {}
-        for name, layer in trace.found().items():
+        for name, layer in trace.traced_layers().items():
             rows = finals[name].shape[0] if name in finals and finals[name].ndim else 0
             several = few is not None and rows > few and rows % few == 0
             seen = replace(layer, rows_per_sample=rows // few) if few and several else layer

@@ -30,7 +30,7 @@ class LayerRow:
         least: The least important, worst first.
         top_share: The part of the layer's importance that its top 10 % of neurons hold; NaN if not measured.
         effective: The effective number of important neurons; NaN if not measured.
-        known: Of how many neurons each of ``dead``, ``dormant`` and ``constant`` is known: of the others, no finite
+        judged: Of how many neurons each of ``dead``, ``dormant`` and ``constant`` is known: of the others, no finite
             sample fired and samples that were NaN or infinite have been left out.
     """
 
@@ -43,7 +43,7 @@ class LayerRow:
     least: tuple[int, ...]
     top_share: float
     effective: float
-    known: Mapping[str, int]
+    judged: Mapping[str, int]
 
 
 def layer_rows(report: NeuronReport, shown: int = 3) -> list[LayerRow]:
@@ -63,7 +63,7 @@ def layer_rows(report: NeuronReport, shown: int = 3) -> list[LayerRow]:
                 layer=name,
                 neurons=len(counts.samples),
                 **counts_of,
-                known=judged,
+                judged=judged,
                 most=tuple(ranked[:shown]),
                 least=tuple(ranked[::-1][:shown]),
                 top_share=share_of_top(importance, TOP_SHARE) if is_known else math.nan,
@@ -91,7 +91,7 @@ def counted(rows: Sequence[LayerRow], measure: str) -> int | None:
 
 def known_share(rows: Sequence[LayerRow], measure: str) -> float:
     """Return the count as a share of the neurons of which it is known; NaN if there are none."""
-    return share(counted(rows, measure) or 0, sum(row.known[measure] for row in rows))
+    return share(counted(rows, measure) or 0, sum(row.judged[measure] for row in rows))
 
 
 def effective_share(rows: Sequence[LayerRow]) -> float:
@@ -109,7 +109,7 @@ def in_words(rows: Sequence[LayerRow], measure: str) -> str:
     count = counted(rows, measure)
     if count is None:
         return "-"
-    unknown = sum(row.neurons - row.known[measure] for row in rows)
+    unknown = sum(row.neurons - row.judged[measure] for row in rows)
     return f"{count:,} ({unknown:,} unknown)" if unknown else f"{count:,}"
 
 

@@ -43,7 +43,7 @@ def test_what_is_partly_known_is_counted_of_what_is_known():
     report = report_of(PARTLY)
     assert report.unknown("0").tolist() == [False, True, True]
     (row,) = layer_rows(report)
-    assert (row.dead, row.known["dead"]) == (0, 1)
+    assert (row.dead, row.judged["dead"]) == (0, 1)
     values = scalars(report, NeuronHistory().add(report))
     assert values["neurons/dead_share"] == values["neurons/dead_share/0"] == 0
     assert "0 (2 unknown)" in text_of(report)

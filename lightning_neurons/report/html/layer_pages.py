@@ -106,7 +106,7 @@ def _facts(report: NeuronReport, row: LayerRow) -> dict[str, str]:
         facts["root mean square"] = real(counts.rms)
     for word in ("dead", "dormant", "constant"):
         if (count := getattr(row, word)) is not None:
-            facts[word] = f"{whole(count)} of {whole(row.known[word])}"
+            facts[word] = f"{whole(count)} of {whole(row.judged[word])}"
     if row.dead:
         bound = float(report.never_fired_bound(row.layer)[report.dead(row.layer)].max())
         facts["who never fired"] = f"fires in fewer than {percent(min(bound, 1))} of all samples (95 % confidence)"

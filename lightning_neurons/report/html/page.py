@@ -73,7 +73,7 @@ def _sections(run: RunFolder) -> tuple[Section, ...]:
         deadness(run, drawing=drawing),
         studies.cards(run),
         studies.gallery(run),
-        studies.agreement(run, drawing=drawing),
+        studies.ablation(run, drawing=drawing),
         studies.pruning(run, drawing=drawing),
         studies.classes(run),
         layer_pages(run, drawing=drawing),

@@ -36,24 +36,24 @@ def gallery(run: RunFolder) -> Section:
     return Section("pictures", "Images", "", (Side(images),) * bool(images))
 
 
-def agreement(run: RunFolder, *, drawing: bool) -> Section:
+def ablation(run: RunFolder, *, drawing: bool) -> Section:
     """Return the section on ablation: the change of the loss without neurons, and the main criterion against it."""
-    title, ablation = "Agreement with ablation", run.ablation
-    if ablation is None:
+    title, report = "Agreement with ablation", run.ablation
+    if report is None:
         return Section("ablation", title, "", ())
-    ranking = ablation.ranking()
-    facts = {"loss with all neurons": real(ablation.loss), "samples": whole(ablation.samples)}
+    ranking = report.ranking()
+    facts = {"loss with all neurons": real(report.loss), "samples": whole(report.samples)}
     facts |= {
         "neurons measured": whole(len(ranking)),
-        **{name: real(value) for name, value in ablation.metrics.items()},
+        **{name: real(value) for name, value in report.metrics.items()},
     }
-    figure = agreement_figure(run.report, ablation) if drawing and run.report.scores else None
+    figure = agreement_figure(run.report, report) if drawing and run.report.scores else None
     measured = Facts("What was measured", facts)
     ends = {"Hurts most to lose": ranking[:_SHOWN], "Hurts least to lose": ranking[::-1][:_SHOWN]}
     tables = tuple(_ablated(caption, rows) for caption, rows in ends.items() if rows)
     parts: list[Part] = [Side((figure, measured)) if figure else measured]
     parts += [Side(tables)] if tables else []
-    parts += [Words(ablation.notes)] if ablation.notes else []
+    parts += [Words(report.notes)] if report.notes else []
     lead = "The loss with a neuron switched off, minus the loss with all of them."
     return Section("ablation", title, lead, tuple(parts))
 
