@@ -18,6 +18,7 @@ from lightning_neurons.callbacks import (
     load_pruned,
     pruned_widths,
 )
+from lightning_neurons.callbacks.pruning.recovery_settings import Distillation, Guard
 from lightning_neurons.class_study.class_study import class_study
 from lightning_neurons.criteria import CRITERIA, Criterion, LayerView, Statistic, Summary, agreement
 from lightning_neurons.dependency.conform import conform
@@ -35,8 +36,10 @@ from lightning_neurons.layers.prunable import register_prunable
 from lightning_neurons.layers.registry import register_layer
 from lightning_neurons.measurement.measure import logit, measure, predicted_logit
 from lightning_neurons.pruning.budget import PruningBudget
+from lightning_neurons.pruning.cut import PruningReport
 from lightning_neurons.pruning.plan import PruningPlan
-from lightning_neurons.pruning.prune import PruningReport, prune
+from lightning_neurons.pruning.prune import prune
+from lightning_neurons.pruning.schedule import PruningSchedule
 from lightning_neurons.pruning.selection.subnetwork import plan_keeping
 from lightning_neurons.pruning.structure.describe import describe_structure
 from lightning_neurons.results.neuron_report import NeuronReport
@@ -50,6 +53,8 @@ __all__ = [
     "ArgumentError",
     "ClassNeuronsCallback",
     "Criterion",
+    "Distillation",
+    "Guard",
     "Layer",
     "LayerView",
     "MeasurementError",
@@ -63,6 +68,7 @@ __all__ = [
     "PruningError",
     "PruningPlan",
     "PruningReport",
+    "PruningSchedule",
     "SaliencyCallback",
     "Statistic",
     "Summary",

@@ -101,6 +101,21 @@ def test_no_function_body_is_longer_than_50_lines():
     assert {name: length for name, length in lengths.items() if length > 50} == {}
 
 
+def test_parameters_of_callbacks_have_types():
+    annotations = [
+        argument.annotation
+        for path, tree in TREES.items()
+        if "callbacks" in path.parts
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef)
+        for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs, node.args.vararg)
+        if argument is not None and argument.arg not in ("self", "cls")
+    ]
+    untyped = [one for one in annotations if one is None or (isinstance(one, ast.Name) and one.id == "Any")]
+    assert len(annotations) > 1000
+    assert len(untyped) / len(annotations) < 0.05
+
+
 def test_no_file_is_called_utils_or_has_names_from_a_star():
     assert {path.stem for path in TREES} & {"utils", "helpers", "misc", "common"} == set()
     stars = [

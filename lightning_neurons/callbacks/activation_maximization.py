@@ -11,6 +11,7 @@ from lightning_neurons.attribution.objective import logits_of, objective_of, tar
 from lightning_neurons.callbacks.observing.observer import NeuronObserver
 from lightning_neurons.callbacks.observing.sampled_study import SampledStudy
 from lightning_neurons.callbacks.trainer.checks import is_unfinished, lightning_errors, name_of
+from lightning_neurons.callbacks.trainer.namespaces import LightningModule, Trainer, callbacks_of, is_fast_dev_run
 from lightning_neurons.callbacks.trainer.outlet import Outlet, numbered
 from lightning_neurons.callbacks.trainer.step_replay import StepReplay
 from lightning_neurons.callbacks.trainer.steps import forward_of
@@ -65,7 +66,7 @@ class ActivationMaximizationCallback(SampledStudy):
             none.
 
     Attributes:
-        found: The latest ``MaximizedActivation``, of ``targets`` and of the neurons on cards, or None before the first.
+        report: The latest ``MaximizedActivation``, of ``targets`` and of the neurons on cards; None before the first.
         cards: The latest cards.
 
     Raises:
@@ -74,7 +75,7 @@ class ActivationMaximizationCallback(SampledStudy):
     Example:
         >>> from lightning_neurons import ActivationMaximizationCallback
         >>> callback = ActivationMaximizationCallback(targets=[3, ("net.conv2", 7)], every_n_epochs=5)
-        >>> # trainer = Trainer(callbacks=[callback]); trainer.fit(module); callback.found.images
+        >>> # trainer = Trainer(callbacks=[callback]); trainer.fit(module); callback.report.images
     """
 
     def __init__(
@@ -111,8 +112,13 @@ class ActivationMaximizationCallback(SampledStudy):
             if forward is not None and (not callable(forward) or isinstance(forward, nn.Module | type)):
                 raise ArgumentError.of("forward", type(forward).__name__, "a function (module, inputs) -> logits")
             super().__init__(None, every_n_epochs, max_samples)
-        self.found: MaximizedActivation | None = None
+        self.report: MaximizedActivation | None = None
         self.cards: tuple[NeuronCard, ...] = ()
+
+    @property
+    def found(self) -> MaximizedActivation | None:
+        """The report, under its former name."""
+        return self.report
 
     @property
     def state_key(self) -> str:
@@ -123,40 +129,40 @@ class ActivationMaximizationCallback(SampledStudy):
             **plain, **vars(self.settings), cards=self.number_of_cards, forward=name_of(self.forward)
         )
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, before any time has been spent."""
         super().setup(trainer, pl_module, stage)
         if not can_draw():
             self._warn(MISSING_MATPLOTLIB)
 
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse targets that the module does not have."""
         super().on_fit_start(trainer, pl_module)
         if self.targets is not None and not is_unfinished(pl_module):
             with lightning_errors():
                 objectives_of(pl_module, self.targets, "logit")
 
-    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Do nothing: the images wait for ``on_validation_end``, when all callbacks have made their reports."""
 
-    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the images."""
         super().on_validation_epoch_end(trainer, pl_module)
         super().on_validation_end(trainer, pl_module)
 
-    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn if no image was made."""
-        if self.found is None and not trainer.fast_dev_run:
+        if self.report is None and not is_fast_dev_run(trainer):
             self._warn("nothing has been measured")
 
     @property
     def _may_fail(self) -> bool:
         return self.forward is not None
 
-    def _try(self, pl_module: Any, replay: StepReplay, batches: list[Any]) -> None:
+    def _try(self, pl_module: LightningModule, replay: StepReplay, batches: list[Any]) -> None:
         self._maximized(pl_module, batches, MaximizationSettings(**{**vars(self.settings), "steps": 1}), ())
 
-    def _study(self, pl_module: Any, replay: StepReplay, batches: list[Any]) -> _Found:
+    def _study(self, pl_module: LightningModule, replay: StepReplay, batches: list[Any]) -> _Found:
         report, died = _measured_now(replay.trainer)
         chosen = [] if report is None else chosen_neurons(report, died, self.number_of_cards)
         found = self._maximized(pl_module, batches, self.settings, chosen)
@@ -164,7 +170,7 @@ class ActivationMaximizationCallback(SampledStudy):
         return _Found(found, neuron_cards(found, chosen, report, pictures))
 
     def _maximized(
-        self, pl_module: Any, batches: list[Any], settings: MaximizationSettings, chosen: Sequence[Chosen]
+        self, pl_module: LightningModule, batches: list[Any], settings: MaximizationSettings, chosen: Sequence[Chosen]
     ) -> MaximizedActivation:
         images = [_picture_in(batch)[1] for batch in batches]
         key, own = _picture_in(batches[0])[0], self.forward or forward_of(pl_module)
@@ -188,9 +194,9 @@ class ActivationMaximizationCallback(SampledStudy):
         )  # fmt: skip
 
     def _take(self, found: _Found) -> None:
-        self.found, self.cards = found.maximized, found.cards
+        self.report, self.cards = found.maximized, found.cards
 
-    def _publish(self, trainer: Any, outlet: Outlet, found: _Found) -> None:
+    def _publish(self, trainer: Trainer, outlet: Outlet, found: _Found) -> None:
         if not can_draw():
             return
         loggers, step, folder, apart = outlet
@@ -200,9 +206,9 @@ class ActivationMaximizationCallback(SampledStudy):
         show_cards(loggers, folder, found.cards, step, f"cards{suffix}", apart)
 
 
-def _measured_now(trainer: Any) -> tuple[NeuronReport | None, Mapping[str, list[int]]]:
+def _measured_now(trainer: Trainer) -> tuple[NeuronReport | None, Mapping[str, list[int]]]:
     """Return the report of this validation, if a callback made one, and the neurons that died since the last report."""
-    for one in trainer.callbacks:
+    for one in callbacks_of(trainer):
         if isinstance(one, NeuronObserver) and one.publishes and one._report is not None:
             if trainer.state.fn != "fit" and one._report.epoch is None:
                 return one._report, {}
@@ -211,7 +217,7 @@ def _measured_now(trainer: Any) -> tuple[NeuronReport | None, Mapping[str, list[
     return None, {}
 
 
-def _picture_in(batch: Any) -> tuple[Any, Tensor]:
+def _picture_in(batch: object) -> tuple[Any, Tensor]:
     """Return the single tensor of inputs, and its key if they are a dict.
 
     Raises:
@@ -229,7 +235,7 @@ def _picture_in(batch: Any) -> tuple[Any, Tensor]:
     return key, tensor
 
 
-def _listed(targets: Any) -> list[Any]:
+def _listed(targets: object) -> list[Any]:
     """Return targets as a list.
 
     Raises:

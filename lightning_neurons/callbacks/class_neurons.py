@@ -8,6 +8,7 @@ from torch import nn
 from lightning_neurons.callbacks.observing.sampled_study import SampledStudy
 from lightning_neurons.callbacks.trainer.checks import lightning_errors, name_of
 from lightning_neurons.callbacks.trainer.folders import apart
+from lightning_neurons.callbacks.trainer.namespaces import LightningModule, Trainer
 from lightning_neurons.callbacks.trainer.outlet import Outlet, keeping_training, numbered, offer
 from lightning_neurons.callbacks.trainer.step_replay import StepReplay
 from lightning_neurons.callbacks.trainer.steps import forward_of
@@ -94,13 +95,13 @@ class ClassNeuronsCallback(SampledStudy):
         plain = {**self.settings, **self.rule.plain(), "layers": layers, "every_n_epochs": self.every_n_epochs}
         return self._generate_state_key(**plain, max_samples=self.max_samples, forward=name_of(self.forward))
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, before any time has been spent."""
         super().setup(trainer, pl_module, stage)
         if not can_draw():
             self._warn(MISSING_MATPLOTLIB)
 
-    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the latest study."""
         if self.report is None:
             self._warn("nothing has been measured")
@@ -112,23 +113,23 @@ class ClassNeuronsCallback(SampledStudy):
     def _may_fail(self) -> bool:
         return self.forward is not None
 
-    def _try(self, pl_module: Any, replay: StepReplay, batches: list[Any]) -> ClassReport | None:
+    def _try(self, pl_module: LightningModule, replay: StepReplay, batches: list[Any]) -> ClassReport | None:
         ClassStudy(pl_module, self.forward or forward_of(pl_module), self.settings, self.rule).check(batches[0])
         return None
 
-    def _study(self, pl_module: Any, replay: StepReplay, batches: list[Any]) -> ClassReport:
+    def _study(self, pl_module: LightningModule, replay: StepReplay, batches: list[Any]) -> ClassReport:
         return ClassStudy(pl_module, self.forward or forward_of(pl_module), self.settings, self.rule).run(batches)
 
     def _take(self, found: ClassReport) -> None:
         self.report = found
 
-    def _offer(self, trainer: Any, pl_module: Any) -> None:
+    def _offer(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self.report is not None, "just taken"
         suffix = numbered(trainer, self, ClassNeuronsCallback) + apart(trainer)
         values = {with_suffix(name, suffix): value for name, value in class_scalars(self.report).items()}
         offer(trainer, pl_module, values, f"classes{suffix}")
 
-    def _publish(self, trainer: Any, outlet: Outlet, found: ClassReport) -> None:
+    def _publish(self, trainer: Trainer, outlet: Outlet, found: ClassReport) -> None:
         name = f"classes{numbered(trainer, self, ClassNeuronsCallback)}"
         if outlet.folder is not None:
             with keeping_training(self, "the study was not written to the log directory"):

@@ -13,6 +13,7 @@ from lightning_neurons.callbacks.observing.independence import independence_of
 from lightning_neurons.callbacks.observing.sampled_study import SampledStudy
 from lightning_neurons.callbacks.trainer.checks import Step, lightning_errors, name_of, require_training_step
 from lightning_neurons.callbacks.trainer.folders import apart
+from lightning_neurons.callbacks.trainer.namespaces import LightningModule, Trainer
 from lightning_neurons.callbacks.trainer.outlet import Outlet, keeping_training, numbered, offer
 from lightning_neurons.callbacks.trainer.step_replay import StepReplay
 from lightning_neurons.criteria import CRITERIA, Criterion, resolve
@@ -55,7 +56,7 @@ class NeuronAblationCallback(SampledStudy):
         layers: None for all but those that make the output; or patterns of paths, names of classes or module types.
 
     Attributes:
-        ablation: The latest measurement, an ``AblationReport``, or None before the first.
+        report: The latest measurement, an ``AblationReport``, or None before the first.
         agreement: Its agreement with the criterion, or None.
 
     Raises:
@@ -65,7 +66,7 @@ class NeuronAblationCallback(SampledStudy):
         >>> from lightning_neurons import NeuronAblationCallback
         >>> callback = NeuronAblationCallback("fisher", every_n_epochs=5)
         >>> # trainer = Trainer(callbacks=[callback]); trainer.fit(module)
-        >>> # callback.ablation.delta_loss["net.conv1"], callback.agreement.held_out, callback.agreement.reliability
+        >>> # callback.report.delta_loss["net.conv1"], callback.agreement.held_out, callback.agreement.reliability
     """
 
     _least_batches = 2  # one for each half, where they cannot be divided
@@ -94,8 +95,13 @@ class NeuronAblationCallback(SampledStudy):
             self.loss_fn = loss_fn
             super().__init__(layers, every_n_epochs, max_samples)
         self._stays_whole = self._is_stateful = False
-        self.ablation: AblationReport | None = None
+        self.report: AblationReport | None = None
         self.agreement: OracleAgreement | None = None
+
+    @property
+    def ablation(self) -> AblationReport | None:
+        """The report, under its former name."""
+        return self.report
 
     @property
     def state_key(self) -> str:
@@ -111,21 +117,21 @@ class NeuronAblationCallback(SampledStudy):
             loss_fn=name_of(self.loss_fn),
         )
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, before any time has been spent."""
         super().setup(trainer, pl_module, stage)
         if self.step == "training" and stage != "predict":
             require_training_step(type(self).__name__, pl_module)
 
-    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the latest measurement."""
-        if self.ablation is None or self.agreement is None:
+        if self.report is None or self.agreement is None:
             self._warn("nothing has been measured")
         elif trainer.is_global_zero:
             with keeping_training(self, "the ablation was not shown"):
-                print_ablation(self.ablation, self.agreement, self.criterion.name)
+                print_ablation(self.report, self.agreement, self.criterion.name)
 
-    def _try(self, pl_module: Any, replay: StepReplay, batches: list[Any]) -> Screening | None:
+    def _try(self, pl_module: LightningModule, replay: StepReplay, batches: list[Any]) -> Screening | None:
         too_few = len(batches) == 1 and (batch_size_of(batches[0]) < 2 or self._stays_whole)
         return None if too_few else self._study(pl_module, replay, batches)
 
@@ -138,7 +144,7 @@ class NeuronAblationCallback(SampledStudy):
         said = "the loss depends on what earlier batches left: batches were run in the state at the end of validation"
         return [*super()._sample_notes(), *([said] if self._is_stateful else [])]
 
-    def _must_stay_whole(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> bool:
+    def _must_stay_whole(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> bool:
         replay = self._replay(trainer, pl_module)
         try:
             divisible, is_stateful = independence_of(replay, self.loss_reduction, batch, (batch_idx, 0))
@@ -147,16 +153,16 @@ class NeuronAblationCallback(SampledStudy):
             self._stays_whole = True
         return self._stays_whole
 
-    def _replay(self, trainer: Any, pl_module: Any) -> StepReplay:
+    def _replay(self, trainer: Trainer, pl_module: LightningModule) -> StepReplay:
         by_sample = self.loss_reduction == "none"
         return StepReplay(trainer, pl_module, f"{self.step}_step", self.loss_fn, by_sample=by_sample)
 
-    def _study(self, pl_module: Any, replay: StepReplay, batches: list[Any]) -> Screening:
+    def _study(self, pl_module: LightningModule, replay: StepReplay, batches: list[Any]) -> Screening:
         if self.loss_fn is None:
             with suppress(MeasurementError), torch.enable_grad():  # which of what the step gives is the loss
                 replay.loss(batches[0])
 
-        def loss(module: nn.Module, batch: Any) -> Tensor:
+        def loss(module: nn.Module, batch: object) -> Tensor:
             return replay.loss(batch)
 
         found = screen(
@@ -175,16 +181,16 @@ class NeuronAblationCallback(SampledStudy):
         return replace(found, ablation=ablation)
 
     def _take(self, found: Screening) -> None:
-        self.ablation, self.agreement = found.ablation, found.agreement
+        self.report, self.agreement = found.ablation, found.agreement
 
-    def _offer(self, trainer: Any, pl_module: Any) -> None:
-        assert self.ablation is not None, "just taken"
+    def _offer(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self.report is not None, "just taken"
         assert self.agreement is not None, "just taken"
         suffix = numbered(trainer, self, NeuronAblationCallback) + apart(trainer)
-        values = ablation_scalars(self.ablation, self.agreement)
+        values = ablation_scalars(self.report, self.agreement)
         offer(trainer, pl_module, {with_suffix(n, suffix): v for n, v in values.items()}, f"ablation{suffix}")
 
-    def _publish(self, trainer: Any, outlet: Outlet, found: Screening) -> None:
+    def _publish(self, trainer: Trainer, outlet: Outlet, found: Screening) -> None:
         name = f"ablation{numbered(trainer, self, NeuronAblationCallback)}"
         group = name + outlet.apart
         for logger in outlet.loggers:

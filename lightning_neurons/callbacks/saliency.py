@@ -12,6 +12,7 @@ from lightning_neurons.attribution.objective import OF, Of, target_parts
 from lightning_neurons.attribution.saliency import METHODS, SaliencyMethod, check_smoothing, saliency
 from lightning_neurons.callbacks.observing.sampled_study import SampledStudy
 from lightning_neurons.callbacks.trainer.checks import lightning_errors, name_of
+from lightning_neurons.callbacks.trainer.namespaces import LightningModule, Trainer, is_fast_dev_run
 from lightning_neurons.callbacks.trainer.outlet import Outlet, numbered
 from lightning_neurons.callbacks.trainer.step_replay import StepReplay
 from lightning_neurons.callbacks.trainer.steps import forward_of
@@ -68,7 +69,7 @@ class SaliencyCallback(SampledStudy):
             none.
 
     Attributes:
-        found: The latest ``SaliencyMaps``, or None before the first.
+        report: The latest ``SaliencyMaps``, or None before the first.
 
     Raises:
         MisconfigurationException: If an argument is out of range (also a ``ValueError``).
@@ -76,7 +77,7 @@ class SaliencyCallback(SampledStudy):
     Example:
         >>> from lightning_neurons import SaliencyCallback
         >>> callback = SaliencyCallback(method="smoothgrad", max_samples=6, every_n_epochs=5)
-        >>> # trainer = Trainer(callbacks=[callback]); trainer.fit(module); callback.found.maps
+        >>> # trainer = Trainer(callbacks=[callback]); trainer.fit(module); callback.report.maps
     """
 
     def __init__(
@@ -113,8 +114,13 @@ class SaliencyCallback(SampledStudy):
                 raise ArgumentError.of("layer", layer, "the name of a layer")
             self.target, self.mean, self.std, self.forward = target, mean, std, forward
             super().__init__(None, every_n_epochs, check_count("max_samples", max_samples, least=2))
-        self.found: SaliencyMaps | None = None
+        self.report: SaliencyMaps | None = None
         self._fixed: _Fixed | None = None
+
+    @property
+    def found(self) -> SaliencyMaps | None:
+        """The report, under its former name."""
+        return self.report
 
     @property
     def state_key(self) -> str:
@@ -134,29 +140,29 @@ class SaliencyCallback(SampledStudy):
         inputs = state_dict.get("inputs")
         self._fixed = None if inputs is None else (inputs, state_dict.get("labels"))
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, before any time has been spent."""
         super().setup(trainer, pl_module, stage)
         if not can_draw():
             self._warn(MISSING_MATPLOTLIB)
 
-    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn if no map was made."""
-        if self.found is None and not trainer.fast_dev_run:
+        if self.report is None and not is_fast_dev_run(trainer):
             self._warn("nothing has been measured")
 
     @property
     def _may_fail(self) -> bool:
         return self.forward is not None
 
-    def _try(self, pl_module: Any, replay: StepReplay, batches: list[Any]) -> None:
+    def _try(self, pl_module: LightningModule, replay: StepReplay, batches: list[Any]) -> None:
         self.shown(self._maps(pl_module, _fixed_of(batches, 1), is_trial=True))
 
-    def _study(self, pl_module: Any, replay: StepReplay, batches: list[Any]) -> tuple[_Fixed, SaliencyMaps]:
+    def _study(self, pl_module: LightningModule, replay: StepReplay, batches: list[Any]) -> tuple[_Fixed, SaliencyMaps]:
         fixed = self._fixed or _fixed_of(batches, self.max_samples)
         return fixed, self._maps(pl_module, fixed)
 
-    def _maps(self, pl_module: Any, fixed: _Fixed, *, is_trial: bool = False) -> SaliencyMaps:
+    def _maps(self, pl_module: LightningModule, fixed: _Fixed, *, is_trial: bool = False) -> SaliencyMaps:
         inputs, labels = fixed
         target = labels if self.target is None else self.target
         settings = dict(self.settings)
@@ -168,9 +174,9 @@ class SaliencyCallback(SampledStudy):
         return SaliencyMaps(explained, maps, labels if self.target is None else None)
 
     def _take(self, found: tuple[_Fixed, SaliencyMaps]) -> None:
-        self._fixed, self.found = found
+        self._fixed, self.report = found
 
-    def _publish(self, trainer: Any, outlet: Outlet, found: tuple[_Fixed, SaliencyMaps]) -> None:
+    def _publish(self, trainer: Trainer, outlet: Outlet, found: tuple[_Fixed, SaliencyMaps]) -> None:
         if not can_draw():
             return
         name = f"{_TAG}{numbered(trainer, self, SaliencyCallback)}"
@@ -187,10 +193,10 @@ class SaliencyCallback(SampledStudy):
         Raises:
             MissingPackageError: If matplotlib is not installed.
         """
-        assert self.found is not None, "something has been measured"
-        labels = self.found.targets
-        titles = [f"sample {i}" if labels is None else f"class {int(labels[i])}" for i in range(len(self.found.maps))]
-        return saliency_rows(self.shown(self.found), self.found.maps, titles, absolute=self.settings["absolute"])
+        assert self.report is not None, "something has been measured"
+        labels = self.report.targets
+        titles = [f"sample {i}" if labels is None else f"class {int(labels[i])}" for i in range(len(self.report.maps))]
+        return saliency_rows(self.shown(self.report), self.report.maps, titles, absolute=self.settings["absolute"])
 
     def shown(self, found: SaliencyMaps) -> Tensor | None:
         """Return the images that are explained, in [0, 1]; None for tokens.

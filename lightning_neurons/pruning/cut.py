@@ -1,11 +1,11 @@
-"""A cut: all that is decided about it, from the choice of units to the tensors that become smaller."""
+"""A cut: all that is decided about it, from the choice of units to the tensors that become smaller, and its report."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from lightning_neurons.pruning.plan import PruningPlan
+from lightning_neurons.pruning.plan import PlanCost, PruningPlan
 from lightning_neurons.pruning.structure.structure import Structure
 from lightning_neurons.pruning.surgery.surgery import TensorCut, cuts_of
 
@@ -53,3 +53,35 @@ class Cut:
     def noted(self, notes: Sequence[str]) -> "Cut":
         """Return the same cut with further notes in its plan."""
         return replace(self, plan=replace(self.plan, notes=(*self.plan.notes, *notes)))
+
+
+@dataclass(frozen=True)
+class PruningReport:
+    """The report of a cut.
+
+    Attributes:
+        plan: The neurons that have been removed, with those coupled with them.
+        widths: Neurons by layer, as they are now.
+        notes: Layers that were left alone, with the reasons, and layers that could not be compensated.
+    """
+
+    plan: PruningPlan
+    widths: Mapping[str, int]
+    notes: tuple[str, ...]
+
+    @property
+    def cost(self) -> PlanCost:
+        """Parameters and MACs, before and after."""
+        assert self.plan.cost is not None, "a completed plan has a cost"
+        return self.plan.cost
+
+    def __str__(self) -> str:
+        c = self.cost
+        lines = [
+            f"{len(self.plan)} neurons removed",
+            f"parameters {c.parameters:,} -> {c.parameters_after:,} ({c.parameters_after / max(c.parameters, 1):.1%})",
+            f"MACs {c.macs:,} -> {c.macs_after:,} ({c.macs_after / max(c.macs, 1):.1%})",
+        ]
+        lines += [f"{n}: {self.plan.widths[n]} -> {w}" for n, w in self.widths.items() if w != self.plan.widths[n]]
+        lines += [f"{name}: {before} -> {after}" for name, (before, after) in self.plan.attributes.items()]
+        return "\n".join([*lines, *self.notes])

@@ -1,7 +1,6 @@
 """Pruning without a Trainer."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
@@ -18,9 +17,9 @@ from lightning_neurons.measurement.measurement import Measurement
 from lightning_neurons.pruning.budget import PruningBudget
 from lightning_neurons.pruning.compensation.calibration import Calibration
 from lightning_neurons.pruning.compensation.compensate import Compensation, CompensationName
-from lightning_neurons.pruning.cut import Cut
+from lightning_neurons.pruning.cut import Cut, PruningReport
 from lightning_neurons.pruning.decision import candidates_of, gather, lossless_candidates, score
-from lightning_neurons.pruning.plan import PlanCost, PruningPlan
+from lightning_neurons.pruning.plan import PruningPlan
 from lightning_neurons.pruning.planning import allocations, complete
 from lightning_neurons.pruning.preparation import prepare
 from lightning_neurons.pruning.request import check_inputs, check_model, chosen_compensation, kept_batches, wanted
@@ -33,38 +32,6 @@ from lightning_neurons.pruning.surgery.surgery import cut
 from lightning_neurons.results.neuron_report import NeuronReport
 
 _NEEDS_LOSS = {"gradient", "sampled_gradient"}
-
-
-@dataclass(frozen=True)
-class PruningReport:
-    """The report of a cut.
-
-    Attributes:
-        plan: The neurons that have been removed, with those coupled with them.
-        widths: Neurons by layer, as they are now.
-        notes: Layers that were left alone, with the reasons, and layers that could not be compensated.
-    """
-
-    plan: PruningPlan
-    widths: Mapping[str, int]
-    notes: tuple[str, ...]
-
-    @property
-    def cost(self) -> PlanCost:
-        """Parameters and MACs, before and after."""
-        assert self.plan.cost is not None, "a completed plan has a cost"
-        return self.plan.cost
-
-    def __str__(self) -> str:
-        c = self.cost
-        lines = [
-            f"{len(self.plan)} neurons removed",
-            f"parameters {c.parameters:,} -> {c.parameters_after:,} ({c.parameters_after / max(c.parameters, 1):.1%})",
-            f"MACs {c.macs:,} -> {c.macs_after:,} ({c.macs_after / max(c.macs, 1):.1%})",
-        ]
-        lines += [f"{n}: {self.plan.widths[n]} -> {w}" for n, w in self.widths.items() if w != self.plan.widths[n]]
-        lines += [f"{name}: {before} -> {after}" for name, (before, after) in self.plan.attributes.items()]
-        return "\n".join([*lines, *self.notes])
 
 
 def prune(
@@ -203,7 +170,7 @@ def _check_norm_streams(norm_streams: NormStreams, lossless: bool) -> None:
 
 
 def _run(model: nn.Module, batch: Any) -> Any:
-    """Run a model on a copy of the inputs: what a forward changes in place must not be seen by the next."""
+    """Return the output for a copy of the inputs: what a forward changes in place must not be seen by the next."""
     return call(model, map_tensors(inputs_of(batch), Tensor.clone))
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_neurons.pruning.cut import Cut
-from lightning_neurons.pruning.plan import PruningPlan
+from lightning_neurons.pruning.cut import Cut, PruningReport
+from lightning_neurons.pruning.plan import PlanCost, PruningPlan
 from lightning_neurons.pruning.selection.budget_fill import Dense
 from lightning_neurons.pruning.surgery.surgery import TensorCut
 from lightning_neurons.results.typed import typed
@@ -96,19 +96,34 @@ class Rounds:
             total = replace(total, cost=cost)
         return total
 
+    def report(self) -> PruningReport | None:
+        """Return all cuts so far as one; None before the model has been looked at."""
+        plan, dense = self.plan, self.dense
+        if dense is None:
+            return None
+        nothing = PlanCost(dense.parameters, dense.macs, dense.parameters, dense.macs)
+        return PruningReport(replace(plan, cost=plan.cost or nothing), self.widths(), plan.notes)
+
+    def become(self, other: "Rounds") -> None:
+        """Take over the state of other rounds."""
+        vars(self).update(vars(other))
+
     def finish(self, made: PruningRound) -> None:
         """Record that the pending round has been made."""
         self.done, self.pending = [*self.done, made], None
 
-    def take_back(self, kept: int) -> int:
-        """Take back all rounds but the first ``kept``, and what is decided; return how many there were."""
+    def take_back(self, kept: int) -> None:
+        """Take back all rounds but the first ``kept``, and what is decided."""
         undone, self.done = self.done[kept:], self.done[:kept]
         self.undone, self.pending, self.votes = [*self.undone, *undone], None, []
         self.earlier = min(self.earlier, kept)
-        return len(undone)
 
     def note_recovery(self, value: float) -> bool:
-        """Store the metric after the last round; return False if there is no round, or it has one."""
+        """Store the metric after the last round.
+
+        Returns:
+            Whether that was missing.
+        """
         if not self.done or self.done[-1].after is not None:
             return False
         self.done[-1] = replace(self.done[-1], after=value)
@@ -141,7 +156,7 @@ class Rounds:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> "Rounds":
-        """Restore the state that ``state_dict`` returned.
+        """Return the rounds that ``state_dict`` has made plain values of.
 
         Raises:
             ValueError: If a value is not what it has to be.

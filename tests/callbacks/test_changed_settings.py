@@ -1,5 +1,6 @@
 """A run that is resumed with another budget: what has gone stays away, and shares are still of the whole model."""
 
+import copy
 import warnings
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,11 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_neurons import ArgumentError, NeuronPruningCallback, PruningPlan
+from lightning_neurons.callbacks.pruning.resume import Stage
+from lightning_neurons.results.history import NeuronHistory
 from tests.callbacks.modules import Plain, loader, trainer_of
 from tests.callbacks.pruned import assert_sound, widths
+from tests.tables import for_each
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create")
 SAID = r"written with other settings \(amount=0.5 before\): the 9 neurons that have gone stay away"
@@ -87,4 +91,61 @@ def test_a_broken_state_is_refused_and_nothing_of_it_is_taken(half, what):
     BROKEN[what](state)
     with pytest.raises(ArgumentError, match=r"ckpt_path=.the state of NeuronPruningCallback in a checkpoint"):
         callback.load_state_dict(state)
-    assert (callback.plan, callback.rounds.dense, callback._restored) == (pruner(0.5).plan, None, False)
+    assert (callback.plan, callback.rounds.dense, callback._pruner.progress.stage) == (
+        pruner(0.5).plan,
+        None,
+        Stage.NEW,
+    )
+
+
+PLAN = {
+    "format": "lightning_neurons pruning plan", "version": 1, "neurons": {"net.fc1": [4, 6, 7]},
+    "widths": {"net.conv1": 4, "net.conv2": 6, "net.fc1": 8, "net.fc2": 3}, "reasons": {}, "notes": [],
+    "cost": {"parameters": 365, "macs": 9144, "parameters_after": 335, "macs_after": 9117},
+}  # fmt: skip
+STATE: dict[str, Any] = {
+    "version": 1,
+    "history": NeuronHistory().state_dict(),
+    "rounds": {
+        "dense": {"widths": PLAN["widths"], "parameters": 365, "macs": 9144},
+        "done": [],
+        "pending": {
+            "number": 1, "plan": PLAN, "shifts": {}, "decided": 1,
+            "cuts": [
+                {"path": "net.fc1", "role": "makes", "places": (4, 6, 7), "axis": None},
+                {"path": "net.fc2", "role": "reads", "places": (4, 6, 7), "axis": None},
+            ],
+        },
+        "votes": [], "undone": [], "earlier": 0,
+    },
+    "seed": 0, "validated": 8, "left_whole": {}, "followers": {}, "marks": {},
+    "keeping": {
+        "baseline": None, "good": None, "good_rounds": 0, "progress": 0.0, "judge_after": None, "latest": 0.5,
+        "validated": 1, "measured": True, "step_of_latest": 8, "step": 1.0, "stopped": False,
+    },
+    "distillation": {"until": -1, "teacher": None},
+}  # fmt: skip
+"""A state as version 0.1.0 has written it, with a cut that is decided."""
+
+
+def keys(state: Any) -> Any:
+    return {name: keys(value) for name, value in state.items()} if isinstance(state, dict) else None
+
+
+def test_a_state_of_the_first_version_is_read_and_its_cut_is_made():
+    callback, module = pruner(0.4, monitor="val_loss", max_drop=9.0, recovery="distill"), Plain()
+    callback.load_state_dict(copy.deepcopy(STATE))
+    again = callback.state_dict()
+    again["rounds"]["pending"]["plan"] = PLAN  # whose form has a version of its own
+    assert keys(again) == keys(STATE), "the older version could read it as well"
+    trainer_of([callback], max_epochs=2).fit(module, loader(16), loader(24, seed=1))
+    assert callback.plan.neurons == {"net.fc1": (4, 6, 7)}
+    assert module.net.fc1.out_features == module.net.fc2.in_features == 5
+    assert callback.keeping.baseline == 0.5
+
+
+@for_each("newer", ["validated", "left_whole", "followers", "marks", "keeping", "distillation"])
+def test_what_states_have_not_always_had_may_be_missing(newer):
+    callback = pruner(0.4)
+    callback.load_state_dict({name: value for name, value in copy.deepcopy(STATE).items() if name != newer})
+    assert callback.pending.neurons == {"net.fc1": (4, 6, 7)}

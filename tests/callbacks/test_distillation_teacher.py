@@ -76,7 +76,7 @@ def test_validation_is_not_affected():
 
 def test_the_teacher_is_the_model_before_the_first_cut_and_stays_so_until_it_goes():
     callback = distiller()
-    teacher = Probe("on_train_batch_end", lambda *_: copy.deepcopy(callback._distiller._teacher))
+    teacher = Probe("on_train_batch_end", lambda *_: copy.deepcopy(callback._pruner.distiller._teacher))
     model = Probe("on_train_epoch_end", lambda _, module: copy.deepcopy(module.state_dict()))
     train(Student, [model, teacher, callback])
     assert teacher.seen[0] is None
@@ -131,14 +131,14 @@ def test_hooks_are_there_in_training_and_gone_afterwards(kind, output):
     module = train(kind, [look, callback])
     assert set(look.seen.values()) == {3}
     assert hooks_of(module) == 0
-    assert callback._distiller._trainer is None
+    assert callback._pruner.distiller._trainer is None
 
 
 @pytest.mark.parametrize("recovery", [2, 3])
 def test_after_training_the_teacher_is_gone(recovery):
     callback = distiller(recovery_epochs=recovery)
     train(Student, [callback])
-    assert callback._distiller._teacher is None
+    assert callback._pruner.distiller._teacher is None
     assert callback.state_dict()["distillation"]["teacher"] is None
 
 
@@ -164,8 +164,8 @@ def test_after_an_exception_hooks_are_gone(kind, more):
         train(lambda: made.append(kind()) or made[0], [*more, callback])
     assert len(callback.rounds.done) == 1
     assert hooks_of(made[0]) == 0
-    assert callback._distiller._trainer is None
-    assert callback._distiller._inputs is None
+    assert callback._pruner.distiller._trainer is None
+    assert callback._pruner.distiller._inputs is None
 
 
 def test_no_optimizer_and_no_state_dict_ever_holds_the_teacher():
@@ -173,7 +173,7 @@ def test_no_optimizer_and_no_state_dict_ever_holds_the_teacher():
 
     def look(trainer: Any, module: Any) -> Any:
         held = [id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]]
-        teacher = callback._distiller._teacher
+        teacher = callback._pruner.distiller._teacher
         theirs = set() if teacher is None else {id(p) for p in teacher.parameters()}
         shared = {p.data_ptr() for p in module.parameters()}
         shared &= set() if teacher is None else {p.data_ptr() for p in teacher.parameters()}
@@ -228,5 +228,5 @@ def test_a_cut_that_is_taken_back_needs_no_teacher_any_more():
     forwards, callback = Forwards(), distiller(monitor="score", max_drop=0.5, recovery_epochs=1)
     train(lambda: Worse(Counting()), [forwards, callback])
     assert [len(step) for epoch in (0, 1, 2, 3) for step in forwards.steps[epoch]] == [1] * 3 + [2] * 3 + [1] * 6
-    assert callback._distiller._teacher is None
+    assert callback._pruner.distiller._teacher is None
     assert not callback.plan

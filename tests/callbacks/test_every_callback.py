@@ -16,7 +16,9 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor, nn
 
-from lightning_neurons import callbacks
+from lightning_neurons import Distillation, Guard, NeuronPruningCallback, callbacks
+from lightning_neurons.callbacks.pruning.part import Part
+from lightning_neurons.callbacks.trainer.namespaces import EitherCallback
 from tests.callbacks.modules import MemoryLogger, Net, Noisy, Plain, WithMetrics, fit, loader
 from tests.callbacks.pruned import assert_equal, weights
 from tests.callbacks.test_invisible import bits, state_of
@@ -31,6 +33,10 @@ CALLBACKS: dict[str, Callable[[], L.Callback]] = {
     "NeuronSensitivityCallback": lambda: callbacks.NeuronSensitivityCallback(max_figures=0),
     "SaliencyCallback": lambda: callbacks.SaliencyCallback(max_samples=2),
 }
+FORMER_NAMES = {
+    "ActivationMaximizationCallback": "found", "NeuronAblationCallback": "ablation", "SaliencyCallback": "found",
+}  # fmt: skip
+"""Where the result of a callback has been before it was at ``report``."""
 OWN = ("neurons", "ablation", "classes", "pruning", "saliency", "maximization", "cards", "figures")
 
 every_callback = pytest.mark.parametrize("name", CALLBACKS)
@@ -173,6 +179,20 @@ def test_every_exported_callback_is_tested():
     assert CALLBACKS.keys() == {n for n, c in exported.items() if inspect.isclass(c) and issubclass(c, L.Callback)}
 
 
+@every_callback
+def test_no_hook_goes_through_more_than_two_classes_of_ours(name):
+    own = [cls for cls in type(CALLBACKS[name]()).__mro__ if cls.__module__.startswith("lightning_neurons.")]
+    assert len([cls for cls in own if cls is not EitherCallback]) <= 2
+
+
+def test_parts_of_the_pruning_callback_are_final():
+    parts = NeuronPruningCallback(
+        amount=0.5, guard=Guard("val_acc", 0.1), check="ablation", distillation=Distillation()
+    )._pruner.parts
+    assert len(parts) == len(Part.__subclasses__()) == 4
+    assert all(type(part).__mro__[1:] == (Part, object) and type(part).__final__ for part in parts)
+
+
 @pytest.mark.filterwarnings("ignore:.*(nothing (has been|is) cut|cannot cut|nested tensors)")
 @pytest.mark.parametrize("kind", MODULES)
 def test_it_is_invisible_and_leaves_nothing(kind):
@@ -186,8 +206,9 @@ def test_it_is_invisible_and_leaves_nothing(kind):
 
 @pytest.mark.filterwarnings("ignore:.*nothing (has been|is) cut")
 @every_callback
-def test_it_is_copied_and_pickled_before_and_after_a_run_and_resumes(name, tmp_path):
+def test_it_reports_is_copied_and_pickled_before_and_after_a_run_and_resumes(name, tmp_path):
     callback = CALLBACKS[name]()
+    assert callback.report is None
     for other in (copy.deepcopy(callback), pickle.loads(pickle.dumps(callback))):
         assert other.state_key == callback.state_key
     L.seed_everything(0, verbose=False)
@@ -195,6 +216,8 @@ def test_it_is_copied_and_pickled_before_and_after_a_run_and_resumes(name, tmp_p
     saver = L.Callback()
     saver.on_train_epoch_end = lambda trainer, _: trainer.save_checkpoint(tmp_path / f"{trainer.current_epoch}.ckpt")
     fit(Plain(), [callback, saver], **data, max_epochs=2)
+    assert callback.report is not None, "the result of a callback, whatever it measures"
+    assert name not in FORMER_NAMES or getattr(callback, FORMER_NAMES[name]) is callback.report
     for other in (copy.deepcopy(callback), pickle.loads(pickle.dumps(callback))):
         assert bits(other.state_dict()) == bits(callback.state_dict())
     resumed, follower = Plain(), CALLBACKS[name]()

@@ -97,8 +97,8 @@ def test_each_round_is_held_to_the_metric_before_the_first_cut_not_to_that_befor
 
 def test_half_the_step_is_tried_until_it_is_below_a_sixteenth():
     callback = guard(amount=1.0, on_violation="halve", max_drop=0.0, min_neurons=1)
-    due, plain = [], callback._due_budget
-    callback._due_budget = lambda number: due.append(plain(number)) or due[-1]
+    due, plain = [], callback._pruner.due_budget
+    callback._pruner.due_budget = lambda number: due.append(plain(number)) or due[-1]
     seen = Probe("on_train_batch_start", lambda _, module: hidden(module))
     limit = pytest.warns(UserWarning, match=r"amount=1.* is not reached")
     with limit, taken_back():
@@ -113,8 +113,8 @@ def test_half_the_step_is_tried_until_it_is_below_a_sixteenth():
 
 def test_halved_steps_go_on_from_the_last_good_model_and_stay_halved():
     callback = guard(amount=0.66, schedule="linear", end_epoch=3, on_violation="halve", max_drop=0.25)
-    due, plain = [], callback._due_budget
-    callback._due_budget = lambda number: due.append(plain(number)) or due[-1]
+    due, plain = [], callback._pruner.due_budget
+    callback._pruner.due_budget = lambda number: due.append(plain(number)) or due[-1]
     with taken_back():
         fit(Scored(), [callback], max_epochs=10)
     # 4 go, then 8 (which is the bound), then 12 are too many: the step from 2/3 of the way to 1 is halved.
@@ -127,8 +127,8 @@ def test_halved_steps_go_on_from_the_last_good_model_and_stay_halved():
 
 def test_a_target_of_macs_is_approached_by_half_the_step():
     callback = guard(target_macs=0.4, on_violation="halve")
-    due, plain = [], callback._due_budget
-    callback._due_budget = lambda number: due.append(plain(number)) or due[-1]
+    due, plain = [], callback._pruner.due_budget
+    callback._pruner.due_budget = lambda number: due.append(plain(number)) or due[-1]
     with taken_back():
         fit(Scored(by_epoch(0.75, 0.25, 0.75)), [callback], max_epochs=6)
     assert [budget.target_macs for budget in due] == pytest.approx([0.4, 0.7])

@@ -66,13 +66,13 @@ def test_an_argument_that_is_wrong_is_named_with_what_came_and_what_is_allowed()
 
 
 RIGHT: list[tuple[dict[str, Any], Guard]] = [
-    ({"max_drop": 0}, Guard("val_score", "max", 0.0, False, "stop")),
-    ({"max_drop": 50, "mode": "min"}, Guard("val_score", "min", 50.0, False, "stop")),
-    ({"max_drop": 1, "relative_drop": True}, Guard("val_score", "max", 1.0, True, "stop")),
-    ({"max_drop": 0.0, "relative_drop": True}, Guard("val_score", "max", 0.0, True, "stop")),
-    ({"max_drop": np.float32(0.5), "on_violation": "halve"}, Guard("val_score", "max", 0.5, False, "halve")),
-    ({"threshold": 0.1}, Guard("val_score", "max", 0.125, False, "stop")),
-    ({"target_params": 0.5, "on_violation": "halve"}, Guard("val_score", "max", 0.125, False, "halve")),
+    ({"max_drop": 0}, Guard("val_score", 0.0, "max", False, "stop")),
+    ({"max_drop": 50, "mode": "min"}, Guard("val_score", 50.0, "min", False, "stop")),
+    ({"max_drop": 1, "relative_drop": True}, Guard("val_score", 1.0, "max", True, "stop")),
+    ({"max_drop": 0.0, "relative_drop": True}, Guard("val_score", 0.0, "max", True, "stop")),
+    ({"max_drop": np.float32(0.5), "on_violation": "halve"}, Guard("val_score", 0.5, "max", False, "halve")),
+    ({"threshold": 0.1}, Guard("val_score", 0.125, "max", False, "stop")),
+    ({"target_params": 0.5, "on_violation": "halve"}, Guard("val_score", 0.125, "max", False, "halve")),
 ]
 
 
@@ -103,4 +103,4 @@ def test_bounds_by_hand():
         ("max", 0.25, True, -0.5): -0.625, ("min", 0.25, True, -0.5): -0.375,
     }  # fmt: skip
     for (mode, drop, relative, baseline), bound in cases.items():
-        assert Guard("m", mode, drop, relative, "stop").bound(baseline) == bound
+        assert Guard("m", drop, mode, relative, "stop").bound(baseline) == bound

@@ -89,7 +89,7 @@ def test_a_callback_can_be_pickled_and_copied_before_and_after_training():
         again = pickle.loads(pickle.dumps(callback))
         other = copy.deepcopy(callback)
         assert again.plan == other.plan == callback.plan
-        assert other._distiller is not callback._distiller
+        assert other._pruner.distiller is not callback._pruner.distiller
         fit(Plain(), [callback], max_epochs=2)
         assert callback.plan
 

@@ -74,7 +74,7 @@ def test_an_interruption_after_the_cut_finds_it_written_down_and_the_run_goes_on
         run(module, cutting, tmp_path)
     monkeypatch.undo()
     assert_one_cut(module, cutting)
-    assert (cutting.keeping.judge_after, cutting.keeping.measured, cutting._distiller.until) == (2, False, 2)
+    assert (cutting.keeping.judge_after, cutting.keeping.measured, cutting._pruner.distiller.until) == (2, False, 2)
     resumed, again = Plain(), callback()
     run(resumed, again, ckpt=tmp_path / "broken.ckpt")
     assert_one_cut(resumed, again)

@@ -16,6 +16,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 
 from lightning_neurons import ActivationStatisticsCallback, NeuronAblationCallback, NeuronSensitivityCallback
 from lightning_neurons.callbacks.observing import publish as module_of_publish
+from lightning_neurons.callbacks.pruning import part as module_of_part
 from lightning_neurons.report.logging.tags import LAYOUT, kind_of
 from lightning_neurons.results.history import NeuronHistory
 from lightning_neurons.results.pruning_history import PruningHistory
@@ -225,7 +226,7 @@ def test_weights_that_are_no_numbers_do_not_stop_training(tmp_path):
 
 
 def test_that_the_drawing_of_pruning_fails_does_not_stop_training(tmp_path, monkeypatch):
-    monkeypatch.setattr(module_of_publish, "pruning_progress", lambda history: 1 / 0)
+    monkeypatch.setattr(module_of_part, "pruning_progress", lambda history: 1 / 0)
     with pytest.warns(UserWarning, match="ZeroDivisionError"):
         trainer = fit(Plain(), [pruner("weight_l2")], logger=TensorBoardLogger(tmp_path), max_epochs=3)
     assert trainer.current_epoch == 3

@@ -6,6 +6,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from lightning_neurons.callbacks.trainer.checks import name_of
+from lightning_neurons.callbacks.trainer.namespaces import Trainer
 from lightning_neurons.callbacks.trainer.step_replay import StepReplay
 from lightning_neurons.data.batches import batch_size_of
 from lightning_neurons.data.joining import kind_of
@@ -16,7 +17,7 @@ _FOUND: "WeakKeyDictionary[nn.Module, tuple[Any, dict[Any, Independence]]]" = We
 
 
 def independence_of(
-    replay: StepReplay, loss_reduction: LossReduction, batch: Any, place: tuple[int, int]
+    replay: StepReplay, loss_reduction: LossReduction, batch: object, place: tuple[int, int]
 ) -> tuple[bool, bool]:
     """Test whether the loss of a batch is the sum or mean of losses of single samples, whatever the batch's index.
 
@@ -39,7 +40,7 @@ def independence_of(
     independence = _FOUND[replay.pl_module][1].setdefault(key, Independence())
     asked: list[Any] = []
 
-    def loss_of(given: Any) -> Tensor:
+    def loss_of(given: object) -> Tensor:
         if not any(given is one for one in asked):
             asked.append(given)
         # Another one for each, as samples of different batches are joined.
@@ -49,7 +50,7 @@ def independence_of(
     return independence.shown(loss_of, batch, replay.isolated), independence.is_stateful
 
 
-def _moment(trainer: Any) -> tuple[Any, ...]:
+def _moment(trainer: Trainer) -> tuple[Any, ...]:
     """Return a key that changes from one measurement to the next, as the loss may have got another term in between."""
     step = trainer.current_epoch if trainer.training else (trainer.current_epoch, trainer.global_step)
     return id(trainer), trainer.state.fn, trainer.sanity_checking, step

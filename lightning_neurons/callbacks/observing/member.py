@@ -66,7 +66,7 @@ class Member:
         if self.failure is None:
             self.attempt(lambda: self.measurement.receive(layer, activation, gradient, need, inner))
 
-    def start_batch(self, batch: Any) -> None:
+    def start_batch(self, batch: object) -> None:
         """Announce a batch to the measurement."""
         targets = self.settings.targets(batch) if self.settings.by_class else None
         self._has_graphs = self._has_graphs or is_graph(batch)
@@ -88,7 +88,7 @@ class Member:
         """Drop the errors: their tracebacks hold frames that hold this member."""
         self.failure = self.lost = self.missing = None
 
-    def pick(self, batch: Any, place: tuple[int, int], picked: list[Picked], *, whole: bool) -> None:
+    def pick(self, batch: object, place: tuple[int, int], picked: list[Picked], *, whole: bool) -> None:
         """Add to ``picked`` what of a batch, and of those before, is to be differentiated now."""
         assert self.sample is not None, "members without a sample are in no group"
         picked += self.sample.add(batch, targets_of(batch), place, whole=whole)
@@ -97,7 +97,7 @@ class Member:
         """Return False once the first batches of a dataloader have had no loss: then no more of them are run for it."""
         return self._missed.get(dataloader, 0) < _TRIES
 
-    def pass_over(self, batch: Any) -> None:
+    def pass_over(self, batch: object) -> None:
         """Count a batch that is not run for its loss."""
         assert self.sample is not None, "members without a sample are in no group"
         self.sample.seen += batch_size_of(batch)
@@ -108,7 +108,7 @@ class Member:
         self._has_loss = True
         self._missed[dataloader] = -math.inf
 
-    def miss_loss(self, batch: Any, dataloader: int, why: NoLossError) -> None:
+    def miss_loss(self, batch: object, dataloader: int, why: NoLossError) -> None:
         """Record that a batch has no loss; other samples are picked in its place."""
         assert self.sample is not None, "members without a sample are in no group"
         self.missing = self.missing or why
@@ -160,7 +160,7 @@ class Member:
         return r.step, r.loss_fn, s.loss_reduction, s.inputs, s.eps, self.sample.max_samples
 
 
-def rows_in(batch: Any) -> int | None:
+def rows_in(batch: object) -> int | None:
     """Return the number of samples in a batch; None if it is not that of the rows of layers, as in graphs."""
     try:
         return None if is_graph(batch) else batch_size_of(batch)

@@ -1,8 +1,7 @@
 """Base class of the observing callbacks: hooks that begin a measurement, feed it batches and publish its report.
 
 It decides *when*; all arithmetic lies below. It works with the Trainers of ``lightning`` and ``pytorch_lightning``, and
-never changes what it observes: neither weights, optimizer, random state nor logged values. The way of a batch: observer
--> ``session.py`` -> ``Passes`` -> ``member.py`` -> ``Measurement`` -> ``StreamingCriteria``, and back as a report.
+never changes what it observes: neither weights, optimizer, random state nor logged values.
 """
 
 import math
@@ -17,11 +16,11 @@ from lightning_neurons.callbacks.observing.publish import publish, show
 from lightning_neurons.callbacks.observing.session import Session
 from lightning_neurons.callbacks.trainer import checks
 from lightning_neurons.callbacks.trainer.folders import apart
-from lightning_neurons.callbacks.trainer.namespaces import EitherCallback
+from lightning_neurons.callbacks.trainer.namespaces import EitherCallback, LightningModule, Trainer
 from lightning_neurons.callbacks.trainer.outlet import Notice, keeping_training, monitored, numbered_observer, offer
 from lightning_neurons.callbacks.trainer.processes import end_together
 from lightning_neurons.callbacks.trainer.step_replay import StepReplay
-from lightning_neurons.callbacks.trainer.steps import evaluation_loaders, training_loaders
+from lightning_neurons.callbacks.trainer.steps import LoadersOf, evaluation_loaders, training_loaders
 from lightning_neurons.callbacks.trainer.validated_weights import forget_weights, keep_weights, validated_weights
 from lightning_neurons.data.stratified_sample import StratifiedSample, stream_length
 from lightning_neurons.errors import ArgumentError, NoLossError, check_count
@@ -72,11 +71,6 @@ class NeuronObserver(EitherCallback):
             self._warn(self._notice.hint)
         return self._report
 
-    @report.setter
-    def report(self, report: NeuronReport | None) -> None:
-        """Set the latest measurement."""
-        self._report = report
-
     @property
     def state_key(self) -> str:
         """The key of this callback's state in a checkpoint; differs where settings differ."""
@@ -100,7 +94,7 @@ class NeuronObserver(EitherCallback):
 
     # -- before anything runs
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, before any time has been spent."""
         who = type(self).__name__
         self._offered = False
@@ -116,37 +110,34 @@ class NeuronObserver(EitherCallback):
         if stage == "fit" and self.source == "train" and self.loss_fn is None and self.step == "validation":
             checks.require_validation_step(who, pl_module)
 
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what does not fit the layers: a module may make them in its own setup, which comes after ours."""
         checks.check_layers(type(self).__name__, pl_module, self.settings.layers)
         checks.check_room(type(self).__name__, pl_module, self.settings, trainer.strategy.root_device)
 
     # -- the stretches of data
 
-    def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Begin to measure on validation data, if it is due.
-
-        The sanity check is a trial: what cannot work is found out before training.
-        """
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to measure on validation data, if it is due; the sanity check finds out what cannot work."""
         waits = trainer.sanity_checking and checks.is_unfinished(pl_module)  # the check gives lazy layers their neurons
         if (self.source == "val" or trainer.state.fn != "fit") and self._due(trainer) and not waits:
             self._begin(trainer, pl_module, "validation_step", evaluation_loaders)
 
-    def on_test_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to measure on test data."""
         if not candidates(pl_module):
             self._warn(f"{type(pl_module).__name__} has no convolutional or linear layer, so nothing is measured")
             return
         self._begin(trainer, pl_module, "test_step", evaluation_loaders)
 
-    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to measure on training data, if it is due."""
         self._publish(trainer)
         if self.source == "train" and self._due(trainer):
             self._begin(trainer, pl_module, "validation_step", training_loaders)
 
     def on_validation_batch_start(
-        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Watch the module's own forward on this batch."""
         session = self._session(trainer, "val")
@@ -155,7 +146,13 @@ class NeuronObserver(EitherCallback):
             self._attempt(lambda: keep_weights(trainer, pl_module, self, batch_idx))
 
     def on_validation_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: object,
+        batch: object,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Stop watching; run the picked samples again with gradients."""
         session = self._session(trainer, "val")
@@ -166,74 +163,76 @@ class NeuronObserver(EitherCallback):
     on_test_batch_start = on_validation_batch_start
     on_test_batch_end = on_validation_batch_end
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
         """Take samples before the step can change them."""
         session = self._session(trainer, "train")
         if session is not None:
             self._attempt(lambda: session.open(batch, batch_idx))
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
+    ) -> None:
         """Run the picked samples in evaluation mode, with the weights that the step has left."""
         session = self._session(trainer, "train")
         if session is not None:
             self._attempt(lambda: session.close(batch_idx))
 
-    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the report."""
         with validated_weights(trainer):
             self._finish(trainer, pl_module, "val")
 
     on_test_epoch_end = on_validation_epoch_end
 
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the report of training data."""
         self._finish(trainer, pl_module, "train")
 
     # -- the end
 
-    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the report at the step at which Lightning logs the validation; print that of ``trainer.validate``."""
         forget_weights(trainer)
         self._publish(trainer)
         if trainer.state.fn == "validate":
             self._show(trainer)
 
-    def on_test_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write and print the report of ``trainer.test``."""
         forget_weights(trainer)
         self._publish(trainer)
         self._show(trainer)
 
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the last report of training data."""
         self._publish(trainer)
 
-    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the latest report."""
         self._show(trainer)
 
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Drop the measurement and its hooks, also in the middle of a batch."""
         self._drop(trainer)
 
-    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Drop the measurement and its hooks."""
         self._drop(trainer)
         end_together(trainer)
 
-    def _due(self, trainer: Any) -> bool:
+    def _due(self, trainer: Trainer) -> bool:
         if trainer.state.fn != "fit" or trainer.sanity_checking or self.every_n_epochs == 1:
             return True
         if not self._offered and monitored(trainer, f"neurons{numbered_observer(trainer, self)}"):
             return True  # what follows a metric expects it from the first validation on
         return checks.is_due(trainer.current_epoch, self.every_n_epochs, [e.epoch for e in self.history.entries[-1:]])
 
-    def _begin(self, trainer: Any, pl_module: Any, step: str, loaders_of: Callable[[Any], tuple[Any, Any]]) -> None:
+    def _begin(self, trainer: Trainer, pl_module: LightningModule, step: str, loaders_of: LoadersOf) -> None:
         self._active, self._failure = "train" if trainer.training else "val", None
         self._attempt(lambda: self._join(trainer, pl_module, step, *loaders_of(trainer)))
         self._raise_failure(trainer)
 
-    def _join(self, trainer: Any, pl_module: Any, step: str, loaders: Any, batches: Any) -> None:
+    def _join(self, trainer: Trainer, pl_module: LightningModule, step: str, loaders: Any, batches: Any) -> None:
         settings = self.settings
         checks.require_layers(pl_module, settings.layers)
         measurement = Measurement(
@@ -250,14 +249,14 @@ class NeuronObserver(EitherCallback):
         self._member = member
         Session.join(trainer, pl_module, self._active, member)
 
-    def _close(self, trainer: Any, session: Session, batch_idx: int, dataloader_idx: int) -> None:
+    def _close(self, trainer: Trainer, session: Session, batch_idx: int, dataloader_idx: int) -> None:
         with validated_weights(trainer, in_batch=True):
             session.close(batch_idx, dataloader_idx)
 
-    def _session(self, trainer: Any, source: str) -> Session | None:
+    def _session(self, trainer: Trainer, source: str) -> Session | None:
         return Session.of(trainer, source) if source == self._active else None
 
-    def _finish(self, trainer: Any, pl_module: Any, source: str) -> None:
+    def _finish(self, trainer: Trainer, pl_module: LightningModule, source: str) -> None:
         """Make the report, if nothing has failed in any process: they wait for one another's sums."""
         if source != self._active:
             return
@@ -273,7 +272,7 @@ class NeuronObserver(EitherCallback):
             with keeping_training(self, "a measurement was not ended"):
                 session.leave(member)
 
-    def _all_well(self, trainer: Any) -> bool:
+    def _all_well(self, trainer: Trainer) -> bool:
         """Return True if no process has failed, else warn of the error. Call it in all processes."""
         failure = self._why
         if trainer.strategy.reduce_boolean_decision(failure is None, all=True):
@@ -283,7 +282,7 @@ class NeuronObserver(EitherCallback):
         self._warn(f"epoch {trainer.current_epoch} was not measured: {reason}", once=reason)
         return False
 
-    def _has_something(self, trainer: Any) -> bool:
+    def _has_something(self, trainer: Trainer) -> bool:
         """Return True if any criterion was measured; warn of those that were not. Call it in all processes."""
         member = self._member
         assert member is not None, "nothing has failed"
@@ -299,7 +298,7 @@ class NeuronObserver(EitherCallback):
         self._warn(f"sensitivity was not measured in {checks.stretch_of(trainer)}: {reason}", once=reason)
         return True
 
-    def _made(self, trainer: Any) -> tuple[NeuronReport, HistoryEntry]:
+    def _made(self, trainer: Trainer) -> tuple[NeuronReport, HistoryEntry]:
         """Return the report, and its comparison with the one before."""
         assert self._member is not None, "nothing has failed"
         measurement, sample = self._member.measurement, self._member.sample
@@ -327,8 +326,8 @@ class NeuronObserver(EitherCallback):
             self._warn(f"a report was not compared with the one before: {checks.said_of(error)}")
             return report, NeuronHistory().compare(report)
 
-    def _take(self, trainer: Any, pl_module: Any, report: NeuronReport, entry: HistoryEntry) -> None:
-        self.report = report
+    def _take(self, trainer: Trainer, pl_module: LightningModule, report: NeuronReport, entry: HistoryEntry) -> None:
+        self._report = report
         if trainer.state.fn == "fit":
             with keeping_training(self, "the report is not in the history"):
                 self.history.keep(report, entry)
@@ -341,7 +340,7 @@ class NeuronObserver(EitherCallback):
                 offer(trainer, pl_module, values, f"neurons{suffix}", everything=self.log_metrics)
                 self._offered = True
 
-    def _publish(self, trainer: Any) -> None:
+    def _publish(self, trainer: Trainer) -> None:
         if self._unpublished is not None:
             (report, entry), self._unpublished = self._unpublished, None
             with keeping_training(self, "the report was not written"):
@@ -364,7 +363,7 @@ class NeuronObserver(EitherCallback):
             self._failure = error
             return None
 
-    def _raise_failure(self, trainer: Any) -> None:
+    def _raise_failure(self, trainer: Trainer) -> None:
         """Raise the measurement's error in the sanity check or without training, where no training is lost by it."""
         if not (trainer.sanity_checking or trainer.state.fn != "fit"):
             return
@@ -375,19 +374,18 @@ class NeuronObserver(EitherCallback):
         if isinstance(failure, MisconfigurationException):
             raise failure
         # An error that no argument of the callback causes must not end a run that would work without it.
-        if failure is not None and (
-            isinstance(failure, ArgumentError) or self.loss_fn is not None or self.settings.may_fail
-        ):
+        may_fail = isinstance(failure, ArgumentError) or self.loss_fn is not None or self.settings.may_fail
+        if failure is not None and may_fail:
             raise MisconfigurationException(f"{type(self).__name__}: {failure}") from failure
 
-    def _show(self, trainer: Any) -> None:
+    def _show(self, trainer: Trainer) -> None:
         if self._report is None:
             self._warn("nothing has been measured")
         else:
             with keeping_training(self, "the report was not shown"):
                 show(trainer, self)
 
-    def _drop(self, trainer: Any) -> None:
+    def _drop(self, trainer: Trainer) -> None:
         forget_weights(trainer)
         if self._active is not None:
             Session.end(trainer, self._active)

@@ -3,26 +3,28 @@
 import platform
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING
 
-from lightning_neurons.callbacks.trainer.outlet import Outlet, keeping_training, numbered_observer, outlet_of
+from lightning_neurons.callbacks.trainer.namespaces import Trainer
+from lightning_neurons.callbacks.trainer.outlet import keeping_training, numbered_observer, outlet_of
 from lightning_neurons.report.console.tables import print_report
 from lightning_neurons.report.figures.choice import report_figures
 from lightning_neurons.report.figures.drawing import can_draw
-from lightning_neurons.report.figures.history import pruning_progress
 from lightning_neurons.report.html.page import write_html
 from lightning_neurons.report.logging.images import can_show, show_figure
 from lightning_neurons.report.logging.loggers import write_loggers
-from lightning_neurons.report.logging.pruning import pruning_history, write_scalars
 from lightning_neurons.report.logging.tags import with_suffix, write_layout
 from lightning_neurons.results.history import HistoryEntry, NeuronHistory
 from lightning_neurons.results.neuron_report import NeuronReport
 from lightning_neurons.results.whole_file import Place, inside
 
+if TYPE_CHECKING:
+    from lightning_neurons.callbacks.observing.observer import NeuronObserver
+
 _PACKAGES = ("lightning_neurons", "lightning", "torch", "torchmetrics", "torch-pruning", "numpy")
 
 
-def publish(trainer: Any, observer: Any, report: NeuronReport, entry: HistoryEntry) -> Place | None:
+def publish(trainer: Trainer, observer: "NeuronObserver", report: NeuronReport, entry: HistoryEntry) -> Place | None:
     """Write a report from the first process; nothing in a trial run. Call it in all processes.
 
     Returns:
@@ -51,12 +53,13 @@ def publish(trainer: Any, observer: Any, report: NeuronReport, entry: HistoryEnt
     return outlet.folder
 
 
-def show(trainer: Any, observer: Any) -> None:
+def show(trainer: Trainer, observer: "NeuronObserver") -> None:
     """Print the latest report at the end of a run, and write the page if that was asked for. Call it everywhere."""
     outlet = outlet_of(trainer)
-    if not trainer.is_global_zero:
+    report = observer.report
+    if not trainer.is_global_zero or report is None:
         return
-    print_report(observer.report, observer.history if trainer.state.fn == "fit" else NeuronHistory())
+    print_report(report, observer.history if trainer.state.fn == "fit" else NeuronHistory())
     if outlet is None:
         return
     for logger in outlet.loggers:  # someone may have laid out a page since
@@ -69,29 +72,6 @@ def show(trainer: Any, observer: Any) -> None:
         again = f"no report.html (python -m lightning_neurons report {outlet.folder} writes it later)"
         with keeping_training(observer, again):
             print(f"wrote {write_html(outlet.folder)}")
-
-
-def publish_rounds(trainer: Any, pruner: Any, values: dict[str, float]) -> None:
-    """Write what pruning has done so far. Call it in all processes."""
-    with keeping_training(pruner, "not all of pruning was written"):
-        if (outlet := outlet_of(trainer)) is not None:
-            _write_rounds(outlet, pruner, values)
-
-
-def _write_rounds(outlet: Outlet, pruner: Any, values: dict[str, float]) -> None:
-    for logger in outlet.loggers:
-        with keeping_training(pruner, "not all series of pruning were written"):
-            named = {with_suffix(name, outlet.apart): value for name, value in values.items()}
-            write_scalars([logger], named, outlet.step)
-    history = pruning_history(pruner.rounds, pruner.pruning.monitor)
-    if history is None:
-        return
-    with keeping_training(pruner, "pruning.json and its figure were not written"):
-        if outlet.folder is not None:
-            history.save(inside(outlet.folder, "pruning.json"))
-        if history.points and can_draw() and can_show(outlet.loggers):
-            name = with_suffix("pruning/progress", outlet.apart)
-            show_figure(outlet.loggers, name, pruning_progress(history).figure, outlet.step)
 
 
 def _versions() -> dict[str, str]:

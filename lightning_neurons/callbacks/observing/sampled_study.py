@@ -14,7 +14,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_neurons.callbacks.trainer import checks
-from lightning_neurons.callbacks.trainer.namespaces import EitherCallback
+from lightning_neurons.callbacks.trainer.namespaces import EitherCallback, LightningModule, Trainer, is_fast_dev_run
 from lightning_neurons.callbacks.trainer.outlet import Outlet, keeping_training, outlet_of
 from lightning_neurons.callbacks.trainer.processes import MisuseError, end_together, in_one_process
 from lightning_neurons.callbacks.trainer.step_replay import StepReplay
@@ -33,7 +33,7 @@ class SampledStudy(EitherCallback):
     loss_fn: LossFunction | None = None
     _least_batches = 1
 
-    def __init__(self, layers: Any, every_n_epochs: int, max_samples: int) -> None:
+    def __init__(self, layers: object, every_n_epochs: int, max_samples: int) -> None:
         super().__init__()
         self.layers = _patterns(layers)
         self.every_n_epochs = check_count("every_n_epochs", every_n_epochs)
@@ -55,7 +55,7 @@ class SampledStudy(EitherCallback):
         """Restore the epoch of the last study from a checkpoint."""
         self._last = state_dict.get("last")
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, before any time has been spent."""
         if stage == "predict":
             return  # nothing is studied
@@ -63,16 +63,16 @@ class SampledStudy(EitherCallback):
         if stage == "fit" and (why := checks.why_no_validation(trainer)) is not None:
             self._warn(f"the Trainer runs no validation ({why}), so nothing will be measured")
 
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what does not fit the layers: a module may make them in its own setup, which comes after ours."""
         checks.check_layers(type(self).__name__, pl_module, self.layers)
 
-    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Do for ``trainer.validate`` what is done when ``fit`` starts."""
         if trainer.state.fn == "validate":
             self.on_fit_start(trainer, pl_module)
 
-    def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to keep samples, if a study is due."""
         self._drop()
         self._is_due = self._due(trainer)
@@ -80,14 +80,14 @@ class SampledStudy(EitherCallback):
             self._attempt(lambda: self._begin(trainer))
 
     def on_validation_batch_start(
-        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Keep samples (of the first dataloader), before the step can change them."""
         if self._sample is not None and self._failure is None and dataloader_idx == 0:
             self._attempt(lambda: self._add(trainer, pl_module, batch, batch_idx))
             self._attempt(lambda: keep_weights(trainer, pl_module, self, batch_idx))
 
-    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the study."""
         if not self._is_due:
             return
@@ -96,7 +96,7 @@ class SampledStudy(EitherCallback):
             self._attempt(lambda: self._keep(sample.rest()))
         mine, self._kept = self._kept, []
         failure, self._failure = self._failure, None
-        is_trial = trainer.sanity_checking or bool(trainer.fast_dev_run)
+        is_trial = trainer.sanity_checking or is_fast_dev_run(trainer)
         try:
             # Every process has to know of a failure in any: the rest of them would wait for its samples.
             if not trainer.strategy.reduce_boolean_decision(failure is None, all=True):
@@ -124,7 +124,7 @@ class SampledStudy(EitherCallback):
         with keeping_training(self, "the study was not offered to other callbacks"):
             self._offer(trainer, pl_module)
 
-    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Publish the study at the step at which Lightning logs the validation."""
         forget_weights(trainer)
         found, self._found = self._found, None
@@ -134,12 +134,12 @@ class SampledStudy(EitherCallback):
             if (outlet := outlet_of(trainer)) is not None:
                 self._publish(trainer, outlet, found)
 
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Drop the samples."""
         forget_weights(trainer)
         self._drop()
 
-    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Drop the samples."""
         forget_weights(trainer)
         self._drop()
@@ -150,7 +150,7 @@ class SampledStudy(EitherCallback):
         """True if a study may fail because of the callback's arguments, rather than the model."""
         return False
 
-    def _must_stay_whole(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> bool:
+    def _must_stay_whole(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> bool:
         """Return True if samples may not be taken out of their batch, nor joined with those of other batches."""
         return False
 
@@ -159,11 +159,11 @@ class SampledStudy(EitherCallback):
         several = self._dataloaders > 1
         return [f"on samples of the first of {self._dataloaders} validation dataloaders"] if several else []
 
-    def _study(self, pl_module: Any, replay: StepReplay, batches: list[Any]) -> Any:
+    def _study(self, pl_module: LightningModule, replay: StepReplay, batches: list[Any]) -> Any:
         """Make the study of some batches; the module is isolated and in evaluation mode."""
         raise NotImplementedError
 
-    def _try(self, pl_module: Any, replay: StepReplay, batches: list[Any]) -> Any:
+    def _try(self, pl_module: LightningModule, replay: StepReplay, batches: list[Any]) -> Any:
         """Try the study on the few batches of a trial run, to find errors early.
 
         Returns:
@@ -175,20 +175,20 @@ class SampledStudy(EitherCallback):
         """Store the study's result, in every process."""
         raise NotImplementedError
 
-    def _offer(self, trainer: Any, pl_module: Any) -> None:
+    def _offer(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the study's result into ``callback_metrics`` for other callbacks, in every process."""
 
-    def _publish(self, trainer: Any, outlet: Outlet, found: Any) -> None:
+    def _publish(self, trainer: Trainer, outlet: Outlet, found: Any) -> None:
         """Write the study's result, in the first process."""
         raise NotImplementedError
 
-    def _begin(self, trainer: Any) -> None:
+    def _begin(self, trainer: Trainer) -> None:
         loaders, batches = evaluation_loaders(trainer)
         self._dataloaders, total = len(loaders), stream_length(loaders[:1], batches[:1])
         mine = math.ceil(self.max_samples / trainer.world_size)
         self._sample = StratifiedSample(mine, total, batches=self._least_batches)
 
-    def _add(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def _add(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
         assert self._sample is not None, "begun"
         whole = self._must_stay_whole(trainer, pl_module, batch, batch_idx)
         self._keep(self._sample.add(batch, targets_of(batch), (batch_idx, 0), whole=whole))
@@ -203,17 +203,17 @@ class SampledStudy(EitherCallback):
     def _drop(self) -> None:
         self._sample, self._kept, self._found, self._failure, self._is_due = None, [], None, None, False
 
-    def _replay(self, trainer: Any, pl_module: Any) -> StepReplay:
+    def _replay(self, trainer: Trainer, pl_module: LightningModule) -> StepReplay:
         return StepReplay(trainer, pl_module, "validation_step", self.loss_fn)
 
-    def _isolated(self, trainer: Any, pl_module: Any, kept: list[Any], *, is_trial: bool) -> Any:
+    def _isolated(self, trainer: Trainer, pl_module: LightningModule, kept: list[Any], *, is_trial: bool) -> Any:
         replay = self._replay(trainer, pl_module)
         on_device = [map_tensors(batch, lambda t: t.to(pl_module.device)) for batch, _ in kept]
         replay.places = [(batch, place) for batch, (_, place) in zip(on_device, kept, strict=True)]
         with validated_weights(trainer), torch.inference_mode(False), replay.isolated(), torch.no_grad():
             return (self._try if is_trial else self._study)(pl_module, replay, on_device)
 
-    def _due(self, trainer: Any) -> bool:
+    def _due(self, trainer: Trainer) -> bool:
         if trainer.state.fn != "fit" or trainer.sanity_checking or self.every_n_epochs == 1:
             return True
         return checks.is_due(trainer.current_epoch, self.every_n_epochs, [self._last])
@@ -229,7 +229,7 @@ class SampledStudy(EitherCallback):
             rank_zero_warn(f"{type(self).__name__}: {message}")
 
 
-def _patterns(layers: Any) -> tuple[Pattern, ...] | None:
+def _patterns(layers: object) -> tuple[Pattern, ...] | None:
     if layers is None:
         return None
     found = tuple(layers) if isinstance(layers, Sequence) and not isinstance(layers, str) else ()
@@ -238,7 +238,7 @@ def _patterns(layers: Any) -> tuple[Pattern, ...] | None:
     return found
 
 
-def _of_all(trainer: Any, mine: list[Any]) -> list[Any]:
+def _of_all(trainer: Trainer, mine: list[Any]) -> list[Any]:
     """Return the batches of all processes and their places in the data, in order."""
     with torch.inference_mode(False):
         mine = [(map_tensors(batch, Tensor.clone), place) for batch, place in mine]

@@ -7,7 +7,7 @@ training with it: it is dropped, and its callback says why.
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_neurons.callbacks.observing.independence import independence_of
 from lightning_neurons.callbacks.observing.member import Member, gradients_together, rows_in, together
+from lightning_neurons.callbacks.trainer.namespaces import LightningModule, Trainer
 from lightning_neurons.callbacks.trainer.step_replay import StepReplay, is_compiled
 from lightning_neurons.callbacks.trainer.steps import takes_iterator
 from lightning_neurons.data.batches import batch_size_of, map_tensors, tensors_of
@@ -38,7 +39,7 @@ class Session:
         source: ``"val"`` watches the module's own forward; ``"train"`` runs batches once more in evaluation mode.
     """
 
-    def __init__(self, trainer: Any, pl_module: Any, source: str) -> None:
+    def __init__(self, trainer: Trainer, pl_module: LightningModule, source: str) -> None:
         self.trainer, self.source = trainer, source
         self.passes = Passes(pl_module, [], _KNOWN.get(pl_module))
         self.members: list[Member] = []
@@ -48,7 +49,7 @@ class Session:
         self._picked: list[tuple[list[Member], list[Picked]]] = []
 
     @classmethod
-    def join(cls, trainer: Any, pl_module: Any, source: str, member: Member) -> None:
+    def join(cls, trainer: Trainer, pl_module: LightningModule, source: str, member: Member) -> None:
         """Add a member to the Trainer's session; the first one begins it."""
         sessions = _SESSIONS.setdefault(trainer, {})
         session = sessions.setdefault(source, cls(trainer, pl_module, source))
@@ -56,12 +57,12 @@ class Session:
         session.passes.add(member)
 
     @staticmethod
-    def of(trainer: Any, source: str) -> "Session | None":
+    def of(trainer: Trainer, source: str) -> "Session | None":
         """Return the Trainer's current session, if any."""
         return _SESSIONS.get(trainer, {}).get(source)
 
     @staticmethod
-    def end(trainer: Any, source: str) -> None:
+    def end(trainer: Trainer, source: str) -> None:
         """Close whatever is open, also in the middle of a batch, and forget the session."""
         session = _SESSIONS.get(trainer, {}).pop(source, None)
         if session is None:
@@ -82,14 +83,14 @@ class Session:
         if not self.members:
             self.end(self.trainer, self.source)
 
-    def open(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def open(self, batch: object, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Begin a batch, before the model's own step: copy samples, which the step may change, and set the hooks."""
         if self._is_open:
             return  # another callback was here first
         self._is_open = True
         self._shared(partial(self._open, batch, (batch_idx, dataloader_idx)))
 
-    def _open(self, batch: Any, place: tuple[int, int]) -> None:
+    def _open(self, batch: object, place: tuple[int, int]) -> None:
         is_stream = isinstance(batch, Iterator) or takes_iterator(self.passes.model, self._own_step())
         for group in self._groups():
             self._pick(group, batch, place, is_stream=is_stream)
@@ -144,13 +145,13 @@ class Session:
         for member in self._alive() if self.source == "train" else ():
             member.failure = member.why_without_loss
 
-    def _remember(self, batch: Any, *, is_stream: bool) -> None:
+    def _remember(self, batch: object, *, is_stream: bool) -> None:
         """Keep a batch for another run of the step."""
         if is_stream:
             raise MeasurementError("a compiled step that takes dataloader_iter can neither be watched nor run again")
         self._again = map_tensors(batch, Tensor.clone)
 
-    def _pick(self, group: list[Member], batch: Any, place: tuple[int, int], *, is_stream: bool) -> None:
+    def _pick(self, group: list[Member], batch: object, place: tuple[int, int], *, is_stream: bool) -> None:
         replay, picked = group[0].replay, list[Picked]()
         assert replay is not None, "members without a replay are in no group"
 
@@ -204,9 +205,9 @@ class Session:
             return "training_step"
         return "test_step" if self.trainer.testing else "validation_step"
 
-    def _observe_again(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
+    def _observe_again(self, batch: object, batch_idx: int, dataloader_idx: int) -> None:
         """Run a compiled step once more without compilation: hooks would change what compiled code computes."""
-        replay = StepReplay(self.trainer, self.passes.model, self._own_step(), None)
+        replay = StepReplay(self.trainer, cast(LightningModule, self.passes.model), self._own_step(), None)
         replay.place = batch_idx, dataloader_idx
 
         def observe() -> None:
@@ -222,7 +223,7 @@ class Session:
         assert replay is not None, "members without a replay are in no group"
         replay.place = picked.place
 
-        def loss_of(given: Any) -> Tensor:
+        def loss_of(given: object) -> Tensor:
             return summed(replay.loss(given), settings.loss_reduction, batch_size_of(given))
 
         def run() -> None:
@@ -240,7 +241,7 @@ class Session:
                 member.add_note("the step exchanges weights while it runs: scores of weights are of those it leaves")
 
     @contextmanager
-    def _if_it_has_a_loss(self, group: list[Member], part: Any, dataloader: int) -> Iterator[None]:
+    def _if_it_has_a_loss(self, group: list[Member], part: object, dataloader: int) -> Iterator[None]:
         """Run an action; without a loss, only this batch is left out: a step may have a loss on some batches only."""
         try:
             yield
@@ -260,7 +261,7 @@ class Session:
         group: list[Member],
         replay: StepReplay,
         loss_of: Callable[[Any], Tensor],
-        part: Any,
+        part: object,
         seed: int,
         start: ModelState | None,
     ) -> None:

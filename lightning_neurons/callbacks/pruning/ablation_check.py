@@ -1,52 +1,52 @@
 """Check by ablation before a cut: a plan's neurons are silenced together, and a cut that would hurt is not made."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import final
 
 import torch
 from torch import nn
 
-from lightning_neurons.callbacks.pruning.pruner import NeuronPruner
+from lightning_neurons.callbacks.pruning.part import Fit, Part
+from lightning_neurons.callbacks.trainer.namespaces import LightningModule, Trainer
 from lightning_neurons.callbacks.trainer.runner import KeptBatches, metric_on
 from lightning_neurons.callbacks.trainer.step_replay import StepReplay
 from lightning_neurons.hooks.intervention import Silence, edit_of
 from lightning_neurons.layers.layer import candidates
 from lightning_neurons.measurement.passes import Passes
-from lightning_neurons.pruning.rounds import Rounds
+from lightning_neurons.pruning.cut import Cut
 
 
-class ForesightedPruner(NeuronPruner):
-    """A pruner that, with ``check="ablation"``, measures a plan's effect on the metric before it cuts."""
+@final
+class AblationCheck(Part):
+    """A part that measures the effect of a decided cut on the metric, with neurons silenced."""
 
-    def _decide(self, trainer: Any, pl_module: Any) -> None:
-        before = self.rounds.pending
-        super()._decide(trainer, pl_module)
-        pending, guard, monitor = self.rounds.pending, self.pruning.guard, self.pruning.monitor
-        if self.pruning.check is None or pending is None or pending is before or not pending.plan:
-            return
+    def on_decide(self, fit: Fit, cut: Cut) -> str | None:
+        """Compare the metric on the kept samples without the neurons and with them.
+
+        Returns:
+            The reason, if the metric would be beyond its bound.
+        """
+        guard, monitor, kept = fit.settings.guard, fit.settings.monitor, fit.samples.kept
         assert guard is not None and monitor is not None, "asked for together"
-        earlier = Rounds(self.rounds.dense, self.rounds.done).plan
-        neurons = pending.plan.lowered(earlier).neurons
-        self.rounds.pending = None  # until it has been checked
-        now = metric_on(trainer, pl_module, self._kept, monitor)
-        without = metric_without(trainer, pl_module, self._kept, monitor, neurons)
-        self.rounds.pending = pending
+        if not cut.plan:
+            return None
+        neurons = cut.plan.lowered(fit.rounds.plan).neurons
+        now = metric_on(fit.trainer, fit.pl_module, kept, monitor)
+        without = metric_without(fit.trainer, fit.pl_module, kept, monitor, neurons)
         if now is None or without is None:
-            self._warn(f"validation_step does not log {monitor} for a batch, so no cut can be checked by ablation")
-            return
-        self._write(trainer, {"pruning/metric_predicted": without})
-        if not guard.holds(without, now):
-            self.rounds.pending = None
-            self._warn(
-                f"round {pending.number} is not made at epoch {trainer.current_epoch + 1}: with its "
-                f"{len(pending.plan)} neurons silenced, {monitor} goes from {now:.4g} to {without:.4g} on the kept "
-                "samples, and "
-                f"{guard.bound(now):.4g} is the worst that is allowed"
-            )
+            fit.warn(f"validation_step does not log {monitor} for a batch, so no cut can be checked by ablation")
+            return None
+        fit.write({"pruning/metric_predicted": without})
+        if guard.holds(without, now):
+            return None
+        return (
+            f"with its {len(cut.plan)} neurons silenced, {monitor} goes from {now:.4g} to {without:.4g} on the kept "
+            f"samples, and {guard.bound(now):.4g} is the worst that is allowed"
+        )
 
 
 def metric_without(
-    trainer: Any, pl_module: Any, kept: KeptBatches, monitor: str, neurons: Mapping[str, Sequence[int]]
+    trainer: Trainer, pl_module: LightningModule, kept: KeptBatches, monitor: str, neurons: Mapping[str, Sequence[int]]
 ) -> float | None:
     """Return a logged metric on kept samples with some neurons set to zero, over all processes.
 

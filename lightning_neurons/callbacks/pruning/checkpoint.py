@@ -21,7 +21,7 @@ from lightning_neurons.pruning.plan import PruningPlan
 from lightning_neurons.pruning.rounds import Rounds
 
 
-def fit_widths(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+def fit_widths(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
     """A pre-hook of ``load_state_dict``. A function of a module, as EMA and SWA copy it with the model."""
     changed = conform(module, state_dict, prefix)
     if changed:
@@ -84,8 +84,12 @@ class PrunedCheckpointMixin:
         ...     pass
     """
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Take the widths of what is loaded, then load it."""
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: object, **kwargs: object) -> Any:
+        """Take the widths of what is loaded, then load it.
+
+        Returns:
+            What ``load_state_dict`` of the module returns.
+        """
         assert isinstance(self, nn.Module), "the mixin of a LightningModule"
         with conforming(self, state_dict):
             return super().load_state_dict(state_dict, *args, **kwargs)  # type: ignore[misc]
@@ -112,7 +116,7 @@ def pruned_widths() -> Iterator[None]:
         yield
 
 
-def load_pruned(model: Any, path: str | Path, **kwargs: Any) -> Any:
+def load_pruned(model: Any, path: str | Path, **kwargs: object) -> Any:
     """Load a pruned model, given what builds the model as it was before.
 
     Needs no history and no forward: the widths are those of the tensors in the file.
@@ -217,6 +221,9 @@ def _differences(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
 def _read(path: str | Path, what: str, weights_only: bool | None = True, place: str = "cpu") -> Any:
     """Load a file with ``torch.load``.
 
+    Returns:
+        What it holds.
+
     Raises:
         ArgumentError: If it is broken.
         UnpicklingError: If it holds objects, which could run code.
@@ -263,7 +270,7 @@ def _taking_widths(kind: Any, taking: Callable[..., AbstractContextManager[None]
     """Let modules of a class take the widths of what is loaded into them, by ``conforming`` or the like."""
     own, load = vars(kind).get("load_state_dict"), kind.load_state_dict
 
-    def load_state_dict(module: nn.Module, state_dict: Mapping[str, Any], *args: Any, **options: Any) -> Any:
+    def load_state_dict(module: nn.Module, state_dict: Mapping[str, Any], *args: object, **options: object) -> Any:
         with taking(module, state_dict):
             return load(module, state_dict, *args, **options)
 
@@ -289,7 +296,7 @@ def _say_if_unjudged(content: dict[str, Any], path: str | Path) -> None:
 
 def _naming_the_way(kind: Any) -> Callable[..., Any]:
     @functools.wraps(nn.Module.load_state_dict)
-    def load_state_dict(module: nn.Module, state_dict: Mapping[str, Any], *args: Any, **options: Any) -> Any:
+    def load_state_dict(module: nn.Module, state_dict: Mapping[str, Any], *args: object, **options: object) -> Any:
         try:
             return super(kind, module).load_state_dict(state_dict, *args, **options)
         except RuntimeError as error:

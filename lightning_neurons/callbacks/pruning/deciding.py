@@ -7,6 +7,7 @@ from typing import Any
 from lightning_neurons.callbacks.pruning.followers import Found
 from lightning_neurons.callbacks.pruning.settings import PruningSettings
 from lightning_neurons.callbacks.pruning.training_trial import TrainingTrial, failing
+from lightning_neurons.callbacks.trainer.namespaces import LightningModule, Trainer
 from lightning_neurons.callbacks.trainer.processes import costing_a_round, in_one_process
 from lightning_neurons.callbacks.trainer.runner import Runner
 from lightning_neurons.errors import PruningError
@@ -83,8 +84,8 @@ class Decision:
 
     def __init__(
         self,
-        trainer: Any,
-        pl_module: Any,
+        trainer: Trainer,
+        pl_module: LightningModule,
         runner: Runner | None,
         settings: PruningSettings,
         rounds: Rounds,
@@ -150,7 +151,10 @@ class Decision:
         return found
 
     def prepare(self, verdict: Verdict, calibration: Calibration, number: int) -> Cut:
-        """Compute the compensation of each candidate and return the best one, ready to be cut.
+        """Compute the compensation of each candidate.
+
+        Returns:
+            The candidate with the lowest loss, ready to be cut.
 
         Raises:
             PruningError: If a lossless cut would change the outputs.
@@ -194,7 +198,7 @@ class Decision:
         )
 
     def _discover(self, runner: Runner) -> Structure:
-        """Find the module's structure, in the first way of running it that reaches the most layers."""
+        """Return the module's structure, in the first way of running it that reaches the most layers."""
         best, chosen = self._followed(runner), runner
         for other in runner.other_ways(self.pl_module) if best.coupling.unseen else ():
             found = self._seeing_more(best, other)
@@ -204,7 +208,7 @@ class Decision:
         return best
 
     def _followed(self, runner: Runner) -> Structure:
-        """Find the structure in the first way of running the module that can be traced at all."""
+        """Return the structure in the first way of running the module that can be traced at all."""
         try:
             return discover(self.pl_module, runner.example)
         except PruningError as error:
@@ -217,7 +221,7 @@ class Decision:
             raise PruningError(f"{error}{told}") from error
 
     def _seeing_more(self, known: Structure, runner: Runner) -> Structure | None:
-        """Find the structure in another way, or None if it reaches no more layers or loses some that could be cut."""
+        """Return the structure in another way, or None if it reaches no more layers or loses some that could be cut."""
         if not runner.runs_any(self.pl_module, known.coupling.unseen):
             return None
         try:

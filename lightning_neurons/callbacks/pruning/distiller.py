@@ -5,27 +5,34 @@ differentiates, so that weights change as with the loss added in ``training_step
 """
 
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, final
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
+from lightning_neurons.callbacks.pruning.part import Fit, Part
 from lightning_neurons.callbacks.pruning.recovery_settings import Distillation
 from lightning_neurons.callbacks.pruning.teachers import find_logits, from_state, read_teacher, state_of
+from lightning_neurons.callbacks.trainer.namespaces import Trainer
 from lightning_neurons.callbacks.trainer.steps import networks_of
 from lightning_neurons.data.batches import map_tensors
 from lightning_neurons.errors import PruningError
 from lightning_neurons.isolation.isolation import kept_random_state
+from lightning_neurons.pruning.cut import Cut
 from lightning_neurons.pruning.distillation import checked_logits, distillation_gradient
+from lightning_neurons.pruning.rounds import PruningRound
 from lightning_neurons.pruning.structure.example import twin_of
+from lightning_neurons.pruning.surgery.surgery import Operation
 
 PATIENCE = 10
 """Number of batches in one of which the logits must be computed: a training step may leave some out."""
 
 
-class Distiller:
-    """Hooks that add the gradient of the distillation loss during the recovery of a cut.
+@final
+class Distiller(Part):
+    """A part with hooks that add the gradient of the distillation loss during the recovery of a cut.
 
     Args:
         who: The callback, for messages.
@@ -46,43 +53,64 @@ class Distiller:
         self._heard = self._teaches = False
         self._batches = 0
         self._output = ""
-        self._trainer: Any = None
+        self._trainer: Trainer | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the teacher's weights, unless it is a file, and the last epoch of its recovery."""
-        saved = self._saved
+        weights = self._saved
         if self._teacher is not None and self.how.teacher is None:
-            saved = state_of(self._teacher)
-        return {"until": self.until, "teacher": saved}
+            weights = state_of(self._teacher)
+        return {"distillation": {"until": self.until, "teacher": weights}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the state of a checkpoint."""
-        self.until, self._saved, self._teacher = state["until"], state["teacher"], None
+        """Restore the state of a checkpoint; of one without distillation, nothing."""
+        own = state.get("distillation")
+        if own is not None:
+            self.until, self._saved, self._teacher = own["until"], own["teacher"], None
 
     def forget(self) -> None:
         """Drop the teacher, as another model is trained now."""
         self.until, self._teacher, self._saved = -1, None, None
 
-    def begin(self, pl_module: Any) -> None:
+    def on_fit_start(self, fit: Fit, *, is_resumed: bool) -> None:
         """Find the module that makes the logits, and read the teacher.
 
         Raises:
             MisconfigurationException: If there is no such module, or the teacher is not one of this architecture.
         """
-        root, _, self._output = find_logits(self.who, pl_module, self.how.output)
+        root, _, self._output = find_logits(self.who, fit.pl_module, self.how.output)
         if self.how.teacher is not None and self._teacher is None:
-            self._teacher = read_teacher(self.who, self.how.teacher, pl_module, root)
+            self._teacher = read_teacher(self.who, Path(self.how.teacher), fit.pl_module, root)
         elif self._saved is not None:
             self._teacher, self._saved = from_state(root, self._saved), None
 
-    def learn(self, pl_module: Any) -> None:
-        """Copy the model before the first cut as the teacher."""
-        if self._teacher is None:
-            root, _, _ = find_logits(self.who, pl_module, self.how.output)
-            self._teacher = twin_of(root).requires_grad_(False)
+    def before_cut(self, fit: Fit, cut: Cut) -> str | None:
+        """Copy the model before the first cut as the teacher.
 
-    def listen(self, trainer: Any, pl_module: Any) -> None:
-        """Register the hooks; they add nothing before the first cut."""
+        Returns:
+            None: nothing is in the way of the cut.
+        """
+        if self._teacher is None:
+            root, _, _ = find_logits(self.who, fit.pl_module, self.how.output)
+            self._teacher = twin_of(root).requires_grad_(False)
+        return None
+
+    def during_cut(self, fit: Fit, made: PruningRound, operation: Operation) -> None:
+        """Record until when the cut recovers."""
+        operation.keep(self)
+        self.until = fit.trainer.current_epoch + fit.settings.recovery_epochs - 1
+
+    def during_undo(self, fit: Fit, operation: Operation) -> None:
+        """Record that nothing recovers."""
+        operation.keep(self)
+        self.until = -1
+
+    def on_train_start(self, fit: Fit) -> None:
+        """Register the hooks before the first batch, so that an error about logits comes before a cut.
+
+        They add nothing before the first cut.
+        """
+        pl_module, trainer = fit.pl_module, fit.trainer
         self.leave()
         self._trainer, self._heard, self._batches = trainer, False, 0
         self._teaches = trainer.current_epoch <= self.until  # a resume may leave the beginning of the epoch out
@@ -101,35 +129,30 @@ class Distiller:
             hook.remove()
         self._hooks, self._watched, self._inputs, self._trainer = [], set(), None, None
 
-    def on_epoch(self, epoch: int, *, is_over: bool) -> None:
-        """Switch distillation on or off for this epoch.
-
-        Args:
-            epoch: The epoch that begins.
-            is_over: Whether no other cut will follow; then the teacher is not needed after the recovery.
-        """
-        self._teaches = epoch <= self.until
+    def after_epoch_start(self, fit: Fit, *, is_over: bool) -> None:
+        """Switch distillation on or off for this epoch; after the last recovery, the teacher is not needed."""
+        self._teaches = fit.trainer.current_epoch <= self.until
         if is_over and not self._teaches:
             self._teacher = self._saved = None
 
-    def check(self, pl_module: Any, *, is_last: bool = False) -> None:
-        """Check, after a batch, that ``training_step`` has made the logits in one of the first batches.
+    def on_train_batch_end(self, fit: Fit) -> None:
+        """Check that ``training_step`` makes the logits in one of the first batches."""
+        self._batches += 1
+        if self._batches >= PATIENCE:
+            self._check(fit)
 
-        Args:
-            pl_module: The module.
-            is_last: Whether the epoch is over.
+    def on_train_epoch_end(self, fit: Fit) -> None:
+        """Check that ``training_step`` has made the logits in this epoch."""
+        self._check(fit)
 
-        Raises:
-            MisconfigurationException: If they have not.
-        """
-        self._batches += not is_last
-        if self._heard or not self._hooks or (self._batches < PATIENCE and not is_last):
+    def _check(self, fit: Fit) -> None:
+        if self._heard or not self._hooks:
             return
         name = "its forward" if self.how.output is None else f"output={self.how.output!r}"
         raise MisconfigurationException(
-            f'{self.who}(recovery="distill"): {type(pl_module).__name__}.training_step did not run {name} with '
+            f'{self.who}(recovery="distill"): {type(fit.pl_module).__name__}.training_step did not run {name} with '
             "gradients, so there are no logits to teach; pass output= the path of the module that training_step calls "
-            f"and whose output are the logits, such as {networks_of(pl_module)}"
+            f"and whose output are the logits, such as {networks_of(fit.pl_module)}"
         )
 
     # -- what happens in a forward
@@ -142,11 +165,11 @@ class Distiller:
             args, kwargs = map_tensors((args, kwargs), _copied) if self._teaches else (args, kwargs)
             self._inputs = path, args, kwargs
 
-    def _on_leave(self, path: str, module: nn.Module, *_: Any) -> None:
+    def _on_leave(self, path: str, module: nn.Module, *_: object) -> None:
         if self._inputs is not None and self._inputs[0] == path and id(module) in self._watched:
             self._inputs = None
 
-    def _on_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _on_output(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
         if self._inputs is None or not self._is_training(module):
             return
         is_first, self._heard = not self._heard, True
@@ -169,7 +192,7 @@ class Distiller:
             logits.register_hook(lambda given: given + gradient.to(given.dtype))
 
     def _target(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """Compute the teacher's logits for the same inputs."""
+        """Return the teacher's logits for the same inputs."""
         teacher, caught = self._teacher, []
         assert teacher is not None, "asked before"
         handle = teacher.get_submodule(self._output).register_forward_hook(lambda _, i, output: caught.append(output))
@@ -184,13 +207,15 @@ class Distiller:
 
     def _is_training(self, module: nn.Module) -> bool:
         """Return True in a training step of the module itself: copies have the hooks too, and measurements run it."""
-        if id(module) not in self._watched or not self._trainer.training or not torch.is_grad_enabled():
+        trainer = self._trainer
+        if id(module) not in self._watched or trainer is None or not trainer.training or not torch.is_grad_enabled():
             return False
-        return bool(self._trainer.lightning_module.training)
+        return bool(trainer.lightning_module.training)
 
     def _scale(self) -> float:
         """Return the factor by which Lightning scales the loss before the backward."""
         trainer = self._trainer
+        assert trainer is not None, "it trains"
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         scale = 1.0 if scaler is None else float(scaler.get_scale())
         by_hand = not trainer.lightning_module.automatic_optimization
@@ -200,17 +225,17 @@ class Distiller:
 class Hook:
     """A hook that is shared with copies of the module, where it does nothing: a copy of it would copy the Trainer."""
 
-    def __init__(self, function: Callable[..., None], *given: Any) -> None:
+    def __init__(self, function: Callable[..., None], *given: object) -> None:
         self.function, self.given = function, given
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Hook":
         return self
 
-    def __call__(self, *args: Any) -> None:
+    def __call__(self, *args: object) -> None:
         """Call the function."""
         self.function(*self.given, *args)
 
 
 def _copied(tensor: Tensor) -> Tensor:
-    """Copy a tensor, as a forward may change its inputs in place."""
+    """Return a copy of a tensor, as a forward may change its inputs in place."""
     return tensor.detach().clone()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_neurons.callbacks.trainer.namespaces import Trainer
 from lightning_neurons.isolation.user_code import is_framework, names_in
 from lightning_neurons.layers.layer import candidates, lazy_path, public_name
 from lightning_neurons.pruning.surgery.optimizers import with_held
@@ -59,7 +60,7 @@ class Following:
             alike = {path for paths in _alike(pl_module) for path in paths}
             self.marks = {path: _mark(pl_module.get_submodule(path)) for path in alike}
 
-    def look(self, trainer: Any, pl_module: nn.Module, moving: Collection[str] = ()) -> Found:
+    def look(self, trainer: Trainer, pl_module: nn.Module, moving: Collection[str] = ()) -> Found:
         """Compare the parameters with those before training; before the first step, none can have changed.
 
         Args:

@@ -1,274 +1,257 @@
-"""Recovery after a cut: a metric must stay within a bound, else the cut is undone; the model before may teach.
+"""Guard of a metric: it must stay within a bound after a cut's recovery, else the cut is undone.
 
 Everything happens when an epoch begins, or when training has ended: checkpoints then hold scores that belong to their
 weights. A checkpoint that is written during a recovery also holds the last good state, so a resumed run can go back.
 """
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, final
 
 from lightning_neurons.callbacks.pruning import suitability
-from lightning_neurons.callbacks.pruning.ablation_check import ForesightedPruner
-from lightning_neurons.callbacks.pruning.cutting import average_again, averages_of, reset_early_stopping
-from lightning_neurons.callbacks.pruning.distiller import Distiller
-from lightning_neurons.callbacks.pruning.guard_state import Keeping
-from lightning_neurons.callbacks.pruning.recovery_settings import SMALLEST_STEP
-from lightning_neurons.callbacks.pruning.settings import PruningSettings
-from lightning_neurons.callbacks.pruning.snapshot import restore_models, restore_snapshot, take_snapshot
-from lightning_neurons.measurement.settings import MeasurementSettings
-from lightning_neurons.pruning.budget import PruningBudget
+from lightning_neurons.callbacks.pruning.cutting import averages_of, reset_early_stopping
+from lightning_neurons.callbacks.pruning.part import Fit, Part
+from lightning_neurons.callbacks.pruning.recovery_settings import SMALLEST_STEP, Guard
+from lightning_neurons.callbacks.pruning.snapshot import Snapshot, restore_models, restore_snapshot, take_snapshot
+from lightning_neurons.pruning.cut import Cut
 from lightning_neurons.pruning.rounds import PruningRound
 from lightning_neurons.pruning.surgery.surgery import Operation
 from lightning_neurons.report.logging.pruning import taken_back_scalars
+from lightning_neurons.results.typed import typed
 
 
-class NeuronKeeper(ForesightedPruner):
-    """A pruner that undoes cuts after which the monitored metric does not recover.
+@dataclass
+class Keeping:
+    """The state of a guard; goes into checkpoints as plain values and tensors.
 
     Attributes:
-        keeping: The state of the guard.
+        baseline: The metric of the model before the first cut.
+        good: The last state whose metric was within the bound, if one is kept.
+        good_rounds: The number of rounds that had been made in it.
+        progress: The share of the final budget that had been removed in it.
+        judge_after: The last epoch of the recovery of the latest cut; None if it has been judged.
+        latest: The metric as it was logged last.
+        validated: The epoch of ``latest``.
+        measured: Whether ``latest`` was logged after the latest cut.
+        step_of_latest: The number of optimizer steps at ``latest``.
+        step: The share of a round's step that is tried.
+        stopped: Whether nothing is cut any more.
     """
 
-    def __init__(self, settings: MeasurementSettings, pruning: PruningSettings) -> None:
-        super().__init__(settings, pruning)
-        self.keeping = Keeping()
-        how = pruning.distillation
-        self._distiller = None if how is None else Distiller(type(self).__name__, how)
+    baseline: float | None = None
+    good: Snapshot | None = None
+    good_rounds: int = 0
+    progress: float = 0.0
+    judge_after: int | None = None
+    latest: float | None = None
+    validated: int = -1
+    measured: bool = True
+    step_of_latest: int = -1
+    step: float = 1.0
+    stopped: bool = False
+
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> "Keeping":
+        """Return the state that ``state_dict`` has made plain values of.
+
+        Raises:
+            ValueError: If a value is not what it has to be.
+        """
+        found: Keeping = typed(cls, state, "keeping")
+        return found
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the pruner's state, the last good state and the teacher, as plain values and tensors."""
-        teacher = None if self._distiller is None else self._distiller.state_dict()
-        return {**super().state_dict(), "keeping": self.keeping.state_dict(), "distillation": teacher}
+        """Return plain values and tensors."""
+        return dict(vars(self))
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+
+@final
+class MetricGuard(Part):
+    """A part that undoes cuts after which the monitored metric does not recover.
+
+    Args:
+        how: The bound; None keeps the state, and undoes nothing.
+
+    Attributes:
+        keeping: The state.
+    """
+
+    def __init__(self, how: Guard | None) -> None:
+        self.how = how
+        self.keeping = Keeping()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state, with the last good one of the run."""
+        return {"keeping": self.keeping.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state of a checkpoint."""
-        with self._reading_state():
-            keeping = Keeping.of(state_dict.get("keeping", {}))
-        super().load_state_dict(state_dict)
-        self.keeping = keeping
-        if self._distiller is not None and state_dict.get("distillation") is not None:
-            self._distiller.load_state_dict(state_dict["distillation"])
-        if self.pruning.guard is not None and self.rounds.done and self.keeping.baseline is None:
-            self._warn("the checkpoint was written without max_drop=: what it has lost already is not known")
+        self.keeping = Keeping.of(state.get("keeping", {}))
 
-    def _adopt(self, state: dict[str, Any]) -> None:
-        super()._adopt(state)
+    def forget(self) -> None:
+        """Forget the metric and the good state of another module."""
+        self.keeping = Keeping()
+
+    def adopt(self) -> None:
+        """Begin at the whole step of a new schedule."""
         self.keeping.progress, self.keeping.step, self.keeping.stopped = 0.0, 1.0, False
 
-    # -- before anything runs
+    def reach(self, way: float) -> float:
+        """Return the share of the budget to reach in a round; after a violation, only part of the step is made.
 
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Find the logits, and a teacher that is given as a file."""
-        was_restored = self._restored
-        super().on_fit_start(trainer, pl_module)
-        good = self.keeping.good
-        if self.keeping.judge_after is not None and good is not None and not was_restored:  # a fit has failed
-            models = (pl_module, *averages_of(trainer))  # an average has been copied before
-            restore_models(models, good, self._book_undone)
-            self._warn("the fit before ended in the middle of a recovery: the model before that cut comes back")
-        if not was_restored:
-            self.keeping.judge_after, self.keeping.good = None, None
-        if self._distiller is not None:
-            self._distiller.begin(pl_module)
-
-    def _forget(self, is_fresh: bool) -> None:
-        super()._forget(is_fresh)
-        self.keeping = Keeping()
-        if self._distiller is not None:
-            self._distiller.forget()
-
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Warn if training will end before a cut has recovered, or with weights that were not validated."""
-        super().setup(trainer, pl_module, stage)
-        pruning, epochs = self.pruning, trainer.max_epochs or -1
-        if stage == "fit" and pruning.guard is not None:
-            suitability.warn_of_unseen_weights(self._warn, trainer)
-        open_ends = self.keeping.judge_after is not None or self.rounds.number < pruning.schedule.rounds
-        if stage == "fit" and (pruning.guard or pruning.distillation) and open_ends and not self.keeping.stopped:
-            end = pruning.schedule.epoch_of(pruning.schedule.rounds) + pruning.recovery_epochs
-            if 0 < epochs < end:
-                last = f"the {pruning.recovery_epochs} epochs of recovery after the last round"
-                self._warn(f"training ends before {last} do: max_epochs is {epochs}, and it would take {end}")
-
-    # -- deciding
-
-    def _is_near(self, trainer: Any) -> bool:
-        return not self.keeping.stopped and super()._is_near(trainer)
-
-    def _decide(self, trainer: Any, pl_module: Any) -> None:
-        if not self.keeping.stopped:
-            super()._decide(trainer, pl_module)
-
-    def _due_budget(self, number: int) -> PruningBudget:
-        if self.pruning.guard is None:
-            return super()._due_budget(number)
-        way = self.pruning.progress(number)
-        return self.pruning.budget.at(self._reach(way))
-
-    def _reach(self, way: float) -> float:
-        """Return the share of the budget to reach in a round; after a violation, only part of the step is made."""
+        Args:
+            way: The share that the schedule asks for.
+        """
+        if self.how is None:
+            return way
         return self.keeping.progress + self.keeping.step * max(way - self.keeping.progress, 0.0)
+
+    def is_over(self, fit: Fit) -> bool:
+        """Return True if no cut will follow, and none is recovering."""
+        over = fit.rounds.number >= fit.settings.schedule.rounds or self.keeping.stopped
+        return over and self.keeping.judge_after is None
+
+    # -- before the first epoch
+
+    def on_setup(self, fit: Fit) -> None:
+        """Warn if training will end before a cut has recovered, or with weights that were not validated."""
+        settings, epochs = fit.settings, fit.trainer.max_epochs or -1
+        if self.how is not None:
+            suitability.warn_of_unseen_weights(fit.warn, fit.trainer)
+        open_ends = self.keeping.judge_after is not None or fit.rounds.number < settings.schedule.rounds
+        if (self.how or settings.distillation) and open_ends and not self.keeping.stopped:
+            end = settings.schedule.epoch_of(settings.schedule.rounds) + settings.recovery_epochs
+            if 0 < epochs < end:
+                last = f"the {settings.recovery_epochs} epochs of recovery after the last round"
+                fit.warn(f"training ends before {last} do: max_epochs is {epochs}, and it would take {end}")
+
+    def on_fit_start(self, fit: Fit, *, is_resumed: bool) -> None:
+        """Bring back the model before a cut in whose recovery a fit has failed."""
+        keeping = self.keeping
+        if is_resumed:
+            return
+        if keeping.judge_after is not None and keeping.good is not None:
+            models = (fit.pl_module, *averages_of(fit.trainer))  # an average has been copied before
+            restore_models(models, keeping.good, lambda operation: self._undo_rounds(fit, operation))
+            fit.warn("the fit before ended in the middle of a recovery: the model before that cut comes back")
+        keeping.judge_after, keeping.good = None, None
+
+    def on_train_start(self, fit: Fit) -> None:
+        """Take what a fit before has left for good."""
+        if self.keeping.baseline is not None and fit.rounds.done and self.keeping.good is None:
+            self._remember(fit)
 
     # -- epochs
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Register the distillation hooks before the first batch: an error about logits comes now, not after a cut."""
-        if self._distiller is not None:
-            self._distiller.listen(trainer, pl_module)
-        if self.keeping.baseline is not None and self.rounds.done and self.keeping.good is None:
-            self._remember(trainer, pl_module)  # what a fit before has left was good
-        super().on_train_start(trainer, pl_module)
-
-    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Compare the metric after a recovery with its bound; then make the next cut, if one is due."""
-        if self._validated:
-            suitability.require_monitor(type(self).__name__, trainer, self.pruning.monitor)
-        if self.pruning.guard is not None:
-            self._look(trainer, trainer.current_epoch - 1)
-            self._judge(trainer, pl_module)
-            self._prepare_to_cut(trainer, pl_module)
-        pending = self.rounds.pending
-        if self._distiller is not None and pending is not None and pending.tensor_cuts:
-            self._distiller.learn(pl_module)
-        super().on_train_epoch_start(trainer, pl_module)
-        if self._distiller is not None:
-            self._distiller.on_epoch(trainer.current_epoch, is_over=self._is_over())
-
-    def _book(self, trainer: Any, made: PruningRound, operation: Operation) -> None:
-        super()._book(trainer, made, operation)
-        last = trainer.current_epoch + self.pruning.recovery_epochs - 1
-        if made.plan and self.pruning.guard is not None:
-            operation.keep(self.keeping)
-            self.keeping.judge_after, self.keeping.measured = last, False
-        if made.plan and self._distiller is not None:
-            operation.keep(self._distiller)
-            self._distiller.until = last
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Check that the distillation hooks have seen the logits."""
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if self._distiller is not None:
-            self._distiller.check(pl_module)
-
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Check that the distillation hooks have seen the logits in this epoch."""
-        super().on_train_epoch_end(trainer, pl_module)
-        if self._distiller is not None:
-            self._distiller.check(pl_module, is_last=True)
-
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Undo cuts whose metric is beyond its bound when training ends."""
-        super().on_train_end(trainer, pl_module)
-        if self._end(trainer, pl_module):
-            average_again(trainer, pl_module, self)
-        if self._distiller is not None:
-            self._distiller.leave()
-            self._distiller.on_epoch(trainer.current_epoch, is_over=self._is_over())
-
-    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Do as ``on_train_end``, for a resumed run that had no epoch left."""
-        self._end(trainer, pl_module)
-        super().on_fit_end(trainer, pl_module)
-
-    def _is_over(self) -> bool:
-        over = self.rounds.number >= self.pruning.schedule.rounds or self.keeping.stopped
-        return over and self.keeping.judge_after is None
-
-    # -- the contract
-
-    def _hear(self, trainer: Any, value: float, epoch: int) -> None:
-        super()._hear(trainer, value, epoch)
-        self.keeping.latest, self.keeping.validated, self.keeping.measured = value, epoch, True
-        self.keeping.step_of_latest = trainer.global_step
-
-    def _end(self, trainer: Any, pl_module: Any) -> bool:
-        """Undo cuts whose metric is beyond its bound when training has ended; return True if there were any."""
-        keeping, guard = self.keeping, self.pruning.guard
-        if guard is None or keeping.good is None or keeping.baseline is None or not self.rounds.done:
-            return False
-        self._look(trainer, trainer.current_epoch)
-        keeping.measured = keeping.measured and keeping.step_of_latest == trainer.global_step
-        broken = not guard.holds(keeping.latest if keeping.measured else None, keeping.baseline)
-        if broken:
-            self._take_back(trainer, pl_module)
-        elif self.rounds.number:
-            keeping.progress = self._reach(self.pruning.progress(self.rounds.number))
-        keeping.judge_after, keeping.good = None, None
-        return broken
-
-    def _judge(self, trainer: Any, pl_module: Any) -> None:
+    def on_epoch_start(self, fit: Fit) -> None:
         """Undo a cut that is beyond the bound after its recovery; otherwise store this state as the last good one."""
-        keeping, guard = self.keeping, self.pruning.guard
-        if guard is None or keeping.baseline is None or not self.rounds.done or not keeping.measured:
+        keeping, guard = self.keeping, self.how
+        if guard is None or keeping.baseline is None or not fit.rounds.done or not keeping.measured:
             return
         is_judged = keeping.judge_after is None
         if not is_judged and keeping.validated < (keeping.judge_after or 0):
             return
         if guard.holds(keeping.latest, keeping.baseline):
             keeping.judge_after = None
-            keeping.progress = (
-                self._reach(self.pruning.progress(self.rounds.number)) if not is_judged else keeping.progress
-            )
-            self._remember(trainer, pl_module)
+            if not is_judged:
+                keeping.progress = self.reach(fit.settings.progress(fit.rounds.number))
+            self._remember(fit)
         elif not is_judged:
-            self._take_back(trainer, pl_module)
+            self._take_back(fit)
 
-    def _remember(self, trainer: Any, pl_module: Any) -> None:
-        """Store the current state as the last good one."""
-        self.keeping.good, self.keeping.good_rounds = take_snapshot(trainer, pl_module), len(self.rounds.done)
+    def before_cut(self, fit: Fit, cut: Cut) -> str | None:
+        """Store the metric and the state before the cut.
 
-    def _prepare_to_cut(self, trainer: Any, pl_module: Any) -> None:
-        keeping, guard, pending = self.keeping, self.pruning.guard, self.rounds.pending
-        if guard is None or pending is None or not pending.tensor_cuts:
-            return
-        why = None
+        Returns:
+            The reason, if there is nothing that could be kept to.
+        """
+        keeping, guard = self.keeping, self.how
+        if guard is None:
+            return None
         if keeping.judge_after is not None:
-            why = "the cut before it has not been judged: no validation since"
-        elif keeping.baseline is None and not guard.holds(keeping.latest, keeping.latest or 0.0):
-            why = f"{guard.monitor} is {keeping.latest}, so there is nothing to keep"
-        elif keeping.baseline is not None and not guard.holds(keeping.latest, keeping.baseline):
+            return "the cut before it has not been judged: no validation since"
+        if keeping.baseline is None and not guard.holds(keeping.latest, keeping.latest or 0.0):
+            return f"{guard.metric} is {keeping.latest}, so there is nothing to keep"
+        if keeping.baseline is not None and not guard.holds(keeping.latest, keeping.baseline):
             bound = guard.bound(keeping.baseline)
-            why = f"{guard.monitor} is {keeping.latest} already, and {bound:.4g} is the worst that is allowed"
-        if why is not None:
-            self.rounds.pending = None
-            self._warn(f"round {pending.number} is not made at epoch {trainer.current_epoch}: {why}")
-            return
+            return f"{guard.metric} is {keeping.latest} already, and {bound:.4g} is the worst that is allowed"
         keeping.baseline = keeping.latest if keeping.baseline is None else keeping.baseline
-        self._remember(trainer, pl_module)
+        self._remember(fit)
+        return None
 
-    def _take_back(self, trainer: Any, pl_module: Any) -> None:
-        keeping, guard = self.keeping, self.pruning.guard
+    def during_cut(self, fit: Fit, made: PruningRound, operation: Operation) -> None:
+        """Record until when the cut may recover."""
+        if self.how is not None:
+            operation.keep(self.keeping)
+            self.keeping.judge_after = fit.trainer.current_epoch + fit.settings.recovery_epochs - 1
+            self.keeping.measured = False
+
+    def on_metric(self, fit: Fit, value: float, epoch: int) -> None:
+        """Take the metric that the cut is judged by."""
+        self.keeping.latest, self.keeping.validated, self.keeping.measured = value, epoch, True
+        self.keeping.step_of_latest = fit.trainer.global_step
+
+    def end(self, fit: Fit) -> bool:
+        """Undo cuts whose metric is beyond its bound when training has ended.
+
+        Returns:
+            Whether there were any.
+        """
+        keeping, guard = self.keeping, self.how
+        if guard is None or not self.is_waiting(fit):
+            return False
+        assert keeping.baseline is not None, "it waits"
+        keeping.measured = keeping.measured and keeping.step_of_latest == fit.trainer.global_step
+        broken = not guard.holds(keeping.latest if keeping.measured else None, keeping.baseline)
+        if broken:
+            self._take_back(fit)
+        elif fit.rounds.number:
+            keeping.progress = self.reach(fit.settings.progress(fit.rounds.number))
+        keeping.judge_after, keeping.good = None, None
+        return broken
+
+    def is_waiting(self, fit: Fit) -> bool:
+        """Return True if cuts have been made that could still be undone."""
+        keeping = self.keeping
+        has_good = keeping.good is not None and keeping.baseline is not None
+        return self.how is not None and has_good and bool(fit.rounds.done)
+
+    # -- the last good state
+
+    def _remember(self, fit: Fit) -> None:
+        """Store the current state as the last good one."""
+        self.keeping.good, self.keeping.good_rounds = take_snapshot(fit.trainer, fit.pl_module), len(fit.rounds.done)
+
+    def _take_back(self, fit: Fit) -> None:
+        keeping, guard = self.keeping, self.how
         assert guard is not None and keeping.good is not None and keeping.baseline is not None, "asked before"
         now = f"was {keeping.latest:.4g}" if keeping.measured and keeping.latest is not None else "was not measured"
-        undone = len(self.rounds.done) - keeping.good_rounds
+        undone = len(fit.rounds.done) - keeping.good_rounds
         what = f"{undone} round{'s' * (undone != 1)} taken back" if undone else "its last good state comes back"
         least = f"{guard.bound(keeping.baseline):.4g} is the worst that is allowed"
-        restore_snapshot(trainer, pl_module, keeping.good, self._book_violation)
-        if self.pruning.reset_early_stopping:
-            reset_early_stopping(trainer)
-        self._warn(f"{guard.monitor} {now} before epoch {trainer.current_epoch}, and {least}: {what}")
-        self._write(trainer, taken_back_scalars(self.rounds))
 
-    def _book_undone(self, operation: Operation) -> None:
-        """Record that rounds were undone, as a part of restoring the state."""
-        operation.keep(self.rounds)
-        self.rounds.take_back(self.keeping.good_rounds)
+        def record(operation: Operation) -> None:
+            self._undo_rounds(fit, operation)
+            for part in fit.parts:
+                part.during_undo(fit, operation)
 
-    def _book_violation(self, operation: Operation) -> None:
-        keeping, guard = self.keeping, self.pruning.guard
-        assert guard is not None, "asked before"
-        self._book_undone(operation)
+        restore_snapshot(fit.trainer, fit.pl_module, keeping.good, record)
+        if fit.settings.reset_early_stopping:
+            reset_early_stopping(fit.trainer)
+        fit.warn(f"{guard.metric} {now} before epoch {fit.trainer.current_epoch}, and {least}: {what}")
+        fit.write(taken_back_scalars(fit.rounds))
+
+    def _undo_rounds(self, fit: Fit, operation: Operation) -> None:
+        operation.keep(fit.rounds)
+        fit.rounds.take_back(self.keeping.good_rounds)
+
+    def during_undo(self, fit: Fit, operation: Operation) -> None:
+        """Record the violation: stop, or try half the step from now on."""
+        keeping, guard = self.keeping, self.how
+        assert guard is not None, "only a guard undoes cuts"
         operation.keep(keeping)
         keeping.judge_after, keeping.latest = None, None  # it was that of the model that has gone
-        keeping.good = keeping.good if self.rounds.done else None  # without a cut there is no contract
+        keeping.good = keeping.good if fit.rounds.done else None  # without a cut there is no contract
         if guard.on_violation == "stop" or keeping.step / 2 < SMALLEST_STEP:
             keeping.stopped = True
         else:
             keeping.step /= 2
-        if self._distiller is not None:
-            operation.keep(self._distiller)
-            self._distiller.until = -1
-
-    def _drop(self, trainer: Any) -> None:
-        if self._distiller is not None:
-            self._distiller.leave()
-        super()._drop(trainer)

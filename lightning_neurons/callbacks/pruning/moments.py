@@ -4,9 +4,9 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
-from lightning_neurons.callbacks.pruning.resume import batches_trained
+from lightning_neurons.callbacks.trainer.namespaces import Trainer
 
 STEPS, EPOCHS = 10, 10
 """Number of batches, and of epochs, from the next epoch on, each of which is tried."""
@@ -43,7 +43,12 @@ class Move(Protocol):
         """Set the counters to those of a moment, before or after its batch."""
 
 
-def moments_to_come(trainer: Any) -> list[Moment]:
+def batches_trained(trainer: Trainer) -> int:
+    """Return the number of training batches in the whole run, which identifies a validation."""
+    return int(trainer.fit_loop.epoch_loop.batch_progress.total.ready)
+
+
+def moments_to_come(trainer: Trainer) -> list[Moment]:
     """Return steps to try: the next batches, the last of the next epoch, the first of some epochs, and epochs' ends.
 
     Whatever begins at an epoch or a step, or happens at every n-th, happens at one of them if n is small,
@@ -58,7 +63,8 @@ def moments_to_come(trainer: Any) -> list[Moment]:
     now, progress = trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_progress
     here, made, trained = progress.current.ready, trainer.global_step, max(batches_trained(trainer), 1)
     batches = here if math.isinf(trainer.num_training_batches) else int(trainer.num_training_batches)
-    final = trainer.max_epochs - 1 if (trainer.max_epochs or -1) > 0 else now + EPOCHS + 1
+    epochs = trainer.max_epochs or -1
+    final = epochs - 1 if epochs > 0 else now + EPOCHS + 1
     most = trainer.max_steps if trainer.max_steps > 0 else math.inf
 
     def moment(kind: Literal["step", "end"], epoch: int, batch_idx: int) -> Moment:
@@ -79,7 +85,7 @@ def moments_to_come(trainer: Any) -> list[Moment]:
 
 
 @contextmanager
-def moving(trainer: Any) -> Iterator[Move]:
+def moving(trainer: Trainer) -> Iterator[Move]:
     """Yield a function that sets a Trainer's counters to any moment, and restore them at the end."""
     fit, epoch = trainer.fit_loop, trainer.fit_loop.epoch_loop
     places = [

@@ -1,23 +1,202 @@
-"""Validations that Lightning leaves out when it resumes a run: cuts depend on every one, so they are made up for.
+"""The resume of a run between, in and after the rounds of pruning, in the order in which it happens.
 
-A checkpoint may be written after the last batch before a validation, in the middle of that validation, or while an
-epoch begins. Lightning 2.6 goes on behind the validation in the first case, validates on the rest of the data in the
-second, or not at all, and trains no batch of the epoch in the third; with ``max_steps``, it counts an epoch that had
-ended twice.
+1. While a fit runs, ``Progress`` says where it stands.
+2. A checkpoint is written: ``saved``.
+3. Another run reads it: ``restored``; or, from a callback with other settings, ``adopted``.
+4. Its fit starts: ``begin`` keeps what belongs to the module that is trained, and forgets the rest.
+5. Its training starts: ``make_up`` runs a validation that Lightning leaves out, as cuts depend on every one.
+
+The rounds themselves, and what is decided, are values: ``pruning/rounds.py``.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Any
+import ast
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from enum import Enum
+from typing import Any, final
 
-from lightning_neurons.isolation.isolation import kept_random_state
+from torch import nn
+
+from lightning_neurons.callbacks.pruning import suitability
+from lightning_neurons.callbacks.pruning.moments import batches_trained
+from lightning_neurons.callbacks.pruning.part import Fit, Part
+from lightning_neurons.callbacks.trainer.namespaces import Trainer
+from lightning_neurons.errors import ArgumentError
+from lightning_neurons.pruning.rounds import Rounds
+from lightning_neurons.pruning.surgery.surgery import Operation
+from lightning_neurons.results.typed import typed
+
+# -- 1. Where a fit stands
 
 
-def batches_trained(trainer: Any) -> int:
-    """Return the number of training batches in the whole run, which identifies a validation."""
-    return int(trainer.fit_loop.epoch_loop.batch_progress.total.ready)
+class Stage(Enum):
+    """What has happened to a callback last."""
+
+    NEW = "no fit has started"
+    RESTORED = "a checkpoint has been read, and no fit has started since"
+    TRAINING = "a fit has started, and no validation has ended in its training"
+    VALIDATING = "a validation goes on"
+    VALIDATED = "a validation has ended in this training"
 
 
-def make_up(trainer: Any, validated: int | None, prepare: Callable[[], None]) -> None:
+@final
+class Progress:
+    """Where a pruning callback stands.
+
+    Attributes:
+        stage: What has happened last.
+        validated_at: The number of training batches before the last validation that has ended; None before the first.
+    """
+
+    def __init__(self) -> None:
+        self.stage = Stage.NEW
+        self.validated_at: int | None = None
+        self._module: weakref.ref[nn.Module] | None = None  # of the last fit
+        self._before: Rounds | None = None  # as they were when the validation began that goes on
+
+    def __getstate__(self) -> dict[str, Any]:
+        stage = self.stage if self.stage is Stage.RESTORED else Stage.NEW  # a copy has had no fit
+        return {**vars(self), "stage": stage, "_module": None}
+
+    def is_of(self, module: nn.Module) -> bool:
+        """Return True if what is known belongs to a module: of a checkpoint, or of the last fit, which was its own."""
+        return self.stage is Stage.RESTORED or (self._module is not None and self._module() is module)
+
+    def begin(self, module: nn.Module) -> None:
+        """A fit of a module starts."""
+        self.stage, self._module, self._before = Stage.TRAINING, weakref.ref(module), None
+
+    def begin_training(self) -> None:
+        """Training starts; what it logs in an epoch is not there yet, if a resume goes on at the end of one."""
+        self.stage = Stage.TRAINING
+
+    def begin_validation(self, rounds: Rounds) -> None:
+        """A validation of a fit begins; in a checkpoint that is written before its end, rounds are these."""
+        self.stage, self._before = Stage.VALIDATING, replace(rounds)
+
+    def end_validation(self, trainer: Trainer) -> None:
+        """A validation of a fit has ended."""
+        self.stage, self.validated_at, self._before = Stage.VALIDATED, batches_trained(trainer), None
+
+    def to_save(self, rounds: Rounds) -> Rounds:
+        """Return the rounds for a checkpoint: a validation that goes on is made again, and decides again."""
+        return rounds if self._before is None else self._before
+
+
+# -- 2. A checkpoint is written
+
+
+def saved(rounds: Rounds, progress: Progress, parts: Sequence[Part]) -> dict[str, Any]:
+    """Return the state of a pruning callback as plain values and tensors."""
+    state = {"rounds": progress.to_save(rounds).state_dict(), "validated": progress.validated_at, "distillation": None}
+    for part in parts:
+        state |= part.state_dict()
+    return state
+
+
+# -- 3. It is read
+
+
+def restored(who: str, state: dict[str, Any], rounds: Rounds, progress: Progress, parts: Sequence[Part]) -> None:
+    """Restore the state of a checkpoint, whole or not at all.
+
+    Args:
+        who: The callback, for messages.
+        state: What ``saved`` has returned.
+        rounds: Changed in place.
+        progress: Changed in place.
+        parts: Changed in place.
+
+    Raises:
+        ArgumentError: If it is broken; everything is then as it was.
+    """
+    with _whole(who, rounds, progress, *parts):
+        rounds.become(Rounds.from_state(state["rounds"]))
+        for part in parts:
+            part.load_state_dict(state)
+        progress.validated_at = typed(int | None, state.get("validated"), "validated")
+        progress.stage = Stage.RESTORED
+
+
+@contextmanager
+def _whole(who: str, *targets: object) -> Iterator[None]:
+    before = Operation()
+    for target in targets:
+        before.keep(target)
+    try:
+        yield
+    except Exception as error:
+        before.roll_back()
+        got = f"the state of {who} in a checkpoint ({type(error).__name__}: {error})"
+        raise ArgumentError.of("ckpt_path", got, "one that it has written, whole") from error
+
+
+def adopted(rounds: Rounds, parts: Sequence[Part]) -> None:
+    """Keep the rounds of other settings that have been restored; what they had decided is dropped."""
+    rounds.pending, rounds.votes, rounds.earlier = None, [], len(rounds.done)
+    for part in parts:
+        part.adopt()
+
+
+def state_of_other_settings(checkpoint: Mapping[str, Any], own: str) -> tuple[dict[str, Any], str] | None:
+    """Return the state of a pruning callback with other settings, and these; None if there is none, or our own.
+
+    Args:
+        checkpoint: Of a Trainer.
+        own: The key of the callback's own state.
+
+    Returns:
+        The state, and the settings that differ as a text.
+    """
+    states = checkpoint.get("callbacks") or {}
+    others = [key for key, state in states.items() if isinstance(state, dict) and {"rounds", "seed"} <= state.keys()]
+    if own in states or len(others) != 1:
+        return None
+    theirs, ours = _settings_in(others[0]), _settings_in(own)
+    changed = [f"{name}={value!r}" for name, value in theirs.items() if name not in ours or ours[name] != value]
+    return states[others[0]], "; ".join(f"{setting} before" for setting in changed)
+
+
+def _settings_in(key: str) -> dict[str, Any]:
+    try:
+        return dict(ast.literal_eval(key[key.index("{") :]))
+    except (ValueError, SyntaxError):  # a key in another form
+        return {"": key}
+
+
+# -- 4. A fit starts
+
+
+def begin(fit: Fit, progress: Progress) -> None:
+    """Keep the rounds of the module that is trained, and forget what was decided for another one.
+
+    Raises:
+        MisconfigurationException: If the rounds are those of another model.
+    """
+    is_resumed, is_known = progress.stage is Stage.RESTORED, progress.is_of(fit.pl_module)
+    progress.begin(fit.pl_module)
+    is_fresh = suitability.is_fresh(fit.who, fit.pl_module, fit.rounds)
+    if is_fresh or not is_known:
+        if is_fresh:
+            fit.rounds.become(Rounds())
+        fit.rounds.pending, fit.rounds.votes, fit.rounds.undone = None, [], []
+        for part in fit.parts:
+            part.forget()
+    for part in fit.parts:
+        part.on_fit_start(fit, is_resumed=is_resumed)
+
+
+# -- 5. Training starts
+
+# A checkpoint may be written after the last batch before a validation, in the middle of that validation, or while an
+# epoch begins. Lightning 2.6 goes on behind the validation in the first case, validates on the rest of the data in the
+# second, or not at all, and trains no batch of the epoch in the third; with ``max_steps``, it counts an epoch that had
+# ended twice.
+
+
+def make_up(trainer: Trainer, validated: int | None, prepare: Callable[[], None]) -> None:
     """Run a validation that is missing from before the run ended. Call it in ``on_train_start``, in all processes.
 
     Callbacks and loggers get that validation as any other, in the epoch to which it belongs.
@@ -29,12 +208,13 @@ def make_up(trainer: Any, validated: int | None, prepare: Callable[[], None]) ->
     """
     fit, epoch = trainer.fit_loop, trainer.fit_loop.epoch_loop
     if fit.restarted_on_epoch_start:  # the batches that are counted are those of the last epoch
-        fit.epoch_progress.current.ready = fit.epoch_progress.current.started + 1
-        _begin_epoch(fit)
+        current: Any = fit.epoch_progress.current
+        current.ready = current.started + 1
+        _begin_epoch(trainer)
         return
     if fit.restarted_on_epoch_end:
         fit.epoch_progress.increment_completed()
-        _next_epoch(fit)
+        _next_epoch(trainer)
         return
     before_validation = epoch.restarted_on_train_batch_end
     in_validation = epoch.restarted_on_last and fit.restarted_mid_epoch and validated is not None
@@ -44,8 +224,10 @@ def make_up(trainer: Any, validated: int | None, prepare: Callable[[], None]) ->
     is_closed = bool(before_validation and fit.restarted_mid_epoch and epoch.batch_progress.is_last_batch)
     if before_validation:
         epoch.batch_progress.increment_completed()
-    _move_epoch(fit, -is_closed)
-    if epoch._should_check_val_fx(fit._data_fetcher):
+    _move_epoch(trainer, -is_closed)
+    fetcher = fit._data_fetcher
+    assert fetcher is not None, "training starts"
+    if epoch._should_check_val_fx(fetcher):
         prepare()
         _validate(trainer)
         waiting = {config.monitor for config in trainer.lr_scheduler_configs if config.reduce_on_plateau}
@@ -54,26 +236,15 @@ def make_up(trainer: Any, validated: int | None, prepare: Callable[[], None]) ->
         epoch.val_loop.reset_restart_stage()  # it need not be finished any more,
         epoch.val_loop._has_run = False  # and is left out by the epoch itself, which else would never end its restart
     if is_closed:
-        _move_epoch(fit, 1)
+        _move_epoch(trainer, 1)
         epoch._batches_that_stepped += not epoch._should_accumulate()
-        _next_epoch(fit)
+        _next_epoch(trainer)
     elif before_validation:
         epoch.batch_progress.total.completed -= 1  # ``reset`` is still going to count it
         epoch.batch_progress.current.completed -= 1
 
 
-def first_batches(trainer: Any, count: int) -> Iterator[tuple[Any, int]]:
-    """Yield the first training batches as the step gets them, with their index, from a new iterator."""
-    loader, pl_module = trainer.fit_loop._combined_loader, trainer.lightning_module
-    with kept_random_state(pl_module):
-        for batch, batch_idx, _ in iter(type(loader)(loader.iterables, loader._mode)):
-            if batch_idx >= count:
-                return
-            moved = pl_module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch), dataloader_idx=0)
-            yield trainer.strategy.batch_to_device(moved, dataloader_idx=0), batch_idx
-
-
-def _validate(trainer: Any) -> None:
+def _validate(trainer: Trainer) -> None:
     """Run a validation as the loop of an epoch does."""
     loop, connector = trainer.fit_loop.epoch_loop.val_loop, trainer._logger_connector
     first = connector._first_loop_iter
@@ -84,21 +255,22 @@ def _validate(trainer: Any) -> None:
     connector._first_loop_iter = first
 
 
-def _move_epoch(fit: Any, by: int) -> None:
+def _move_epoch(trainer: Trainer, by: int) -> None:
     """Set an epoch's counters to over, or not yet; after an error they stay, for a checkpoint that is written then."""
-    for progress in (fit.epoch_progress.current, fit.epoch_progress.total):
+    both: tuple[Any, ...] = trainer.fit_loop.epoch_progress.current, trainer.fit_loop.epoch_progress.total
+    for progress in both:
         progress.processed += by
         progress.completed += by
 
 
-def _next_epoch(fit: Any) -> None:
+def _next_epoch(trainer: Trainer) -> None:
     """Let the loop begin the next epoch as usual, and not as a resumed one."""
-    fit._restarting = False
-    fit.reset_restart_stage()
-    _begin_epoch(fit)
+    trainer.fit_loop._restarting = False
+    trainer.fit_loop.reset_restart_stage()
+    _begin_epoch(trainer)
 
 
-def _begin_epoch(fit: Any) -> None:
+def _begin_epoch(trainer: Trainer) -> None:
     """Reset the counters of batches, so that an epoch has all of them."""
-    fit.epoch_loop.restarting = False
-    fit.epoch_loop.reset_restart_stage()
+    trainer.fit_loop.epoch_loop.restarting = False
+    trainer.fit_loop.epoch_loop.reset_restart_stage()

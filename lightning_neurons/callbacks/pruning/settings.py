@@ -1,11 +1,19 @@
 """Settings of a pruning callback, in addition to those of an observing one."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
-from lightning_neurons.callbacks.pruning.recovery_settings import Distillation, Guard
-from lightning_neurons.errors import ArgumentError, check_choice, check_flag
+from lightning_neurons.callbacks.pruning.recovery_settings import (
+    DISTILLATION_KEYWORDS,
+    GUARD_KEYWORDS,
+    Distillation,
+    Guard,
+    distillation_of,
+    guard_of,
+    refuse_beside,
+)
+from lightning_neurons.errors import ArgumentError, check_choice, check_count, check_flag
 from lightning_neurons.pruning.budget import PruningBudget
 from lightning_neurons.pruning.compensation.compensate import (
     LEAST_SQUARES,
@@ -15,7 +23,7 @@ from lightning_neurons.pruning.compensation.compensate import (
     compensation_named,
 )
 from lightning_neurons.pruning.request import CONSTANT
-from lightning_neurons.pruning.schedule import PruningSchedule
+from lightning_neurons.pruning.schedule import PruningSchedule, Shape
 
 OnUnprunable = Literal["warn", "raise"]
 Check = Literal["ablation"]
@@ -23,7 +31,7 @@ Check = Literal["ablation"]
 
 @dataclass(frozen=True)
 class PruningSettings:
-    """The settings of ``NeuronPruner``.
+    """The settings of ``NeuronPruningCallback``, checked.
 
     Attributes:
         budget: How much to remove, and by which criterion.
@@ -92,19 +100,102 @@ class PruningSettings:
         return replace(self.budget, criterion="random", **given)  # type: ignore[arg-type]
 
 
-def budget_of(lossless: bool, given: Mapping[str, Any]) -> PruningBudget:
+BUDGET_KEYWORDS: dict[str, Any] = {
+    **{one.name: one.default for one in fields(PruningBudget)}, "criterion": None,
+}  # fmt: skip
+"""The single arguments that a ``PruningBudget`` stands for, with the callback's defaults."""
+
+SCHEDULE_KEYWORDS: dict[str, Any] = {"start_epoch": 1, "end_epoch": None, "every_n_epochs": 1}
+"""The single arguments that a ``PruningSchedule`` stands for beside its shape, with their defaults."""
+
+
+def settings_of(arguments: Mapping[str, Any]) -> PruningSettings:
+    """Return the settings that the arguments of a callback ask for.
+
+    Args:
+        arguments: By name, those of ``NeuronPruningCallback``; ``budget``, ``schedule``, ``guard`` and
+            ``distillation`` each stand for several others.
+
+    Raises:
+        ArgumentError: If an argument is out of range or contradicts another.
+    """
+
+    def part(names: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: arguments[name] for name in names}
+
+    lossless = arguments["lossless"]
+    budget = budget_of(arguments["budget"], lossless, part(BUDGET_KEYWORDS))
+    schedule = schedule_of(arguments["schedule"], part(SCHEDULE_KEYWORDS), budget)
+    guard = guard_of(arguments["guard"], part(GUARD_KEYWORDS), can_halve=budget.threshold is None)
+    settings = PruningSettings(
+        budget=budget,
+        schedule=schedule,
+        compensation=compensation_of(arguments["compensation"], lossless),
+        reestimate_norms=reestimation_of(arguments["reestimate_norms"], lossless),
+        lossless=lossless,
+        patience=check_count("patience", arguments["patience"]),
+        monitor=arguments["monitor"] if guard is None else guard.metric,
+        recovery_epochs=check_count("recovery_epochs", arguments["recovery_epochs"]),
+        check=check_of(arguments["check"], guard),
+        guard=guard,
+        distillation=distillation_of(arguments["distillation"], part(DISTILLATION_KEYWORDS)),
+        reset_early_stopping=check_flag("reset_early_stopping", arguments["reset_early_stopping"]),
+        on_unprunable=check_choice("on_unprunable", arguments["on_unprunable"], get_args(OnUnprunable)),  # type: ignore[arg-type]
+        example_inputs=arguments["example_inputs"],
+    )
+    refuse_overlap(settings)
+    return settings
+
+
+def budget_of(budget: PruningBudget | None, lossless: bool, keywords: Mapping[str, Any]) -> PruningBudget:
     """Return the budget that arguments of a callback ask for.
+
+    Args:
+        budget: The argument of this name.
+        lossless: Whether only constant neurons may go.
+        keywords: Those of ``BUDGET_KEYWORDS``.
 
     Raises:
         ArgumentError: If they contradict one another or are out of range.
     """
-    if not check_flag("lossless", lossless):
-        criterion = "fisher" if given["criterion"] is None else given["criterion"]
-        return PruningBudget(**{**given, "criterion": criterion})
+    check_flag("lossless", lossless)
+    if budget is not None:
+        if not isinstance(budget, PruningBudget):
+            raise ArgumentError.of("budget", budget, 'a PruningBudget, such as PruningBudget("fisher", amount=0.3)')
+        if lossless:
+            raise ArgumentError.of("budget", budget, "None with lossless=True, which takes all constant neurons")
+        refuse_beside("budget", keywords, BUDGET_KEYWORDS)
+        return budget
+    if not lossless:
+        criterion = "fisher" if keywords["criterion"] is None else keywords["criterion"]
+        return PruningBudget(**{**keywords, "criterion": criterion})
     for name in ("criterion", "amount", "target_params", "target_macs", "threshold"):
-        if given[name] is not None:
-            raise ArgumentError.of(name, given[name], "None with lossless=True, which takes all constant neurons")
-    return PruningBudget(**{**given, "criterion": CONSTANT.criterion, "threshold": CONSTANT.threshold})
+        if keywords[name] is not None:
+            raise ArgumentError.of(name, keywords[name], "None with lossless=True, which takes all constant neurons")
+    return PruningBudget(**{**keywords, "criterion": CONSTANT.criterion, "threshold": CONSTANT.threshold})
+
+
+def schedule_of(
+    schedule: Shape | PruningSchedule, keywords: Mapping[str, Any], budget: PruningBudget
+) -> PruningSchedule:
+    """Return the schedule that arguments of a callback ask for.
+
+    Args:
+        schedule: The argument of this name: a shape, or a whole schedule.
+        keywords: Those of ``SCHEDULE_KEYWORDS``.
+        budget: What is scheduled.
+
+    Raises:
+        ArgumentError: If they contradict one another or are out of range.
+    """
+    if isinstance(schedule, PruningSchedule):
+        refuse_beside("schedule", keywords, SCHEDULE_KEYWORDS)
+        shape, end_epoch = schedule.shape, schedule.end_epoch
+    else:
+        shape, end_epoch = schedule, keywords["end_epoch"]
+    if shape == "one_shot" and end_epoch is not None and budget.threshold is None:
+        raise ArgumentError.of("end_epoch", end_epoch, 'None with schedule="one_shot", which has one round')
+    return schedule if isinstance(schedule, PruningSchedule) else PruningSchedule(schedule, **keywords)
 
 
 def compensation_of(given: CompensationName | None, lossless: bool) -> Compensation:
@@ -136,7 +227,7 @@ def refuse_overlap(settings: PruningSettings) -> None:
         raise ArgumentError.of("recovery_epochs", epochs, allowed)
 
 
-def check_of(given: Any, guard: Guard | None) -> Check | None:
+def check_of(given: Check | None, guard: Guard | None) -> Check | None:
     """Return the check before a cut that is asked for, if any.
 
     Raises:
@@ -147,7 +238,7 @@ def check_of(given: Any, guard: Guard | None) -> Check | None:
     check_choice("check", given, get_args(Check))
     if guard is None:
         raise ArgumentError.of("check", given, "None without max_drop= and monitor=, which a cut is checked against")
-    return given  # type: ignore[no-any-return]
+    return given
 
 
 def reestimation_of(given: bool, lossless: bool) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_neurons.callbacks.pruning.cutting import average_models, averages_of
+from lightning_neurons.callbacks.trainer.namespaces import Trainer
 from lightning_neurons.data.batches import map_tensors
 from lightning_neurons.dependency.conform import set_data
 from lightning_neurons.dependency.sizes import all_sizes, put_sizes
@@ -26,8 +27,8 @@ from lightning_neurons.results.typed import typed
 Snapshot = dict[str, Any]
 
 
-def take_snapshot(trainer: Any, pl_module: nn.Module) -> Snapshot:
-    """Copy model, averages of it, optimizers, schedulers and the state of the precision plugin."""
+def take_snapshot(trainer: Trainer, pl_module: nn.Module) -> Snapshot:
+    """Return copies of model, averages of it, optimizers, schedulers and the state of the precision plugin."""
     return {
         "model": _tensors(pl_module),
         "sizes": _plain_sizes(pl_module),
@@ -38,7 +39,9 @@ def take_snapshot(trainer: Any, pl_module: nn.Module) -> Snapshot:
     }
 
 
-def restore_snapshot(trainer: Any, pl_module: nn.Module, snapshot: Snapshot, also: Callable[[Operation], None]) -> None:
+def restore_snapshot(
+    trainer: Trainer, pl_module: nn.Module, snapshot: Snapshot, also: Callable[[Operation], None]
+) -> None:
     """Restore a snapshot, also into layers that have become narrower; parameters stay the same objects.
 
     Args:
@@ -50,7 +53,8 @@ def restore_snapshot(trainer: Any, pl_module: nn.Module, snapshot: Snapshot, als
     Raises:
         Exception: Whatever went wrong; everything is then as it was.
     """
-    strategy, operation = trainer.strategy, Operation()
+    operation = Operation()
+    strategy: Any = trainer.strategy  # of DDP, if it wraps the module
     wrapped = isinstance(strategy.model, DistributedDataParallel)
     if wrapped:
         strategy.model = strategy.lightning_module  # the wrapper knows the shapes of the cut model
@@ -107,7 +111,7 @@ def _put_sizes(model: nn.Module, snapshot: Snapshot, operation: Operation) -> No
     operation.do(partial(put_sizes, model, saved), partial(put_sizes, model, all_sizes(model)))
 
 
-def _copy(state: Any) -> Any:
+def _copy(state: object) -> Any:
     """Return a deep copy, with tensors on the CPU."""
     return copy.deepcopy(map_tensors(state, lambda t: t.detach().to("cpu", copy=True)))
 
@@ -182,6 +186,6 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], liv
     live.refill(optimizer, optimizer.param_groups)
 
 
-def _exchange(target: Any, state: Any, operation: Operation) -> None:
+def _exchange(target: Any, state: object, operation: Operation) -> None:
     before = _copy(target.state_dict())
     operation.do(partial(target.load_state_dict, state), partial(target.load_state_dict, before))

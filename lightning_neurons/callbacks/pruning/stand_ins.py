@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_neurons.callbacks.trainer.namespaces import LightningModule, Trainer
 from lightning_neurons.data.batches import map_tensors
 
 
@@ -31,8 +32,12 @@ class OptimizerStandIn:
         """The optimizer itself, as ``LightningOptimizer.optimizer`` gives it."""
         return self
 
-    def step(self, closure: Any = None, **_: Any) -> Any:
-        """Run the closure, then call ``listen``, as gradients are complete; no parameter changes."""
+    def step(self, closure: Any = None, **_: object) -> Any:
+        """Run the closure, then call ``listen``, as gradients are complete; no parameter changes.
+
+        Returns:
+            What the closure returns; None without one.
+        """
         value = None if closure is None else closure()
         if self._listen is not None:
             self._listen()
@@ -44,7 +49,7 @@ class OptimizerStandIn:
             for parameter in group["params"]:
                 parameter.grad = None
 
-    def toggle_model(self, **_: Any) -> Any:
+    def toggle_model(self, **_: object) -> Any:
         """Return a context manager that does nothing."""
         return nullcontext()
 
@@ -56,7 +61,7 @@ class SchedulerStandIn:
         self.last_epoch = getattr(scheduler, "last_epoch", 0)
         self._last = list(getattr(scheduler, "_last_lr", []))
 
-    def step(self, *_: Any, **__: Any) -> None:
+    def step(self, *_: object, **__: object) -> None:
         """Do nothing."""
 
     def get_last_lr(self) -> list[Any]:
@@ -64,7 +69,7 @@ class SchedulerStandIn:
         return self._last
 
 
-def stand_in(trainer: Any, pl_module: Any, twin: Any, listen: Any) -> dict[str, Any]:
+def stand_in(trainer: Trainer, pl_module: LightningModule, twin: Any, listen: Any) -> dict[str, Any]:
     """Return attributes for a copy of a module that replace the methods which would change its Trainer.
 
     Args:
@@ -82,10 +87,10 @@ def stand_in(trainer: Any, pl_module: Any, twin: Any, listen: Any) -> dict[str, 
     schedulers = [SchedulerStandIn(config.scheduler) for config in trainer.lr_scheduler_configs]
     world = trainer.world_size
 
-    def gather(data: Any, *_: Any, **__: Any) -> Any:
+    def gather(data: Any, *_: object, **__: object) -> Any:
         return map_tensors(data, lambda t: t if world == 1 else torch.stack([t] * world))
 
-    def backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
+    def backward(loss: Tensor, *args: object, **kwargs: object) -> None:
         loss.backward(*args, **kwargs)
 
     return {
@@ -102,5 +107,5 @@ def _one_or_all(found: list[Any]) -> Any:
     return None if not found else found[0] if len(found) == 1 else found
 
 
-def nothing(*_: Any, **__: Any) -> None:
+def nothing(*_: object, **__: object) -> None:
     """Do nothing, in the place of a method with side effects."""

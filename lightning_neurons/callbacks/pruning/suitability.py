@@ -6,6 +6,7 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_neurons.callbacks.trainer.checks import lightning_errors, sharding_of, why_no_validation
+from lightning_neurons.callbacks.trainer.namespaces import LightningModule, Trainer, callbacks_of, is_fast_dev_run
 from lightning_neurons.errors import UnknownNameError
 from lightning_neurons.layers.layer import candidates, widths_of
 from lightning_neurons.pruning.budget import PruningBudget
@@ -13,7 +14,7 @@ from lightning_neurons.pruning.rounds import Rounds
 from lightning_neurons.pruning.surgery.optimizers import why_not, with_held
 
 
-def refuse_strategy(who: str, trainer: Any) -> None:
+def refuse_strategy(who: str, trainer: Trainer) -> None:
     """Refuse strategies under which layers cannot change their shape.
 
     Raises:
@@ -33,7 +34,7 @@ def refuse_strategy(who: str, trainer: Any) -> None:
         )
 
 
-def refuse_run(who: str, trainer: Any, pl_module: Any, start_epoch: int | None, patience: int) -> None:
+def refuse_run(who: str, trainer: Trainer, pl_module: LightningModule, start_epoch: int | None, patience: int) -> None:
     """Refuse runs in which nothing could be cut.
 
     Args:
@@ -56,8 +57,8 @@ def refuse_run(who: str, trainer: Any, pl_module: Any, start_epoch: int | None, 
             f"{who} cannot cut a module that has been compiled as a whole, as its copies would run the original; "
             "compile the network in it: self.net.compile() or self.net = torch.compile(self.net)"
         )
-    last = trainer.max_epochs
-    endless = last is None or last == -1 or trainer.fast_dev_run
+    endless = trainer.max_epochs in (None, -1) or is_fast_dev_run(trainer)
+    last = trainer.max_epochs or 0
     if start_epoch is not None and not endless and start_epoch >= last:
         raise MisconfigurationException(
             f"{who}(start_epoch={start_epoch}): the first cut would be made at the beginning of epoch {start_epoch}, "
@@ -70,27 +71,27 @@ def refuse_run(who: str, trainer: Any, pl_module: Any, start_epoch: int | None, 
             f"{who}(patience={patience}): the first cut could be made at the beginning of epoch {measured}, after as "
             f"many measurements, and max_epochs={last} ends before it"
         )
-    masks = [c for c in trainer.callbacks if any(b.__name__ == "ModelPruning" for b in type(c).__mro__)]
+    masks = [c for c in callbacks_of(trainer) if any(b.__name__ == "ModelPruning" for b in type(c).__mro__)]
     if masks:
         raise MisconfigurationException(
             f"{who} cannot cut layers whose weights are masked by {type(masks[0]).__name__}; use one of the two"
         )
 
 
-def refuse_company(who: str, trainer: Any, kind: type) -> None:
+def refuse_company(who: str, trainer: Trainer, kind: type) -> None:
     """Refuse a second pruning callback: each would use the indices of a model that the other has changed.
 
     Raises:
         MisconfigurationException: If there is another one.
     """
-    if sum(isinstance(callback, kind) for callback in trainer.callbacks) > 1:
+    if sum(isinstance(callback, kind) for callback in callbacks_of(trainer)) > 1:
         raise MisconfigurationException(
             f"{who}: a Trainer can have one pruning callback; use one with several rounds (schedule=, end_epoch=), or "
             "prune() between two fits"
         )
 
 
-def refuse_patterns(pl_module: Any, budget: PruningBudget) -> None:
+def refuse_patterns(pl_module: LightningModule, budget: PruningBudget) -> None:
     """Refuse patterns that match no layer.
 
     Raises:
@@ -100,7 +101,7 @@ def refuse_patterns(pl_module: Any, budget: PruningBudget) -> None:
         budget.ignores(list(candidates(pl_module)))
 
 
-def refuse_optimizers(who: str, trainer: Any) -> None:
+def refuse_optimizers(who: str, trainer: Trainer) -> None:
     """Refuse optimizers whose state cannot be cut.
 
     Raises:
@@ -112,7 +113,7 @@ def refuse_optimizers(who: str, trainer: Any) -> None:
             raise MisconfigurationException(f"{who} cannot cut the state of {type(optimizer).__name__}: use {why}")
 
 
-def is_fresh(who: str, pl_module: Any, rounds: Rounds) -> bool:
+def is_fresh(who: str, pl_module: LightningModule, rounds: Rounds) -> bool:
     """Return True if the module has its original widths again, so that its rounds no longer hold.
 
     Raises:
@@ -129,9 +130,10 @@ def is_fresh(who: str, pl_module: Any, rounds: Rounds) -> bool:
     return True
 
 
-def warn_of_stale_checkpoints(warn: Callable[[str], None], trainer: Any) -> None:
+def warn_of_stale_checkpoints(warn: Callable[[str], None], trainer: Trainer) -> None:
     """Warn if ``last.ckpt`` may not be the last state, as it is written with the best only."""
-    for one in trainer.checkpoint_callbacks:
+    saving: list[Any] = [*trainer.checkpoint_callbacks]
+    for one in saving:
         if getattr(one, "monitor", None) and getattr(one, "save_last", None) and getattr(one, "save_top_k", -1) > 0:
             warn(
                 f"ModelCheckpoint(monitor={one.monitor!r}, save_last=True) writes last.ckpt only when {one.monitor} is "
@@ -140,15 +142,15 @@ def warn_of_stale_checkpoints(warn: Callable[[str], None], trainer: Any) -> None
             )
 
 
-def is_over(trainer: Any) -> bool:
+def is_over(trainer: Trainer) -> bool:
     """Return True if no other epoch will begin."""
-    epochs = trainer.max_epochs is not None and trainer.max_epochs != -1
+    epochs = trainer.max_epochs
     steps = trainer.max_steps is not None and trainer.max_steps != -1
-    last = epochs and trainer.current_epoch + 1 >= trainer.max_epochs
+    last = epochs is not None and epochs != -1 and trainer.current_epoch + 1 >= epochs
     return bool(last or (steps and trainer.global_step >= trainer.max_steps))
 
 
-def require_monitor(who: str, trainer: Any, monitor: str | None) -> None:
+def require_monitor(who: str, trainer: Trainer, monitor: str | None) -> None:
     """Refuse to go on without the metric that is monitored, going by the first process.
 
     Raises:
@@ -159,12 +161,12 @@ def require_monitor(who: str, trainer: Any, monitor: str | None) -> None:
         raise MisconfigurationException(f"{who}: {unknown}")
 
 
-def unknown_monitor(trainer: Any, monitor: str) -> str:
+def unknown_monitor(trainer: Trainer, monitor: str) -> str:
     """Return a warning for a metric that validation has not logged before training."""
     return f"{UnknownNameError.among('monitor', monitor, list(trainer.callback_metrics))} Fine if training logs it."
 
 
-def warn_of_unseen_weights(warn: Callable[[str], None], trainer: Any) -> None:
+def warn_of_unseen_weights(warn: Callable[[str], None], trainer: Trainer) -> None:
     """Warn if the weights at the end of training will be others than those that were validated."""
-    if any(base.__name__ == "StochasticWeightAveraging" for c in trainer.callbacks for base in type(c).__mro__):
+    if any(base.__name__ == "StochasticWeightAveraging" for c in callbacks_of(trainer) for base in type(c).__mro__):
         warn("StochasticWeightAveraging ends with weights that no validation has seen: max_drop does not hold for them")

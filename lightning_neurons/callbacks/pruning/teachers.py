@@ -8,13 +8,14 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_neurons.callbacks.trainer.checks import overrides
+from lightning_neurons.callbacks.trainer.namespaces import LightningModule
 from lightning_neurons.callbacks.trainer.steps import networks_of
 from lightning_neurons.dependency.conform import conform
 from lightning_neurons.errors import UnknownNameError
 from lightning_neurons.pruning.structure.example import twin_of
 
 
-def find_logits(who: str, pl_module: Any, output: str | None) -> tuple[nn.Module, list[str], str]:
+def find_logits(who: str, pl_module: LightningModule, output: str | None) -> tuple[nn.Module, list[str], str]:
     """Find the module that the teacher replaces, and in it the modules that receive batches and return logits.
 
     Args:

@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_neurons.callbacks.pruning.moments import Moment, Move
 from lightning_neurons.callbacks.pruning.stand_ins import OptimizerStandIn
 from lightning_neurons.callbacks.trainer.checks import overrides
+from lightning_neurons.callbacks.trainer.namespaces import Trainer
 from lightning_neurons.callbacks.trainer.steps import step_arguments
 from lightning_neurons.data.batches import map_tensors
 from lightning_neurons.errors import in_short
@@ -22,7 +23,7 @@ class HookError(Exception):
         key: Its owner (None for the module) and its name.
     """
 
-    def __init__(self, owner: Any, hook: str, error: Exception) -> None:
+    def __init__(self, owner: object, hook: str, error: Exception) -> None:
         super().__init__(in_short(error))
         self.hook, self.key = hook, (owner, hook)
 
@@ -41,7 +42,7 @@ class Course:
 
     def __init__(
         self,
-        trainer: Any,
+        trainer: Trainer,
         move: Move,
         twin: Any,
         callbacks: Sequence[Any],
@@ -52,7 +53,7 @@ class Course:
         self._look, self._move, self._epoch = look, move, -1
         self._modes = {name: module.training for name, module in twin.named_modules()}
 
-    def step(self, batch: Any, moment: Moment) -> None:
+    def step(self, batch: object, moment: Moment) -> None:
         """Run a training step on a batch; before the first of an epoch, the hooks of its start.
 
         Raises:
@@ -106,7 +107,7 @@ class Course:
             self._trainer.gradient_clip_algorithm,
         )
 
-    def end(self, batch: Any, moment: Moment) -> None:
+    def end(self, batch: object, moment: Moment) -> None:
         """Run the end of an epoch, with one batch of its validation, or none if that is None.
 
         Raises:
@@ -155,20 +156,24 @@ class Course:
             },
         )
 
-    def _call(self, hook: str, *args: Any) -> Any:
-        """Call a hook of the user's callbacks, which may hold averages or masks, and of the module."""
+    def _call(self, hook: str, *args: object) -> Any:
+        """Call a hook of the user's callbacks, which may hold averages or masks, and of the module.
+
+        Returns:
+            What the module's hook returns; None if it has none.
+        """
         for callback in self._callbacks:
             self._guarded(callback, hook, self._trainer, self._twin, *args)
         return self._own(hook, *args)
 
-    def _own(self, hook: str, *args: Any) -> Any:
+    def _own(self, hook: str, *args: object) -> Any:
         return self._guarded(None, hook, *args) if overrides(self._twin, hook) else None
 
     def _is_tried(self, hook: str) -> bool:
         return overrides(self._twin, hook) and (None, hook) not in self._untried
 
-    def _guarded(self, owner: Any, hook: str, *args: Any) -> Any:
-        """Call a method of a callback, or for None of the module, and return its result."""
+    def _guarded(self, owner: object, hook: str, *args: object) -> Any:
+        """Return the result of a method of a callback, or for None of the module."""
         if (owner, hook) in self._untried:
             return None
         try:

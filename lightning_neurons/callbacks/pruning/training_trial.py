@@ -29,6 +29,7 @@ from lightning_neurons.callbacks.pruning.gradient_comparison import (
 from lightning_neurons.callbacks.pruning.moments import Moment, moments_to_come, moving
 from lightning_neurons.callbacks.pruning.stand_ins import nothing, stand_in
 from lightning_neurons.callbacks.pruning.training_course import Course, HookError
+from lightning_neurons.callbacks.trainer.namespaces import LightningModule, Trainer, callbacks_of
 from lightning_neurons.callbacks.trainer.processes import in_one_process
 from lightning_neurons.callbacks.trainer.step_replay import StepReplay
 from lightning_neurons.callbacks.trainer.steps import takes_iterator
@@ -82,10 +83,10 @@ class TrainingTrial:
         moved: Parameters that training will move without an optimizer, as far as that has been seen.
     """
 
-    def __init__(self, trainer: Any, pl_module: Any) -> None:
+    def __init__(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.trainer, self.pl_module, self.moved = trainer, pl_module, frozenset[str]()
         users = Users(type(pl_module))
-        self._callbacks = [c for c in trainer.callbacks if users.own(type(c)) and _is_plain(type(c))]
+        self._callbacks = [c for c in callbacks_of(trainer) if users.own(type(c)) and _is_plain(type(c))]
         self._batches: list[tuple[Any, int]] = []
         self._validation: Any = None
         self._moments: list[Moment] = []
@@ -93,12 +94,12 @@ class TrainingTrial:
         self._tolerance = _TOLERANCE if {"32", "64"} & {*str(trainer.precision).split("-")} else _COARSE
         self._modes = {name: module.training for name, module in pl_module.named_modules()}
 
-    def add(self, batch: Any, batch_idx: int) -> None:
+    def add(self, batch: object, batch_idx: int) -> None:
         """Keep a training batch, as the step gets it, unless there are enough, or the step takes no batches."""
         if len(self._batches) < BATCHES and not takes_iterator(self.pl_module, "training_step"):
             self._batches.append((map_tensors(batch, lambda t: t.detach().clone()), batch_idx))
 
-    def add_validation(self, batch: Any) -> None:
+    def add_validation(self, batch: object) -> None:
         """Keep the first validation batch."""
         if self._validation is None:
             self._validation = map_tensors(batch, lambda t: t.detach().clone())
@@ -176,7 +177,11 @@ class TrainingTrial:
     def _run(
         self, cuts: Sequence[TensorCut], alike: Mapping[int, bool], *, silent: bool, double: bool = False
     ) -> _Outcome:
-        """Train a copy from the end of this epoch on, without the neurons of ``cuts``, and record its gradients."""
+        """Train a copy from the end of this epoch on, without the neurons of ``cuts``, and record its gradients.
+
+        Returns:
+            The gradients and calls at the moments that are tried.
+        """
         trainer, twin = self.trainer, _twin(self.pl_module)
         precision, batches, validation = trainer.precision_plugin, self._batches, self._validation
         if double:
@@ -211,11 +216,11 @@ class TrainingTrial:
 
 
 @contextmanager
-def _unheard(trainer: Any) -> Iterator[None]:
+def _unheard(trainer: Trainer) -> Iterator[None]:
     """Suppress output, warnings and files, as far as that is possible."""
     with silent(), writing_nothing(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer.save_checkpoint = nothing
+        trainer.save_checkpoint = nothing  # type: ignore[method-assign]
         yield
 
 
@@ -225,7 +230,10 @@ def _is_plain(kind: type) -> bool:
 
 
 def failing(
-    trainer: Any, trial: TrainingTrial, roots: Sequence[str], cuts_of: Callable[[Sequence[str]], Sequence[TensorCut]]
+    trainer: Trainer,
+    trial: TrainingTrial,
+    roots: Sequence[str],
+    cuts_of: Callable[[Sequence[str]], Sequence[TensorCut]],
 ) -> dict[str, str]:
     """Return groups that training needs whole, each with what fails without. Call it in all processes.
 
@@ -278,7 +286,7 @@ def _in_double(tensor: Tensor) -> Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor
 
 
-def _twin(pl_module: Any) -> Any:
+def _twin(pl_module: LightningModule) -> Any:
     twin: Any = twin_of(pl_module)
     return twin
 

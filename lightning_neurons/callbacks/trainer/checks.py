@@ -1,14 +1,17 @@
 """Checks of arguments, module, Trainer and settings before a measurement, and the epochs at which one is due."""
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 from weakref import WeakKeyDictionary, ref
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import Strategy
+from torch import nn
 
+from lightning_neurons.callbacks.trainer.namespaces import EitherCallback, LightningModule, Trainer, is_fast_dev_run
 from lightning_neurons.errors import ArgumentError, MeasurementError, PruningError
 from lightning_neurons.layers.layer import Pattern, candidates, lazy_path
 from lightning_neurons.layers.registry import widths_of
@@ -42,32 +45,32 @@ _SHARDED = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAFS
 _EVER = 10**9  # epochs; some packages set a larger period of validation where there is no validation data
 
 
-def is_another(callback: Any, pl_module: Any) -> bool:
+def is_another(callback: EitherCallback, pl_module: LightningModule) -> bool:
     """Return True if the callback's last fit was of another module, and remember this one."""
     before, _OBSERVED[callback] = _OBSERVED.get(callback), ref(pl_module)
     return before is not None and before() is not pl_module
 
 
-def why_no_validation(trainer: Any) -> str | None:
+def why_no_validation(trainer: Trainer) -> str | None:
     """Return the reason why a fit will run no validation, or None if it will."""
     if not trainer.enable_validation:
         return "no validation_step, no validation data, or limit_val_batches=0"
     every, last = trainer.check_val_every_n_epoch or 1, trainer.max_epochs
-    endless = last is None or last == -1
-    if not trainer.fast_dev_run and every > (_EVER if endless else last):
+    most = _EVER if last is None or last == -1 else last
+    if not is_fast_dev_run(trainer) and every > most:
         period = "never" if every > _EVER else f"every {every} epochs"
         return f"it would run {period}, and training ends after {last}; pass check_val_every_n_epoch=1"
     return None
 
 
-def sharding_of(strategy: Any, *more: str) -> str | None:
+def sharding_of(strategy: Strategy, *more: str) -> str | None:
     """Return the name of a strategy that splits layers over processes (or is one of ``more``), or None."""
     # By name: Lightning's two namespaces have two classes of each.
     names = {base.__name__ for base in type(strategy).__mro__}
     return next(iter(sorted(names & (_SHARDED | {*more}))), None)
 
 
-def refuse_sharded(who: str, strategy: Any) -> None:
+def refuse_sharded(who: str, strategy: Strategy) -> None:
     """Refuse strategies that split layers over processes.
 
     Raises:
@@ -81,7 +84,7 @@ def refuse_sharded(who: str, strategy: Any) -> None:
         )
 
 
-def check_layers(who: str, pl_module: Any, patterns: tuple[Pattern, ...] | None) -> None:
+def check_layers(who: str, pl_module: LightningModule, patterns: tuple[Pattern, ...] | None) -> None:
     """Make sure that each pattern matches a layer; of a module whose layers are still lazy nothing can be said.
 
     Call it when the module has been set up: its own ``setup`` and ``configure_model`` come after those of callbacks.
@@ -96,7 +99,7 @@ def check_layers(who: str, pl_module: Any, patterns: tuple[Pattern, ...] | None)
         raise MisconfigurationException(f"{who}: {error}") from error
 
 
-def require_layers(pl_module: Any, patterns: tuple[Pattern, ...] | None) -> None:
+def require_layers(pl_module: LightningModule, patterns: tuple[Pattern, ...] | None) -> None:
     """Make sure that there is something to measure; a module without layers is no mistake of who observes it.
 
     Raises:
@@ -114,12 +117,12 @@ def require_layers(pl_module: Any, patterns: tuple[Pattern, ...] | None) -> None
         )
 
 
-def is_unfinished(pl_module: Any) -> bool:
+def is_unfinished(pl_module: LightningModule) -> bool:
     """Return True if a module has lazy layers whose sizes are not known yet."""
     return lazy_path(pl_module) is not None
 
 
-def check_room(who: str, pl_module: Any, settings: MeasurementSettings, device: torch.device) -> None:
+def check_room(who: str, pl_module: LightningModule, settings: MeasurementSettings, device: torch.device) -> None:
     """Make sure that the sums of a measurement fit into memory.
 
     Raises:
@@ -132,7 +135,7 @@ def check_room(who: str, pl_module: Any, settings: MeasurementSettings, device: 
         raise MisconfigurationException(f"{who}: {error}") from error
 
 
-def overrides(pl_module: Any, method: str) -> bool:
+def overrides(pl_module: nn.Module, method: str) -> bool:
     """Return True if a module overrides a method of LightningModule, of either of Lightning's namespaces."""
     base = next(t for t in type(pl_module).__mro__ if t.__name__ == "LightningModule")
     own = vars(pl_module).get(method, getattr(type(pl_module), method, None))  # DDP leaves one in the instance
@@ -152,12 +155,12 @@ def is_due(epoch: int, every: int, measured: Sequence[int | None]) -> bool:
     return (epoch + 1) // every > done or epoch in last
 
 
-def stretch_of(trainer: Any) -> str:
+def stretch_of(trainer: Trainer) -> str:
     """Return a name for the current epoch or the sanity check, for messages."""
     return "the sanity check" if trainer.sanity_checking else f"epoch {trainer.current_epoch}"
 
 
-def name_of(function: Any) -> str | None:
+def name_of(function: Callable[..., Any] | None) -> str | None:
     """Return a function's name and the plain values in its closure, which stay the same when its file is edited."""
     if function is None:
         return None
@@ -173,7 +176,7 @@ def said_of(error: Exception) -> str:
     return str(error) if ours else f"{type(error).__name__}: {error}"
 
 
-def require_validation_step(who: str, pl_module: Any) -> None:
+def require_validation_step(who: str, pl_module: LightningModule) -> None:
     """Make sure that training batches have a loss.
 
     Raises:
@@ -187,7 +190,7 @@ def require_validation_step(who: str, pl_module: Any) -> None:
         )
 
 
-def require_training_step(who: str, pl_module: Any) -> None:
+def require_training_step(who: str, pl_module: LightningModule) -> None:
     """Make sure that training_step can be run for its loss alone.
 
     Raises:

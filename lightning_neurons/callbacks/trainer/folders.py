@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary, WeakSet
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
+from lightning_neurons.callbacks.trainer.namespaces import Trainer, callbacks_of, is_fast_dev_run, running
 from lightning_neurons.results.whole_file import Place, inside, is_there
 
 _RESULTS = ("neurons.json", "history.json", "ablation.json", "classes.json", "pruning.json", "pictures")
@@ -34,7 +35,7 @@ class _Chosen(NamedTuple):
     fit: str = ""
 
 
-def folder_of(trainer: Any) -> tuple[Place | None, str]:
+def folder_of(trainer: Trainer) -> tuple[Place | None, str]:
     """Return the folder of the Trainer's run, or None if it keeps no files. Call it in all processes.
 
     It is the log directory of a ``TensorBoardLogger`` or ``CSVLogger``. The directory of other loggers is shared by
@@ -48,7 +49,7 @@ def folder_of(trainer: Any) -> tuple[Place | None, str]:
         The folder, and the suffix of the series of a later fit: ``"_fit_2"``, or an empty string.
     """
     chosen: _Chosen | None = None
-    if trainer.is_global_zero and not trainer.fast_dev_run:
+    if trainer.is_global_zero and not is_fast_dev_run(trainer):
         try:
             chosen = _chosen(trainer)
         except Exception as error:  # noqa: BLE001 (the other processes wait; training goes on)
@@ -57,23 +58,23 @@ def folder_of(trainer: Any) -> tuple[Place | None, str]:
     return (None, "") if found is None else (found.place, found.fit)
 
 
-def has_fitted(trainer: Any) -> bool:
+def has_fitted(trainer: Trainer) -> bool:
     """Return True if this Trainer validates or tests now and has trained before."""
     return bool(trainer.state.fn != "fit" and trainer.fit_loop.epoch_loop._batches_that_stepped > 0)
 
 
-def is_beside_a_fit(trainer: Any) -> bool:
+def is_beside_a_fit(trainer: Trainer) -> bool:
     """Return True if this Trainer evaluates into the logger of another Trainer's fit. Call it in all processes."""
     if trainer.state.fn == "fit":
         _FITTED.update(trainer.loggers)
         return False
     if has_fitted(trainer):
         return False
-    key = trainer.state.fn.value, *map(id, trainer.loggers)
+    key = running(trainer), *map(id, trainer.loggers)
     known = _BESIDE.setdefault(trainer, {})
     if key not in known:  # once, as the first process alone asks later on
         found = any(logger in _FITTED for logger in trainer.loggers)
-        if not found and trainer.is_global_zero and not trainer.fast_dev_run:
+        if not found and trainer.is_global_zero and not is_fast_dev_run(trainer):
             with suppress(Exception):  # a missing folder is reported where files are written
                 root, parts = _place_of_runs(trainer)
                 found = root is not None and parts is not None and is_there(inside(root, *parts, "history.json"))
@@ -81,17 +82,17 @@ def is_beside_a_fit(trainer: Any) -> bool:
     return known[key]
 
 
-def apart(trainer: Any) -> str:
+def apart(trainer: Trainer) -> str:
     """Return the suffix for the series of an evaluation: ``"_test"``, or an empty string for those of the fit.
 
     A test after a fit has one, and so have evaluations by another Trainer, whose steps are not those of the fit. Call
     it in all processes.
     """
     is_beside = is_beside_a_fit(trainer)
-    return f"_{trainer.state.fn.value}" if is_beside or (trainer.testing and has_fitted(trainer)) else ""
+    return f"_{running(trainer)}" if is_beside or (trainer.testing and has_fitted(trainer)) else ""
 
 
-def _chosen(trainer: Any) -> _Chosen | None:
+def _chosen(trainer: Trainer) -> _Chosen | None:
     known = _CHOSEN.setdefault(trainer, {})
     root, parts = _place_of_runs(trainer)
     if root is None:
@@ -102,7 +103,7 @@ def _chosen(trainer: Any) -> _Chosen | None:
         run = known["run", str(root)].place
     else:
         run = inside(root, *parts)
-    stage = trainer.state.fn.value
+    stage = running(trainer)
     if stage == "fit":
         fits = _FITS.setdefault(trainer, WeakKeyDictionary()).setdefault(trainer.lightning_module, {})
         if str(run) not in fits:
@@ -135,9 +136,9 @@ def _is_taken(folder: Place) -> bool:
     return any(is_there(inside(folder, name)) for name in _RESULTS)
 
 
-def _place_of_runs(trainer: Any) -> tuple[str | None, list[str] | None]:
+def _place_of_runs(trainer: Trainer) -> tuple[str | None, list[str] | None]:
     """Return a directory, and the path in it that only this run has; None if the logger gives runs no such path."""
-    needed = trainer.default_root_dir if any(getattr(one, "html", False) for one in trainer.callbacks) else None
+    needed = trainer.default_root_dir if any(getattr(one, "html", False) for one in callbacks_of(trainer)) else None
     if not trainer.loggers:
         return needed, None
     logger = trainer.loggers[0]

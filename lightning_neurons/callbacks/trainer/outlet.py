@@ -2,9 +2,17 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from lightning_neurons.callbacks.trainer.folders import apart, folder_of
+from lightning_neurons.callbacks.trainer.namespaces import (
+    EitherCallback,
+    LightningModule,
+    Trainer,
+    callbacks_of,
+    is_fast_dev_run,
+    running,
+)
 from lightning_neurons.results.whole_file import Place
 
 
@@ -47,7 +55,7 @@ class Outlet(NamedTuple):
     apart: str
 
 
-def outlet_of(trainer: Any, *, epoch_is_over: bool = False) -> Outlet | None:
+def outlet_of(trainer: Trainer, *, epoch_is_over: bool = False) -> Outlet | None:
     """Return the destination; None in a trial run and in processes but the first. Call it in all processes.
 
     Args:
@@ -55,19 +63,19 @@ def outlet_of(trainer: Any, *, epoch_is_over: bool = False) -> Outlet | None:
         epoch_is_over: Whether the results are those of a training epoch that has just ended.
     """
     (folder, fit), stage = folder_of(trainer), apart(trainer)
-    if not trainer.is_global_zero or trainer.fast_dev_run or not (trainer.loggers or folder):
+    if not trainer.is_global_zero or is_fast_dev_run(trainer) or not (trainer.loggers or folder):
         return None
     return Outlet(trainer.loggers, step_of(trainer, epoch_is_over=epoch_is_over), folder, fit + stage)
 
 
-def step_of(trainer: Any, *, epoch_is_over: bool = False) -> int:
+def step_of(trainer: Trainer, *, epoch_is_over: bool = False) -> int:
     """Return the step at which Lightning has logged the last validation (or test).
 
     That is not ``global_step``, which counts the steps of all optimizers; and a module may log a step of its own under
     the name ``step``. It is known from ``on_validation_end`` on.
     """
     training = trainer.fit_loop.epoch_loop
-    loop = {"validate": trainer.validate_loop, "test": trainer.test_loop}.get(trainer.state.fn.value, training.val_loop)
+    loop = {"validate": trainer.validate_loop, "test": trainer.test_loop}.get(running(trainer), training.val_loop)
     logged = trainer._logger_connector._logged_metrics.get("step")  # its property would compute metrics too early
     if logged is not None and any(map(_is_step, (loop._results or training._results).values())):
         return int(logged)
@@ -80,29 +88,32 @@ def _is_step(result: Any) -> bool:
     return bool(meta.logger and meta.on_epoch and not several and meta.forked_name(on_step=False) == "step")
 
 
-def numbered(trainer: Any, callback: Any, kind: type) -> str:
+def numbered(trainer: Trainer, callback: EitherCallback, kind: type) -> str:
     """Return the suffix of a callback's files and series among those of its kind: none for the first, then ``"_2"``."""
-    return _suffix([one for one in trainer.callbacks if isinstance(one, kind)], callback)
+    return _suffix([one for one in callbacks_of(trainer) if isinstance(one, kind)], callback)
 
 
-def numbered_observer(trainer: Any, observer: Any) -> str:
+def numbered_observer(trainer: Trainer, observer: EitherCallback) -> str:
     """Return the suffix, as ``numbered``, of an observer of neurons; those with sensitivities come first."""
-    observers = [one for one in trainer.callbacks if getattr(one, "publishes", False)]
-    return _suffix(sorted(observers, key=lambda one: not one.max_samples), observer)
+    observers: list[Any] = [one for one in callbacks_of(trainer) if getattr(one, "publishes", False)]
+    in_order = sorted(observers, key=lambda one: not one.max_samples)
+    return _suffix(in_order, observer)
 
 
-def _suffix(callbacks: Sequence[Any], callback: Any) -> str:
+def _suffix(callbacks: Sequence[object], callback: object) -> str:
     place = next((i for i, one in enumerate(callbacks) if one is callback), len(callbacks))
     return f"_{place + 1}" if place else ""
 
 
-def monitored(trainer: Any, group: str) -> set[str]:
+def monitored(trainer: Trainer, group: str) -> set[str]:
     """Return the series of a group that early stopping, a checkpoint or a plateau scheduler monitors."""
-    names = [getattr(one, "monitor", None) for one in (*trainer.callbacks, *trainer.lr_scheduler_configs)]
+    names = [getattr(one, "monitor", None) for one in (*callbacks_of(trainer), *trainer.lr_scheduler_configs)]
     return {name for name in names if isinstance(name, str) and name.startswith(f"{group}/")}
 
 
-def offer(trainer: Any, pl_module: Any, values: Mapping[str, float], group: str, *, everything: bool = False) -> None:
+def offer(
+    trainer: Trainer, pl_module: LightningModule, values: Mapping[str, float], group: str, *, everything: bool = False
+) -> None:
     """Put series into ``trainer.callback_metrics``: all, or those that are monitored. Call it in all processes.
 
     Nothing is logged by this. Where a monitored series is missing all are put there, for Lightning's message to list.
@@ -114,8 +125,14 @@ def offer(trainer: Any, pl_module: Any, values: Mapping[str, float], group: str,
         pl_module.log_dict(chosen, logger=False, sync_dist=True, batch_size=1)
 
 
+class Warner(Protocol):
+    """A callback that warns of the same thing once."""
+
+    def _warn(self, message: str, once: str | None = None) -> None: ...
+
+
 @contextmanager
-def keeping_training(callback: Any, what: str, kind: str | None = None) -> Iterator[None]:
+def keeping_training(callback: Warner, what: str, kind: str | None = None) -> Iterator[None]:
     """Turn errors, such as a full disk or a figure that cannot be drawn, into a warning, once for each ``kind``."""
     try:
         yield

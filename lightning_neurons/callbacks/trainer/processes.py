@@ -7,6 +7,7 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_neurons.callbacks.trainer.checks import said_of
+from lightning_neurons.callbacks.trainer.namespaces import Trainer
 from lightning_neurons.errors import ArgumentError, PruningError
 
 
@@ -14,7 +15,7 @@ class MisuseError(PruningError):
     """An error that is due to an argument, and not to the model or its data."""
 
 
-def in_one_process(trainer: Any, action: Any) -> Any:
+def in_one_process(trainer: Trainer, action: Any) -> Any:
     """Run an action in the first process alone.
 
     Returns:
@@ -38,7 +39,7 @@ def in_one_process(trainer: Any, action: Any) -> Any:
 
 
 @contextmanager
-def costing_a_round(trainer: Any) -> Iterator[None]:
+def costing_a_round(trainer: Trainer) -> Iterator[None]:
     """Turn errors in the preparation of a cut into a ``PruningError``, which costs the round, not the training.
 
     With several processes the error is raised as it is, since the others wait for a message that never comes.
@@ -56,7 +57,7 @@ def costing_a_round(trainer: Any) -> Iterator[None]:
         raise PruningError(f"{type(error).__name__}: {error}") from error
 
 
-def end_together(trainer: Any) -> None:
+def end_together(trainer: Trainer) -> None:
     """Let processes that were spawned wait for one another at the end of a run.
 
     With gloo, one that ends while another is still busy with what they have gathered is often aborted (seen with torch

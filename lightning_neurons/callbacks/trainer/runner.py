@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_neurons.callbacks.trainer.checks import overrides, said_of
+from lightning_neurons.callbacks.trainer.namespaces import LightningModule, Trainer
 from lightning_neurons.callbacks.trainer.step_replay import StepReplay
 from lightning_neurons.data.batches import (
     inputs_of,
@@ -45,7 +46,7 @@ class Runner:
         MisconfigurationException: If the module runs in neither way.
     """
 
-    def __init__(self, trainer: Any, pl_module: Any, example_inputs: Any, batch: Any) -> None:
+    def __init__(self, trainer: Trainer, pl_module: LightningModule, example_inputs: Any, batch: object) -> None:
         self.trainer, self._is_told = trainer, example_inputs is not None
         few = _first_of(batch, _FEW)
         self._run: Forward = self._step
@@ -64,7 +65,7 @@ class Runner:
             self.example = Example(few, self._step)
             self._require(pl_module, "validation_step")
 
-    def __call__(self, module: nn.Module, batch: Any) -> Any:
+    def __call__(self, module: nn.Module, batch: object) -> Any:
         """Run a module on a whole batch.
 
         Returns:
@@ -77,7 +78,7 @@ class Runner:
         """The number of ways of running the module that have not been tried."""
         return len(self._others)
 
-    def take_another(self, pl_module: Any) -> bool:
+    def take_another(self, pl_module: LightningModule) -> bool:
         """Switch to the next way in which the module runs.
 
         Returns:
@@ -90,7 +91,7 @@ class Runner:
                 return True
         return False
 
-    def other_ways(self, pl_module: Any) -> Iterator["Runner"]:
+    def other_ways(self, pl_module: LightningModule) -> Iterator["Runner"]:
         """Yield copies that run the module in the other ways; none if the user has given example inputs."""
         other = copy.copy(self)
         other._others = [] if self._is_told else [*self._others]
@@ -103,7 +104,7 @@ class Runner:
         """Take over the way of another runner."""
         vars(self).update(vars(other))
 
-    def runs_any(self, pl_module: Any, names: Collection[str]) -> bool:
+    def runs_any(self, pl_module: LightningModule, names: Collection[str]) -> bool:
         """Return True if any of the named layers runs."""
         ran: list[nn.Module] = []
         with isolated(pl_module), torch.no_grad():
@@ -120,7 +121,7 @@ class Runner:
                     hook.remove()
         return bool(ran)
 
-    def _step(self, module: Any, batch: Any) -> Any:
+    def _step(self, module: Any, batch: object) -> Any:
         """Run the validation step of a copy or an isolated module.
 
         Returns:
@@ -134,7 +135,7 @@ class Runner:
         out = StepReplay(self.trainer, module, "validation_step", None).run(batch)
         return [out, [value for value in logged.values() if isinstance(value, Tensor)]]
 
-    def _failure(self, pl_module: Any, example: Example) -> Exception | None:
+    def _failure(self, pl_module: LightningModule, example: Example) -> Exception | None:
         try:
             with isolated(pl_module), torch.no_grad():
                 pl_module.eval()
@@ -143,7 +144,7 @@ class Runner:
             return error
         return None
 
-    def _require(self, pl_module: Any, name: str) -> None:
+    def _require(self, pl_module: LightningModule, name: str) -> None:
         error = self._failure(pl_module, self.example)
         if error is not None:
             raise MisconfigurationException(
@@ -152,11 +153,11 @@ class Runner:
             ) from error
 
 
-def _on_inputs(module: nn.Module, batch: Any) -> Any:
+def _on_inputs(module: nn.Module, batch: object) -> Any:
     return call(module, inputs_of(batch))
 
 
-def _on_first(module: nn.Module, batch: Any) -> Any:
+def _on_first(module: nn.Module, batch: Sequence[Any]) -> Any:
     """Run a module's forward on the first entries of a batch, where targets and weights follow them.
 
     Returns:
@@ -167,13 +168,13 @@ def _on_first(module: nn.Module, batch: Any) -> Any:
     return module(*batch[:taken])
 
 
-def _first_of(batch: Any, samples: int) -> Any:
+def _first_of(batch: object, samples: int) -> Any:
     """Return the first samples of a batch; all of a batch that cannot be divided, such as a graph."""
     size = samples_in(batch)
     return rows_of(batch, torch.arange(samples), size) if samples < size and is_divisible(batch) else batch
 
 
-def check_cut(trainer: Any, runner: Runner | None) -> None:
+def check_cut(trainer: Trainer, runner: Runner | None) -> None:
     """Run a module once after a cut, in every process that has a runner.
 
     Raises:
@@ -200,7 +201,7 @@ class KeptBatches:
         self.max_samples, self.samples = max_samples, 0
         self._batches: list[Any] = []
 
-    def add(self, batch: Any) -> None:
+    def add(self, batch: object) -> None:
         """Keep samples of a batch, up to ``max_samples`` in all."""
         left = self.max_samples - self.samples
         if left > 0:
@@ -214,7 +215,7 @@ class KeptBatches:
             yield map_tensors(batch, lambda t: t.to(device))
 
 
-def metric_on(trainer: Any, pl_module: Any, kept: KeptBatches, monitor: str) -> float | None:
+def metric_on(trainer: Trainer, pl_module: LightningModule, kept: KeptBatches, monitor: str) -> float | None:
     """Compute a logged metric on kept samples, over all processes; None if the validation step does not log it.
 
     Args:

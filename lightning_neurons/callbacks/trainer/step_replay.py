@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 
+from lightning_neurons.callbacks.trainer.namespaces import LightningModule, Trainer
 from lightning_neurons.callbacks.trainer.steps import LossFinder, datasets_of, step_arguments
 from lightning_neurons.data.batches import map_tensors, tensors_of
 from lightning_neurons.errors import MeasurementError, NoLossError
@@ -46,7 +47,13 @@ class StepReplay:
     """
 
     def __init__(
-        self, trainer: Any, pl_module: Any, step: str, loss_fn: LossFunction | None, *, by_sample: bool = False
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        step: str,
+        loss_fn: LossFunction | None,
+        *,
+        by_sample: bool = False,
     ) -> None:
         self.trainer, self.pl_module, self.step, self.loss_fn = trainer, pl_module, step, loss_fn
         self.place = 0, 0
@@ -80,7 +87,7 @@ class StepReplay:
             module.eval()
             yield
 
-    def run(self, batch: Any) -> Any:
+    def run(self, batch: object) -> Any:
         """Run ``loss_fn`` or the step on a batch, without warnings or logging.
 
         Returns:
@@ -97,7 +104,7 @@ class StepReplay:
             with silent():
                 return getattr(self.pl_module, self.step)(map_tensors(batch, Tensor.clone), *arguments)
 
-    def loss(self, batch: Any) -> Tensor:
+    def loss(self, batch: object) -> Tensor:
         """Compute the loss of a batch, as ``loss_fn`` or the step returns or logs it.
 
         Returns:
@@ -137,33 +144,33 @@ class StepReplay:
         training = ', or step="training" to take that of training_step' if other_step else ""
         return f"pass loss_fn=lambda module, batch: ... that returns the loss{training}"
 
-    def _place_of(self, batch: Any) -> tuple[int, int]:
+    def _place_of(self, batch: object) -> tuple[int, int]:
         memory = _memory_of(batch) if self.places else None
         return next((place for known, place in self.places if _memory_of(known) == memory), self.place)
 
-    def _log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+    def _log(self, name: str, value: object, *args: object, **kwargs: object) -> None:
         self.logged[name] = value
 
-    def _log_dict(self, dictionary: Any, *args: Any, **kwargs: Any) -> None:
+    def _log_dict(self, dictionary: Any, *args: object, **kwargs: object) -> None:
         self.logged.update(dictionary.items())
 
 
-def _memory_of(batch: Any) -> list[tuple[int, Any]]:
+def _memory_of(batch: object) -> list[tuple[int, Any]]:
     return [(tensor.data_ptr(), tensor.shape) for tensor in tensors_of(batch)[:1]]
 
 
-def _refuse(*args: Any, **kwargs: Any) -> Any:
+def _refuse(*args: object, **kwargs: object) -> Any:
     raise NoLossError(
         "training_step uses its optimizers or learning rate schedulers itself, so it is not run a second time; pass "
         "loss_fn=lambda module, batch: ... that returns the loss"
     )
 
 
-def _silent(*args: Any, **kwargs: Any) -> None:
+def _silent(*args: object, **kwargs: object) -> None:
     """Replace ``self.print``, as the first run has printed already."""
 
 
-def is_compiled(module: Any) -> bool:
+def is_compiled(module: nn.Module) -> bool:
     """Return True if anything that runs in a step has been compiled: hooks would change what it computes.
 
     Looks at all parts of the module, and at what their classes and the files that define those can name.
@@ -177,20 +184,20 @@ def is_compiled(module: Any) -> bool:
     return any(map(_is_compiled, [*module.modules(), *named]))
 
 
-def _is_compiled(value: Any) -> bool:
+def _is_compiled(value: object) -> bool:
     if isinstance(value, nn.Module):
         return hasattr(value, "_orig_mod") or value._compiled_call_impl is not None
     return isinstance(value, FunctionType) and hasattr(value, "_torchdynamo_orig_callable")
 
 
-def _uncompiled(module: Any) -> dict[str, Any]:
+def _uncompiled(module: object) -> dict[str, Any]:
     """Return the original steps that Lightning kept when the whole module was compiled."""
     context = getattr(module, "_compiler_ctx", None) or {}
     return {step: context[f"original_{step}"] for step in _COMPILED_STEPS if f"original_{step}" in context}
 
 
 @contextmanager
-def _attributes(module: Any, **values: Any) -> Iterator[None]:
+def _attributes(module: object, **values: Any) -> Iterator[None]:
     """Set instance attributes, shadowing those of the class."""
     kept = {name: vars(module)[name] for name in values if name in vars(module)}
     vars(module).update(values)

@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor, nn
 
 from lightning_neurons.callbacks.trainer.checks import overrides
+from lightning_neurons.callbacks.trainer.namespaces import LightningModule, Trainer
 from lightning_neurons.data.batches import tensors_of
 from lightning_neurons.errors import MeasurementError
 from lightning_neurons.measurement.measure import call_on_inputs
@@ -18,14 +19,18 @@ _PLAIN = {"loss", "val", "valid", "validation", "test", "train", "training", "to
 """Words of a name that stands for the whole loss; with others (``val/kl_loss``) it may be a part of it."""
 
 
-def evaluation_loop(trainer: Any) -> Any:
+def evaluation_loop(trainer: Trainer) -> Any:
     """Return the loop that validates or tests."""
     if trainer.state.fn == "test":
         return trainer.test_loop
     return trainer.validate_loop if trainer.state.fn == "validate" else trainer.fit_loop.epoch_loop.val_loop
 
 
-def evaluation_loaders(trainer: Any) -> tuple[Any, list[float]]:
+LoadersOf = Callable[[Trainer], tuple[Any, Any]]
+"""A function that returns dataloaders, and the number of batches of each."""
+
+
+def evaluation_loaders(trainer: Trainer) -> tuple[Any, list[float]]:
     """Return the dataloaders that run one after the other, or the first of those that are combined into one.
 
     Returns:
@@ -37,25 +42,27 @@ def evaluation_loaders(trainer: Any) -> tuple[Any, list[float]]:
     return loaders[:several], limits[:several]
 
 
-def training_loaders(trainer: Any) -> tuple[Any, int | float]:
+def training_loaders(trainer: Trainer) -> tuple[Any, int | float]:
     """Return the training dataloader as the user has given it, and the number of its batches."""
     return trainer.train_dataloader, trainer.num_training_batches
 
 
-def datasets_of(trainer: Any) -> list[Any]:
+def datasets_of(trainer: Trainer) -> list[Any]:
     """Return the datasets that a step can reach through its Trainer now."""
     readers = [loop._combined_loader for loop in (trainer.fit_loop, evaluation_loop(trainer))]
     loaders = [loader for reader in readers if reader is not None for loader in reader.flattened]
     return [loader.dataset for loader in loaders if hasattr(loader, "dataset")]
 
 
-def takes_iterator(pl_module: Any, step: str) -> bool:
+def takes_iterator(pl_module: nn.Module, step: str) -> bool:
     """Return True if a step takes the dataloader's iterator instead of batches."""
     function = getattr(pl_module, step, None)
     return function is not None and is_param_in_hook_signature(function, "dataloader_iter", explicit=True)
 
 
-def step_arguments(trainer: Any, pl_module: Any, step: str, batch_idx: int, dataloader_idx: int) -> tuple[int, ...]:
+def step_arguments(
+    trainer: Trainer, pl_module: LightningModule, step: str, batch_idx: int, dataloader_idx: int
+) -> tuple[int, ...]:
     """Return the arguments that Lightning passes to a step after the batch.
 
     Args:
@@ -78,7 +85,7 @@ def step_arguments(trainer: Any, pl_module: Any, step: str, batch_idx: int, data
     return (*index, dataloader_idx) if several or _has_to_get(function, "dataloader_idx") else index
 
 
-def _has_to_get(function: Any, name: str) -> bool:
+def _has_to_get(function: Callable[..., Any], name: str) -> bool:
     parameter = inspect.signature(function).parameters.get(name)
     return parameter is not None and parameter.default is parameter.empty
 
@@ -101,7 +108,7 @@ class LossFinder:
         self._by_sample = by_sample
         self._place: int | None = None
 
-    def find(self, out: Any, logged: Mapping[str, Any]) -> Tensor | str:
+    def find(self, out: object, logged: Mapping[str, Any]) -> Tensor | str:
         """Find the loss; return a description of what is there instead if there is none.
 
         Args:
@@ -152,7 +159,7 @@ def _scalar(value: Tensor) -> Tensor:
     return value.reshape(()) if value.numel() == 1 else value
 
 
-def _named(out: Any) -> list[tuple[str, Tensor]]:
+def _named(out: object) -> list[tuple[str, Tensor]]:
     """Return the floating-point tensors that are losses by their place or name, the likeliest first."""
     if isinstance(out, Tensor):
         return [("loss", out)] if out.is_floating_point() else []
@@ -172,7 +179,7 @@ def _floats(tree: Any) -> list[Tensor]:
     return [value for value in tensors_of(tree) if value.is_floating_point()]
 
 
-def _words(out: Any, logged: Mapping[str, Any]) -> str:
+def _words(out: object, logged: Mapping[str, Any]) -> str:
     """Describe what is there instead of a loss.
 
     Returns:
@@ -185,7 +192,7 @@ def _words(out: Any, logged: Mapping[str, Any]) -> str:
     return " (is it computed under no_grad, detached, or not there at all?)"
 
 
-def forward_of(pl_module: Any) -> Any:
+def forward_of(pl_module: LightningModule) -> Any:
     """Return a function from module and batch to logits: the module's forward, or that of its only network.
 
     Raises:
@@ -200,7 +207,7 @@ def forward_of(pl_module: Any) -> Any:
             "logits come from; pass forward=lambda module, batch: ..."
         )
 
-    def forward(module: nn.Module, batch: Any) -> Any:
+    def forward(module: nn.Module, batch: object) -> Any:
         return call_on_inputs(module.get_submodule(networks[0]), batch)
 
     return forward

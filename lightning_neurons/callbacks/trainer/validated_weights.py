@@ -19,6 +19,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from lightning_neurons.callbacks.trainer.checks import overrides
+from lightning_neurons.callbacks.trainer.namespaces import EitherCallback, Trainer, callbacks_of
 from lightning_neurons.callbacks.trainer.step_replay import is_compiled
 
 _LIGHTNING = ("lightning.pytorch.callbacks.", "pytorch_lightning.callbacks.")
@@ -47,7 +48,7 @@ class _Kept:
 _KEPT: "WeakKeyDictionary[Any, _Kept]" = WeakKeyDictionary()
 
 
-def keep_weights(trainer: Any, pl_module: nn.Module, callback: Any, batch_idx: int) -> None:
+def keep_weights(trainer: Trainer, pl_module: nn.Module, callback: EitherCallback, batch_idx: int) -> None:
     """Keep the weights of this validation, once, if they may change before the end hook of ``callback`` runs.
 
     Args:
@@ -65,7 +66,7 @@ def keep_weights(trainer: Any, pl_module: nn.Module, callback: Any, batch_idx: i
     if not kept.by_batch or kept.batch_idx != batch_idx or kept.waiting is not None:
         return
 
-    def runs(*_: Any) -> None:  # what others do before each batch comes between now and then
+    def runs(*_: object) -> None:  # what others do before each batch comes between now and then
         try:
             kept.weights = _copies(pl_module)
         except Exception as error:  # noqa: BLE001 (the run of the module must not fail)
@@ -75,14 +76,14 @@ def keep_weights(trainer: Any, pl_module: nn.Module, callback: Any, batch_idx: i
     kept.waiting = register_module_forward_pre_hook(runs)
 
 
-def forget_weights(trainer: Any) -> None:
+def forget_weights(trainer: Trainer) -> None:
     """Drop the kept weights."""
     if trainer in _KEPT:
         _stop_waiting(_KEPT.pop(trainer))
 
 
 @contextmanager
-def validated_weights(trainer: Any, *, in_batch: bool = False) -> Iterator[None]:
+def validated_weights(trainer: Trainer, *, in_batch: bool = False) -> Iterator[None]:
     """Give the module the weights that validation has used; afterwards restore its own, bit for bit.
 
     Args:
@@ -141,21 +142,21 @@ def _stop_waiting(kept: _Kept) -> None:
         kept.waiting = None
 
 
-def _may_change(trainer: Any, callback: Any) -> bool:
+def _may_change(trainer: Trainer, callback: EitherCallback) -> bool:
     """Return True if a callback before this one acts when validation (or the test) ends."""
-    before = trainer.callbacks[: trainer.callbacks.index(callback)] if callback in trainer.callbacks else []
+    before = callbacks_of(trainer)[: callbacks_of(trainer).index(callback)] if callback in callbacks_of(trainer) else []
     return any(_does(one, f"on_{_stage(trainer)}_epoch_end") for one in before)
 
 
-def _may_change_by_batch(trainer: Any, pl_module: nn.Module) -> bool:
+def _may_change_by_batch(trainer: Trainer, pl_module: nn.Module) -> bool:
     """Return True if the module or a callback acts before or after each batch."""
     hooks = [f"on_{_stage(trainer)}_batch_{when}" for when in ("start", "end")]
-    return any(overrides(pl_module, hook) or any(_does(one, hook) for one in trainer.callbacks) for hook in hooks)
+    return any(overrides(pl_module, hook) or any(_does(one, hook) for one in callbacks_of(trainer)) for hook in hooks)
 
 
-def _stage(trainer: Any) -> str:
+def _stage(trainer: Trainer) -> str:
     return "test" if trainer.testing else "validation"
 
 
-def _does(callback: Any, hook: str) -> bool:
+def _does(callback: EitherCallback, hook: str) -> bool:
     return not str(getattr(getattr(callback, hook, None), "__module__", "")).startswith(_HARMLESS)
