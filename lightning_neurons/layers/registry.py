@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from lightning_neurons.errors import ArgumentError
+from lightning_neurons.layers.recognition import recognized
 
 LinkKind = Literal["norm", "affine", "activation", "dropout"]
 
@@ -81,8 +82,17 @@ def register_layer(module_type: type[nn.Module], *, neurons: Callable[[Any], int
 
 
 def family_of(module: nn.Module) -> LayerFamily | None:
-    """Return the family of the module's own type or its nearest base, or None if it has no neurons."""
-    return next((LAYER_FAMILIES[t] for t in type(module).__mro__ if t in LAYER_FAMILIES), None)
+    """Look up the family of a module's own type or its nearest base.
+
+    Returns:
+        The family; that of linear layers for a type of a user's own that is recognised as one; None without neurons.
+    """
+    family = next((LAYER_FAMILIES[t] for t in type(module).__mro__ if t in LAYER_FAMILIES), None)
+    place = recognized(module) if family is None else None
+    if place is None or not place.reads:
+        return family
+    made = place.makes["weight"]
+    return LayerFamily(lambda layer: int(layer.weight.shape[made]), place.axis)
 
 
 def neuron_axis(module: nn.Module, output: Any) -> int | None:

@@ -5,7 +5,7 @@ module's type. ``register_prunable`` adds the records of other types.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeGuard
 
 import torch
@@ -14,6 +14,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
+
+from lightning_neurons.layers.recognition import own_axes, recognized
 
 Role = Literal["makes", "passes", "reads", "holds"]
 """What a module does with a neuron: it makes it, hands it on one by one (a norm layer, a depthwise convolution), reads
@@ -221,11 +223,41 @@ HANDLERS: dict[type[nn.Module], WidthHandler] = {
 
 
 def handler_of(module: object) -> WidthHandler | None:
-    """Look up the record of a module's type or of its nearest base.
+    """Look up the record of a module: that of its type or nearest base, with the tensors that its own type adds.
 
     Returns:
-        The record, or None if nobody has said how its width is changed.
+        The record, or None if nobody has said how the module's width is changed, and it could not be recognised.
     """
+    handler = _of_type(module)
+    if not isinstance(module, nn.Module) or (handler is not None and handler.registered):
+        return handler
+    if handler is None:
+        return _recognized(module)
+    makes, reads = own_axes(module, handler.makes, {} if handler.role or handler.blocks else handler.reads)
+    if not makes and not reads:
+        return handler
+    # What its own forward does with them may be another map than that of the weight.
+    plain = handler.linear and type(module).forward.__module__.startswith("torch.")
+    return replace(handler, makes={**handler.makes, **makes}, reads={**handler.reads, **reads}, linear=plain)
+
+
+def _recognized(module: nn.Module) -> WidthHandler | None:
+    place = recognized(module)
+    if place is None:
+        return None
+    return WidthHandler(
+        makes=place.makes,
+        reads=place.reads,
+        sizes=place.sizes,
+        axis=lambda module: place.axis,
+        role=None if place.reads else "passes",
+        linear=bool(place.reads),
+        registered=True,
+    )
+
+
+def _of_type(module: object) -> WidthHandler | None:
+    """Return the record of a module's type or of its nearest base, or None."""
     found = next((HANDLERS[t] for t in type(module).__mro__ if t in HANDLERS), None)
     if found is _CONVOLUTION and _is_by_channel(module):
         return _DEPTHWISE
@@ -255,7 +287,7 @@ def blocks_of_neurons(module: object) -> int | None:
 
 def is_depthwise(module: object) -> bool:
     """Return True if a convolution has one filter for each channel."""
-    return handler_of(module) is _DEPTHWISE
+    return _of_type(module) is _DEPTHWISE
 
 
 def passes(module: object) -> bool:

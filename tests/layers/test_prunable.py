@@ -21,7 +21,7 @@ from tests.tables import for_each
 
 
 class Turned(nn.Module):
-    """Linear, with its weight the other way round."""
+    """Linear, with its weight the other way round, and doubled."""
 
     def __init__(self, inputs: int = 4, units: int = 6) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class Turned(nn.Module):
         self.weight, self.bias = nn.Parameter(torch.rand(inputs, units)), nn.Parameter(torch.rand(units))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight + self.bias
+        return 2 * (x @ self.weight) + self.bias
 
 
 RIGHT = {"axis": -1, "makes": {"weight": 1, "bias": 0}, "reads": {"weight": 0}, "sizes": {"units": "makes"}}

@@ -112,9 +112,9 @@ def fold_means(
 def contribution(module: nn.Module, places: Sequence[int], mean: Tensor) -> Float[Tensor, " output"]:
     """Return what the inputs at some places add to each output on average."""
     weight = module.get_parameter("weight").detach().to(mean.dtype)
-    transposed = bool(getattr(module, "transposed", False))
-    taps = (weight.transpose(0, 1) if transposed else weight).flatten(2).sum(2) if weight.ndim > 2 else weight
-    if transposed:
+    weight = weight.movedim(axes(module, "reads")["weight"], 1)
+    taps = weight.flatten(2).sum(2) if weight.ndim > 2 else weight
+    if getattr(module, "transposed", False):
         taps = taps / torch.tensor(module.stride).prod()  # each output sees only every stride-th tap
     index = torch.tensor(list(places), device=mean.device)
     return taps[:, index] @ mean[index]

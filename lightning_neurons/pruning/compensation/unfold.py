@@ -11,7 +11,7 @@ from lightning_neurons.layers.width_handlers import axis_of, handler_of
 
 def batched(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """Return the input of a convolution or linear layer, with a batch axis."""
-    given: Tensor = (args[0] if args else kwargs["input"]).detach()
+    given: Tensor = (args or tuple(kwargs.values()))[0].detach()
     axis = axis_of(module)
     return given.unsqueeze(0) if axis is not None and given.ndim == -axis else given
 

@@ -153,7 +153,7 @@ def silenced(model: nn.Module, cuts: Sequence[TensorCut], norms: Norms | None = 
                 owner, _, leaf = one.path.rpartition(".")
                 found = {leaf: one.axis or 0}
             else:
-                owner, found = one.path, axes(modules[one.path], "reads") if one.role == "reads" else {}
+                owner, found = one.path, _reading(modules[one.path]) if one.role == "reads" else {}
             for leaf, axis in found.items():
                 module, tensor = modules[owner], getattr(modules[owner], leaf)
                 before = tensor.detach().clone()
@@ -176,6 +176,14 @@ def _line_of(error: Exception) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     own = [f for f in frames if f.line and not any(f.filename.startswith(folder) for folder in _NOT_THE_USERS)]
     return f" at {Path(own[-1].filename).name}:{own[-1].lineno}, `{own[-1].line}`" if own else ""
+
+
+def _reading(module: nn.Module) -> dict[str, int]:
+    """Return the weights by which a module reads neurons; a value for each of them may as well be divided by."""
+    reads, makes = axes(module, "reads"), axes(module, "makes")
+    tensors = {name: getattr(module, name) for name in reads}
+    weights = {n: a for n, a in reads.items() if n in makes or tensors[n].numel() > tensors[n].shape[a]}
+    return weights or reads
 
 
 def _compare(expected: Sequence[Tensor], got: Sequence[Tensor], tolerance: float) -> str | None:
