@@ -34,17 +34,7 @@ Removed = Mapping[tuple[str, int], int]
 Effects = list[tuple[str, int, tuple[int, ...]]]
 """Tensor, axis, and the number of places that are removed with each unit of a group."""
 
-_ATTENTION = frozenset(
-    f"_scaled_dot_product_{kernel}"
-    for kernel in (
-        "flash_attention",
-        "flash_attention_for_cpu",
-        "efficient_attention",
-        "cudnn_attention",
-        "fused_attention_overrideable",
-    )
-)
-_RECURRENT = frozenset({"mkldnn_rnn_layer", "_cudnn_rnn", "miopen_rnn"})
+_RECURRENT = frozenset({"mkldnn_rnn_layer", "cudnn_rnn", "miopen_rnn"})
 
 
 @dataclass(frozen=True)
@@ -267,11 +257,11 @@ def _macs_by_operands(
     func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any
 ) -> list[tuple[Sequence[Tensor], int]]:
     """Return the MACs of an operation, of each part of it with the operands among which its weight is; else nothing."""
-    name = func._overloadpacket.__name__
+    name = func._overloadpacket.__name__.strip("_")
     if name in _RECURRENT:  # a kernel for all steps, of one layer or of all layers and directions
         steps = math.prod(args[0].shape[:-1])
         return [([w], steps * w.numel()) for w in tensors_of(args[1:5]) if w.ndim == 2]
-    if name in _ATTENTION:
+    if name.startswith("scaled_dot_product_"):
         query, key, value = args[:3]  # several heads of queries may share one of keys
         return [((), math.prod(query.shape[:-1]) * key.shape[-2] * (query.shape[-1] + value.shape[-1]))]
     formula = flop_registry.get(func._overloadpacket)
