@@ -1,1 +1,1 @@
-"""Base classes and parts of the pruning callback."""
+"""Parts of the pruning callback."""
