@@ -122,7 +122,8 @@ def test_a_trial_run_measures_and_never_cuts():
     assert widths(module) == WHOLE
     assert not callback.plan
     assert callback.pending is None
-    assert callback.report is not None
+    assert callback.measurement is not None
+    assert (len(callback.report.plan), callback.report.widths) == (0, WHOLE)
 
 
 @pytest.mark.parametrize("kwargs", [{"max_steps": 4, "max_epochs": -1}, {"max_steps": 4, "max_epochs": 5}])
