@@ -20,7 +20,7 @@ from lightning_neurons.dependency.groups import Coupling, Group, Part
 from lightning_neurons.isolation.tensors import map_tensors_in, tensors_in
 from lightning_neurons.layers.layer import modules_by_name
 from lightning_neurons.layers.registry import family_of
-from lightning_neurons.layers.width_handlers import axes, axis_of, handler_of, is_linear, weight_name, why_fixed
+from lightning_neurons.layers.width_handlers import axes, axis_of, handler_of, weight_name, why_fixed
 from lightning_neurons.pruning.structure.example import Example, scramble
 from lightning_neurons.pruning.surgery.surgery import TensorCut, cut
 
@@ -121,7 +121,7 @@ def _may_norm(module: nn.Module) -> bool:
 
 def _may_standardise(module: nn.Module) -> bool:
     plain = isinstance(module, torch.jit.ScriptModule) or type(module).__module__.startswith("torch.")
-    return not plain and is_linear(module) and bool(axes(module, "reads")) and why_fixed(module) is None
+    return not plain and weight_name(module) in axes(module, "reads") and why_fixed(module) is None
 
 
 def _axis(module: nn.Module, x: Tensor) -> int | None:
