@@ -3,6 +3,7 @@
 import copy
 import re
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -33,6 +34,17 @@ class WrittenRMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         single = x.float()
         return self.weight * (single * torch.rsqrt(single.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+class LengthNorm(nn.Module):
+    """A norm that knows its width."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width, self.gain = width, nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(x, dim=-1) * self.width**0.5 * self.gain
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -150,36 +162,49 @@ def images() -> Tensor:
     return pictures(3, double=True)[0][:, :, :8, :8]
 
 
+NORMS_OF_BLOCKS = ["blocks.0.norm1", "blocks.0.norm2", "blocks.1.norm1", "blocks.1.norm2", "norm"]
 NETS: dict[str, tuple[Callable[[int], nn.Module], Callable[[], Tensor], str, list[str]]] = {
     "pre-norm": (
         VisionTransformer,
         images,
         "patches",
-        ["blocks.0.norm1", "blocks.0.norm2", "blocks.1.norm1", "blocks.1.norm2", "norm"],
+        NORMS_OF_BLOCKS,
     ),
     "pre-norm RMSNorm": (
         lambda width: VisionTransformer(width, nn.RMSNorm),
         images,
         "patches",
-        ["blocks.0.norm1", "blocks.0.norm2", "blocks.1.norm1", "blocks.1.norm2", "norm"],
+        NORMS_OF_BLOCKS,
     ),
     "pre-norm written out": (
         lambda width: VisionTransformer(width, WrittenRMSNorm),
         images,
         "blocks.0.down",
-        ["blocks.0.norm1", "blocks.0.norm2", "blocks.1.norm1", "blocks.1.norm2", "norm"],
+        NORMS_OF_BLOCKS,
+    ),
+    "pre-norm without scales": (
+        lambda width: VisionTransformer(width, partial(nn.LayerNorm, elementwise_affine=False)),
+        images,
+        "patches",
+        NORMS_OF_BLOCKS,
+    ),
+    "post-norm with a width": (
+        lambda width: Encoder(width, LengthNorm),
+        codes,
+        "blocks.0.mixer.out",
+        NORMS_OF_BLOCKS,
     ),
     "post-norm": (
         Encoder,
         codes,
         "blocks.0.mixer.out",
-        ["blocks.0.norm1", "blocks.0.norm2", "blocks.1.norm1", "blocks.1.norm2", "norm"],
+        NORMS_OF_BLOCKS,
     ),
     "post-norm written out": (
         lambda width: Encoder(width, WrittenRMSNorm),
         codes,
         "blocks.0.mixer.out",
-        ["blocks.0.norm1", "blocks.0.norm2", "blocks.1.norm1", "blocks.1.norm2", "norm"],
+        NORMS_OF_BLOCKS,
     ),
     "channels of images": (ConvNeXt, images, "stem", ["first", "last", "norm"]),
     "global responses": (lambda width: ConvNeXt(8, width), images, "up", ["grn"]),
@@ -319,6 +344,7 @@ NORMS: dict[str, tuple[nn.Module, Tensor, tuple[int, ...] | None]] = {
     "written out": (WrittenRMSNorm(6), FEATURES, (6,)),
     "of channels": (ChannelNorm(6), CHANNELS, (6, 1, 1)),
     "of responses": (ResponseNorm(5), CHANNELS, (5,)),
+    "with a width": (LengthNorm(6), FEATURES, (6,)),
     "to length 1": (Call(lambda x: F.normalize(x, dim=1)), CHANNELS, (6, 1, 1)),
     "subtracted mean": (Call(lambda x: x - x.mean(1, True)), CHANNELS, (6, 1, 1)),
     "over all": (nn.LayerNorm((6, 4, 5)), CHANNELS, None),

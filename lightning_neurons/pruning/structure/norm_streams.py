@@ -16,11 +16,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_neurons.dependency.groups import Coupling, Group, Part
+from lightning_neurons.dependency.conform import set_data
+from lightning_neurons.dependency.groups import Attribute, Coupling, Group, Part
+from lightning_neurons.dependency.sizes import key_of, numbers_of, set_sizes
 from lightning_neurons.isolation.tensors import map_tensors_in, tensors_in
 from lightning_neurons.layers.layer import modules_by_name
 from lightning_neurons.layers.registry import family_of
-from lightning_neurons.layers.width_handlers import axes, axis_of, handler_of, weight_name, why_fixed
+from lightning_neurons.layers.width_handlers import axes, axis_of, handler_of, refit, weight_name, why_fixed
 from lightning_neurons.pruning.structure.example import Example, scramble
 from lightning_neurons.pruning.surgery.surgery import TensorCut, cut
 
@@ -39,10 +41,12 @@ class Norms:
         layers: By path of a norm layer, the shape of a scale for each of its neurons, as ``(neurons, 1, 1)`` for
             channels of images; so the neurons lie on the axis ``-len(shape)`` of its input and output.
         readers: By path of a layer whose weights are standardised over its inputs, the axis of these.
+        numbers: By path of a norm layer, the numbers in its attributes that are the number of neurons: name and place.
     """
 
     layers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     readers: Mapping[str, int] = field(default_factory=dict)
+    numbers: Mapping[str, Sequence[tuple[str, int | None]]] = field(default_factory=dict)
 
     def narrows(self, one: TensorCut) -> bool:
         """Return whether a cut changes what statistics run over."""
@@ -77,6 +81,7 @@ def find_norms(model: nn.Module, example: Example) -> Norms:
     inputs = _inputs(model, example, asked)
     layers: dict[str, tuple[int, ...]] = {}
     readers: dict[str, int] = {}
+    numbers: dict[str, Sequence[tuple[str, int | None]]] = {}
     for path, module in asked.items():
         calls = inputs.get(path, [None])
         first, inside = calls[0], any(path.startswith(f"{outer}.") for outer in layers)
@@ -86,9 +91,10 @@ def find_norms(model: nn.Module, example: Example) -> Norms:
             axis = _axis(module, first)
             if axis is not None:
                 layers[path] = (first.shape[axis], *(1,) * (first.ndim - 1 - axis))
+                numbers[path] = _numbers(module, first, axis)
         elif (axis := axis_of(module)) is not None and _standardises(module, first):
             readers[path] = axis
-    return Norms(layers, readers)
+    return Norms(layers, readers, numbers)
 
 
 def _inputs(model: nn.Module, example: Example, modules: Mapping[str, nn.Module]) -> dict[str, list[Tensor | None]]:
@@ -146,10 +152,13 @@ def _places(module: nn.Module, size: int) -> dict[str, int] | None:
     return places
 
 
+def _random_like(x: Tensor) -> Tensor:
+    return 2 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+
+
 def _normalises(module: nn.Module, like: Tensor, axis: int, places: Mapping[str, int]) -> bool:
-    generator = torch.Generator().manual_seed(0)
-    x = 2 * torch.randn(like.shape, generator=generator).to(like)
-    order = torch.randperm(like.shape[axis], generator=generator).to(like.device)
+    x = _random_like(like)
+    order = torch.randperm(like.shape[axis], generator=torch.Generator().manual_seed(0)).to(like.device)
     louder = x.index_copy(axis, order[:1], 3 * x.index_select(axis, order[:1]) + 1)
     try:
         with torch.no_grad():
@@ -167,6 +176,31 @@ def _normalises(module: nn.Module, like: Tensor, axis: int, places: Mapping[str,
         return False
     shares = [float(t.abs().max()) / max(largest, 1e-30) for t in (mixed, alike, proportional)]
     return largest > 0 and shares[0] > _MIXED and shares[1] < _CLOSE and shares[2] < _CLOSE
+
+
+def _numbers(module: nn.Module, x: Tensor, axis: int) -> Sequence[tuple[str, int | None]]:
+    """Return the numbers of a norm that have to follow its width, so that each neuron twice is normalised as once."""
+    size, x = x.shape[axis], _random_like(x)
+    module = copy.deepcopy(module)
+    scramble(module)
+    trial = copy.deepcopy(module)
+    for leaf, own in (_places(module, size) or {}).items():
+        store = trial._parameters if leaf in trial._parameters else trial._buffers
+        set_data(store, leaf, torch.cat([getattr(module, leaf).detach()] * 2, own))
+    refit(trial)
+    numbers = [(name, place) for name, place, value in numbers_of(trial) if value == size and "." not in name]
+    running = []
+    for chosen in ([], numbers):
+        set_sizes(trial, {key_of(name, place): 2 * size for name, place in chosen})
+        try:
+            with torch.no_grad():
+                once, twice = module(x), trial(torch.cat([x, x], axis))
+            running.append(chosen)
+            if float((twice - torch.cat([once, once], axis)).abs().max()) < _CLOSE * float(once.abs().max()):
+                return chosen
+        except Exception:  # noqa: BLE001 (it does not run without them, or with them)
+            continue
+    return running[0] if running else numbers
 
 
 def _standardises(module: nn.Module, x: Tensor) -> bool:
@@ -243,7 +277,12 @@ def _with_norms(group: Group, norms: Norms, modules: Mapping[str, nn.Module]) ->
         own = _places(modules[path], norms.layers[path][0]) or {}
         recorded = axes(modules[path], "passes")
         parts += [Part(f"{path}.{leaf}", "holds", part.indices, a) for leaf, a in own.items() if leaf not in recorded]
-    return replace(group, parts=tuple(parts))
+    attributes = [
+        Attribute(path, name, place, path, tuple(range(norms.layers[path][0])))
+        for path in dict.fromkeys(part.path for part in parts if part.role == "passes")
+        for name, place in norms.numbers.get(path, ())
+    ]
+    return replace(group, parts=tuple(parts), attributes=(*group.attributes, *attributes))
 
 
 @contextmanager

@@ -209,12 +209,13 @@ def _try_groups(
         By root, the reason why the trial of a group failed.
     """
     failed: dict[str, str] = {}
+    untouched = dict(groups)
     for seed in range(2):  # one choice alone might happen to have the symmetry that a wrong group needs
         tried = {root: some_units(group, seed) for root, group in groups.items() if root not in {**refused, **failed}}
         reasons = preflight.failing([groups[root] for root in tried], tried)
         reasons = {root: _norm_over(groups[root], preflight) or reason for root, reason in reasons.items()}
         open_ones = [root for root in reasons if not _norm_over(groups[root], preflight)]
-        can_be_cut = mended(preflight, [groups[r] for r in open_ones if not groups[r].attributes], tried, widths)
+        can_be_cut = mended(preflight, [groups[r] for r in open_ones if groups[r] is untouched[r]], tried, widths)
         groups |= can_be_cut
         failed |= {root: reason for root, reason in reasons.items() if root not in can_be_cut}
     return failed

@@ -120,7 +120,8 @@ class _Trial:
         by_root: dict[str, tuple[Attribute, ...]] = {}
         for one in chosen:
             by_root[one.root] = (*by_root.get(one.root, ()), one.attribute)
-        return [replace(group, attributes=by_root.get(group.root, ())) for group in self.groups]
+        own = {group.root: group.attributes for group in self.groups}
+        return [replace(g, attributes=(*own[g.root], *by_root.get(g.root, ()))) for g in self.groups]
 
     def is_right(self, chosen: Sequence[_Candidate]) -> bool:
         """Return whether the cut is right if just these follow; False once too many sets have been tried."""
