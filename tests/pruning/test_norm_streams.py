@@ -158,6 +158,32 @@ class Standardised(nn.Module):
         return self.head(F.relu(self.last(x + F.relu(self.conv(x)))).mean((2, 3)))
 
 
+class OneGroup(nn.Module):
+    """GroupNorm of one group, with scales and without."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.stem, self.norm, self.conv = nn.Conv2d(3, width, 3), nn.GroupNorm(1, width), nn.Conv2d(width, width, 1)
+        self.last, self.head = nn.GroupNorm(1, width, affine=False), nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head(self.last(x + self.conv(F.relu(self.norm(x)))).amax((2, 3)))
+
+
+class Tied(nn.Module):
+    """A language model whose words are read and written by one tensor."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.words, self.block = nn.Embedding(11, width), Block(width, nn.LayerNorm, pre=True)
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 11, bias=False)
+        self.head.weight = self.words.weight
+
+    def forward(self, words: Tensor) -> Tensor:
+        return self.head(self.norm(self.block(self.words(words))))
+
+
 def images() -> Tensor:
     return pictures(3, double=True)[0][:, :, :8, :8]
 
@@ -208,6 +234,8 @@ NETS: dict[str, tuple[Callable[[int], nn.Module], Callable[[], Tensor], str, lis
     ),
     "channels of images": (ConvNeXt, images, "stem", ["first", "last", "norm"]),
     "global responses": (lambda width: ConvNeXt(8, width), images, "up", ["grn"]),
+    "one group": (OneGroup, images, "stem", ["norm", "last"]),
+    "tied": (Tied, codes, "block.mixer.out", ["block.norm1", "block.norm2", "norm"]),
     "standardised weights": (Standardised, images, "stem", ["conv", "last"]),
 }
 
@@ -350,6 +378,7 @@ NORMS: dict[str, tuple[nn.Module, Tensor, tuple[int, ...] | None]] = {
     "over all": (nn.LayerNorm((6, 4, 5)), CHANNELS, None),
     "for each channel": (nn.BatchNorm2d(6), CHANNELS, None),
     "over space": (Call(lambda x: F.instance_norm(x)), CHANNELS, None),
+    "of one group": (nn.GroupNorm(1, 6), CHANNELS, (6, 1, 1)),
     "in groups": (Call(lambda x: F.group_norm(x, 3)), CHANNELS, None),
     "softmax": (Call(lambda x: x.softmax(-1)), FEATURES, None),
     "sums": (Call(lambda x: x.cumsum(-1)), FEATURES, None),
