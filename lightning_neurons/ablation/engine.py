@@ -148,8 +148,8 @@ class AblationEngine:
 
         with torch.inference_mode(False), isolated(self.model):
             self._passes.find(forward, batch)
-            assert self._passes.known is not None, "just found"
-            self.layers = {n: layer for n, layer in self._passes.known.layers.items() if layer.calls}
+            assert self._passes.traced is not None, "just found"
+            self.layers = {n: layer for n, layer in self._passes.traced.layers.items() if layer.calls}
             self.modules = {n: self.modules[n] for n in self.layers}
         if not self.layers:
             raise MeasurementError(

@@ -20,7 +20,7 @@ from lightning_neurons.measurement.arguments import check_batches, given_model
 from lightning_neurons.measurement.batch_splitting import Independence
 from lightning_neurons.measurement.losses import LossReduction, fgsm, sampled_label_loss, summed
 from lightning_neurons.measurement.measurement import Measurement
-from lightning_neurons.measurement.outcomes import LossFunction as LossFunction
+from lightning_neurons.measurement.outcomes import LossFunction
 from lightning_neurons.measurement.passes import Passes
 from lightning_neurons.measurement.settings import MeasurementSettings
 from lightning_neurons.results.neuron_report import NeuronReport
@@ -159,7 +159,7 @@ def _one_batch(
     def forward(data: Any) -> Any:
         return run(model, data)
 
-    if passes.known is None:
+    if passes.traced is None:
         passes.find(forward if loss_fn is None else loss_of, batch)
     parts = [batch] if loss_fn is None else list(passes.parts(batch))
     if len(parts) > 1 and not independence.shown(loss_of, batch, partial(isolated, model)):

@@ -49,7 +49,7 @@ class Receiver(Protocol):
 
 
 @dataclass(frozen=True)
-class Known:
+class TracedLayers:
     """Facts about the layers of a model that passes over it have found. Holds on to nothing of the model.
 
     Attributes:
@@ -76,13 +76,15 @@ class Passes:
         traced: Facts that earlier passes have found; used as long as the layers are the same.
     """
 
-    def __init__(self, model: nn.Module, receivers: Sequence[Receiver], traced: Known | None = None) -> None:
+    def __init__(self, model: nn.Module, receivers: Sequence[Receiver], traced: TracedLayers | None = None) -> None:
         self.model = model
         self._modules = candidates(model)  # the forward may hang modules elsewhere; each keeps its name
         self.receivers: list[Receiver] = []
-        self.known: Known | None = traced if traced is not None and traced.form == _form_of(self._modules) else None
+        self.traced: TracedLayers | None = (
+            traced if traced is not None and traced.form == _form_of(self._modules) else None
+        )
         """If None, the next forward is traced."""
-        self._learnt: Mapping[str, Layer] = self.known.layers if self.known else {}
+        self._learnt: Mapping[str, Layer] = self.traced.layers if self.traced else {}
         self._is_plain = True  # until the forward takes gradients of its own that need its parameters
         self.weights_move = False
         """True if the forward exchanges weights while it runs."""
@@ -94,8 +96,8 @@ class Passes:
     def add(self, receiver: Receiver) -> None:
         """Add a receiver."""
         self.receivers.append(receiver)
-        if self.known is not None:
-            receiver.learn({name: self.known.layers[name] for name in receiver.modules})
+        if self.traced is not None:
+            receiver.learn({name: self.traced.layers[name] for name in receiver.modules})
 
     @cached_property
     def _fast(self) -> list[nn.Module]:
@@ -113,9 +115,9 @@ class Passes:
             MeasurementError: At the end, if a part could not be watched.
         """
         fast = self._fast if of_others else ()
-        if self.known is not None:
+        if self.traced is not None:
             watch = WatchActivations(
-                self.known.layers, _modules(self.receivers), self._activation, fast, of_others=of_others
+                self.traced.layers, _modules(self.receivers), self._activation, fast, of_others=of_others
             )
             with eager(), watch:
                 yield
@@ -159,7 +161,7 @@ class Passes:
         with differentiable(), direct_checkpoints():
             batch = normal_tensors(batch)
             listening = self.receivers if receivers is None else receivers
-            if self.known is None or self.known.ambiguous or not self._have_run(listening):
+            if self.traced is None or self.traced.ambiguous or not self._have_run(listening):
                 self.find(loss_of, batch)
             is_plain, moves, told = self._is_plain, self.weights_move, 0
             while True:  # at most three ways, of which the first is nearly always good
@@ -188,7 +190,7 @@ class Passes:
 
     def _have_run(self, listening: Sequence[Receiver]) -> bool:
         """Return whether any layer of some receivers has run: a watched forward need not run what the loss does."""
-        return self.known is not None and any(self.known.layers[name].calls for name in _modules(listening))
+        return self.traced is not None and any(self.traced.layers[name].calls for name in _modules(listening))
 
     def _watch(
         self,
@@ -200,9 +202,9 @@ class Passes:
         is_plain: bool,
         told: int,
     ) -> WatchGradients:
-        assert self.known is not None, "just found"
+        assert self.traced is not None, "just found"
         return WatchGradients(
-            self.known.layers,
+            self.traced.layers,
             _modules(listening),
             lambda name, activation, gradient, inner: _tell(listening, name, activation, gradient, need, inner),
             (lambda name, activation: _tell(listening, name, activation, None, "activation")) if observe else None,
@@ -237,7 +239,7 @@ class Passes:
         the memory. The result is the same only where losses are sums over samples, which the caller has to check.
         """
         size = batch_size_of(batch)
-        largest = self.known.bytes_per_sample if self.known else 0
+        largest = self.traced.bytes_per_sample if self.traced else 0
         part = max(_SMALLEST_PART, _CACHED_BYTES // max(largest, 1))
         on_cpu = all(t.device.type == "cpu" for t in tensors_of(batch))
         whole = not on_cpu or part >= size or not is_divisible(batch)
@@ -282,8 +284,8 @@ class Passes:
             with isolated(self.model), torch.set_grad_enabled(gradients), eager(), trace:
                 forward(batch)
             self._learn(trace, few=few)
-            assert self.known is not None, "just learnt"
-            several = [name for name, layer in self.known.layers.items() if few and (layer.rows_per_sample or 1) > 1]
+            assert self.traced is not None, "just learnt"
+            several = [name for name, layer in self.traced.layers.items() if few and (layer.rows_per_sample or 1) > 1]
             finals = dict(trace.activations()) if several else {}
             return {name: finals[name].detach().clone() for name in several if name in finals}
         finally:
@@ -291,7 +293,7 @@ class Passes:
 
     def _tell_apart(self, forward: Callable[[Any], Any], batch: Any) -> None:
         """Find the layout of the samples' rows, from two forwards of a few samples in opposite orders."""
-        traced, size = self.known, batch_size_of(batch)
+        traced, size = self.traced, batch_size_of(batch)
         assert traced is not None, "just learnt"
         few, apart = min(_SOME, size), set[str]()
         with suppress(Exception):  # the model need not run on so many
@@ -324,17 +326,17 @@ class Passes:
         lengths = {len(value) for value in finals.values() if value.ndim > 1}
         folded = samples and any(length > samples and length % samples == 0 for length in lengths)
         ambiguous = few is None and (bool(folded) or any(unclear))
-        self._take(Known(_form_of(self._modules), layers, max(sizes, default=0), ambiguous))
+        self._take(TracedLayers(_form_of(self._modules), layers, max(sizes, default=0), ambiguous))
 
-    def _take(self, traced: Known) -> None:
-        self.known, self._learnt = traced, traced.layers
+    def _take(self, traced: TracedLayers) -> None:
+        self.traced, self._learnt = traced, traced.layers
         for receiver in self.receivers:
             receiver.learn({name: traced.layers[name] for name in receiver.modules})
 
     def _forget(self, unknown: set[str]) -> None:
         """Forget the layers if some did not run as known, so that they are found again."""
         if unknown:
-            self.known = None
+            self.traced = None
 
     def _activation(self, name: str, activation: Tensor) -> None:
         _tell(self.receivers, name, activation, None, "activation")

@@ -12,8 +12,9 @@ from lightning_neurons.hooks.find_neurons import call, find_neurons
 from lightning_neurons.hooks.output_layers import logits_in
 from lightning_neurons.isolation.copying import hooked_parameters
 from lightning_neurons.isolation.isolation import isolated
-from lightning_neurons.measurement.measure import LossFunction, measure
+from lightning_neurons.measurement.measure import measure
 from lightning_neurons.measurement.measurement import Measurement
+from lightning_neurons.measurement.outcomes import LossFunction
 from lightning_neurons.pruning.budget import PruningBudget
 from lightning_neurons.pruning.compensation.calibration import Calibration
 from lightning_neurons.pruning.compensation.compensate import Compensation, CompensationName

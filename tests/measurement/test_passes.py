@@ -18,7 +18,7 @@ def prepared(net: nn.Module, x, *, samples_that_fit: int) -> Passes:
     """Passes that believe so many samples to fill the cache."""
     passes = Passes(net, [Recorder(net)])
     passes.find(net, x)
-    passes.known = replace(passes.known, bytes_per_sample=2 * 2**20 // samples_that_fit)
+    passes.traced = replace(passes.traced, bytes_per_sample=2 * 2**20 // samples_that_fit)
     return passes
 
 

@@ -24,9 +24,9 @@ from lightning_neurons.errors import MeasurementError, NoLossError
 from lightning_neurons.isolation.model_state import ModelState
 from lightning_neurons.measurement.losses import fgsm, summed
 from lightning_neurons.measurement.measure import sampled_loss
-from lightning_neurons.measurement.passes import Known, Passes
+from lightning_neurons.measurement.passes import Passes, TracedLayers
 
-_KNOWN: "WeakKeyDictionary[nn.Module, Known]" = WeakKeyDictionary()
+_TRACED: "WeakKeyDictionary[nn.Module, TracedLayers]" = WeakKeyDictionary()
 _SESSIONS: "WeakKeyDictionary[Any, dict[str, Session]]" = WeakKeyDictionary()
 
 
@@ -41,7 +41,7 @@ class Session:
 
     def __init__(self, trainer: Trainer, pl_module: LightningModule, source: str) -> None:
         self.trainer, self.source = trainer, source
-        self.passes = Passes(pl_module, [], _KNOWN.get(pl_module))
+        self.passes = Passes(pl_module, [], _TRACED.get(pl_module))
         self.members: list[Member] = []
         self._stack: ExitStack | None = None
         self._is_open = False
@@ -71,8 +71,8 @@ class Session:
             session._stack.close()
         for member in session.members:
             member.forget()
-        if session.passes.known is not None:
-            _KNOWN[session.passes.model] = session.passes.known
+        if session.passes.traced is not None:
+            _TRACED[session.passes.model] = session.passes.traced
 
     def leave(self, member: Member) -> None:
         """End one callback's part; the session ends with its last member."""

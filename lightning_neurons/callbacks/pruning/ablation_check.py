@@ -66,12 +66,12 @@ def metric_without(
     replay, passes = StepReplay(trainer, pl_module, "validation_step", None), Passes(pl_module, [])
     with replay.isolated(), torch.inference_mode(False):
         passes.find(replay.run, batch)
-    assert passes.known is not None, "just found"
+    assert passes.traced is not None, "just found"
     modules: dict[str, nn.Module] = candidates(pl_module)
     edits = {
-        name: edit_of(passes.known.layers[name], indices, "zero", device=pl_module.device)
+        name: edit_of(passes.traced.layers[name], indices, "zero", device=pl_module.device)
         for name, indices in neurons.items()
         if indices
     }
-    with Silence(passes.known.layers, modules, edits):
+    with Silence(passes.traced.layers, modules, edits):
         return metric_on(trainer, pl_module, kept, monitor)
