@@ -5,12 +5,14 @@ cut cannot go unnoticed.
 """
 
 import os
+import sys
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
+from types import CodeType, FrameType
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +68,24 @@ class Preflight:
         found = self.failing(groups[:half], units) | self.failing(groups[half:], units)
         # Fine one by one, and not together: then none of them can be trusted.
         return found or {group.root: f"together with others, {reason}" for group in groups}
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """The names in the Python code that a forward runs; attributes that are not among them are not read."""
+        codes: set[CodeType] = set()
+
+        def note(frame: FrameType, event: str, _: object) -> None:
+            if event == "call":
+                codes.add(frame.f_code)
+
+        before = sys.getprofile()
+        sys.setprofile(note)
+        try:
+            self._outputs(self.example)
+        finally:
+            sys.setprofile(before)
+        words = (word for code in codes for word in (*code.co_names, *code.co_consts))
+        return frozenset(word for word in words if isinstance(word, str))
 
     def _find_precision(self) -> None:
         """Compute in float64 where the model can, else in float32: a dtype may be written in it."""

@@ -210,8 +210,10 @@ def _try_groups(
     """
     failed: dict[str, str] = {}
     untouched = dict(groups)
-    for seed in range(2):  # one choice alone might happen to have the symmetry that a wrong group needs
-        tried = {root: some_units(group, seed) for root, group in groups.items() if root not in {**refused, **failed}}
+    for seed in range(6):  # one choice alone might happen to have the symmetry that a wrong group needs
+        left = {root: group for root, group in groups.items() if root not in {**refused, **failed}}
+        # An attribute may be right for some choices only, as where one of two parts must not be the larger one.
+        tried = {root: some_units(g, seed) for root, g in left.items() if seed < 2 or g is not untouched[root]}
         reasons = preflight.failing([groups[root] for root in tried], tried)
         reasons = {root: _norm_over(groups[root], preflight) or reason for root, reason in reasons.items()}
         open_ones = [root for root in reasons if not _norm_over(groups[root], preflight)]

@@ -70,8 +70,8 @@ def attributes_of(
     Returns:
         The same groups with attributes, none of which can be left out; None if no set of them makes the cut right.
     """
-    modules = modules_by_name(preflight.twin)
-    candidates = _candidates(groups, units, widths, modules)
+    candidates = _candidates(groups, units, widths, modules_by_name(preflight.twin))
+    candidates = [one for one in candidates if one.attribute.name.rpartition(".")[2] in preflight.names]
     if not candidates:
         return None
     try:
