@@ -266,20 +266,47 @@ def test_after_an_error_at_the_end_of_a_cut_every_object_is_there_again():
     assert torch.equal(net(TOKENS), outputs)
 
 
-def test_what_no_number_can_mend_is_refused_and_half_a_head_is_too():
-    net = seeded(lambda: Blocks(Attention), double=True)
+class Literal(Attention):
+    """The number of heads stands in the code."""
+
+    def split(self, x: Tensor) -> Tensor:
+        return x.view(*x.shape[:2], 4, self.attention_head_size).transpose(1, 2)
+
+
+def test_what_no_number_can_mend_is_refused_with_the_line_and_nothing_changes():
+    net = seeded(lambda: Blocks(Literal), double=True)
     before, outputs = own_attributes(net), net(TOKENS)
-    with pytest.raises(PruningError, match=r"blocks.0.q cannot be cut: .* at test_width_attributes.py:\d+, `return x"):
-        prune(net, TOKENS, {f"blocks.0.{name}": [0, 1] for name in "qkv"})
+    line = r"`return x.view\(\*x.shape\[:2\], 4, self.attention_head_size\).transpose\(1, 2\)`"
+    with pytest.raises(PruningError, match=rf"blocks.0.q cannot be cut: .* at test_width_attributes.py:\d+, {line} "):
+        prune(net, TOKENS, {"blocks.0.q": [0]})
     assert own_attributes(net) == before
     assert torch.equal(net(TOKENS), outputs)
-    structure = discover(seeded(Split, double=True), Example(VECTORS))
-    group = structure.groups["both"]
+
+
+def test_a_number_that_would_not_be_whole_is_refused_and_nothing_changes():
+    group = discover(seeded(Split, double=True), Example(VECTORS)).groups["both"]
     net = seeded(Split, double=True)
     net.sizes = [3, 9]
+    before = own_attributes(net)
     with pytest.raises(PruningError, match=r"sizes\[0\] of Split is 3 and would be 2.4, which is no number of neurons"):
         cut(net, cuts_of([group], {"both": [0]}))
-    assert net.both.out_features == 12
+    assert (own_attributes(net), net.both.out_features) == (before, 12)
+
+
+@for_each("make, root", [(Attention, "q"), (lambda: Attention(CONFIG), "q"), (Fused, "qkv")])
+def test_heads_are_units_of_a_budget(make, root):
+    net = seeded(lambda: Blocks(make), double=True)
+    structure = discover(net, Example(TOKENS))
+    assert {structure.groups[f"blocks.{i}.{root}"].size for i in range(2)} == {4}
+    right = copy.deepcopy(net)
+    plan = prune(net, TOKENS, {"criterion": "weight_l2", "amount": 0.5, "ignore": ["start"], "scope": "layer"}).plan
+    for i, block in enumerate(net.blocks):
+        gone = plan.neurons[f"blocks.{i}.{root}"]
+        with torch.no_grad():
+            right.blocks[i].out.weight[:, [n for n in gone if n < 16]] = 0
+        assert block.out.in_features == 8
+        assert {pair for name, pair in plan.attributes.items() if f"blocks.{i}." in name} <= {(4, 2), (16, 8)}
+    assert (net(TOKENS) - right(TOKENS)).abs().max() < 1e-12
 
 
 @for_each("name", CASES)
@@ -295,14 +322,31 @@ def test_a_pruned_model_is_loaded_with_its_numbers_and_a_whole_one_gets_its_own_
         loaded.load_state_dict(whole.state_dict())
     assert torch.equal(loaded(x), whole(x))
     assert all_sizes(loaded) == {}
-    for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net)) if "<lambda>" not in make.__qualname__ else net):
-        again = load_pruned(make().double().eval(), _file(twin, tmp_path))
-        assert torch.equal(again(x), net(x))
+    for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        torch.save(twin.state_dict(), tmp_path / "again.pt")
+        assert torch.equal(load_pruned(make().double().eval(), tmp_path / "again.pt")(x), net(x))
 
 
-def _file(net: nn.Module, folder: Any) -> Any:
-    torch.save(net.state_dict(), folder / "again.pt")
-    return folder / "again.pt"
+class Halves(nn.Module):
+    """Runs only if its second half is not larger than the first, to which nothing but a plan can see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width = 12
+        self.both, self.one, self.two = nn.Linear(6, 12), nn.Linear(6, 3), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, two = torch.relu(self.both(x)).split(self.width // 2, 1)
+        return self.one(one) * self.two(two)
+
+
+def test_what_is_right_for_some_neurons_only_is_left_to_plans():
+    net = seeded(Halves, double=True)
+    assert discover(net, Example(VECTORS)).failed == {"both"}
+    right = silenced(net, {"one.weight": [0], "two.weight": [5]})
+    report = prune(net, VECTORS, {"both": [0, 11]})
+    assert report.plan.attributes == {"width": (12, 10)}
+    assert (net(VECTORS) - right(VECTORS)).abs().max() < 1e-12
 
 
 def test_files_without_numbers_and_of_other_architectures_change_none():
