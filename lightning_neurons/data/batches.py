@@ -95,6 +95,23 @@ def tensors_of(batch: Any) -> list[Tensor]:
     return [value for value in _nested(batch) if isinstance(value, Tensor)]
 
 
+def results_of(output: Any) -> list[Tensor]:
+    """Return the tensors of a model's output, in order, without caches.
+
+    A cache of keys and values is what a model keeps for its own next call: a Hugging Face entry ``past_key_values``, or
+    an object whose type is named so.
+
+    Example:
+        >>> results_of({"logits": torch.zeros(2), "past_key_values": ((torch.ones(3), torch.ones(3)),)})
+        [tensor([0., 0.])]
+    """
+    values = list(_nested(output))
+    caches = [value["past_key_values"] for value in values if isinstance(value, Mapping) and "past_key_values" in value]
+    caches += [value for value in values if type(value).__name__.endswith("Cache")]
+    kept = {id(tensor) for tensor in tensors_of(caches)}
+    return [value for value in values if isinstance(value, Tensor) and id(value) not in kept]
+
+
 def batch_size_of(batch: Any) -> int:
     """Return the number of samples.
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_neurons.data.batches import tensors_of
+from lightning_neurons.data.batches import results_of
 from lightning_neurons.dependency.flow import Flow
 from lightning_neurons.dependency.graph import build
 from lightning_neurons.dependency.groups import Coupling, Group, Part
@@ -61,7 +61,7 @@ def find_coupling(copy: nn.Module, forward: ExampleForward) -> Coupling:
 
 
 def _outputs(out: Any) -> list[Tensor]:
-    found = [t for t in tensors_of(out) if t.grad_fn is not None]
+    found = [t for t in results_of(out) if t.grad_fn is not None]
     if not found:
         raise PruningError("the model's output depends on none of its parameters, so its layers cannot be followed")
     return found

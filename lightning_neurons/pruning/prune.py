@@ -6,7 +6,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_neurons.data.batches import inputs_of, map_tensors, targets_of, tensors_of
+from lightning_neurons.data.batches import inputs_of, map_tensors, results_of, targets_of
 from lightning_neurons.errors import ArgumentError, PruningError, check_choice, check_flag
 from lightning_neurons.hooks.find_neurons import call, find_neurons
 from lightning_neurons.hooks.output_layers import logits_in
@@ -228,7 +228,7 @@ def _loss(model: nn.Module, batches: Sequence[Any], loss_fn: LossFunction | None
         return loss_fn
 
     def distance(other: nn.Module, batch: Any) -> Tensor:
-        pairs = zip(*(tensors_of(_run(m, batch)) for m in (model, other)), strict=True)
+        pairs = zip(*(results_of(_run(m, batch)) for m in (model, other)), strict=True)
         return torch.stack([(a - b).square().mean() for a, b in pairs if a.is_floating_point()]).sum()
 
     try:

@@ -14,7 +14,7 @@ from lightning_neurons.callbacks.pruning.training_trial import TrainingTrial
 from lightning_neurons.callbacks.trainer.namespaces import LightningModule, Trainer
 from lightning_neurons.callbacks.trainer.runner import KeptBatches, Runner
 from lightning_neurons.callbacks.trainer.step_replay import StepReplay
-from lightning_neurons.data.batches import map_tensors, tensors_of
+from lightning_neurons.data.batches import map_tensors, results_of
 from lightning_neurons.errors import MeasurementError
 from lightning_neurons.measurement.outcomes import LossFunction
 from lightning_neurons.pruning.budget import PruningBudget
@@ -178,7 +178,7 @@ def _calibration_of(
             with replay.isolated():
                 return replay.loss(batch)
         except MeasurementError:  # there is none: then let outputs stay what they are
-            pairs = zip(*(tensors_of(run(m, batch)) for m in (pl_module, module)), strict=True)
+            pairs = zip(*(results_of(run(m, batch)) for m in (pl_module, module)), strict=True)
             return torch.stack([(a - b).square().mean() for a, b in pairs if a.is_floating_point()]).sum()
 
     return Calibration(

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from lightning_neurons.data.batches import tensors_of
+from lightning_neurons.data.batches import results_of
 from lightning_neurons.dependency.groups import Group
 from lightning_neurons.errors import PruningError
 from lightning_neurons.isolation.isolation import eager, isolated
@@ -163,8 +163,8 @@ def difference(
     with isolated(model), eager(), torch.no_grad():
         model.eval()
         for batch in calibration.batches:
-            expected = tensors_of(calibration.run(model, batch))
-            got = tensors_of(calibration.run(trial.twin, batch))
+            expected = results_of(calibration.run(model, batch))
+            got = results_of(calibration.run(trial.twin, batch))
             worst = max([worst, *(_relative(a, b) for a, b in zip(expected, got, strict=True))])
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     # There is no maximum over processes here; the sum is never less.

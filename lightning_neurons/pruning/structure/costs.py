@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from lightning_neurons.data.batches import samples_in, tensors_of
+from lightning_neurons.data.batches import results_of, samples_in, tensors_of
 from lightning_neurons.dependency.groups import Group
 from lightning_neurons.isolation.isolation import isolated
 from lightning_neurons.layers.layer import candidates, modules_by_name, public_name
@@ -132,12 +132,12 @@ class Counter:
             output.
         """
         with torch.no_grad():
-            before = tensors_of(self.example.run(self.twin))
+            before = results_of(self.example.run(self.twin))
             with silence():
-                silent = tensors_of(self.example.run(self.twin))
+                silent = results_of(self.example.run(self.twin))
             operation = cut(self.twin, cuts, shifts=shifts)
             try:
-                after = tensors_of(self.example.run(self.twin))
+                after = results_of(self.example.run(self.twin))
             finally:
                 operation.roll_back()
         return _share(after, before), _share(after, silent)

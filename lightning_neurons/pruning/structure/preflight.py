@@ -17,7 +17,7 @@ from types import CodeType, FrameType
 import torch
 from torch import Tensor, nn
 
-from lightning_neurons.data.batches import tensors_of
+from lightning_neurons.data.batches import results_of, tensors_of
 from lightning_neurons.dependency.groups import Group
 from lightning_neurons.errors import PruningError, in_short
 from lightning_neurons.layers.layer import modules_by_name
@@ -151,7 +151,7 @@ class Preflight:
         finally:
             for hook in hooks:
                 hook.remove()
-        return [tensor.detach() for tensor in (*values, *tensors_of(out))]
+        return [tensor.detach() for tensor in (*values, *results_of(out))]
 
 
 @contextmanager
