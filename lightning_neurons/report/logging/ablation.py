@@ -41,13 +41,13 @@ def write_ablation(
 
 def ablation_scalars(report: AblationReport, agreement: OracleAgreement) -> dict[str, float]:
     """Return the scalar series; those without a value (NaN) are left out."""
-    found = {
+    series = {
         "ablation/loss": report.loss,
         "ablation/agreement": agreement.same_data,
         "ablation/agreement_held_out": agreement.held_out,
         "ablation/reliability": agreement.reliability,
     }
-    return {name: value for name, value in found.items() if not math.isnan(value)}
+    return {name: value for name, value in series.items() if not math.isnan(value)}
 
 
 def ranking_page(report: AblationReport) -> str:
