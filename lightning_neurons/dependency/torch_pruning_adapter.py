@@ -148,11 +148,12 @@ class _Units:
     def parts(self, module: nn.Module, neurons: Sequence[int]) -> tuple[Part, ...]:
         """Return what gets narrower with some neurons of a module, and where the units of it lie."""
         units = self._units_of(module, neurons)
-        number = {unit: place for place, unit in enumerate(units)}
         taken: dict[Port, list[list[int]]] = {}
-        for unit in units:
+        for number, unit in enumerate(units):
             for port, index in self._members[unit]:
-                taken.setdefault(port, [[] for _ in units])[number[unit]].append(index)
+                if port not in taken:
+                    taken[port] = [[] for _ in units]
+                taken[port][number].append(index)
         return tuple(
             Part(
                 self._paths[thing],
