@@ -153,7 +153,7 @@ def set_data(store: Any, leaf: str, new: Tensor) -> None:
         store[leaf] = new
         return
     tensor.grad = None
-    # The detour makes autograd forget the node that accumulates gradients, which still has the old shape.
+    # The detour by another type makes autograd forget the node that accumulates gradients, which has the old shape.
     wide, narrow = (torch.complex128, torch.complex64) if new.is_complex() else (torch.float64, torch.float32)
-    tensor.data = new.to(narrow if new.dtype == wide else wide)
+    tensor.data = new.new_empty(0, dtype=narrow if new.dtype == wide else wide)
     tensor.data = new

@@ -10,6 +10,10 @@ _FRAMEWORK = {
     "torch", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities", "torchmetrics", "numpy",
 }  # fmt: skip
 _OWN = __name__.partition(".")[0]
+_NAMING = {
+    number: int(name == "LOAD_GLOBAL") for name, number in dis.opmap.items() if name.endswith(("_GLOBAL", "_NAME"))
+}
+"""By operation that uses a global name, how many of the lowest bits of its argument are no part of the name's place."""
 _DATA = {"Dataset", "DataLoader", "Sampler", "LightningDataModule", "Trainer", "Logger", "Strategy", "Accelerator"}
 
 
@@ -74,5 +78,18 @@ def _is_installed(package: str) -> bool:
 def names_in(code: types.CodeType) -> tuple[frozenset[str], frozenset[str]]:
     """Return the global names that a function uses, and the names of all attributes that it reads."""
     inner = [names_in(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)]
-    used = {i.argval for i in dis.get_instructions(code) if i.opname.endswith(("_GLOBAL", "_NAME"))}
-    return frozenset(used).union(*(u for u, _ in inner)), frozenset(code.co_names).union(*(a for _, a in inner))
+    return _used_in(code).union(*(used for used, _ in inner)), frozenset(code.co_names).union(*(a for _, a in inner))
+
+
+def _used_in(code: types.CodeType) -> frozenset[str]:
+    """Return the global names in the instructions of a function; ``dis`` would take ten times as long."""
+    operations, arguments = code.co_code[::2], code.co_code[1::2]
+    used = set()
+    for place, operation in enumerate(operations):
+        if operation in _NAMING:
+            number, shift, before = arguments[place], 8, place - 1
+            while before >= 0 and operations[before] == dis.EXTENDED_ARG:  # higher digits of the argument
+                number |= arguments[before] << shift
+                shift, before = shift + 8, before - 1
+            used.add(code.co_names[number >> _NAMING[operation]])
+    return frozenset(used)

@@ -176,13 +176,14 @@ def silenced(model: nn.Module, cuts: Sequence[TensorCut], norms: Norms | None = 
                 owner, found = one.path, _reading(modules[one.path]) if one.role == "reads" else {}
             for leaf, axis in found.items():
                 module, tensor = modules[owner], getattr(modules[owner], leaf)
-                before = tensor.detach().clone()
+                gone = torch.tensor(one.places, device=tensor.device)
                 if owners[id(tensor)] > 1:  # what others do with it stays as it is
                     undo.append(partial(module._parameters.__setitem__, leaf, tensor))
-                    tensor = module._parameters[leaf] = nn.Parameter(before.clone(), requires_grad=False)
+                    tensor = module._parameters[leaf] = nn.Parameter(tensor.detach().clone(), requires_grad=False)
                 else:
-                    undo.append(partial(tensor.data.copy_, before))
-                tensor.data.index_fill_(axis, torch.tensor(one.places, device=tensor.device), 0)
+                    before = tensor.detach().index_select(axis, gone)
+                    undo.append(partial(tensor.data.index_copy_, axis, gone, before))
+                tensor.data.index_fill_(axis, gone, 0)
     try:
         with narrowed(model, [one for one in cuts if norms.narrows(one)], norms):
             yield

@@ -202,7 +202,7 @@ class _Smaller:
                 found = found.index_select(axis, stays.to(tensor.device))
         if tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
             found = found.contiguous(memory_format=torch.channels_last)
-        return found.clone()  # memory of its own, also where nothing was cut
+        return tensor.clone() if found is tensor else found  # memory of its own, also where nothing was cut
 
     def put(self) -> None:
         self._set(self.new, self.gradient)
