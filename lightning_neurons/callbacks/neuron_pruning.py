@@ -30,6 +30,7 @@ from lightning_neurons.pruning.cut import PruningReport
 from lightning_neurons.pruning.plan import PruningPlan
 from lightning_neurons.pruning.rounds import Rounds
 from lightning_neurons.pruning.schedule import PruningSchedule, Shape
+from lightning_neurons.pruning.structure.norm_streams import NormStreams
 from lightning_neurons.results.neuron_report import NeuronReport
 
 
@@ -75,6 +76,8 @@ class NeuronPruningCallback(NeuronObserver):
         reestimate_norms: Estimate running statistics of norm layers anew, where that lowers the validation loss.
         lossless: Remove neurons that are dead or constant on validation samples, and nothing else; a cut that would
             change the outputs there by more than 1e-5 of the largest is not made.
+        norm_streams: ``"renormalize"`` removes neurons that norm layers take their statistics over as well, as in
+            ``prune``; such a cut is not exact, and its plan says so. ``"refuse"`` leaves them alone.
         guard: A ``Guard``, in the place of ``monitor``, ``mode``, ``max_drop``, ``relative_drop``, ``on_violation``.
         monitor: A logged metric, to be reported before and after each cut.
         mode: Whether more of it is better, ``"max"``, or less, ``"min"``; None goes by its name: less of a loss, error
@@ -154,6 +157,7 @@ class NeuronPruningCallback(NeuronObserver):
         compensation: CompensationName | None = None,
         reestimate_norms: bool = False,
         lossless: bool = False,
+        norm_streams: NormStreams = "refuse",
         guard: Guard | None = None,
         monitor: str | None = None,
         mode: Mode | None = None,

@@ -1,13 +1,13 @@
 """Pruning without a Trainer."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_neurons.data.batches import inputs_of, map_tensors, results_of, targets_of
-from lightning_neurons.errors import ArgumentError, PruningError, check_choice, check_flag
+from lightning_neurons.errors import ArgumentError, PruningError, check_flag
 from lightning_neurons.hooks.find_neurons import call, find_neurons
 from lightning_neurons.hooks.output_layers import logits_in
 from lightning_neurons.isolation.copying import hooked_parameters
@@ -23,7 +23,14 @@ from lightning_neurons.pruning.decision import candidates_of, gather, lossless_c
 from lightning_neurons.pruning.plan import PruningPlan
 from lightning_neurons.pruning.planning import allocations, complete
 from lightning_neurons.pruning.preparation import prepare
-from lightning_neurons.pruning.request import check_inputs, check_model, chosen_compensation, kept_batches, wanted
+from lightning_neurons.pruning.request import (
+    check_inputs,
+    check_model,
+    checked_norm_streams,
+    chosen_compensation,
+    kept_batches,
+    wanted,
+)
 from lightning_neurons.pruning.selection.lossless import without_loss
 from lightning_neurons.pruning.structure.example import Example
 from lightning_neurons.pruning.structure.norm_streams import NormStreams
@@ -101,7 +108,7 @@ def prune(
     if reestimate_norms and not given:
         raise ArgumentError.of("batches", given, "some batches, with reestimate_norms=True")
     _refuse_unmeasurable(asked, given)
-    _check_norm_streams(norm_streams, lossless)
+    checked_norm_streams(norm_streams, lossless)
     kept = given or []
     optimizers = checked_optimizers(optimizer, model)
     check_inputs(example_inputs, kept)
@@ -161,13 +168,6 @@ def _prepared(
         _refuse_unmet(asked, candidates)
     options: dict[str, Any] = {"how": how, "reestimate_norms": reestimate_norms}
     return prepare(model, candidates, calibration, structure.wiring, **options).noted(notes)
-
-
-def _check_norm_streams(norm_streams: NormStreams, lossless: bool) -> None:
-    check_choice("norm_streams", norm_streams, get_args(NormStreams))
-    if lossless and norm_streams != "refuse":
-        allowed = "'refuse' with lossless=True, as norms over fewer neurons are another function"
-        raise ArgumentError.of("norm_streams", norm_streams, allowed)
 
 
 def _run(model: nn.Module, batch: Any) -> Any:

@@ -2,13 +2,13 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from lightning_neurons.data.batches import batch_size_of, tensors_of
-from lightning_neurons.errors import ArgumentError, UnknownNameError, is_number
+from lightning_neurons.errors import ArgumentError, UnknownNameError, check_choice, is_number
 from lightning_neurons.layers.layer import require_materialized
 from lightning_neurons.pruning.budget import PruningBudget
 from lightning_neurons.pruning.compensation.compensate import (
@@ -19,6 +19,7 @@ from lightning_neurons.pruning.compensation.compensate import (
     compensation_named,
 )
 from lightning_neurons.pruning.plan import PruningPlan
+from lightning_neurons.pruning.structure.norm_streams import NormStreams
 
 CONSTANT = PruningBudget("constant", threshold=1.0)
 """The budget of a lossless cut."""
@@ -58,6 +59,19 @@ def chosen_compensation(how: CompensationName | None, batches: Sequence[Any] | N
     if chosen.needs_data and not batches:
         raise ArgumentError.of("batches", batches, f"some batches to calibrate on, with compensation={how!r}")
     return chosen
+
+
+def checked_norm_streams(given: Any, lossless: bool) -> NormStreams:
+    """Return what happens to neurons that norm layers take their statistics over.
+
+    Raises:
+        ArgumentError: If it is neither of both, or contradicts ``lossless``.
+    """
+    chosen: Any = check_choice("norm_streams", given, get_args(NormStreams))
+    if lossless and chosen != "refuse":
+        allowed = "'refuse' with lossless=True, as norms over fewer neurons are another function"
+        raise ArgumentError.of("norm_streams", chosen, allowed)
+    return chosen  # type: ignore[no-any-return]
 
 
 def check_inputs(example: Any, batches: Sequence[Any]) -> None:

@@ -90,6 +90,7 @@ class Rounds:
                 cost=plan.cost,
                 notes=tuple(dict.fromkeys((*total.notes, *plan.notes))),
                 attributes={**total.attributes, **plan.attributes},
+                norm_streams=total.norm_streams if plan.norm_streams == "refuse" else plan.norm_streams,
             )
         if total.cost is not None and self.dense is not None:
             cost = replace(total.cost, parameters=self.dense.parameters, macs=self.dense.macs)

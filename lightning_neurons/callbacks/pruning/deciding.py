@@ -25,6 +25,7 @@ from lightning_neurons.pruning.selection.budget_fill import Dense
 from lightning_neurons.pruning.selection.lossless import without_loss
 from lightning_neurons.pruning.selection.select import select
 from lightning_neurons.pruning.structure.followers import joined, shifts_with_followers
+from lightning_neurons.pruning.structure.norm_streams import Norms
 from lightning_neurons.pruning.structure.structure import Structure, discover
 from lightning_neurons.pruning.surgery.surgery import TensorCut, cuts_of, stays_of
 from lightning_neurons.results.neuron_report import NeuronReport
@@ -39,12 +40,14 @@ class Survey:
         unprunable: Layers that cannot be cut, with the reason; without those that make the output.
         wiring: The connections between layers.
         ways_left: How many ways of running the model have not been tried.
+        norms: Modules that may take their statistics over the neurons that stay.
     """
 
     dense: Dense
     unprunable: tuple[str, ...]
     wiring: Wiring
     ways_left: int
+    norms: Norms
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,7 @@ class Decision:
                 return cuts_of([self._structure.groups[root] for root in roots], units)
 
             with costing_a_round(self.trainer):
-                found |= failing(self.trainer, trial, [*candidate.units], part)
+                found |= failing(self.trainer, trial, [*candidate.units], part, self.survey.norms)
         return found
 
     def prepare(self, verdict: Verdict, calibration: Calibration, number: int) -> Cut:
@@ -194,7 +197,11 @@ class Decision:
             if not any(_is_in(name, path) for path in self._alike.untrained)
         )
         return Survey(
-            self.rounds.dense or Dense.of(structure), (*found, *unseen), structure.wiring, self.runner.ways_left
+            self.rounds.dense or Dense.of(structure),
+            (*found, *unseen),
+            structure.wiring,
+            self.runner.ways_left,
+            structure.preflight.norms,
         )
 
     def _discover(self, runner: Runner) -> Structure:
@@ -210,11 +217,11 @@ class Decision:
     def _followed(self, runner: Runner) -> Structure:
         """Return the structure in the first way of running the module that can be traced at all."""
         try:
-            return discover(self.pl_module, runner.example)
+            return discover(self.pl_module, runner.example, self.settings.norm_streams)
         except PruningError as error:
             while runner.take_another(self.pl_module):
                 try:
-                    return discover(self.pl_module, runner.example)
+                    return discover(self.pl_module, runner.example, self.settings.norm_streams)
                 except PruningError:
                     continue
             told = "; one of forward and validation_step has to be differentiable, and neither is"
@@ -225,7 +232,7 @@ class Decision:
         if not runner.runs_any(self.pl_module, known.coupling.unseen):
             return None
         try:
-            found = discover(self.pl_module, runner.example)
+            found = discover(self.pl_module, runner.example, self.settings.norm_streams)
         except PruningError:
             return None
         more = found.coupling.unseen.keys() < known.coupling.unseen.keys()

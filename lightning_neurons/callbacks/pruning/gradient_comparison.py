@@ -79,7 +79,8 @@ def _pairs(
         if wide is None or narrow is None:
             continue
         for axis, index in stays.get(name, {}).items():
-            wide = wide.index_select(axis, index.to(wide.device))
+            if wide.shape[axis] > len(index):  # else it belongs to a norm that runs on what stays in both networks
+                wide = wide.index_select(axis, index.to(wide.device))
         if wide.shape != narrow.shape:
             return None
         pairs.append((wide.double(), narrow.double()))

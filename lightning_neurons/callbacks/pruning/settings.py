@@ -22,8 +22,9 @@ from lightning_neurons.pruning.compensation.compensate import (
     CompensationName,
     compensation_named,
 )
-from lightning_neurons.pruning.request import CONSTANT
+from lightning_neurons.pruning.request import CONSTANT, checked_norm_streams
 from lightning_neurons.pruning.schedule import PruningSchedule, Shape
+from lightning_neurons.pruning.structure.norm_streams import NormStreams
 
 OnUnprunable = Literal["warn", "raise"]
 Check = Literal["ablation"]
@@ -39,6 +40,7 @@ class PruningSettings:
         compensation: The compensation of removed neurons in the layers that read them.
         reestimate_norms: Whether running statistics are estimated anew, where that helps.
         lossless: Whether only constant neurons may go.
+        norm_streams: Whether norms may take their statistics over fewer neurons.
         patience: How many measurements in a row must agree.
         monitor: The metric that is reported before and after.
         recovery_epochs: How many epochs a cut has to recover.
@@ -55,6 +57,7 @@ class PruningSettings:
     compensation: Compensation
     reestimate_norms: bool
     lossless: bool
+    norm_streams: NormStreams
     patience: int
     monitor: str | None
     recovery_epochs: int
@@ -133,6 +136,7 @@ def settings_of(arguments: Mapping[str, Any]) -> PruningSettings:
         compensation=compensation_of(arguments["compensation"], lossless),
         reestimate_norms=reestimation_of(arguments["reestimate_norms"], lossless),
         lossless=lossless,
+        norm_streams=checked_norm_streams(arguments["norm_streams"], lossless),
         patience=check_count("patience", arguments["patience"]),
         monitor=arguments["monitor"] if guard is None else guard.metric,
         recovery_epochs=check_count("recovery_epochs", arguments["recovery_epochs"]),

@@ -40,6 +40,7 @@ from lightning_neurons.isolation.surroundings import silent, writing_nothing
 from lightning_neurons.isolation.user_code import Users, is_framework
 from lightning_neurons.layers.layer import public_name
 from lightning_neurons.pruning.structure.example import twin_of
+from lightning_neurons.pruning.structure.norm_streams import Norms, narrowed
 from lightning_neurons.pruning.surgery.surgery import TensorCut, cut, stays_of
 from lightning_neurons.replay.same_draws import SameDraws, alike_of
 
@@ -85,6 +86,7 @@ class TrainingTrial:
 
     def __init__(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.trainer, self.pl_module, self.moved = trainer, pl_module, frozenset[str]()
+        self._norms = Norms()
         users = Users(type(pl_module))
         self._callbacks = [c for c in callbacks_of(trainer) if users.own(type(c)) and _is_plain(type(c))]
         self._batches: list[tuple[Any, int]] = []
@@ -130,8 +132,14 @@ class TrainingTrial:
                 self.moved, self._moments = found.moved, _worth_trying(self._moments, found.calls)
                 return None
 
-    def difference(self, cuts: Sequence[TensorCut]) -> str | None:
-        """Return what is wrong with a cut in training, or None."""
+    def difference(self, cuts: Sequence[TensorCut], norms: Norms) -> str | None:
+        """Return what is wrong with a cut in training, or None.
+
+        Args:
+            cuts: The cut.
+            norms: Modules that may take their statistics over the neurons that stay.
+        """
+        self._norms = norms
         reason, first = self._compare(cuts)
         if reason is not None or first.is_within(_FINE):
             return reason
@@ -204,14 +212,14 @@ class TrainingTrial:
             course = Course(trainer, move, twin, self._callbacks, self._untried, look)
             with differentiable(), precision.train_step_context():
                 course.finish()
-                (_silence if silent else cut)(twin, cuts)
-                for moment in self._moments:
-                    before = len(draws.calls)
-                    if moment.kind == "step":
-                        course.step(batches[moment.batch_idx % len(batches)][0], moment)
-                    else:
-                        course.end(validation, moment)
-                    calls.append(tuple(draws.calls[before:]))
+                with _silenced(twin, cuts, self._norms) if silent else _cut(twin, cuts):
+                    for moment in self._moments:
+                        before = len(draws.calls)
+                        if moment.kind == "step":
+                            course.step(batches[moment.batch_idx % len(batches)][0], moment)
+                        else:
+                            course.end(validation, moment)
+                        calls.append(tuple(draws.calls[before:]))
         return _Outcome(seen, draws.shapes, calls, frozenset() if cuts else _moved(self.pl_module, twin))
 
 
@@ -234,6 +242,7 @@ def failing(
     trial: TrainingTrial,
     roots: Sequence[str],
     cuts_of: Callable[[Sequence[str]], Sequence[TensorCut]],
+    norms: Norms,
 ) -> dict[str, str]:
     """Return groups that training needs whole, each with what fails without. Call it in all processes.
 
@@ -242,20 +251,22 @@ def failing(
         trial: Of this process.
         roots: The groups of a plan.
         cuts_of: Returns the part of a plan in some of its groups; called in the first process.
+        norms: Modules that may take their statistics over the neurons that stay.
 
     Returns:
         By root, the reason; empty if training works without the neurons of all groups.
     """
     if not roots:
         return {}
-    reason = trial.difference(in_one_process(trainer, lambda: cuts_of(roots)))
+    reason = trial.difference(in_one_process(trainer, lambda: cuts_of(roots)), norms)
     if trainer.strategy.reduce_boolean_decision(reason is None, all=True):
         return {}
     reason = trainer.strategy.broadcast(reason, 0) or "training_step fails without them in another process"
     if len(roots) == 1:
         return {roots[0]: reason}
     half = len(roots) // 2
-    found = failing(trainer, trial, roots[:half], cuts_of) | failing(trainer, trial, roots[half:], cuts_of)
+    first, second = (failing(trainer, trial, some, cuts_of, norms) for some in (roots[:half], roots[half:]))
+    found = first | second
     # Fine one by one, and not together: then none of them can be trusted.
     return found or dict.fromkeys(roots, f"together with others, {reason}")
 
@@ -289,6 +300,19 @@ def _in_double(tensor: Tensor) -> Tensor:
 def _twin(pl_module: LightningModule) -> Any:
     twin: Any = twin_of(pl_module)
     return twin
+
+
+@contextmanager
+def _silenced(twin: nn.Module, cuts: Sequence[TensorCut], norms: Norms) -> Iterator[None]:
+    _silence(twin, [one for one in cuts if not norms.narrows(one)])
+    with narrowed(twin, [one for one in cuts if norms.narrows(one)], norms):
+        yield
+
+
+@contextmanager
+def _cut(twin: nn.Module, cuts: Sequence[TensorCut]) -> Iterator[None]:
+    cut(twin, cuts)
+    yield
 
 
 def _silence(twin: nn.Module, cuts: Sequence[TensorCut]) -> None:

@@ -54,12 +54,10 @@ class Norms:
         return owner in self.layers or (one.role == "reads" and owner in self.readers)
 
     def of(self, group: Group) -> list[str]:
-        """Return the modules whose statistics change with a group, in the order of its parts."""
-        return [
-            part.path
-            for part in group.parts
-            if part.path in (self.layers if part.role == "passes" else self.readers if part.role == "reads" else ())
-        ]
+        """Return the modules whose statistics change with a group, in the order of the model, norm layers first."""
+        parts = {(part.path, part.role) for part in group.parts}
+        passing = [path for path in self.layers if (path, "passes") in parts]
+        return [*passing, *(path for path in self.readers if (path, "reads") in parts)]
 
 
 def find_norms(model: nn.Module, example: Example) -> Norms:
