@@ -30,6 +30,9 @@ from lightning_neurons.layers.width_handlers import axis_of, blocks_of_neurons, 
 Source = tuple[Any, int]
 """A node of autograd's graph, and the number of its result."""
 
+_Operand = tuple[int, Source, Tensor]
+"""The place of an operation's input, where it comes from, and its numbers."""
+
 
 @dataclass(frozen=True)
 class Call:
@@ -52,16 +55,19 @@ class Flow:
 
     Attributes:
         calls: The runs of modules, by the nodes of their results.
-        held: By parameter that is no known module's, the axis on which it may hold neurons.
+        held: By parameter that functions may read, of no known module or an embedding's, the axis of its neurons.
+        tables: By weight of an embedding, its module.
         places: All places.
         reductions: Pairs of nodes between which neurons are reduced to one value.
     """
 
     calls: Mapping[Any, Call]
     held: Mapping[Tensor, int]
+    tables: Mapping[Tensor, nn.Module] = field(default_factory=dict)
     places: Places = field(default_factory=Places)
     reductions: set[tuple[Any, Any]] = field(default_factory=set)
     _numbers: dict[Source, Tensor | None] = field(default_factory=dict)
+    _tabled: set[Any] = field(default_factory=set)  # nodes whose values are an embedding's weight, as it is or moved
 
     def walk(self, outputs: Iterable[Tensor]) -> None:
         """Follow all neurons to the outputs."""
@@ -141,6 +147,7 @@ class Flow:
     def _operation(self, node: Any) -> None:
         if name_of(node) == "AccumulateGrad":
             self._numbers[node, 0] = self._held(node.variable)
+            self._tabled |= {node} if node.variable in self.tables else set()
             return
         try:
             self._follow(node)
@@ -162,12 +169,35 @@ class Flow:
             self._numbers[node, 0] = self._side_by_side(node, {place: numbers for place, _, numbers in operands})
         elif moves(node):
             self._numbers[node, 0] = self._moved(node, *operands[0][1:])
+            self._tabled |= {node} if operands[0][1][0] in self._tabled else set()
         else:
+            operands = self._looked_up(node, operands)
             results = [self._through(node, *operand) for operand in operands]
             reason = f"a function multiplies each with each ({name.lower()})"  # as in a Gram matrix
             reason = reason if name in PRODUCTS else "they are combined with neurons on another axis"
             there = [numbers for numbers in results if numbers is not None]
             self._numbers[node, 0] = combined(self.places, there, f"its neurons cannot be followed: {reason}")
+
+    def _looked_up(self, node: Any, operands: list[_Operand]) -> list[_Operand]:
+        """Let an embedding's weight read neurons in a product with it, as an output layer of tied weights does.
+
+        Returns:
+            The other operands.
+        """
+        factors = [operand for operand in operands if operand[0] >= len(node.next_functions) - 2]
+        if name_of(node) not in PRODUCTS or not any(source[0] in self._tabled for _, source, _ in factors):
+            return operands
+        after = shape_of(node) or ()
+        summed = []
+        for place, source, numbers in factors:
+            kept = kept_axes(node, place, shape_of(*source) or (), after)
+            if kept is None or varying(numbers) & kept.keys():
+                return operands
+            summed.append(numbers.flatten())
+        if len(summed) < 2 or len(summed[0]) != len(summed[1]):
+            return operands
+        self.places.join(*summed)
+        return [operand for operand in operands if operand not in factors]
 
     def _held(self, parameter: Tensor) -> Tensor | None:
         axis = self.held.get(parameter)
@@ -175,7 +205,10 @@ class Flow:
             return None
         shape = [1] * parameter.ndim
         shape[axis] = parameter.shape[axis]
-        return self.places.at((parameter, "out"), parameter.shape[axis]).view(shape)
+        own = self.places.at((parameter, "out"), parameter.shape[axis])
+        if parameter in self.tables:
+            self.places.join(own, self.places.at((self.tables[parameter], "out"), len(own)))
+        return own.view(shape)
 
     def _moved(self, node: Any, source: Source, numbers: Tensor) -> Tensor | None:
         before = shape_of(*source)

@@ -21,6 +21,7 @@ from lightning_neurons.isolation.isolation import differentiable
 from lightning_neurons.layers.layer import candidates, modules_by_name, public_name
 from lightning_neurons.layers.width_handlers import (
     Role,
+    axes,
     axis_of,
     handler_of,
     is_depthwise,
@@ -74,7 +75,9 @@ def _read(model: nn.Module, graph: Any) -> Coupling:
     nodes = graph.module2node
     seen = {name: module for name, module in layers.items() if module in nodes}
     held = {parameter: axis for parameter, axis in graph.unwrapped_parameters if parameter in paths}
-    flow = Flow(graph.calls, held)
+    tables: dict[Tensor, nn.Module] = {m.weight: m for m in model.modules() if isinstance(m, nn.Embedding)}
+    held |= {weight: axes(module, "makes").get("weight", 1) for weight, module in tables.items()}
+    flow = Flow(graph.calls, held, tables)
     flow.walk(graph.ends)
     units = _Units(flow.places, paths, held)
     covered: dict[str, set[int]] = {name: set() for name in seen}

@@ -47,6 +47,33 @@ class TwoNames(Language):
         self.shared.weight = self.embedding.weight
 
 
+class Functional(nn.Module):
+    """Reads its embedding's weights by functions: as the output layer, and as positions that are added."""
+
+    def __init__(self, width: int = 12) -> None:
+        super().__init__()
+        self.embedding, self.place = nn.Embedding(11, width), nn.Embedding(7, width)
+        self.up, self.down = nn.Linear(width, 9), nn.Linear(9, width)
+        self.shift = nn.Parameter(torch.randn(11))
+
+    def forward(self, codes: Tensor) -> Tensor:
+        x = self.embedding(codes) + self.place.weight[: codes.shape[1]]
+        return F.linear(x + self.down(F.relu(self.up(x))), self.embedding.weight, self.shift)
+
+
+class Multiplied(Functional):
+    """Reads them in products of other forms, and mixes words by them."""
+
+    def __init__(self, width: int = 12) -> None:
+        super().__init__(width)
+        del self.place, self.shift
+
+    def forward(self, codes: Tensor) -> Tensor:
+        x = self.embedding(codes)
+        mixed = (x @ self.embedding.weight.T).softmax(-1) @ self.embedding.weight
+        return torch.einsum("btd,vd->btv", x + self.down(F.relu(self.up(mixed))), self.embedding.weight)
+
+
 class Alike(nn.Module):
     """Two layers side by side with the same weights."""
 
@@ -61,17 +88,29 @@ class Alike(nn.Module):
         return self.head(F.relu(self.left(x)) * self.right(x))
 
 
-AXES = {"embedding": 1, "shared": 1, "embed_tokens": 1, "up": 1, "down": 0, "left": 0, "right": 0, "head": 1}
+AXES = {
+    "embedding": 1,
+    "shared": 1,
+    "embed_tokens": 1,
+    "place": 1,
+    "up": 1,
+    "down": 0,
+    "left": 0,
+    "right": 0,
+    "head": 1,
+}
 NETS: dict[str, tuple[Any, Tensor, str]] = {
     "language": (Language, CODES, "down"),
     "two names": (TwoNames, CODES, "down"),
+    "functional": (Functional, CODES, "down"),
+    "multiplied": (Multiplied, CODES, "down"),
     "side by side": (Alike, torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).double(), "left"),
 }
 
 
 def sliced(net: nn.Module, tensor: Tensor, name: str) -> Tensor:
     layer, _, leaf = name.rpartition(".")
-    if layer == "start" or (leaf == "bias" and AXES[layer] == 1):
+    if layer in ("", "start") or (leaf == "bias" and AXES[layer] == 1):
         return tensor.clone()
     return tensor.index_select(AXES[layer], torch.tensor(KEEP)).clone()
 
