@@ -43,7 +43,7 @@ class ModelState:
 
     def __init__(self, model: nn.Module | torch.optim.Optimizer, *others: Any) -> None:
         self._model = model
-        with torch.inference_mode(False), torch.no_grad(), _without_collector():
+        with torch.inference_mode(False), torch.no_grad(), without_collector():
             self._reach = Reach([model, *others])
         self._random = _random_of_others()
         self._lost: list[str] = []
@@ -144,7 +144,7 @@ class Refusing:
 
 
 @contextmanager
-def _without_collector() -> Iterator[None]:
+def without_collector() -> Iterator[None]:
     """Switch garbage collection off: many small objects are made, and it would scan all of them again and again."""
     was_on = gc.isenabled()
     gc.disable()

@@ -71,12 +71,13 @@ class Costs:
         return math.prod(size - removed.get((name, axis), 0) for axis, size in enumerate(shape))
 
 
-def costs_of(model: nn.Module, example: Example) -> Costs:
+def costs_of(model: nn.Module, example: Example, run: Callable[[], Any] | None = None) -> Costs:
     """Run a model once, on a copy of the example, and count.
 
     Args:
         model: In evaluation mode; it may be a copy.
         example: The inputs to run it on.
+        run: Runs it on them, where more is to be done with what it returns.
 
     Returns:
         MACs are per sample.
@@ -85,7 +86,7 @@ def costs_of(model: nn.Module, example: Example) -> Costs:
     counting = _Counting(model)
     # The fast path of nn.MultiheadAttention and nn.TransformerEncoder has no formula; written out, all is counted.
     with counting.watched(), _written_out(), torch.inference_mode(False), torch.no_grad(), counting:
-        example.run(model)
+        example.run(model) if run is None else run()
     shapes = {public_name(name): tuple(p.shape) for name, p in model.named_parameters()}
     positions = {
         name: macs / math.prod(shapes[name]) / samples for name, macs in counting.macs.items() if name in shapes

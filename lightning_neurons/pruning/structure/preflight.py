@@ -22,6 +22,7 @@ from lightning_neurons.dependency.groups import Group
 from lightning_neurons.errors import PruningError, in_short
 from lightning_neurons.layers.layer import modules_by_name
 from lightning_neurons.layers.width_handlers import axes
+from lightning_neurons.pruning.structure.costs import Costs, costs_of
 from lightning_neurons.pruning.structure.example import Example, in_precision
 from lightning_neurons.pruning.structure.norm_streams import Norms, narrowed
 from lightning_neurons.pruning.surgery.surgery import TensorCut, cut, cuts_of
@@ -38,6 +39,9 @@ class Preflight:
         example: The inputs that it is run on.
         ends: Layers whose values are compared too: a saturated output could hide a difference.
         norms: Modules that may take their statistics over the neurons that stay.
+
+    Attributes:
+        costs: What the copy costs with its weights.
     """
 
     def __init__(self, twin: nn.Module, example: Example, ends: Sequence[str] = (), norms: Norms | None = None) -> None:
@@ -45,7 +49,9 @@ class Preflight:
         twin.requires_grad_(False)
         self._find_precision()
 
-    def failing(self, groups: Sequence[Group], units: Mapping[str, Sequence[int]]) -> dict[str, str]:
+    def failing(
+        self, groups: Sequence[Group], units: Mapping[str, Sequence[int]], together: str | None = None
+    ) -> dict[str, str]:
         """Return the groups whose cut changes more than silence does, by root, each with the reason.
 
         All are tried together first; only where that fails, the halves.
@@ -53,13 +59,14 @@ class Preflight:
         Args:
             groups: The groups to cut.
             units: By root, the units to remove.
+            together: What is wrong with all of them together, where that has been tried already.
 
         Returns:
             The reason in words by root; empty if all cuts are right.
         """
         if not groups:
             return {}
-        reason = self.difference(cuts_of(groups, units))
+        reason = together or self.difference(cuts_of(groups, units))
         if reason is None:
             return {}
         if len(groups) == 1:
@@ -93,7 +100,7 @@ class Preflight:
             try:
                 self.twin._apply(partial(in_precision, dtype=dtype))  # ``to`` would drop what is imaginary
                 example = self.example.to(dtype)
-                outputs = self._outputs(example)
+                self.costs, outputs = self._counted(example)
             except (RuntimeError, TypeError, ValueError) as error:
                 failure = error
                 continue
@@ -102,6 +109,11 @@ class Preflight:
             self.example, self.tolerance = example, tolerance
             return
         raise PruningError(f"the model runs on a copy neither in float64 nor in float32 ({failure})")
+
+    def _counted(self, example: Example) -> tuple[Costs, list[Tensor]]:
+        outputs: list[Tensor] = []
+        costs = costs_of(self.twin, example, lambda: outputs.extend(self._outputs(example)))
+        return costs, outputs
 
     def expected(self, cuts: Sequence[TensorCut]) -> list[Tensor]:
         """Run the copy with neurons silenced.

@@ -12,16 +12,17 @@ from lightning_neurons.dependency.groups import Coupling, Group, Part
 from lightning_neurons.dependency.torch_pruning_adapter import find_coupling
 from lightning_neurons.errors import PruningError, check_choice
 from lightning_neurons.isolation.isolation import isolated
+from lightning_neurons.isolation.model_state import without_collector
 from lightning_neurons.layers.layer import blocks_of, candidates, modules_by_name, require_materialized, widths_of
 from lightning_neurons.layers.prunable import check_prunable
 from lightning_neurons.layers.width_handlers import axes, handler_of, is_linear, unknown_width, why_fixed
 from lightning_neurons.pruning.compensation.synchronized_forwards import calls_of
 from lightning_neurons.pruning.compensation.weight_shifts import Wiring
-from lightning_neurons.pruning.structure.costs import Costs, Counter, Effects, costs_of, effects, removed_by, routed
+from lightning_neurons.pruning.structure.costs import Costs, Counter, Effects, effects, removed_by, routed
 from lightning_neurons.pruning.structure.example import Example, scramble, twin_of
 from lightning_neurons.pruning.structure.norm_streams import Norms, NormStreams, find_norms, follow_through
 from lightning_neurons.pruning.structure.preflight import Preflight, silenced
-from lightning_neurons.pruning.structure.width_attributes import mended
+from lightning_neurons.pruning.structure.width_attributes import tried
 from lightning_neurons.pruning.surgery.surgery import cuts_of
 
 Units = Mapping[str, list[int]]
@@ -180,7 +181,8 @@ def discover(model: nn.Module, example: Example, norm_streams: NormStreams = "re
     check_choice("norm_streams", norm_streams, get_args(NormStreams))
     require_materialized(model)
     check_prunable(model)
-    with isolated(model):  # a copy may share with it what its code reaches on other ways
+    # A copy may share with the model what its code reaches on other ways.
+    with without_collector(), isolated(model):
         return _structure_of(twin_of(model), example, norm_streams)
 
 
@@ -191,12 +193,11 @@ def _structure_of(twin: nn.Module, example: Example, norm_streams: NormStreams) 
     twin.requires_grad_(False)
     counter = Counter(twin, example)
     costs = counter.costs()
-    others = costs_of(preflight.twin, preflight.example)
     widths, blocks = widths_of(twin), blocks_of(twin)
     groups = {group.root: group for group in coupling.groups}
     refused = _refused(preflight, coupling)
     failed = _try_groups(groups, refused, preflight, widths)
-    reasons, sizes, ran = {**refused, **failed}, (widths, blocks, costs), routed(costs, others)
+    reasons, sizes, ran = {**refused, **failed}, (widths, blocks, costs), routed(costs, preflight.costs)
     return Structure(groups, reasons, coupling, *sizes, preflight, counter, norm_streams, ran, frozenset(failed))
 
 
@@ -208,18 +209,17 @@ def _try_groups(
     Returns:
         By root, the reason why the trial of a group failed.
     """
-    failed: dict[str, str] = {}
+    over = {root: _norm_over(group, preflight) for root, group in groups.items() if root not in refused}
+    failed = {root: reason for root, reason in over.items() if reason is not None}  # no trial is needed for that
     untouched = dict(groups)
     for seed in range(6):  # one choice alone might happen to have the symmetry that a wrong group needs
         left = {root: group for root, group in groups.items() if root not in {**refused, **failed}}
+        fixed = {root for root, group in left.items() if group is not untouched[root]}
         # An attribute may be right for some choices only, as where one of two parts must not be the larger one.
-        tried = {root: some_units(g, seed) for root, g in left.items() if seed < 2 or g is not untouched[root]}
-        reasons = preflight.failing([groups[root] for root in tried], tried)
-        reasons = {root: _norm_over(groups[root], preflight) or reason for root, reason in reasons.items()}
-        open_ones = [root for root in reasons if not _norm_over(groups[root], preflight)]
-        can_be_cut = mended(preflight, [groups[r] for r in open_ones if groups[r] is untouched[r]], tried, widths)
-        groups |= can_be_cut
-        failed |= {root: reason for root, reason in reasons.items() if root not in can_be_cut}
+        units = {root: some_units(group, seed) for root, group in left.items() if seed < 2 or root in fixed}
+        able, reasons = tried(preflight, [groups[root] for root in units], units, widths, fixed)
+        groups |= able
+        failed |= reasons
     return failed
 
 

@@ -6,7 +6,7 @@ still is (delta debugging, Zeller and Hildebrandt 2002).
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 
@@ -54,6 +54,56 @@ def mended(preflight: Preflight, groups: Sequence[Group], units: Units, widths: 
         answer = [copy] if copy.root not in wrong else attributes_of(preflight, [group], units, widths)
         found |= {} if answer is None else {group.root: answer[0]}
     return found
+
+
+def tried(
+    preflight: Preflight, groups: Sequence[Group], units: Units, widths: Mapping[str, int], fixed: Collection[str] = ()
+) -> tuple[dict[str, Group], dict[str, str]]:
+    """Try groups together, or where that fails, of those of the same form one first, to know what others need.
+
+    Args:
+        preflight: Tries the cuts.
+        groups: The groups.
+        units: By root, the units to remove in the trial.
+        widths: Neurons by layer.
+        fixed: Roots of groups for which no attributes are searched.
+
+    Returns:
+        By root, the groups that can be cut, but only with attributes, with these; and by root, the reasons why others
+        cannot be cut.
+    """
+    reason = preflight.difference(cuts_of(groups, units)) if groups else None
+    if reason is None:
+        return {}, {}
+    forms: dict[object, list[Group]] = {}
+    for group in groups:
+        forms.setdefault(_form(group), []).append(group)
+    firsts = [first for first, *_ in forms.values()]
+    wrong = preflight.failing(firsts, units, reason if len(firsts) == len(groups) else None)
+    able = mended(preflight, [g for g in firsts if g.root in wrong and g.root not in fixed], units, widths)
+    refused = {root: why for root, why in wrong.items() if root not in able}
+    likely: list[Group] = []
+    for first, *same in forms.values():
+        if first.root in refused:  # the others very probably as well, so that halving would not help
+            refused |= {root: why for group in same for root, why in preflight.failing([group], units).items()}
+            continue
+        likely += [able.get(first.root, first), *(_like(able.get(first.root), g, fixed) for g in same)]
+    fails = preflight.failing(likely, units) if len(firsts) < len(groups) else {}
+    again = mended(preflight, [g for g in groups if g.root in fails and g.root not in fixed], units, widths)
+    before = {group.root: group for group in groups}
+    changed = {new.root: new for new in likely if new is not before[new.root] and new.root not in fails}
+    return changed | again, refused | {root: why for root, why in fails.items() if root not in again}
+
+
+def _like(pattern: Group | None, group: Group, fixed: Collection[str]) -> Group:
+    """Give a group the attributes of another one of the same form.
+
+    Returns:
+        The group with them; as it is, if the other one needs none.
+    """
+    if pattern is None or group.root in fixed:
+        return group
+    return replace(group, attributes=_translated(pattern, group))
 
 
 def attributes_of(
