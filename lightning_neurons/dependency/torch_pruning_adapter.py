@@ -19,13 +19,13 @@ from lightning_neurons.dependency.places import Places, Port
 from lightning_neurons.errors import PruningError
 from lightning_neurons.isolation.isolation import differentiable
 from lightning_neurons.layers.layer import candidates, modules_by_name, public_name
+from lightning_neurons.layers.recognition import centres
 from lightning_neurons.layers.width_handlers import (
     Role,
     axes,
     axis_of,
     handler_of,
     is_depthwise,
-    keeps_statistics,
     unknown_width,
     why_fixed,
 )
@@ -174,7 +174,7 @@ def _norm_behind(node: Any) -> nn.Module | None:
     consumers = node.outputs
     if len(consumers) != 1 or len(consumers[0].inputs) != 1:
         return None
-    return consumers[0].module if keeps_statistics(consumers[0].module) else None
+    return consumers[0].module if centres(consumers[0].module) else None
 
 
 def _fixed_consumers(node: Any, paths: Mapping[Any, str], modules: Mapping[str, nn.Module]) -> str | None:

@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
 _MADE, _READ, _WIDTH = 5, 3, 3  # of the modules that are tried
@@ -34,12 +35,14 @@ class Recognized:
         reads: By tensor, the axis of the neurons that it reads, if it makes others of them.
         sizes: By attribute, which of them it counts.
         axis: Axis of the neurons in its input and output.
+        centres: Whether it subtracts a ``running_mean`` from each neuron before anything else.
     """
 
     makes: Mapping[str, int]
     reads: Mapping[str, int]
     sizes: Mapping[str, Literal["makes", "passes", "reads"]]
     axis: int
+    centres: bool = False
 
 
 _SEEN: WeakKeyDictionary[nn.Module, Recognized] = WeakKeyDictionary()  # while a cut is made, sizes do not add up
@@ -148,6 +151,14 @@ def recognized(module: nn.Module) -> Recognized | None:
     return place
 
 
+def centres(module: object) -> bool:
+    """Return True for a norm layer that subtracts a running mean of each neuron, also if it never learns one."""
+    if isinstance(module, _NormBase):
+        return module.running_mean is not None
+    place = recognized(module) if isinstance(module, nn.Module) else None
+    return place is not None and place.centres
+
+
 def _is_of_torch(module: nn.Module) -> bool:
     return isinstance(module, torch.jit.ScriptModule) or type(module).__module__.startswith("torch.")
 
@@ -247,7 +258,18 @@ def _norms(module: nn.Module, axes: Mapping[str, int], attributes: Mapping[str, 
         if out is not None and out.shape == x.shape:
             narrow = _output(modules[1], x.index_select(axis, keep))
             if _is_close(narrow, out.index_select(axis, keep)):
-                yield Recognized(dict(axes), {}, dict.fromkeys(attributes, "passes"), axis)
+                centres = _centres(modules[0], x, axis)
+                yield Recognized(dict(axes), {}, dict.fromkeys(attributes, "passes"), axis, centres)
+
+
+def _centres(module: nn.Module, x: Tensor, axis: int) -> bool:
+    out, mean = _output(module, x), module._buffers.get("running_mean")
+    if mean is None or mean.ndim != 1:
+        return False
+    sides = [_WIDTH if i == axis % x.ndim else 1 for i in range(x.ndim)]
+    shift = torch.arange(1, _WIDTH + 1, dtype=x.dtype)
+    mean.add_(shift)
+    return out is not None and _is_close(_output(module, x + shift.view(sides)), out)
 
 
 def _first(tries: Iterator[Recognized | None]) -> Recognized | None:

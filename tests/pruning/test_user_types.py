@@ -126,3 +126,33 @@ def test_transposed_linear_layers_are_compensated_as_linear_ones(how):
     for model in (net, twin):
         prune(model, x, {"0": [1, 5, 6], "2": [0]}, [x], compensation=how)
     torch.testing.assert_close(net(x), twin(x), atol=1e-10, rtol=0)
+
+
+def frozen_twins() -> tuple[nn.Module, nn.Module]:
+    """A network with frozen norms behind convolutions without a bias, and the same with batch norms."""
+
+    def built(norm: Any) -> nn.Module:
+        first, second = nn.Conv2d(3, 8, 3, bias=False), nn.Conv2d(8, 6, 3, bias=False)
+        return nn.Sequential(first, norm(8), nn.ReLU(), second, norm(6), nn.ReLU(), nn.Conv2d(6, 2, 1)).double().eval()
+
+    net, twin = built(Frozen), built(nn.BatchNorm2d)
+    twin.load_state_dict(net.state_dict(), strict=False)  # but for numbers of batches
+    return net, twin
+
+
+@for_each("how", ["least_squares", "mean"])
+def test_behind_frozen_norms_layers_are_compensated_as_behind_batch_norms(how):
+    net, twin = frozen_twins()
+    before, x = copy.deepcopy(net), torch.randn(12, 3, 8, 8).double()
+    reports = [prune(model, x, {"0": [1, 5, 6], "3": [0]}, [x], compensation=how) for model in (net, twin)]
+    torch.testing.assert_close(net(x), twin(x), atol=1e-10, rtol=0)
+    assert reports[0].notes == reports[1].notes
+    assert not torch.equal(net[4].running_mean, before[4].running_mean[1:])
+
+
+def test_layers_are_chosen_by_reconstruction_before_frozen_norms_as_before_batch_norms():
+    net, twin = frozen_twins()
+    x = torch.randn(12, 3, 8, 8).double()
+    plans = [prune(model, x, {"criterion": "reconstruction", "target_macs": 0.5}, [x]).plan for model in (net, twin)]
+    assert plans[0].neurons == plans[1].neurons
+    torch.testing.assert_close(net(x), twin(x), atol=1e-10, rtol=0)

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from lightning_neurons.layers.width_handlers import is_linear, keeps_statistics
+from lightning_neurons.layers.recognition import centres
+from lightning_neurons.layers.width_handlers import is_linear
 from lightning_neurons.pruning.surgery.surgery import TensorCut
 
 
@@ -77,6 +78,6 @@ def constant_of(
     if getattr(modules[path], "bias", None) is not None:
         return f"{path}.bias", 1.0
     norm = modules.get(norm_behind.get(path, ""))
-    if keeps_statistics(norm):
+    if centres(norm):
         return f"{norm_behind[path]}.running_mean", -1.0
     return None

@@ -12,6 +12,7 @@ is inverted twice.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 
 from lightning_neurons.dependency.groups import Coupling, Group
 from lightning_neurons.layers.layer import modules_by_name
-from lightning_neurons.layers.width_handlers import axes, keeps_statistics
+from lightning_neurons.layers.recognition import centres
+from lightning_neurons.layers.width_handlers import axes
 from lightning_neurons.pruning.budget import PruningBudget
 from lightning_neurons.pruning.compensation.moments import Moments
 from lightning_neurons.pruning.compensation.ridge import FEW, RIDGE, varies
@@ -206,11 +208,11 @@ def _readings(
 
 def _gain(path: str, modules: Mapping[str, nn.Module], coupling: Coupling, weight: Tensor) -> Tensor:
     """Return the factor of the norm layer behind a layer, in a shape that fits its weight."""
-    norm = modules.get(coupling.norm_behind.get(path, ""))
-    if not keeps_statistics(norm) or norm.running_var is None:
+    norm: Any = modules.get(coupling.norm_behind.get(path, ""))
+    if not centres(norm) or getattr(norm, "running_var", None) is None:
         return weight.new_ones(())
-    gain = (norm.running_var.detach().cpu().to(weight.dtype) + norm.eps).rsqrt()
-    if norm.weight is not None:
+    gain: Tensor = (norm.running_var.detach().cpu().to(weight.dtype) + getattr(norm, "eps", 0.0)).rsqrt()
+    if getattr(norm, "weight", None) is not None:
         gain = gain * norm.weight.detach().cpu().to(weight.dtype)
     axis = axes(modules[path], "makes")["weight"]
     return gain.reshape([-1 if a == axis else 1 for a in range(weight.ndim)])
