@@ -134,16 +134,27 @@ class Preflight:
             cuts: The neurons to remove.
             expected: The outputs with them silenced, where they are computed already.
         """
+        got = self._without(cuts)
+        if isinstance(got, str) and not any(map(self.norms.narrows, cuts)):
+            return got
         try:
             expected = self.expected(cuts) if expected is None else expected
         except Exception as error:  # noqa: BLE001 (a norm that does not run on fewer neurons)
             return f"its norms cannot be narrowed ({in_short(error)})"
+        return got if isinstance(got, str) else _compare(expected, got, self.tolerance)
+
+    def _without(self, cuts: Sequence[TensorCut]) -> list[Tensor] | str:
+        """Run the copy without neurons.
+
+        Returns:
+            The outputs, or in words why there are none.
+        """
         try:
             operation = cut(self.twin, cuts)
         except Exception as error:  # noqa: BLE001 (whatever it is, it is why this group cannot be cut)
             return f"the cut fails ({type(error).__name__}: {error})"
         try:
-            got = self._outputs(self.example)
+            return self._outputs(self.example)
         except Exception as error:  # noqa: BLE001
             return (
                 f"the forward fails without them{_line_of(error)} ({in_short(error)}): something that is not cut "
@@ -151,7 +162,6 @@ class Preflight:
             )
         finally:
             operation.roll_back()
-        return _compare(expected, got, self.tolerance)
 
     def _outputs(self, example: Example) -> list[Tensor]:
         values: list[Tensor] = []

@@ -59,7 +59,7 @@ def mended(preflight: Preflight, groups: Sequence[Group], units: Units, widths: 
 def tried(
     preflight: Preflight, groups: Sequence[Group], units: Units, widths: Mapping[str, int], fixed: Collection[str] = ()
 ) -> tuple[dict[str, Group], dict[str, str]]:
-    """Try groups together, or where that fails, of those of the same form one first, to know what others need.
+    """Try groups together, or where that fails, of those of the same kind one first, to know what others need.
 
     Args:
         preflight: Tries the cuts.
@@ -75,35 +75,23 @@ def tried(
     reason = preflight.difference(cuts_of(groups, units)) if groups else None
     if reason is None:
         return {}, {}
-    forms: dict[object, list[Group]] = {}
+    kinds: dict[object, list[Group]] = {}
     for group in groups:
-        forms.setdefault(_form(group), []).append(group)
-    firsts = [first for first, *_ in forms.values()]
-    wrong = preflight.failing(firsts, units, reason if len(firsts) == len(groups) else None)
-    able = mended(preflight, [g for g in firsts if g.root in wrong and g.root not in fixed], units, widths)
+        kinds.setdefault(_kind(group), []).append(group)
+    firsts, differ = [first for first, *_ in kinds.values()], len(kinds) == len(groups)
+    wrong = preflight.failing(firsts, units, reason if differ else None)
+    suspects = [group for same in kinds.values() if same[0].root in wrong for group in same]
+    able = mended(preflight, [group for group in suspects if group.root not in fixed], units, widths)
     refused = {root: why for root, why in wrong.items() if root not in able}
-    likely: list[Group] = []
-    for first, *same in forms.values():
-        if first.root in refused:  # the others very probably as well, so that halving would not help
-            refused |= {root: why for group in same for root, why in preflight.failing([group], units).items()}
-            continue
-        likely += [able.get(first.root, first), *(_like(able.get(first.root), g, fixed) for g in same)]
-    fails = preflight.failing(likely, units) if len(firsts) < len(groups) else {}
-    again = mended(preflight, [g for g in groups if g.root in fails and g.root not in fixed], units, widths)
-    before = {group.root: group for group in groups}
-    changed = {new.root: new for new in likely if new is not before[new.root] and new.root not in fails}
-    return changed | again, refused | {root: why for root, why in fails.items() if root not in again}
-
-
-def _like(pattern: Group | None, group: Group, fixed: Collection[str]) -> Group:
-    """Give a group the attributes of another one of the same form.
-
-    Returns:
-        The group with them; as it is, if the other one needs none.
-    """
-    if pattern is None or group.root in fixed:
-        return group
-    return replace(group, attributes=_translated(pattern, group))
+    for group in suspects:  # very probably wrong as well, so that halving would not help
+        if group.root not in wrong and group.root not in able:
+            refused |= preflight.failing([group], units)
+    likely = [able.get(group.root, group) for group in groups if group.root not in refused]
+    fails = {} if differ else preflight.failing(likely, units)
+    open_ones = [g for g in groups if g.root in fails and g.root not in able and g.root not in fixed]
+    able = {root: group for root, group in able.items() if root not in fails}
+    able |= mended(preflight, open_ones, units, widths)
+    return able, refused | {root: why for root, why in fails.items() if root not in able}
 
 
 def attributes_of(
@@ -298,10 +286,15 @@ def _free_numbers(module: nn.Module) -> Iterator[tuple[str, int | None, int]]:
             yield name, place, value
 
 
-def _form(group: Group) -> object:
+def _kind(group: Group) -> tuple[object, ...]:
     """Return what groups of blocks of the same class have in common."""
-    parts = [(_masked(part.path), part.role, part.axis, part.indices) for part in _in_order(group)]
-    return group.size, tuple(parts), tuple(map(_masked, group.layers))
+    parts = ((_masked(part.path), part.role, part.axis) for part in _in_order(group))
+    return (*parts, *map(_masked, group.layers))
+
+
+def _form(group: Group) -> object:
+    """Return what groups of blocks of the same class and size have in common."""
+    return _kind(group), group.size, tuple(part.indices for part in _in_order(group))
 
 
 def _masked(path: str) -> str:
