@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from lightning.pytorch.callbacks import EMAWeightAveraging
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_neurons import PruningPlan, load_pruned, prune, pruned_widths
@@ -325,6 +326,47 @@ def test_a_pruned_model_is_loaded_with_its_numbers_and_a_whole_one_gets_its_own_
     for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
         torch.save(twin.state_dict(), tmp_path / "again.pt")
         assert torch.equal(load_pruned(make().double().eval(), tmp_path / "again.pt")(x), net(x))
+
+
+@for_each("name", CASES)
+def test_where_a_file_does_not_say_them_they_are_found_again_on_an_example(name, tmp_path):
+    make, x, plan, *_ = CASES[name]
+    net = seeded(make, double=True)
+    prune(net, x, plan)
+    torch.save(dict(net.state_dict()), tmp_path / "bare.pt")
+    (tmp_path / "folder").mkdir(exist_ok=True)
+    save_file(net.state_dict(), tmp_path / "folder" / "model.safetensors")
+    for file in ("bare.pt", "folder/model.safetensors", "folder"):
+        loaded = load_pruned(lambda: make().double().eval(), tmp_path / file, example_inputs=x)
+        assert torch.equal(loaded(x), net(x))
+        assert all_sizes(loaded) == all_sizes(net)
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.inner, self.back = nn.Embedding(7, 6), nn.Linear(6, 8), nn.Linear(8, 6)
+        self.head = nn.Linear(6, 7, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.back(torch.relu(self.inner(self.embedding(x)))))
+
+
+def test_a_folder_of_several_files_without_the_second_names_of_tied_tensors_is_loaded(tmp_path):
+    net, x = seeded(Tied), torch.arange(6).view(2, 3)
+    prune(net, x, {"inner": [2, 5]})
+    state = {name: tensor for name, tensor in net.state_dict().items() if name != "head.weight"}
+    files = {name: f"part-{number % 2}.safetensors" for number, name in enumerate(state)}
+    for file in set(files.values()):
+        save_file({name: tensor for name, tensor in state.items() if files[name] == file}, tmp_path / file)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    loaded = load_pruned(Tied, tmp_path).eval()
+    assert torch.equal(loaded(x), net(x))
+    assert loaded.head.weight is loaded.embedding.weight
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ArgumentError, match=r"path=.*empty.*a folder with one of model.safetensors, pytorch_model.bin"):
+        load_pruned(Tied, tmp_path / "empty")
 
 
 class Halves(nn.Module):

@@ -1,24 +1,27 @@
 """Loading of pruned checkpoints: the layers take the widths of the tensors in the file."""
 
 import functools
-import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch
 import pytorch_lightning
-import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lightning_neurons.callbacks.pruning.weight_files import NOT_OF_THE_FILE, first_line, read_weights, with_tied
 from lightning_neurons.dependency.conform import conform, conforming, narrowed, widened
 from lightning_neurons.dependency.sizes import exchange_sizes
 from lightning_neurons.errors import ArgumentError, PruningError
 from lightning_neurons.pruning.plan import PruningPlan
 from lightning_neurons.pruning.rounds import Rounds
+from lightning_neurons.pruning.structure.example import Example
+from lightning_neurons.pruning.structure.followed_widths import followed_widths, sizes_by_widths
+from lightning_neurons.pruning.structure.structure import discover
 
 
 def fit_widths(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
@@ -103,6 +106,7 @@ def pruned_widths() -> Iterator[None]:
     ``LightningModule.load_from_checkpoint``. Inside, ``torch.nn.Module.load_state_dict`` is another for all threads.
 
     Example:
+        >>> import torch
         >>> from lightning_neurons import prune
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> _ = prune(net, torch.zeros(1, 4), {"0": [1, 6]})
@@ -116,15 +120,18 @@ def pruned_widths() -> Iterator[None]:
         yield
 
 
-def load_pruned(model: Any, path: str | Path, **kwargs: object) -> Any:
+def load_pruned(model: Any, path: str | Path, *, example_inputs: Any = None, **kwargs: object) -> Any:
     """Load a pruned model, given what builds the model as it was before.
 
-    Needs no history and no forward: the widths are those of the tensors in the file.
+    Needs no history and no forward: the widths are those of the tensors in the file. Numbers of heads and the like are
+    read from files of torch; safetensors has no place for them.
 
     Args:
         model: A LightningModule class, for a checkpoint; or another module class, or a function that makes the model,
             or the model itself, for a file with a state dict (or a checkpoint, if the model is a LightningModule).
-        path: The file.
+        path: The file: of torch, of safetensors, or a folder that ``save_pretrained`` has written.
+        example_inputs: One small batch, as ``prune`` takes it: for files that do not say the numbers in attributes that
+            follow widths, such as ``num_heads``. They are then found again on the model, by trial.
         kwargs: For a LightningModule class those of ``load_from_checkpoint``; else what the class or function is given.
 
     Returns:
@@ -136,6 +143,7 @@ def load_pruned(model: Any, path: str | Path, **kwargs: object) -> Any:
 
     Example:
         >>> import tempfile
+        >>> import torch
         >>> from lightning_neurons import prune
         >>> def make():
         ...     return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -150,38 +158,40 @@ def load_pruned(model: Any, path: str | Path, **kwargs: object) -> Any:
         allowed = "a LightningModule class, another module class, a function that makes a module, or a module"
         raise ArgumentError.of("model", model, f"{allowed} (which takes no further arguments)" if kwargs else allowed)
     if isinstance(model, type) and hasattr(model, "load_from_checkpoint"):
-        return _from_checkpoint(model, path, kwargs)
+        return _from_checkpoint(model, path, kwargs, example_inputs)
     made = model if isinstance(model, nn.Module) else model(**kwargs)
     if not isinstance(made, nn.Module):
         raise ArgumentError.of("model", model, f"a function that makes a module, and not a {type(made).__name__}")
     what = type(made).__name__
-    content = _read(path, f"a file with the state dict of a {what}")
-    state = content
+    state = content = read_weights(path, f"a file with the state dict of a {what}")
     if isinstance(made, _LIGHTNING) and isinstance(content, dict) and "state_dict" in content:
         made.on_load_checkpoint(content)
         state = content["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise ArgumentError.of("path", str(path), f"a file with the state dict of a {what}")
-    with _of_a_cut(made, state):
+    state = with_tied(made, state)
+    with _of_a_cut(made, state, example_inputs):
         wrong = _differences(made, state)
         if wrong:
             raise PruningError(f"{path} is of another architecture than {what}: {'; '.join(wrong)}")
         made.load_state_dict(state)
-    if state is not content:
+    if "callbacks" in content and isinstance(made, _LIGHTNING):
         restore_attributes([made], PruningPlan({}), content)
         _say_if_unjudged(content, path)
     return made
 
 
-_NOT_OF_THE_FILE = (FileNotFoundError, PermissionError, IsADirectoryError, MemoryError)
-"""Errors that say nothing of what a file holds; of a broken one, torch may say that an argument is invalid."""
-
 _LIGHTNING = (lightning.pytorch.LightningModule, pytorch_lightning.LightningModule)
 
 
 @contextmanager
-def _of_a_cut(model: nn.Module, state: Mapping[str, Any]) -> Iterator[None]:
+def _of_a_cut(model: nn.Module, state: Mapping[str, Any], example_inputs: Any = None) -> Iterator[None]:
     """Give a model the widths of a state dict as ``conforming`` does; say where a cut would have done more.
+
+    Args:
+        model: The model.
+        state: Tensors by name.
+        example_inputs: Inputs by which attributes that follow are found, if ``state`` does not say them.
 
     Raises:
         PruningError: If the file is of a wider network, which no cut can have made of the model.
@@ -193,7 +203,10 @@ def _of_a_cut(model: nn.Module, state: Mapping[str, Any]) -> Iterator[None]:
             f"{', '.join(names)}; load_pruned takes the model as it was before any cut"
         )
     made, read = narrowed(model, state, "makes"), narrowed(model, state, "reads")
+    is_silent = example_inputs is not None and getattr(state, "_metadata", None) is None
+    rules = followed_widths(discover(model, Example(example_inputs)).groups.values(), model) if is_silent else []
     with conforming(model, state):
+        exchange_sizes(model, sizes_by_widths(model, rules))
         yield
     if bool(made) != bool(read):
         less, same = ("made", "read") if made else ("read", "made")
@@ -218,46 +231,22 @@ def _differences(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
     ]
 
 
-def _read(path: str | Path, what: str, weights_only: bool | None = True, place: str = "cpu") -> Any:
-    """Load a file with ``torch.load``.
-
-    Returns:
-        What it holds.
-
-    Raises:
-        ArgumentError: If it is broken.
-        UnpicklingError: If it holds objects, which could run code.
-    """
-    try:
-        return torch.load(path, map_location=place, weights_only=weights_only)
-    except _NOT_OF_THE_FILE:
-        raise
-    except Exception as error:
-        if isinstance(error, pickle.UnpicklingError) and "Unsupported global" in str(error):
-            raise  # torch says what could be done
-        raise ArgumentError.of("path", f"{path} ({_first_line(error)})", what) from error
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-
-
-def _from_checkpoint(module_class: Any, path: str | Path, kwargs: dict[str, Any]) -> Any:
+def _from_checkpoint(module_class: Any, path: str | Path, kwargs: dict[str, Any], example_inputs: Any) -> Any:
     name = module_class.__name__
     expected = f"a checkpoint of a {name}; for a plain state dict, the class of the network itself"
     try:
         # On the class itself: it builds the module, and a class made for this would not be the one that it asks for.
-        with _taking_widths(module_class, _of_a_cut):
+        with _taking_widths(module_class, partial(_of_a_cut, example_inputs=example_inputs)):
             module = module_class.load_from_checkpoint(path, **kwargs)
-    except (*_NOT_OF_THE_FILE, PruningError):
+    except (*NOT_OF_THE_FILE, PruningError):
         raise
     except Exception as error:
-        content = _read(path, expected, kwargs.get("weights_only"))
+        content = read_weights(path, expected, kwargs.get("weights_only"))
         if isinstance(content, dict) and isinstance(error, RuntimeError) and "state_dict" in content:
             raise PruningError(f"{path} is of another architecture than {name}: {error}") from error
-        raise ArgumentError.of("path", f"{path} ({_first_line(error)})", expected) from error
+        raise ArgumentError.of("path", f"{path} ({first_line(error)})", expected) from error
     try:
-        content = _read(path, expected, place="meta")
+        content = read_weights(path, expected, place="meta")
     except Exception:  # noqa: BLE001 (it has been loaded; what else is in it does not matter here)
         return module
     restore_attributes([module], PruningPlan({}), content)
