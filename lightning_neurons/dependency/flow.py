@@ -165,6 +165,7 @@ class Flow:
             self._numbers[node, 0] = None
         elif is_split(node):
             self._numbers[node, 0] = operands[0][2]
+            self._pair(node, operands[0][2])
         elif name in ("Cat", "Stack"):
             self._numbers[node, 0] = self._side_by_side(node, {place: numbers for place, _, numbers in operands})
         elif moves(node):
@@ -198,6 +199,17 @@ class Flow:
             return operands
         self.places.join(*summed)
         return [operand for operand in operands if operand not in factors]
+
+    def _pair(self, node: Any, numbers: Tensor) -> None:
+        """Join the places of equal parts, which must stay equal: the number of parts is what the code says."""
+        axis = dim_of(node, numbers.ndim)
+        count = len(node._input_metadata)
+        if name_of(node) != "Unbind" and axis in varying(numbers) and numbers.shape[axis] % count == 0:
+            sizes = {shape_of(node, place) for place in range(count)}
+            if len(sizes) == 1 and None not in sizes:
+                first, *others = numbers.chunk(count, axis)
+                for part in others:
+                    self.places.join(first, part)
 
     def _held(self, parameter: Tensor) -> Tensor | None:
         axis = self.held.get(parameter)

@@ -12,12 +12,12 @@ from tests.callbacks.pruned import assert_refused, assert_sound, pruner, widths
 
 def with_group_norm() -> Plain:
     module = Plain()
-    module.net.norm1 = nn.GroupNorm(2, 4)
+    module.net.norm1 = nn.GroupNorm(1, 4)
     return module
 
 
 def test_a_layer_that_cannot_be_cut_is_refused_if_told_so():
-    message = r"cannot cut net\.conv1: .*GroupNorm normalises groups of channels together"
+    message = r"cannot cut net\.conv1: .*GroupNorm normalises over all of them"
     assert_refused(with_group_norm(), message, [pruner(on_unprunable="raise")])
 
 

@@ -165,10 +165,10 @@ CASES = {
         CrossStage,
         IMAGES,
         {
-            ("first", "makes"): alone(0, 6),
-            ("inner", "makes"): [(), (), (), *alone(0, 3)],
-            ("inner", "reads"): [(), (), (), *alone(0, 3)],
-            ("last", "reads"): [*alone(0, 3), (3, 6), (4, 7), (5, 8)],
+            ("first", "makes"): [(0, 3), (1, 4), (2, 5)],  # halves stay halves
+            ("inner", "makes"): alone(0, 3),
+            ("inner", "reads"): alone(0, 3),
+            ("last", "reads"): [(0, 3, 6), (1, 4, 7), (2, 5, 8)],
         },
     ),
     "gated halves": (
