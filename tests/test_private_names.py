@@ -25,7 +25,16 @@ from tests.callbacks.modules import Plain, fit
 from tests.tables import for_each
 from tests.test_house import TREES
 
-PARTS = {"_batch_", "_epoch_end", "_err", "_foreach_", "_mode", "_dataloader", "_GLOBAL"}  # of other names
+PARTS = {
+    "_sizes_after_cuts",
+    "_batch_",
+    "_epoch_end",
+    "_err",
+    "_foreach_",
+    "_mode",
+    "_dataloader",
+    "_GLOBAL",
+}  # of other names, or our own
 GRAPH = torch_pruning.DependencyGraph
 GRADIENTS: dict[str, Callable[[torch.Tensor], Any]] = {
     "_saved_dim": lambda x: x.softmax(1),
@@ -80,6 +89,8 @@ LIVE: dict[str, Callable[[], Any]] = {
     "_buffers": lambda: nn.Linear(1, 1),
     "_forward_hooks": lambda: nn.Linear(1, 1),
     "_forward_pre_hooks": lambda: nn.Linear(1, 1),
+    "_state_dict_hooks": lambda: nn.Linear(1, 1),
+    "_metadata": lambda: nn.Linear(1, 1).state_dict(),
     "_load_state_dict_pre_hooks": lambda: nn.Linear(1, 1),
     "_get_backward_hooks": lambda: nn.Module,
     "_get_backward_pre_hooks": lambda: nn.Module,
@@ -100,9 +111,6 @@ LIVE: dict[str, Callable[[], Any]] = {
     "_replace": lambda: namedtuple("Pair", "a")(1),
     "_getframe": lambda: sys,
     "_lru_cache_wrapper": lambda: functools,
-    "_helpers": lambda: torch_pruning,
-    "_HybridIndex": lambda: torch_pruning._helpers,
-    "_build_dependency": lambda: GRAPH,
     "_detect_unwrapped_parameters": lambda: GRAPH,
     "_param_to_name": lambda: GRAPH().build_dependency(nn.Linear(1, 1), torch.ones(1, 1)),
     "_module2name": lambda: GRAPH().build_dependency(nn.Linear(1, 1), torch.ones(1, 1)),
