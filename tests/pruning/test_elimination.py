@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_neurons.pruning.selection import reconstruction
 from lightning_neurons.pruning.selection.reconstruction import Reading, eliminate
 from tests.tables import for_each
 
@@ -93,6 +94,17 @@ def test_order_and_errors_are_those_of_solving_again_at_every_step(name):
     readings = CASES[name]
     order, errors = eliminate(readings, units_of(readings))
     expected, costs = step_by_step(readings, units_of(readings))
+    assert order == expected
+    assert errors == pytest.approx(costs, rel=1e-7, abs=1e-10)
+
+
+@for_each("at_once", [1, 2, 5])
+@with_each_case
+def test_it_does_not_matter_when_the_whole_matrices_are_brought_up_to_date(at_once, name):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reconstruction, "AT_ONCE", at_once)
+        order, errors = eliminate(CASES[name], units_of(CASES[name]))
+    expected, costs = step_by_step(CASES[name], units_of(CASES[name]))
     assert order == expected
     assert errors == pytest.approx(costs, rel=1e-7, abs=1e-10)
 

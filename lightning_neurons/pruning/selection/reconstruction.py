@@ -29,6 +29,10 @@ from lightning_neurons.pruning.selection.group_scores import GroupScores
 from lightning_neurons.pruning.structure.structure import Structure
 
 
+AT_ONCE = 64
+"""Inputs that go before the matrices of all inputs are brought up to date."""
+
+
 @dataclass(frozen=True, eq=False)
 class Reading:
     """The weights and inputs of one layer that reads a group.
@@ -46,59 +50,110 @@ class Reading:
     scale: float
 
 
+class _Blocks:
+    """The entries of a reading's two matrices that the errors of units of one width depend on.
+
+    Attributes:
+        units: ``(unit,)``, those that have not gone.
+        rows: ``(unit, place)``, where their inputs stand in the matrices.
+        inverse: ``(unit, place, place)``.
+        products: ``(unit, place, place)``.
+    """
+
+    def __init__(self, places: Mapping[int, tuple[int, ...]], inverse: Tensor, products: Tensor) -> None:
+        self.units, self.rows = torch.tensor(list(places)), torch.tensor(list(places.values()))
+        pairs = self.rows[:, :, None], self.rows[:, None, :]
+        self.inverse, self.products = inverse[pairs], products[pairs]
+
+    def errors(self) -> Float[Tensor, " unit"]:
+        """Return the error of removing each of the units alone."""
+        if self.rows.shape[1] == 1:
+            return (self.products / self.inverse)[:, 0, 0]
+        return torch.linalg.solve(self.inverse, self.products).diagonal(dim1=1, dim2=2).sum(1)
+
+    def update(self, across: Tensor, rows: Tensor, mixed: Tensor) -> None:
+        """Follow a change of the matrices; each factor is ``(input, place that goes)``."""
+        across, rows, mixed = across[self.rows], rows[self.rows], mixed[self.rows]
+        change = across @ mixed.mT
+        self.products.add_(change).add_(change.mT)
+        self.inverse.sub_(across @ rows.mT)
+
+    def forget(self, unit: int) -> None:
+        """Let a unit that has gone cost nothing, until it is left out."""
+        gone = self.units == unit
+        self.inverse[gone] = torch.eye(self.rows.shape[1], dtype=self.inverse.dtype)
+        self.products[gone] = 0
+
+    def keep(self, gone: Tensor, row_of: Tensor) -> None:
+        """Leave out units that have gone, when the rows of the others have moved."""
+        stays = ~gone[self.units]
+        self.units, self.rows = self.units[stays], row_of[self.rows[stays]]
+        self.inverse, self.products = self.inverse[stays], self.products[stays]
+
+
 class _State:
     """The state of one layer that reads a group: inverse covariance of the inputs left, products of their weights.
 
-    Errors depend on the weights by ``W W'`` alone, so it does not matter how many outputs there are.
+    Errors depend on the weights by ``W W'`` alone, so it does not matter how many outputs there are, and on the blocks
+    of single units. Only these follow each removal; the whole matrices follow many at a time, by one product of
+    matrices instead of many passes over them, and without the inputs that have gone.
     """
 
     def __init__(self, reading: Reading) -> None:
         self.places, self.scale = reading.places, reading.scale
         self.products = reading.weight @ reading.weight.T
-        self.inverse = torch.linalg.inv(reading.covariance)
-        widths = {len(places) for places in self.places}
-        self.index = torch.tensor(self.places) if len(widths) == 1 else None
+        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(reading.covariance))
+        by_width: dict[int, dict[int, tuple[int, ...]]] = {}
+        for unit, places in enumerate(self.places):
+            by_width.setdefault(len(places), {})[unit] = places
+        self.blocks = [_Blocks(of, self.inverse, self.products) for width, of in by_width.items() if width]
+        self.row_of = torch.arange(len(self.inverse))
+        self.gone = torch.zeros(len(self.places), dtype=torch.bool)
+        self.stays = torch.ones(len(self.inverse), dtype=torch.bool)
+        # What the matrices have not followed yet: inverse - across rows', products + across mixed' + mixed across'.
+        room = max(AT_ONCE, *by_width, 0)
+        self.pending = 0
+        self.across, self.rows, self.mixed = (self.inverse.new_empty(len(self.inverse), room) for _ in range(3))
 
-    def errors(self, units: Sequence[int]) -> Tensor:
-        """Return the error of removing each of some units alone."""
-        if self.index is None:
-            return torch.stack([self._errors(torch.tensor([self.places[unit]]).long())[0] for unit in units])
-        return self._errors(self.index[list(units)])
+    def add_errors(self, cost: Float[Tensor, " unit"]) -> None:
+        """Add the error of removing each unit alone; nothing for those that it does not read or that have gone."""
+        for blocks in self.blocks:
+            cost.index_add_(0, blocks.units, blocks.errors(), alpha=1 / self.scale)
 
     def remove(self, unit: int) -> None:
         """Remove a unit: the others take over what they can."""
-        gone = list(self.places[unit])
-        if len(gone) == 1:
-            self._remove_one(gone[0])
-        elif gone:
-            rows, products = self.inverse[gone], self.products[gone]
-            across = torch.linalg.solve(rows[:, gone], rows).T  # (input, place); W becomes W - across W_P
-            mixed = across @ (0.5 * products[:, gone]) @ across.T - across @ products
-            self.products.add_(mixed).add_(mixed.T)
-            self.inverse.addmm_(across, rows, alpha=-1)
-        for matrix in (self.products, self.inverse):
-            matrix[gone] = 0
-            matrix[:, gone] = 0
-        self.inverse[gone, gone] = 1
+        self.gone[unit] = True
+        width = len(self.places[unit])
+        if not width:
+            return
+        if self.pending + width > self.across.shape[1]:
+            self._catch_up()
+        places = self.row_of[list(self.places[unit])]
+        across, rows, mixed = (all_of[:, : self.pending] for all_of in (self.across, self.rows, self.mixed))
+        row = self.inverse[places] - across[places] @ rows.T  # (place, input)
+        product = self.products[places] + across[places] @ mixed.T + mixed[places] @ across.T
+        step = slice(self.pending, self.pending + width)
+        factor = torch.linalg.solve(row[:, places], row) if width > 1 else row / row[:, places]
+        self.across[:, step], self.rows[:, step] = factor.T, row.T  # W becomes W - across W_P
+        self.mixed[:, step] = (0.5 * product[:, places] @ factor - product).T
+        self.pending += width
+        self.stays[places] = False
+        for blocks in self.blocks:
+            blocks.update(self.across[:, step], self.rows[:, step], self.mixed[:, step])
+            blocks.forget(unit)
 
-    def _remove_one(self, place: int) -> None:
-        """Remove a single input, in place: most units have one, and there may be thousands."""
-        row, products = self.inverse[place].clone(), self.products[place].clone()
-        across = row / row[place]
-        mixed = 0.5 * products[place] * across - products
-        self.products.addr_(across, mixed).addr_(mixed, across)
-        self.inverse.addr_(across, row, alpha=-1)
-
-    def _errors(self, index: Int[Tensor, "unit place"]) -> Float[Tensor, " unit"]:
-        if not index.shape[1]:
-            return self.products.new_zeros(len(index))
-        if index.shape[1] == 1:
-            found: Tensor = (self.products[index, index] / self.inverse[index, index])[:, 0]
-        else:
-            pairs = index[:, :, None], index[:, None, :]
-            solved = torch.linalg.solve(self.inverse[pairs], self.products[pairs])
-            found = solved.diagonal(dim1=1, dim2=2).sum(1)
-        return found / self.scale
+    def _catch_up(self) -> None:
+        """Bring the matrices up to date, and leave out what has gone."""
+        across, rows, mixed = (m[self.stays, : self.pending] for m in (self.across, self.rows, self.mixed))
+        self.inverse = self.inverse[self.stays][:, self.stays].addmm_(across, rows.T, alpha=-1)
+        self.products = self.products[self.stays][:, self.stays].addmm_(across, mixed.T).addmm_(mixed, across.T)
+        moved = self.stays.cumsum(0) - 1
+        self.row_of = moved[self.row_of]
+        for blocks in self.blocks:
+            blocks.keep(self.gone, moved)
+        size = len(self.inverse)
+        self.across, self.rows, self.mixed = self.across[:size], self.rows[:size], self.mixed[:size]
+        self.stays, self.pending = self.stays[self.stays], 0
 
 
 def eliminate(readings: Sequence[Reading], units: int) -> tuple[list[int], list[float]]:
@@ -112,14 +167,20 @@ def eliminate(readings: Sequence[Reading], units: int) -> tuple[list[int], list[
         All units, the first to go first, and for each the error that it adds, relative and summed over the layers.
     """
     states = [_State(reading) for reading in readings]
-    left, order, errors = list(range(units)), [], []
-    while left:
-        cost = torch.stack([state.errors(left) for state in states]).sum(0)
-        best = int(cost.argmin())
-        order.append(left.pop(best))
-        errors.append(float(cost[best]))
+    gone = torch.zeros(units, dtype=torch.bool)
+    order: list[int] = []
+    errors: list[float] = []
+    while len(order) < units:
+        cost = torch.zeros(units, dtype=torch.float64)
         for state in states:
-            state.remove(order[-1])
+            state.add_errors(cost)
+        cost[gone] = torch.inf
+        best = int(cost.argmin())
+        order.append(best)
+        errors.append(float(cost[best]))
+        gone[best] = True
+        for state in states:
+            state.remove(best)
     return order, errors
 
 
