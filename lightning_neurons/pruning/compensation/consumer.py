@@ -48,7 +48,10 @@ class Consumer:
             self.patchwise = False
             self.notes.append(f"{path} reads patches of more than {LARGEST} values: its channels were regressed")
         self.inputs = len(self.keep) * (taps if self.patchwise else 1)
-        self.targets = len(weight) if self.patchwise else len(stays)
+        outputs = weight.numel() // len(stays)
+        # What an output lacks says as much as what its inputs lack, so the fewer of the two are regressed.
+        self.by_output = self.patchwise or (by_feature(module) and outputs < len(stays))
+        self.targets = weight.shape[axes(module, "makes")["weight"]] if self.by_output else len(stays)
         self.is_large = max(len(stays), self.inputs) > LARGEST
         if self.is_large:
             self.notes.append(f"{path} reads more than {LARGEST} values: only their mean was compensated")
@@ -67,17 +70,15 @@ class Consumer:
         if self.is_large:
             return
         second = _in_second_half(dense)
+        lacking = dense.to(torch.promote_types(dense.dtype, torch.float32))
+        lacking = lacking.index_add(-1 if by_feature(self.module) else 1, self.keep, inputs.to(lacking), alpha=-1)
         for moments, chosen in zip(self.halves, (~second, second), strict=True):
-            x, y = inputs[chosen], dense[chosen]
-            if not len(x):
-                continue
-            if not self.patchwise:
-                moments.add(channels(self.module, x), channels(self.module, y))
-                continue
-            few = max(AT_ONCE // max(self.inputs * x[0, 0].numel(), 1), 1)
-            for some, wanted in zip(x.split(few), y.split(few), strict=True):
-                out = applied(self.module, self.weight, wanted)
-                moments.add(patches(self.module, some), channels(self.module, out))
+            x, y = inputs[chosen], lacking[chosen]
+            few = max(AT_ONCE // max(self.inputs * x[0, 0].numel(), 1), 1) if self.patchwise and len(x) else len(x)
+            for some, rest in zip(x.split(few), y.split(few), strict=True) if len(x) else ():
+                wanted = applied(self.module, self.weight, rest) if self.by_output else rest
+                given = patches(self.module, some) if self.patchwise else channels(self.module, some)
+                moments.add(given, channels(self.module, wanted))
 
     @property
     def halves(self) -> list[Moments]:
@@ -106,12 +107,13 @@ class Consumer:
             self._halves = None
             (first + second).check(self.path)
             if self.patchwise:
-                new = self._refined(first, second, old.flatten(1), None).reshape(old.shape)
+                new = old + self._refined(first, second, None).reshape(old.shape)
+            elif self.by_output:
+                new = old + self._refined(first, second, None).movedim(-1, self.axis)
             else:
-                start = torch.eye(weight.shape[self.axis], dtype=weight.dtype, device=weight.device)[:, self.keep]
                 rows = weight.movedim(self.axis, 0).flatten(1)
-                mixing = self._refined(first, second, start, rows @ rows.T)
-                new = torch.tensordot(weight.movedim(self.axis, -1), mixing, 1).movedim(-1, self.axis)
+                mixing = self._refined(first, second, rows @ rows.T)
+                new = old + torch.tensordot(weight.movedim(self.axis, -1), mixing, 1).movedim(-1, self.axis)
         wanted, count = self.dense_mean.total(weight)
         got, _ = self.mean.total(new)
         change = torch.zeros_like(weight).index_copy(self.axis, self.keep, new - old)
@@ -122,8 +124,9 @@ class Consumer:
         """The largest magnitude of a mean input."""
         return self.dense_mean.largest
 
-    def _refined(self, first: Moments, second: Moments, start: Tensor, metric: Tensor | None) -> Tensor:
-        """Return the solution for all samples, with the ridge that holds best from one half of them to the other."""
+    def _refined(self, first: Moments, second: Moments, metric: Tensor | None) -> Tensor:
+        """Return what to add for all samples, with the ridge that holds best from one half of them to the other."""
+        start = first.yx.new_zeros(first.yx.shape)
         ridge = choose_ridge(first, second, start, metric, centred=self.has_constant)
         both = first + second
         refined = refine(both, start, ridge=ridge, centred=self.has_constant)

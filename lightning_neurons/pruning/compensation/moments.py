@@ -18,6 +18,10 @@ Reduce = Callable[[Tensor], Tensor]
 """A function that sums a tensor over processes."""
 
 
+BLOCK = 256
+"""Inputs whose products with all that follow are computed at once."""
+
+
 def alone(tensor: Tensor) -> Tensor:
     """Return the sum over processes where there is only one: the tensor itself."""
     return tensor
@@ -72,7 +76,10 @@ class Moments:
         x = x.to(self.xx.dtype)
         self.count += x.shape[1]
         self.sum_x += x.sum(1)
-        self.xx.addmm_(x, x.T)
+        for begin in range(0, len(x), BLOCK):  # each product of two inputs is needed once
+            end = begin + BLOCK
+            self.xx[begin:end, begin:].addmm_(x[begin:end], x[begin:].T)
+            self.xx[end:, begin:end] = self.xx[begin:end, end:].T
         if y is not None:
             y = y.to(self.xx.dtype)
             self.sum_y += y.sum(1)

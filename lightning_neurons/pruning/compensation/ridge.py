@@ -84,6 +84,9 @@ def choose_ridge(
 ) -> float:
     """Return the ridge with which each half of the samples predicts the other best.
 
+    Ridges are tried from the smallest on, until one predicts worse than the one before; then only the infinite one is,
+    which costs nothing.
+
     Args:
         first: Moments of one half.
         second: Moments of the other.
@@ -106,7 +109,12 @@ def choose_ridge(
             found += _held_out(seen, unseen, matrix, metric, centred=centred)
         return found
 
-    return min(ridges, key=loss)
+    best, least = ridges[0], loss(ridges[0])
+    for ridge in ridges[1:-1]:
+        if (reached := loss(ridge)) >= least:
+            break
+        best, least = ridge, reached
+    return ridges[-1] if loss(ridges[-1]) < least else best
 
 
 def _held_out(

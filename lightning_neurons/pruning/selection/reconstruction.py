@@ -15,7 +15,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from lightning_neurons.dependency.groups import Coupling, Group
@@ -27,7 +27,6 @@ from lightning_neurons.pruning.compensation.moments import Moments
 from lightning_neurons.pruning.compensation.ridge import FEW, RIDGE, varies
 from lightning_neurons.pruning.selection.group_scores import GroupScores
 from lightning_neurons.pruning.structure.structure import Structure
-
 
 AT_ONCE = 64
 """Inputs that go before the matrices of all inputs are brought up to date."""
@@ -69,7 +68,8 @@ class _Blocks:
         """Return the error of removing each of the units alone."""
         if self.rows.shape[1] == 1:
             return (self.products / self.inverse)[:, 0, 0]
-        return torch.linalg.solve(self.inverse, self.products).diagonal(dim1=1, dim2=2).sum(1)
+        solved: Tensor = torch.linalg.solve(self.inverse, self.products)
+        return solved.diagonal(dim1=1, dim2=2).sum(1)
 
     def update(self, across: Tensor, rows: Tensor, mixed: Tensor) -> None:
         """Follow a change of the matrices; each factor is ``(input, place that goes)``."""
