@@ -356,6 +356,44 @@ def test_standardised_weights_are_not_solved_again():
     ]
 
 
+class HeadsUnderNorms(nn.Module):
+    """Attention with norms of queries and keys: one scale for all heads, called by the name of their input."""
+
+    def __init__(self, norm: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.start, self.norm, self.q, self.k, self.v = (
+            nn.Linear(6, 12),
+            norm(12),
+            *(nn.Linear(12, 8) for _ in range(3)),
+        )
+        self.norm_q, self.norm_k, self.out, self.head = norm(4), norm(4), nn.Linear(8, 12), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.start(x)
+        q, k, v = (f(self.norm(x)).unflatten(-1, (-1, 4)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        made = F.scaled_dot_product_attention(self.norm_q(x=q), self.norm_k(x=k), v)
+        return self.head(x + self.out(made.transpose(1, 2).flatten(2))).mean(1)
+
+
+class NamedLayerNorm(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+@for_each("norm, norm_streams", [(n, s) for n in (NamedLayerNorm, WrittenRMSNorm) for s in ("refuse", "renormalize")])
+def test_heads_with_norms_of_queries_are_cut_whole_and_exactly(norm, norm_streams):
+    net, x = seeded(HeadsUnderNorms, norm, double=True).requires_grad_(False), torch.randn(2, 5, 6).double()
+    right = copy.deepcopy(net)
+    right.out.weight[:, 4:] = 0
+    report = prune(net, x, {"v": [4, 5, 6, 7]}, norm_streams=norm_streams)
+    assert report.plan.neurons == dict.fromkeys(("q", "k", "v"), (4, 5, 6, 7))
+    assert torch.allclose(net(x), right(x), rtol=0, atol=1e-6 if norm is WrittenRMSNorm else 1e-9)
+    assert report.plan.norm_streams == "refuse"
+    assert (describe_structure(net, x, norm_streams=norm_streams)["groups"]["start"]["why_not"] is None) == (
+        norm_streams == "renormalize"
+    )
+
+
 class Call(nn.Module):
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()

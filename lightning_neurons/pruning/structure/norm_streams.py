@@ -7,7 +7,7 @@ formula, so modules are told by what they do, not by their type.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -218,14 +218,16 @@ def _standardises(module: nn.Module, x: Tensor) -> bool:
 class _StandIn(nn.Module):
     """A module that passes each neuron on by itself, in the place of a norm, while neurons are followed."""
 
-    def __init__(self, norm: nn.Module, shape: Sequence[int], like: Tensor) -> None:
+    def __init__(self, norm: nn.Module, shape: Sequence[int], like: Tensor, *, joins: bool) -> None:
         super().__init__()
+        self.joins = joins
         object.__setattr__(self, "replaced", norm)  # no submodule, as it does not run
         self.passed_neurons = nn.Parameter(torch.ones(shape, dtype=like.dtype, device=like.device))
         self.train(norm.training)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.passed_neurons.to(x.dtype)
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        x = next(tensors_in((args, kwargs)))
+        return x * (self.passed_neurons.to(x.dtype) if self.joins else 1.0)
 
     def __getattr__(self, name: str) -> Any:
         """Return an attribute of the norm, which others may read, such as its ``eps``."""
@@ -235,19 +237,46 @@ class _StandIn(nn.Module):
             return getattr(vars(self)["replaced"], name)
 
 
-def follow_through(model: nn.Module, norms: Norms, find: Callable[[nn.Module], Coupling]) -> Coupling:
+def follow_through(
+    model: nn.Module, example: Example, norm_streams: NormStreams, find: Callable[[nn.Module], Coupling]
+) -> tuple[Coupling, Norms]:
     """Follow neurons through norms as through scales of each of them.
+
+    A norm inside of heads, as of queries, has one scale for all heads and so joins all of their neurons to one unit.
+    Whole heads leave it as it is, so neurons are followed again, without its scale; that is exact.
 
     Args:
         model: A copy of the model; its norms are in place again afterwards.
-        norms: The modules to see so.
+        example: The inputs to run it on.
+        norm_streams: ``"refuse"`` only follows through norms inside of heads.
         find: Reads a model's coupling.
 
     Returns:
-        The coupling, where the groups have the norms as parts.
+        The coupling, and the norms that are parts of its groups.
     """
-    modules, like = modules_by_name(model), next(model.parameters())
-    stand_ins = {modules[path]: _StandIn(modules[path], shape, like) for path, shape in norms.layers.items()}
+    refuses = norm_streams == "refuse"
+    coupling = find(model) if refuses else None
+    if coupling is not None and not coupling.lost and all(group.size > 1 for group in coupling.groups):
+        return coupling, Norms()
+    norms = find_norms(model, example)
+    if coupling is not None and not norms.layers:
+        return coupling, Norms()
+    through = _followed(model, norms, find)
+    inside = {path for group in through.groups if group.size == 1 for path in norms.of(group)}
+    if coupling is not None:
+        few = Norms({path: shape for path, shape in norms.layers.items() if path in inside})
+        return (_followed(model, few, find, inside) if inside else coupling), Norms()
+    return (_followed(model, norms, find, inside) if inside else through), norms
+
+
+def _followed(
+    model: nn.Module, norms: Norms, find: Callable[[nn.Module], Coupling], inside: Collection[str] = ()
+) -> Coupling:
+    modules, like = modules_by_name(model), next(model.parameters(), torch.empty(0))
+    stand_ins = {
+        modules[path]: _StandIn(modules[path], shape, like, joins=path not in inside)
+        for path, shape in norms.layers.items()
+    }
     replaced = [
         (parent, name, norm)
         for parent in model.modules()

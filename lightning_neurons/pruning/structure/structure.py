@@ -20,7 +20,7 @@ from lightning_neurons.pruning.compensation.synchronized_forwards import calls_o
 from lightning_neurons.pruning.compensation.weight_shifts import Wiring
 from lightning_neurons.pruning.structure.costs import Costs, Counter, Effects, effects, removed_by, routed
 from lightning_neurons.pruning.structure.example import Example, scramble, twin_of
-from lightning_neurons.pruning.structure.norm_streams import Norms, NormStreams, find_norms, follow_through
+from lightning_neurons.pruning.structure.norm_streams import Norms, NormStreams, follow_through
 from lightning_neurons.pruning.structure.preflight import Preflight, silenced
 from lightning_neurons.pruning.structure.width_attributes import tried
 from lightning_neurons.pruning.surgery.surgery import cuts_of
@@ -187,8 +187,7 @@ def discover(model: nn.Module, example: Example, norm_streams: NormStreams = "re
 
 
 def _structure_of(twin: nn.Module, example: Example, norm_streams: NormStreams) -> Structure:
-    norms = find_norms(twin, example) if norm_streams == "renormalize" else Norms()
-    coupling = follow_through(twin, norms, partial(find_coupling, forward=example.run))
+    coupling, norms = follow_through(twin, example, norm_streams, partial(find_coupling, forward=example.run))
     preflight = _preflight(twin, example, [name for name in candidates(twin) if name in coupling.ends], norms)
     twin.requires_grad_(False)
     counter = Counter(twin, example)
