@@ -140,7 +140,7 @@ def kept_axes(node: Any, number: int, before: Sequence[int], after: Sequence[int
 
     Example:
         >>> left, right = torch.zeros(5, 2, 3, requires_grad=True), torch.zeros(5, 3, 4)
-        >>> kept_axes((left @ right).grad_fn, 0, (5, 2, 3), (5, 2, 4))
+        >>> kept_axes(torch.bmm(left, right).grad_fn, 0, (5, 2, 3), (5, 2, 4))
         {0: 0, 1: 1}
     """
     name, ndim, last = name_of(node), len(before), len(after)
