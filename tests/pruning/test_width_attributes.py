@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lightning_neurons import PruningPlan, load_pruned, prune, pruned_widths
+from lightning_neurons import PruningPlan, describe_structure, load_pruned, prune, pruned_widths
 from lightning_neurons.dependency.conform import conforming
 from lightning_neurons.dependency.groups import Group, Part
 from lightning_neurons.dependency.sizes import all_sizes
@@ -299,6 +299,7 @@ def test_heads_are_units_of_a_budget(make, root):
     net = seeded(lambda: Blocks(make), double=True)
     structure = discover(net, Example(TOKENS))
     assert {structure.groups[f"blocks.{i}.{root}"].size for i in range(2)} == {4}
+    shown = [group["attributes"] for group in describe_structure(net, TOKENS)["groups"].values()]
     right = copy.deepcopy(net)
     plan = prune(net, TOKENS, {"criterion": "weight_l2", "amount": 0.5, "ignore": ["start"], "scope": "layer"}).plan
     for i, block in enumerate(net.blocks):
@@ -306,6 +307,7 @@ def test_heads_are_units_of_a_budget(make, root):
         with torch.no_grad():
             right.blocks[i].out.weight[:, [n for n in gone if n < 16]] = 0
         assert block.out.in_features == 8
+        assert [name for name in plan.attributes if f"blocks.{i}." in name] in shown
         assert {pair for name, pair in plan.attributes.items() if f"blocks.{i}." in name} <= {(4, 2), (16, 8)}
     assert (net(TOKENS) - right(TOKENS)).abs().max() < 1e-12
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_neurons.dependency.sizes import key_of
 from lightning_neurons.layers.layer import modules_by_name, public_name
 from lightning_neurons.layers.width_handlers import is_depthwise, weight_name
 from lightning_neurons.pruning.structure.example import Example
@@ -36,9 +37,9 @@ def describe_structure(
         A document of plain values. ``blocks`` has for each block its ``parents`` (the nearest blocks whose layers it
         reads) and its ``layers``, each with role, type, number of neurons, group, the layers that it reads, parameters
         and MACs per sample; ``groups`` has for each group its size, its layers, its consumers (``readers``), the norms
-        that would take their statistics over fewer neurons (so that a cut is not exact), and why it cannot be cut, or
-        None; ``unseen`` has for each layer without a group the reason, as under ``torch.no_grad`` or inside of a
-        function.
+        that would take their statistics over fewer neurons (so that a cut is not exact), the numbers in modules'
+        attributes that follow a cut, and why it cannot be cut, or None; ``unseen`` has for each layer without a group
+        the reason, as under ``torch.no_grad`` or inside of a function.
 
     Raises:
         PruningError: If the model cannot be copied, run or traced.
@@ -64,6 +65,7 @@ def describe_structure(
                 "layers": list(group.layers),
                 "readers": [part.path for part in group.parts if part.role == "reads"],
                 "renormalized": structure.preflight.norms.of(group),
+                "attributes": [f"{a.path}.{key_of(a.name, a.place)}".lstrip(".") for a in group.attributes],
                 "why_not": structure.refused.get(root),
             }
             for root, group in structure.groups.items()
