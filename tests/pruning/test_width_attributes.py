@@ -1,6 +1,7 @@
 """Whole numbers in modules' own attributes that depend on widths follow a cut, and come back with it."""
 
 import copy
+import cProfile
 import io
 import json
 import pickle
@@ -245,6 +246,15 @@ def test_where_heads_are_as_many_as_their_dimensions_trials_tell_them_apart_and_
         f"blocks.{i}.q": {(f"blocks.{i}", "config.heads"), (f"blocks.{i}", "all_head_size")} for i in range(4)
     }
     assert len(tried) < FORWARDS / 2, "only those of the first block are searched"
+
+
+def test_a_profiler_that_runs_is_left_alone_and_names_the_same_numbers():
+    profile = cProfile.Profile()
+    with profile:
+        structure = discover(seeded(Viewed, double=True), Example(IMAGES))
+        json.dumps({})
+    assert [a.name for a in structure.groups["conv"].attributes] == ["channels"]
+    assert "dumps" in {entry.code.co_name for entry in profile.getstats() if not isinstance(entry.code, str)}
 
 
 def test_after_an_error_at_the_end_of_a_cut_every_object_is_there_again():

@@ -77,20 +77,21 @@ class Preflight:
         return found or {group.root: f"together with others, {reason}" for group in groups}
 
     @cached_property
-    def names(self) -> frozenset[str]:
-        """The names in the Python code that a forward runs; attributes that are not among them are not read."""
+    def names(self) -> frozenset[str] | None:
+        """The names in the code that a forward runs: it reads no other attributes. None while a profiler runs."""
+        if sys.getprofile() is not None:  # that of C code, as cProfile, could not be set again
+            return None
         codes: set[CodeType] = set()
 
         def note(frame: FrameType, event: str, _: object) -> None:
             if event == "call":
                 codes.add(frame.f_code)
 
-        before = sys.getprofile()
         sys.setprofile(note)
         try:
             self._outputs(self.example)
         finally:
-            sys.setprofile(before)
+            sys.setprofile(None)
         words = (word for code in codes for word in (*code.co_names, *code.co_consts))
         return frozenset(word for word in words if isinstance(word, str))
 

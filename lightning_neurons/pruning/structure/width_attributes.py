@@ -109,7 +109,8 @@ def attributes_of(
         The same groups with attributes, none of which can be left out; None if no set of them makes the cut right.
     """
     candidates = _candidates(groups, units, widths, modules_by_name(preflight.twin))
-    candidates = [one for one in candidates if one.attribute.name.rpartition(".")[2] in preflight.names]
+    names = preflight.names
+    candidates = [one for one in candidates if names is None or one.attribute.name.rpartition(".")[2] in names]
     if not candidates:
         return None
     try:
