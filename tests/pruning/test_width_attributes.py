@@ -381,23 +381,23 @@ def test_a_folder_of_several_files_without_the_second_names_of_tied_tensors_is_l
         load_pruned(Tied, tmp_path / "empty")
 
 
-class Halves(nn.Module):
-    """Runs only if its second half is not larger than the first, to which nothing but a plan can see."""
+class Uneven(nn.Module):
+    """Runs if each part loses as many neurons as the other, to which nothing but a plan can see."""
 
     def __init__(self) -> None:
         super().__init__()
         self.width = 12
-        self.both, self.one, self.two = nn.Linear(6, 12), nn.Linear(6, 3), nn.Linear(6, 3)
+        self.both, self.one, self.two = nn.Linear(6, 12), nn.Linear(7, 3), nn.Linear(5, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        one, two = torch.relu(self.both(x)).split(self.width // 2, 1)
+        one, two = torch.relu(self.both(x)).split([self.width // 2 + 1, self.width // 2 - 1], 1)
         return self.one(one) * self.two(two)
 
 
 def test_what_is_right_for_some_neurons_only_is_left_to_plans():
-    net = seeded(Halves, double=True)
+    net = seeded(Uneven, double=True)
     assert discover(net, Example(VECTORS)).failed == {"both"}
-    right = silenced(net, {"one.weight": [0], "two.weight": [5]})
+    right = silenced(net, {"one.weight": [0], "two.weight": [4]})
     report = prune(net, VECTORS, {"both": [0, 11]})
     assert report.plan.attributes == {"width": (12, 10)}
     assert (net(VECTORS) - right(VECTORS)).abs().max() < 1e-12
