@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
-from lightning_neurons.dependency.sizes import all_sizes, put_sizes, sizes_in
+from lightning_neurons.dependency.sizes import all_sizes, put_sizes, refit, sizes_in
 from lightning_neurons.errors import ArgumentError
 from lightning_neurons.layers.prunable import check_prunable
-from lightning_neurons.layers.width_handlers import axes, passes, refit, why_fixed
+from lightning_neurons.layers.width_handlers import axes, passes, why_fixed
 
 
 def conform(model: nn.Module, state: Mapping[str, Any], prefix: str = "") -> list[str]:

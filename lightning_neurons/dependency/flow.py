@@ -42,11 +42,13 @@ class Call:
         module: The module.
         inputs: Where its inputs come from.
         outputs: Where its results are.
+        side_by_side: Whether its results are parts of its neurons, one after the other; else each has all of them.
     """
 
     module: nn.Module
     inputs: tuple[Source, ...]
     outputs: tuple[Source, ...]
+    side_by_side: bool = False
 
 
 @dataclass
@@ -125,14 +127,15 @@ class Flow:
             own = self.places.at((module, "out" if within else "in"), shape[axis])
             if len(own) == shape[axis]:
                 self.places.join(own.view(width), numbers)
-        for source in call.outputs:
-            shape = shape_of(*source)
-            if shape:
-                axis = _axis_in(module, shape)
-                own = self.places.at((module, "out"), shape[axis])
-                spread = [1] * len(shape)
-                spread[axis] = shape[axis]
-                self._numbers[source] = own[torch.arange(shape[axis]) % len(own)].view(spread)
+        results = [(source, shape, _axis_in(module, shape)) for source in call.outputs if (shape := shape_of(*source))]
+        sizes = [shape[axis] for _, shape, axis in results]
+        whole = self.places.at((module, "out"), sum(sizes)) if call.side_by_side else None
+        parts = None if whole is None else whole.split(sizes)
+        for number, (source, shape, axis) in enumerate(results):
+            own = self.places.at((module, "out"), shape[axis]) if parts is None else parts[number]
+            spread = [1] * len(shape)
+            spread[axis] = shape[axis]
+            self._numbers[source] = own[torch.arange(shape[axis]) % len(own)].view(spread)
         self._join_blocks(call.module)
 
     def _join_blocks(self, module: nn.Module) -> None:

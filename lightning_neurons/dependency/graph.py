@@ -17,6 +17,7 @@ from torch_pruning.ops import DummyPruner
 
 from lightning_neurons.dependency.flow import Call
 from lightning_neurons.isolation.tensors import in_transform, tensors_in
+from lightning_neurons.layers.attention import PrunedMultiheadAttention
 from lightning_neurons.layers.width_handlers import axis_of, handler_of, passes, width
 
 
@@ -146,6 +147,7 @@ def build(model: nn.Module, run: Callable[[nn.Module], Any], outputs: Callable[[
     graph = torch_pruning.DependencyGraph()
     graph.model, graph.verbose, graph.ignored_params = model, False, []
     graph._module2name = {module: name for name, module in model.named_modules()}
+    graph.IGNORED_LAYERS_IN_TRACING.extend(_attentions(model))  # known by their projections, not by their results
     register(graph)
     graph._param_to_name, graph.unwrapped_parameters = graph._detect_unwrapped_parameters(None)
     graph.ran, graph.calls, graph.transformed, graph.used = set(), {}, set(), set()
@@ -156,7 +158,50 @@ def build(model: nn.Module, run: Callable[[nn.Module], Any], outputs: Callable[[
 
     with plain(model), _noted(graph), _Uses(model, graph.used):
         graph.module2node = graph._trace(model, (), lambda copy, _: run(copy), output_transform=read)
+    _name_projections(graph)
     return graph
+
+
+def _attentions(model: nn.Module) -> list[PrunedMultiheadAttention]:
+    return [module for module in open_modules(model) if isinstance(module, PrunedMultiheadAttention)]
+
+
+class _Together(torch.autograd.Function):
+    """One node for several results, each of which is as it was."""
+
+    @staticmethod
+    def forward(ctx: Any, *made: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor.clone() for tensor in made)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return gradients
+
+
+def _projected(graph: Any, module: PrunedMultiheadAttention, *read: Tensor) -> tuple[Tensor, ...]:
+    """Let an attention project, and note that as a run of it.
+
+    Returns:
+        Queries, keys and values, as results of one node.
+    """
+    made = PrunedMultiheadAttention.project(module, *read)
+    if in_transform() or not all(map(_differs, made)):
+        return made
+    results: tuple[Tensor, ...] = _Together.apply(*made)  # type: ignore[no-untyped-call]
+    outputs = tuple(map(_edge, results))
+    inputs = tuple(dict.fromkeys(map(_edge, filter(_differs, read))))
+    graph.calls[outputs[0][0]] = Call(module, inputs, outputs, side_by_side=True)
+    return results
+
+
+def _name_projections(graph: Any) -> None:
+    """Make the nodes of projections known by their attention, as those of other modules are."""
+    for node in [*graph.module2node.values()]:
+        call = graph.calls.get(node.grad_fn)
+        if call is not None and call.side_by_side:
+            graph.module2node.pop(node.module, None)
+            node.module = call.module
+            graph.module2node.setdefault(call.module, node)
 
 
 class _Uses(TorchFunctionMode):
@@ -181,15 +226,20 @@ def _noted(graph: Any) -> Iterator[None]:
         graph.ran.add(module)
         if in_transform():
             graph.transformed.add(module)
-        elif axis_of(module) is not None:
+        elif axis_of(module) is not None and not isinstance(module, PrunedMultiheadAttention):
             inputs, results = (tuple(map(_edge, filter(_differs, tensors_in(t)))) for t in ((args, kwargs), output))
             outputs = tuple(edge for edge in results if edge not in inputs)
             graph.calls.update(dict.fromkeys((node for node, _ in outputs), Call(module, inputs, outputs)))
 
     handles = [m.register_forward_hook(end, with_kwargs=True) for m in open_modules(graph.model)]
+    attentions = _attentions(graph.model)
+    for module in attentions:
+        module.project = partial(_projected, graph, module)  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
+        for module in attentions:
+            del module.project
         for handle in handles:
             handle.remove()
 

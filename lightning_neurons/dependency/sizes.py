@@ -11,8 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from lightning_neurons.layers.attention import set_class
 from lightning_neurons.layers.layer import modules_by_name
+from lightning_neurons.layers.width_handlers import axes, handler_of, size_of
 
 Sizes = Mapping[str, tuple[int, int]]
 """By attribute, such as ``"num_heads"``, ``"config.num_heads"`` or ``"sizes[1]"``: the first value, the present one."""
@@ -214,3 +217,29 @@ def _checked(saved: object) -> Sizes:
         and len(pair) == 2
         and all(_is_number(n) and n > 0 for n in pair)
     }
+
+
+def refit(module: nn.Module) -> None:
+    """Make a module's attributes say what its tensors are."""
+    handler = handler_of(module)
+    tensors = [getattr(module, name) for name in {**axes(module, "makes"), **axes(module, "reads")}]
+    if handler is None or not tensors or any(map(is_lazy, tensors)):
+        return
+    found = {name: size_of(module, size) for name, size in handler.sizes.items()}
+    for name, value in found.items():
+        if value is not None:  # else the tensor is computed from others
+            setattr(module, name, value)
+    set_class(module)
+
+
+def putting_back_fit(module: nn.Module) -> Callable[[], None]:
+    """Return a function that gives a module back what ``refit`` changes: its attributes of now, and its class."""
+    handler, kind = handler_of(module), type(module)
+    sizes = {name: getattr(module, name) for name in (handler.sizes if handler else ()) if name in vars(module)}
+
+    def put_back() -> None:
+        vars(module).update(sizes)
+        if type(module) is not kind:
+            module.__class__ = kind
+
+    return put_back

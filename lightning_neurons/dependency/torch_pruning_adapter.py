@@ -18,7 +18,7 @@ from lightning_neurons.dependency.layout import PRODUCTS, name_of
 from lightning_neurons.dependency.places import Places, Port
 from lightning_neurons.errors import PruningError
 from lightning_neurons.isolation.isolation import differentiable
-from lightning_neurons.layers.layer import candidates, modules_by_name, public_name
+from lightning_neurons.layers.layer import makers, modules_by_name, public_name
 from lightning_neurons.layers.recognition import centres
 from lightning_neurons.layers.width_handlers import (
     Role,
@@ -28,6 +28,7 @@ from lightning_neurons.layers.width_handlers import (
     is_depthwise,
     unknown_width,
     why_fixed,
+    width,
 )
 
 ExampleForward = Callable[[nn.Module], Any]
@@ -69,7 +70,7 @@ def _outputs(out: Any) -> list[Tensor]:
 
 
 def _read(model: nn.Module, graph: Any) -> Coupling:
-    layers = candidates(model)
+    layers = makers(model)
     paths: dict[Any, str] = {module: public_name(path) for path, module in model.named_modules()}
     paths |= {parameter: public_name(path) for path, parameter in model.named_parameters()}
     nodes = graph.module2node
@@ -83,8 +84,7 @@ def _read(model: nn.Module, graph: Any) -> Coupling:
     covered: dict[str, set[int]] = {name: set() for name in seen}
     groups, lost = [], {}
     for name, module in seen.items():
-        width = graph.get_pruner_of_module(module).get_out_channels(module)
-        fresh = [i for i in range(width or 0) if i not in covered[name]]
+        fresh = [i for i in range(_width(module, graph) or 0) if i not in covered[name]]
         if not fresh:
             continue
         reason = units.why_lost(module, fresh)
@@ -256,11 +256,18 @@ def _is_used(module: nn.Module, graph: Any) -> bool:
     return any(id(parameter) in graph.used for parameter in module.parameters())
 
 
+def _width(module: nn.Module, graph: Any) -> int | None:
+    if isinstance(module, nn.MultiheadAttention):
+        return width(module, "makes")
+    found: int | None = graph.get_pruner_of_module(module).get_out_channels(module)
+    return found
+
+
 def _why_unseen(module: nn.Module, graph: Any) -> str:
     if module not in graph.ran:
         return "its weights are used by a function" if _is_used(module, graph) else "it did not run"
     if module in graph.transformed:
         return "it runs inside of a transform of torch.func, such as vmap or grad, where it cannot be followed"
-    if graph.get_pruner_of_module(module).get_out_channels(module) is not None:
+    if _width(module, graph) is not None:
         return "what it makes is cut off from the output, as by no_grad, detach, another library or a checkpoint"
     return unknown_width(module)

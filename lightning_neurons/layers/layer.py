@@ -9,7 +9,9 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_neurons.errors import ArgumentError, UnknownNameError
+from lightning_neurons.layers.attention import has_separable_heads
 from lightning_neurons.layers.registry import BOUNDS, LAYER_FAMILIES, RECTIFIERS, LinkKind, family_of
+from lightning_neurons.layers.width_handlers import width
 
 Pattern = str | type[nn.Module]
 
@@ -146,6 +148,36 @@ def widths_of(model: nn.Module) -> dict[str, int]:
     return {name: family.neurons(m) for name, m in candidates(model).items() if (family := family_of(m))}
 
 
+def makers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules whose neurons can be removed by name, by path, in the order of the model.
+
+    These are its layers, and attentions of torch with separable heads: what these make are the rows of their packed
+    projections of queries, keys and values, which are no module. Nothing is measured there.
+
+    Example:
+        >>> list(makers(nn.Sequential(nn.Linear(4, 4), nn.MultiheadAttention(4, 2))))
+        ['0', '1', '1.out_proj']
+    """
+    layers = candidates(model)
+    inside = tuple(f"{name}." for name, module in layers.items() if family_of(module) is not None)
+    return {
+        name: module
+        for name, module in modules_by_name(model).items()
+        if name in layers or (has_separable_heads(module) and not name.startswith(inside))
+    }
+
+
+def widths_made(model: nn.Module) -> dict[str, int]:
+    """Return the number of neurons of each module whose neurons can be removed by name, in the order of the model.
+
+    Example:
+        >>> widths_made(nn.Sequential(nn.Linear(4, 4), nn.MultiheadAttention(4, 2)))
+        {'0': 4, '1': 12, '1.out_proj': 4}
+    """
+    layers = widths_of(model)
+    return {name: layers[name] if name in layers else width(m, "makes") or 0 for name, m in makers(model).items()}
+
+
 def candidates(model: nn.Module, patterns: Sequence[Pattern] | None = None) -> dict[str, nn.Module]:
     """Return the modules that have neurons, by path, in the order of the model; all of them or those that match.
 
@@ -224,7 +256,7 @@ def blocks_of(model: nn.Module) -> dict[str, str]:
         >>> blocks_of(nn.Sequential(nn.Linear(2, 2), nn.ModuleList([nn.Bilinear(2, 2, 2)])))
         {'0': '0'}
     """
-    layers = list(candidates(model))
+    layers = list(makers(model))
     modules = modules_by_name(model)
 
     def count(path: str) -> int:

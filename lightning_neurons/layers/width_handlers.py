@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from lightning_neurons.layers.attention import heads_of, why_inseparable
 from lightning_neurons.layers.recognition import own_axes, recognized
 
 Role = Literal["makes", "passes", "reads", "holds"]
@@ -215,7 +215,13 @@ HANDLERS: dict[type[nn.Module], WidthHandler] = {
     ),
     nn.GroupNorm: _GROUP_NORM,
     nn.PReLU: _SLOPES,
-    nn.MultiheadAttention: WidthHandler(axis=_features, fixed=_always("splits its width into heads")),
+    nn.MultiheadAttention: WidthHandler(
+        makes={"in_proj_weight": 0, "in_proj_bias": 0},
+        reads={"in_proj_weight": 1},
+        sizes={"num_heads": heads_of, "embed_dim": "reads", "kdim": "reads", "vdim": "reads"},
+        axis=_features,
+        fixed=why_inseparable,
+    ),
     nn.RNNBase: _RECURRENT,
     nn.RNNCellBase: _RECURRENT,
 }
@@ -382,15 +388,3 @@ def why_fixed(module: nn.Module) -> str | None:
     if any(hasattr(module, name) for name in _MASKED):
         return f"its {kind} has a mask or a reparametrized weight: make it permanent first (prune.remove, remove_...)"
     return None
-
-
-def refit(module: nn.Module) -> None:
-    """Make a module's attributes say what its tensors are."""
-    handler = handler_of(module)
-    tensors = [getattr(module, name) for name in {**axes(module, "makes"), **axes(module, "reads")}]
-    if handler is None or not tensors or any(map(is_lazy, tensors)):
-        return
-    found = {name: size_of(module, size) for name, size in handler.sizes.items()}
-    for name, value in found.items():
-        if value is not None:  # else the tensor is computed from others
-            setattr(module, name, value)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor, nn
 
 from lightning_neurons.isolation.isolation import isolated
+from lightning_neurons.layers.attention import separated_heads
 from lightning_neurons.pruning.budget import PruningBudget
 from lightning_neurons.pruning.compensation.calibration import Calibration
 from lightning_neurons.pruning.compensation.moments import Moments
@@ -15,6 +16,7 @@ from lightning_neurons.pruning.planning import allocations, decide
 from lightning_neurons.pruning.selection.budget_fill import Dense
 from lightning_neurons.pruning.selection.evidence import Constant, constants, first_read, second_moments
 from lightning_neurons.pruning.selection.group_scores import GroupScores, group_scores, neuron_scores, random_scores
+from lightning_neurons.pruning.selection.head_scores import head_scores
 from lightning_neurons.pruning.selection.lossless import lossless_scores, still_layers
 from lightning_neurons.pruning.selection.reconstruction import reconstruction_scores
 from lightning_neurons.pruning.selection.select import Selection
@@ -52,7 +54,13 @@ def gather(
     Returns:
         Constants for a lossless cut, moments for the criterion ``"reconstruction"``, else nothing.
     """
-    readers = list(wiring.calls)
+    with separated_heads(model):
+        return _gathered(model, budget, calibration, list(wiring.calls), lossless=lossless)
+
+
+def _gathered(
+    model: nn.Module, budget: PruningBudget, calibration: Calibration, readers: Sequence[str], *, lossless: bool
+) -> Evidence:
     if lossless:
         first: dict[str, Tensor] = {}
         for batch in calibration.batches[:1]:
@@ -94,7 +102,9 @@ def score(
         return reconstruction_scores(structure, model, evidence.moments, budget)
     if report is None or budget.measured is None:
         return random_scores(structure.offered, seed), ()
-    return group_scores(structure.offered, neuron_scores(report, budget), budget), ()
+    measured = neuron_scores(report, budget)
+    of_heads, notes = head_scores(structure.offered, model, budget, measured)
+    return group_scores(structure.offered, measured, budget) | of_heads, notes
 
 
 def lossless_candidates(

@@ -47,7 +47,7 @@ def allocations(
     for root, given in scores.items():
         stays = given.value.numel() - len(even.units.get(root, ()))
         last = given.value.argsort(stable=True)[given.value.numel() - math.ceil(stays / 2) :]
-        floored[root] = GroupScores(given.value.index_fill(0, last, torch.inf), given.by_layer)
+        floored[root] = replace(given, value=given.value.index_fill(0, last, torch.inf))
     return [
         even,
         *(select(structure, floored, replace(budget, scope=scope), dense) for scope in others),
@@ -193,11 +193,11 @@ def _plan(
 def _reasons(
     structure: Structure, units: Units, selection: Selection, budget: PruningBudget
 ) -> dict[str, dict[int, str]]:
-    name = "random score" if budget.criterion == "random" else budget.label
     end = "of the most silent" if budget.by_deadness else "from below"
     found: dict[str, dict[int, str]] = {}
     for root, chosen in units.items():
         group: Group = structure.groups[root]
+        name = selection.scores[root].label or ("random score" if budget.criterion == "random" else budget.label)
         for unit in chosen:
             value = float(selection.scores[root].value[unit]) * (-1 if budget.by_deadness else 1)
             why = f"{name} {value:.3g}: place {selection.places[root][unit] + 1} of {group.size} {end}"

@@ -12,6 +12,7 @@ from lightning_neurons.hooks.find_neurons import call, find_neurons
 from lightning_neurons.hooks.output_layers import logits_in
 from lightning_neurons.isolation.copying import hooked_parameters
 from lightning_neurons.isolation.isolation import isolated
+from lightning_neurons.layers.attention import separated_heads
 from lightning_neurons.measurement.measure import measure
 from lightning_neurons.measurement.measurement import Measurement
 from lightning_neurons.measurement.outcomes import LossFunction
@@ -200,11 +201,13 @@ def _measured(
         return None
     if not criterion.statistics:  # weights alone
         measurement = Measurement(model, [criterion])
-        measurement.learn({layer.name: layer for layer in find_neurons(model, example)})
+        with separated_heads(model):
+            measurement.learn({layer.name: layer for layer in find_neurons(model, example)})
         return measurement.report(settings={})
     if criterion.needs & _NEEDS_LOSS and loss_fn is None:
         loss_fn = _cross_entropy
-    return measure(model, batches, loss_fn=loss_fn, criteria=[criterion])
+    with separated_heads(model):  # else nothing is known of the neurons of their output projections
+        return measure(model, batches, loss_fn=loss_fn, criteria=[criterion])
 
 
 def _cross_entropy(model: nn.Module, batch: Any) -> Tensor:

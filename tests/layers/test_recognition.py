@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from lightning_neurons.dependency.sizes import refit
 from lightning_neurons.layers.layer import candidates
 from lightning_neurons.layers.recognition import own_axes, recognized
-from lightning_neurons.layers.width_handlers import handler_of, is_linear, refit, why_fixed
+from lightning_neurons.layers.width_handlers import handler_of, is_linear, why_fixed
 from tests.pruning.user_types import (
     Adapted,
     Conv1D,

@@ -8,7 +8,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from lightning_neurons.dependency.conform import set_data
-from lightning_neurons.layers.width_handlers import axes, is_depthwise, refit, why_fixed
+from lightning_neurons.dependency.sizes import refit
+from lightning_neurons.layers.width_handlers import axes, is_depthwise, why_fixed
 from tests.tables import for_each
 
 BOTH, NORM = {"weight": 0, "bias": 0}, {"weight": 0, "bias": 0, "running_mean": 0, "running_var": 0}
@@ -62,7 +63,11 @@ def masked(module: nn.Module, name: str) -> nn.Module:
 
 
 FIXED = {
-    "heads": (lambda: nn.MultiheadAttention(4, 2), "splits its width into heads"),
+    "keys of its own": (lambda: nn.MultiheadAttention(4, 2, add_bias_kv=True), "adds a key and a value of its own"),
+    "keys of zeros": (lambda: nn.MultiheadAttention(4, 2, add_zero_attn=True), "adds a key and a value of zeros"),
+    "keys of another width": (lambda: nn.MultiheadAttention(4, 2, kdim=3), "reads keys or values of another width"),
+    "attention of another type": (lambda: type("Own", (nn.MultiheadAttention,), {})(4, 2), "may have another forward"),
+    "masked projection": (lambda: masked(nn.MultiheadAttention(4, 2), "in_proj_weight"), "computes its in_proj_weight"),
     "recurrent": (lambda: nn.GRU(3, 4), "GRU stacks its gates"),
     "cell": (lambda: nn.LSTMCell(3, 4), "LSTMCell stacks its gates"),
     "parametrized": (lambda: parametrizations.weight_norm(nn.Linear(3, 4)), "parametrized.*remove_parametrizations"),

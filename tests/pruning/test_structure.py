@@ -202,9 +202,9 @@ REFUSED = {
     "old weight norm": (lambda: convolutions(with_old_weight_norm(conv())), "0", r"0: .*reparametrized"),
     "mask": (lambda: convolutions(with_mask(conv())), "0", r"0: its Conv2d has a mask"),
     "attention": (
-        lambda: Sequences(nn.MultiheadAttention(8, 2, batch_first=True)),
+        lambda: Sequences(nn.MultiheadAttention(8, 2, add_bias_kv=True, batch_first=True)),
         "start",
-        r"mixer: MultiheadAttention",
+        r"mixer: MultiheadAttention adds a key and a value of its own to each head",
     ),
     "LSTM": (lambda: Sequences(nn.LSTM(8, 8, batch_first=True)), "start", r"mixer: LSTM"),
     "GRU": (lambda: Sequences(nn.GRU(8, 8, batch_first=True)), "start", r"mixer: GRU"),

@@ -1,6 +1,7 @@
 """Check by ablation before a cut: a plan's neurons are silenced together, and a cut that would hurt is not made."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import final
 
 import torch
@@ -11,7 +12,8 @@ from lightning_neurons.callbacks.trainer.namespaces import LightningModule, Trai
 from lightning_neurons.callbacks.trainer.runner import KeptBatches, metric_on
 from lightning_neurons.callbacks.trainer.step_replay import StepReplay
 from lightning_neurons.hooks.intervention import Silence, edit_of
-from lightning_neurons.layers.layer import candidates
+from lightning_neurons.layers.attention import silent_rows
+from lightning_neurons.layers.layer import candidates, makers
 from lightning_neurons.measurement.passes import Passes
 from lightning_neurons.pruning.cut import Cut
 
@@ -68,10 +70,16 @@ def metric_without(
         passes.find(replay.run, batch)
     assert passes.traced is not None, "just found"
     modules: dict[str, nn.Module] = candidates(pl_module)
+    some = {name: indices for name, indices in neurons.items() if indices}
+    layers = passes.traced.layers
     edits = {
-        name: edit_of(passes.traced.layers[name], indices, "zero", device=pl_module.device)
-        for name, indices in neurons.items()
-        if indices
+        name: edit_of(layers[name], indices, "zero", device=pl_module.device)
+        for name, indices in some.items()
+        if name in modules
     }
-    with Silence(passes.traced.layers, modules, edits):
-        return metric_on(trainer, pl_module, kept, monitor)
+    with ExitStack() as stack:
+        for name, attention in makers(pl_module).items():
+            if name in some and name not in modules:
+                stack.enter_context(silent_rows(attention, some[name]))
+        with Silence(layers, modules, edits):
+            return metric_on(trainer, pl_module, kept, monitor)

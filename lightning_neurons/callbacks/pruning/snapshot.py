@@ -18,8 +18,7 @@ from lightning_neurons.callbacks.pruning.cutting import average_models, averages
 from lightning_neurons.callbacks.trainer.namespaces import Trainer
 from lightning_neurons.data.batches import map_tensors
 from lightning_neurons.dependency.conform import set_data
-from lightning_neurons.dependency.sizes import all_sizes, put_sizes
-from lightning_neurons.layers.width_handlers import refit
+from lightning_neurons.dependency.sizes import all_sizes, put_sizes, refit
 from lightning_neurons.pruning.surgery.optimizers import with_held
 from lightning_neurons.pruning.surgery.surgery import Operation
 from lightning_neurons.results.typed import typed

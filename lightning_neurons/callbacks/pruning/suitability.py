@@ -8,7 +8,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_neurons.callbacks.trainer.checks import lightning_errors, sharding_of, why_no_validation
 from lightning_neurons.callbacks.trainer.namespaces import LightningModule, Trainer, callbacks_of, is_fast_dev_run
 from lightning_neurons.errors import UnknownNameError
-from lightning_neurons.layers.layer import candidates, widths_of
+from lightning_neurons.layers.layer import makers, widths_made
 from lightning_neurons.pruning.budget import PruningBudget
 from lightning_neurons.pruning.rounds import Rounds
 from lightning_neurons.pruning.surgery.optimizers import why_not, with_held
@@ -98,7 +98,7 @@ def refuse_patterns(pl_module: LightningModule, budget: PruningBudget) -> None:
         CallbackArgumentError: Naming the nearest layers.
     """
     with lightning_errors():
-        budget.ignores(list(candidates(pl_module)))
+        budget.ignores(list(makers(pl_module)))
 
 
 def refuse_optimizers(who: str, trainer: Trainer) -> None:
@@ -119,7 +119,7 @@ def is_fresh(who: str, pl_module: LightningModule, rounds: Rounds) -> bool:
     Raises:
         MisconfigurationException: If the rounds are those of another model.
     """
-    found = widths_of(pl_module)
+    found = widths_made(pl_module)
     if rounds.dense is None or found == rounds.widths():
         return False
     if found != dict(rounds.dense.widths):

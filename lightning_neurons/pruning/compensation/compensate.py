@@ -12,6 +12,7 @@ from torch import nn
 
 from lightning_neurons.errors import check_choice
 from lightning_neurons.isolation.isolation import eager, isolated
+from lightning_neurons.layers.attention import separated_heads
 from lightning_neurons.layers.layer import modules_by_name
 from lightning_neurons.pruning.compensation.calibration import Calibration
 from lightning_neurons.pruning.compensation.layerwise import least_squares
@@ -39,7 +40,10 @@ class Compensation:
 
     def __call__(self, model: nn.Module, cuts: Sequence[TensorCut], calibration: Calibration, wiring: Wiring) -> Repair:
         """Return the changes that go with a cut; none if nothing is cut."""
-        return self.repair(model, cuts, calibration, wiring) if cuts else Repair()
+        if not cuts:
+            return Repair()
+        with separated_heads(model):
+            return self.repair(model, cuts, calibration, wiring)
 
 
 def _nothing(model: nn.Module, cuts: Sequence[TensorCut], calibration: Calibration, wiring: Wiring) -> Repair:

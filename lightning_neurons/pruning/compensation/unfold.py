@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F  # noqa: N812
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from lightning_neurons.layers.width_handlers import axis_of, handler_of
 def batched(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """Return the input of a convolution or linear layer, with a batch axis."""
     given: Tensor = (args or tuple(kwargs.values()))[0].detach()
+    if given.is_nested:  # sequences without their padding, as inside of an encoder of torch
+        return torch.cat(given.unbind())
     axis = axis_of(module)
     return given.unsqueeze(0) if axis is not None and given.ndim == -axis else given
 

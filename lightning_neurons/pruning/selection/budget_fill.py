@@ -32,7 +32,9 @@ class Dense:
 
     def size(self, group: Group, structure: Structure) -> int:
         """Return the number of units that a group had."""
-        return group.size + self.widths.get(group.root, 0) - structure.widths[group.root]
+        gone = self.widths.get(group.root, 0) - structure.widths[group.root]
+        neurons = sum(map(len, group.layers[group.root]))
+        return group.size + gone * group.size // neurons
 
 
 def bucket_of(structure: Structure, budget: PruningBudget) -> dict[str, str]:
@@ -117,7 +119,8 @@ def _reach_amount(
             chosen.append((root, unit))
     if left and not asked:
         gone = any(dense.size(group, structure) > group.size for group in (*groups.values(), *spent))
-        why = "is met already" if gone else "is less than one neuron"
+        single = all(len(unit) <= 1 for group in groups.values() for units in group.layers.values() for unit in units)
+        why = "is met already" if gone else f"is less than one {'neuron' if single else 'unit, such as a head'}"
         notes.append(f"nothing is cut: amount={budget.rule[1]:g} {why}")
     missing = ", ".join(f"{count} neurons of {bucket}" for bucket, count in left.items() if count)
     if missing:

@@ -19,10 +19,12 @@ class GroupScores:
     Attributes:
         value: ``(unit,)``; the lowest go first, NaN was not measured. For deadness it is minus the deadness.
         by_layer: ``(layer, unit)``, the scores by each layer; without rows if no layer was measured.
+        label: Name of what they were scored by, if it is not the budget's criterion.
     """
 
     value: Float[Tensor, " unit"]
     by_layer: Float[Tensor, "layer unit"]
+    label: str = ""
 
 
 def neuron_scores(report: NeuronReport, budget: PruningBudget) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from lightning_neurons.errors import ArgumentError, PruningError
-from lightning_neurons.layers.layer import widths_of
+from lightning_neurons.layers.layer import widths_made
 from lightning_neurons.pruning.plan import PruningPlan
 from lightning_neurons.pruning.planning import complete
 from lightning_neurons.pruning.structure.example import Example
@@ -52,7 +52,7 @@ def plan_keeping(
     wanted = PruningPlan.from_indices(kept).neurons
     if not wanted:
         raise ArgumentError.of("kept", kept, 'neurons to keep, by layer, such as {"conv1": [0, 3]}')
-    PruningPlan(wanted).check(widths_of(model))
+    PruningPlan(wanted).check(widths_made(model))
     if empty := [layer for layer, neurons in wanted.items() if not neurons]:
         raise ArgumentError.of(f"kept[{empty[0]!r}]", [], "at least one neuron to keep, or leave the layer out")
     structure = discover(model, Example(example_inputs), norm_streams)

@@ -88,6 +88,7 @@ def _blocks(model: nn.Module, structure: Structure) -> dict[str, Any]:
     names = {id(parameter): public_name(name) for name, parameter in model.named_parameters()}  # the first of several
     for layer, block in structure.blocks.items():
         weight = weight_name(modules[layer])
+        has_layers = isinstance(modules[layer], nn.MultiheadAttention)  # its output projection is one by itself
         reads = structure.coupling.reads.get(layer, ())
         entry = found.setdefault(block, {"parents": [], "layers": {}})
         sources[block] = dict.fromkeys([*sources.get(block, ()), *(structure.blocks[name] for name in reads)])
@@ -97,7 +98,7 @@ def _blocks(model: nn.Module, structure: Structure) -> dict[str, Any]:
             "neurons": structure.widths[layer],
             "group": group_of.get(layer),
             "reads": list(reads),
-            "parameters": sum(p.numel() for p in modules[layer].parameters()),
+            "parameters": sum(p.numel() for p in modules[layer].parameters(recurse=not has_layers)),
             "macs": structure.costs.macs_of(names.get(id(modules[layer]._parameters.get(weight)), f"{layer}.{weight}")),
         }
     for block, entry in found.items():

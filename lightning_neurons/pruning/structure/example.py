@@ -13,6 +13,7 @@ from lightning_neurons.errors import PruningError, in_short
 from lightning_neurons.hooks.find_neurons import call
 from lightning_neurons.isolation.copying import copy_of, what_fails
 from lightning_neurons.isolation.isolation import eager, isolated, kept_random_state
+from lightning_neurons.layers.attention import separate_heads
 from lightning_neurons.layers.width_handlers import keeps_statistics
 
 
@@ -81,19 +82,22 @@ def twin_of(model: nn.Module, *, shared: bool = False) -> nn.Module:
         shared: Whether the copy has the same parameters and buffers, so that only its modules are copied.
 
     Returns:
-        The copy, in evaluation mode; the model itself stays in its mode.
+        The copy, in evaluation mode, whose attentions run their output projections as modules; the model itself stays
+        as it is.
 
     Raises:
         PruningError: If the model cannot be copied.
     """
     try:
-        return copy_of(model, shared=shared).eval()
+        twin = copy_of(model, shared=shared).eval()
     except Exception as error:
         path, who = what_fails(model), type(model).__name__
         raise PruningError(
             f"{f'{path} in {who}' if path else who} cannot be copied ({in_short(error)}), so a cut cannot be tried "
             "before it is made; let copy.deepcopy copy it"
         ) from error
+    separate_heads(twin)
+    return twin
 
 
 def scramble(twin: nn.Module) -> None:

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from lightning_neurons.dependency.conform import set_data
 from lightning_neurons.dependency.groups import Attribute, Coupling, Group, Part
-from lightning_neurons.dependency.sizes import key_of, numbers_of, set_sizes
+from lightning_neurons.dependency.sizes import key_of, numbers_of, refit, set_sizes
 from lightning_neurons.isolation.tensors import map_tensors_in, tensors_in
 from lightning_neurons.layers.layer import modules_by_name
 from lightning_neurons.layers.registry import family_of
-from lightning_neurons.layers.width_handlers import axes, axis_of, handler_of, refit, weight_name, why_fixed
+from lightning_neurons.layers.width_handlers import axes, axis_of, handler_of, weight_name, why_fixed
 from lightning_neurons.pruning.structure.example import Example, scramble
 from lightning_neurons.pruning.surgery.surgery import TensorCut, cut
 

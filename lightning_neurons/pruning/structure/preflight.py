@@ -174,7 +174,12 @@ class Preflight:
         finally:
             for hook in hooks:
                 hook.remove()
-        return [tensor.detach() for tensor in (*values, *results_of(out))]
+        return [_dense(tensor.detach()) for tensor in (*values, *results_of(out))]
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """Return sequences of different lengths side by side, as inside of an encoder of torch; others as they are."""
+    return tensor.to_padded_tensor(0.0) if tensor.is_nested else tensor
 
 
 @contextmanager

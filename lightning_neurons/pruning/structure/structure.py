@@ -13,7 +13,7 @@ from lightning_neurons.dependency.torch_pruning_adapter import find_coupling
 from lightning_neurons.errors import PruningError, check_choice
 from lightning_neurons.isolation.isolation import isolated
 from lightning_neurons.isolation.model_state import without_collector
-from lightning_neurons.layers.layer import blocks_of, candidates, modules_by_name, require_materialized, widths_of
+from lightning_neurons.layers.layer import blocks_of, makers, modules_by_name, require_materialized, widths_made
 from lightning_neurons.layers.prunable import check_prunable
 from lightning_neurons.layers.width_handlers import axes, handler_of, is_linear, unknown_width, why_fixed
 from lightning_neurons.pruning.compensation.synchronized_forwards import calls_of
@@ -188,11 +188,11 @@ def discover(model: nn.Module, example: Example, norm_streams: NormStreams = "re
 
 def _structure_of(twin: nn.Module, example: Example, norm_streams: NormStreams) -> Structure:
     coupling, norms = follow_through(twin, example, norm_streams, partial(find_coupling, forward=example.run))
-    preflight = _preflight(twin, example, [name for name in candidates(twin) if name in coupling.ends], norms)
+    preflight = _preflight(twin, example, [name for name in makers(twin) if name in coupling.ends], norms)
     twin.requires_grad_(False)
     counter = Counter(twin, example)
     costs = counter.costs()
-    widths, blocks = widths_of(twin), blocks_of(twin)
+    widths, blocks = widths_made(twin), blocks_of(twin)
     groups = {group.root: group for group in coupling.groups}
     refused = _refused(preflight, coupling)
     failed = _try_groups(groups, refused, preflight, widths)

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from lightning_neurons.dependency.conform import set_data
 from lightning_neurons.dependency.groups import Attribute, Group
-from lightning_neurons.dependency.sizes import key_of, putting_back, set_sizes, size_at
+from lightning_neurons.dependency.sizes import key_of, putting_back, putting_back_fit, refit, set_sizes, size_at
 from lightning_neurons.errors import PruningError
 from lightning_neurons.layers.layer import modules_by_name, public_name
-from lightning_neurons.layers.width_handlers import Role, axes, handler_of, refit
+from lightning_neurons.layers.width_handlers import Role, axes, handler_of
 from lightning_neurons.pruning.surgery.optimizers import (
     fits,
     foreign_entries,
@@ -158,9 +158,7 @@ def cut(
             for one in smaller:
                 operation.do(one.put, one.put_back)
             for module in owners:
-                handler = handler_of(module)
-                sizes = {n: getattr(module, n) for n in (handler.sizes if handler else ()) if n in vars(module)}
-                operation.do(partial(refit, module), partial(vars(module).update, sizes))
+                operation.do(partial(refit, module), putting_back_fit(module))
             for module, size, width in _bare((model, *copies), cuts):
                 operation.do(
                     partial(setattr, module, size, width), partial(setattr, module, size, getattr(module, size))

@@ -1,0 +1,74 @@
+"""Scores of heads of ``nn.MultiheadAttention``: their neurons are rows of a parameter, where nothing is measured."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from lightning_neurons.criteria import CRITERIA
+from lightning_neurons.criteria.contract import Criterion, LayerTraits, Summary
+from lightning_neurons.criteria.ranking import normalize
+from lightning_neurons.dependency.groups import Group
+from lightning_neurons.layers.attention import has_separable_heads
+from lightning_neurons.layers.layer import modules_by_name
+from lightning_neurons.pruning.budget import PruningBudget
+from lightning_neurons.pruning.selection.group_scores import GroupScores, group_scores
+
+_INSTEAD: Criterion = CRITERIA["weight_l2"]
+_NAMED = 3
+
+
+def head_scores(
+    groups: Mapping[str, Group], model: nn.Module, budget: PruningBudget, measured: Mapping[str, Tensor]
+) -> tuple[dict[str, GroupScores], tuple[str, ...]]:
+    """Return the scores of the units of each group that consists of heads, and notes.
+
+    A criterion of the weights alone judges the rows of the packed projection of queries, keys and values. Instead of
+    one that is measured, the L2 norm of these rows ranks the heads among themselves; where heads compete with other
+    neurons, they have no score, and neither have they by deadness or for a threshold.
+
+    Args:
+        groups: By root.
+        model: The model.
+        budget: Says by what to judge.
+        measured: By layer, scores that are known; groups with one of these layers are left out.
+
+    Returns:
+        By root, the lowest of which go first; and a note if another criterion than the budget's decides.
+    """
+    criterion, modules = budget.measured, modules_by_name(model)
+    chosen = {
+        root: group
+        for root, group in groups.items()
+        if not group.layers.keys() & measured.keys() and all(has_separable_heads(modules[n]) for n in group.layers)
+    }
+    if criterion is None or not chosen:
+        return {}, ()
+    judge = criterion if not criterion.statistics else _INSTEAD
+    if judge is not criterion and (budget.by_deadness or budget.rule[0] == "threshold" or budget.scopes != ("layer",)):
+        return {}, ()
+    names = [name for group in chosen.values() for name in group.layers]
+    scores = {name: score for name in names if (score := _rows(name, modules[name], judge)) is not None}
+    label = "" if judge is criterion else "L2 norm of weights"
+    found = group_scores(chosen, normalize(scores, budget.normalization), budget)
+    if judge is criterion:
+        return found, ()
+    listed = ", ".join(names[:_NAMED]) + f" and {len(names) - _NAMED} more" * (len(names) > _NAMED)
+    note = f"heads are ranked by the L2 norm of their weights, as {budget.label} is not measured in {listed}"
+    return {root: replace(one, label=label) for root, one in found.items()}, (note,)
+
+
+def _rows(name: str, module: nn.Module, criterion: Criterion) -> Tensor | None:
+    """Return the score of each row of a packed projection, or None if the criterion is not defined for it.
+
+    Args:
+        name: The attention.
+        module: The same.
+        criterion: Of the weights alone.
+    """
+    incoming = module.get_parameter("in_proj_weight").detach()
+    columns = module.get_parameter("out_proj.weight").detach().T  # what a head makes, all of its rows stand for
+    traits = LayerTraits(name, incoming=incoming, outgoing=columns.repeat(3, 1))
+    if criterion.refuse(traits) is not None:
+        return None
+    return criterion.judge(Summary(traits, {}))
