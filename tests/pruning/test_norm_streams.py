@@ -349,11 +349,13 @@ def test_streams_compete_for_a_budget_and_least_squares_repairs_them():
 
 def test_standardised_weights_are_not_solved_again():
     net, x = net_and_inputs("standardised weights")
+    right = sliced("standardised weights", net)
     report = prune(net, x, {"stem": GONE}, [x], norm_streams="renormalize")
     assert [n for n in report.notes if "is not compensated: it standardises its weights" in n] == [
         "conv is not compensated: it standardises its weights",
         "last is not compensated: it standardises its weights",
     ]
+    assert torch.allclose(net(x), right(x), rtol=0, atol=1e-9)
 
 
 class HeadsUnderNorms(nn.Module):
