@@ -23,6 +23,7 @@ from lightning_neurons.dependency.groups import Group, Part
 from lightning_neurons.dependency.sizes import all_sizes
 from lightning_neurons.errors import ArgumentError, PruningError
 from lightning_neurons.pruning.structure.example import Example
+from lightning_neurons.pruning.structure.followers import joined
 from lightning_neurons.pruning.structure.structure import discover, some_units
 from lightning_neurons.pruning.structure.width_attributes import FORWARDS, mended
 from lightning_neurons.pruning.surgery.surgery import cut, cuts_of
@@ -379,6 +380,28 @@ def test_a_folder_of_several_files_without_the_second_names_of_tied_tensors_is_l
     (tmp_path / "empty").mkdir()
     with pytest.raises(ArgumentError, match=r"path=.*empty.*a folder with one of model.safetensors, pytorch_model.bin"):
         load_pruned(Tied, tmp_path / "empty")
+
+
+class Followed(nn.Module):
+    """A network, and a target network that only training runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.target = Viewed(), Viewed()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+def test_the_numbers_of_a_network_that_follows_another_change_with_it():
+    model = seeded(Followed, double=True)
+    structure = joined(discover(model, Example(IMAGES)), {"target": "net"})
+    right = silenced(model, {"net.head.weight": [2], "target.head.weight": [2]})
+    cut(model, cuts_of([structure.groups["net.conv"]], {"net.conv": [2]}))
+    assert (model.net.channels, model.target.channels) == (7, 7)
+    for name in ("net", "target"):
+        difference = getattr(model, name)(IMAGES) - getattr(right, name)(IMAGES)
+        assert difference.abs().max() < 1e-12
 
 
 class Uneven(nn.Module):
