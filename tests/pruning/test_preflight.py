@@ -240,3 +240,25 @@ def test_a_scrambled_copy_has_no_weight_that_could_hide_anything(name):
     again = twin_of(net)
     scramble(again)
     assert all(torch.equal(t, again.state_dict()[n]) for n, t in twin.state_dict().items())
+
+
+class Centred(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = super().forward(x)
+        return made - made.mean(0)
+
+
+@pytest.mark.parametrize("net", [nn.Sequential, Centred])
+def test_one_sample_is_tried_alone_only_where_its_outputs_do_not_depend_on_the_others(net):
+    seen: list[int] = []
+    twin = seeded(lambda: net(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)))
+    twin.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    preflight = Preflight(twin, Example(torch.randn(3, 4)))
+    cuts = [TensorCut("0", "makes", (1, 4)), TensorCut("2", "reads", (1, 4))]
+    with preflight.on_one_sample(), preflight.on_one_sample():
+        seen.clear()
+        assert preflight.difference(cuts) is None
+        assert preflight.difference(cuts[:1]) is not None, "the last layer is not cut with it"
+    assert {*seen} == ({1} if net is nn.Sequential else {3})
+    assert preflight.difference(cuts) is None
+    assert seen[-1] == 3, "as before"

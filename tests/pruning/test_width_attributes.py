@@ -249,6 +249,18 @@ def test_where_heads_are_as_many_as_their_dimensions_trials_tell_them_apart_and_
     assert len(tried) < FORWARDS / 2, "only those of the first block are searched"
 
 
+def test_more_blocks_of_the_same_kind_need_no_more_trials():
+    def runs(count: int) -> int:
+        calls: list[nn.Module] = []
+        net = seeded(Blocks, Fused, count, double=True)
+        structure = discover(net, Example(TOKENS, lambda copy, x: calls.append(copy) or copy(x)))
+        heads = {f"blocks.{n}.qkv" for n in range(count)}
+        assert heads <= {root for root, group in structure.offered.items() if group.attributes}
+        return len(calls)
+
+    assert runs(2) == runs(7)
+
+
 def test_a_profiler_that_runs_is_left_alone_and_names_the_same_numbers():
     profile = cProfile.Profile()
     with profile:

@@ -10,6 +10,7 @@ import traceback
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from types import CodeType, FrameType
@@ -17,7 +18,7 @@ from types import CodeType, FrameType
 import torch
 from torch import Tensor, nn
 
-from lightning_neurons.data.batches import results_of, tensors_of
+from lightning_neurons.data.batches import results_of, rows_of, samples_in, tensors_of
 from lightning_neurons.dependency.groups import Group
 from lightning_neurons.errors import PruningError, in_short
 from lightning_neurons.layers.layer import modules_by_name
@@ -107,7 +108,7 @@ class Preflight:
                 continue
             if not all(t.isfinite().all() for t in outputs):
                 raise PruningError("the model's output is not finite, so cuts cannot be compared")
-            self.example, self.tolerance = example, tolerance
+            self.example, self.tolerance, self._whole = example, tolerance, outputs
             return
         raise PruningError(f"the model runs on a copy neither in float64 nor in float32 ({failure})")
 
@@ -115,6 +116,28 @@ class Preflight:
         outputs: list[Tensor] = []
         costs = costs_of(self.twin, example, lambda: outputs.extend(self._outputs(example)))
         return costs, outputs
+
+    @contextmanager
+    def on_one_sample(self) -> Iterator[None]:
+        """Try on the first sample alone, inside the context, if its outputs do not depend on the others."""
+        first, example = self._first, self.example
+        self.example = first or example
+        try:
+            yield
+        finally:
+            self.example = example
+
+    @cached_property
+    def _first(self) -> Example | None:
+        size = samples_in(self.example.inputs)
+        if size < 2 or any(t.shape[:1] != (size,) for t in self._whole):
+            return None
+        try:
+            first = replace(self.example, inputs=rows_of(self.example.inputs, torch.tensor([0]), size))
+            outputs = self._outputs(first)
+        except Exception:  # noqa: BLE001 (a batch or a model that cannot do with one sample, whatever it raises)
+            return None
+        return first if _compare([t[:1] for t in self._whole], outputs, self.tolerance) is None else None
 
     def expected(self, cuts: Sequence[TensorCut]) -> list[Tensor]:
         """Run the copy with neurons silenced.

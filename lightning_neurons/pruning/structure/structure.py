@@ -1,6 +1,7 @@
 """The structure of a model for pruning: groups that can be cut, why others cannot, and costs."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import get_args
@@ -216,7 +217,8 @@ def _try_groups(
         fixed = {root for root, group in left.items() if group is not untouched[root]}
         # An attribute may be right for some choices only, as where one of two parts must not be the larger one.
         units = {root: some_units(group, seed) for root, group in left.items() if seed < 2 or root in fixed}
-        able, reasons = tried(preflight, [groups[root] for root in units], units, widths, fixed)
+        with preflight.on_one_sample() if seed > 1 else nullcontext():
+            able, reasons = tried(preflight, [groups[root] for root in units], units, widths, fixed)
         groups |= able
         failed |= reasons
     return failed

@@ -78,19 +78,18 @@ def tried(
     kinds: dict[object, list[Group]] = {}
     for group in groups:
         kinds.setdefault(_kind(group), []).append(group)
-    firsts, differ = [first for first, *_ in kinds.values()], len(kinds) == len(groups)
-    wrong = preflight.failing(firsts, units, reason if differ else None)
-    suspects = [group for same in kinds.values() if same[0].root in wrong for group in same]
-    able = mended(preflight, [group for group in suspects if group.root not in fixed], units, widths)
-    refused = {root: why for root, why in wrong.items() if root not in able}
-    for group in suspects:  # very probably wrong as well, so that halving would not help
-        if group.root not in wrong and group.root not in able:
-            refused |= preflight.failing([group], units)
-    likely = [able.get(group.root, group) for group in groups if group.root not in refused]
-    fails = {} if differ else preflight.failing(likely, units)
-    open_ones = [g for g in groups if g.root in fails and g.root not in able and g.root not in fixed]
+    firsts = [first for first, *_ in kinds.values()]
+    with preflight.on_one_sample():  # to tell what is wrong; what is right is tried on all of them
+        wrong = preflight.failing(firsts, units, reason if len(firsts) == len(groups) else None)
+        suspects = [group for same in kinds.values() if same[0].root in wrong for group in same]
+        able = mended(preflight, [group for group in suspects if group.root not in fixed], units, widths)
+        refused = {root: why for root, why in wrong.items() if root not in able}
+        for group in suspects:  # very probably wrong as well, so that halving would not help
+            if group.root not in wrong and group.root not in able:
+                refused |= preflight.failing([group], units)
+    fails = preflight.failing([able.get(g.root, g) for g in groups if g.root not in refused], units)
     able = {root: group for root, group in able.items() if root not in fails}
-    able |= mended(preflight, open_ones, units, widths)
+    able |= mended(preflight, [g for g in groups if g.root in fails and g.root not in fixed], units, widths)
     return able, refused | {root: why for root, why in fails.items() if root not in able}
 
 
