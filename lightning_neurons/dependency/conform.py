@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_neurons.dependency.sizes import all_sizes, put_sizes, refit, sizes_in
 from lightning_neurons.errors import ArgumentError
+from lightning_neurons.layers.attention import rows_of_head
 from lightning_neurons.layers.prunable import check_prunable
 from lightning_neurons.layers.width_handlers import axes, passes, why_fixed
 
@@ -137,7 +138,8 @@ def _new_shapes(module: nn.Module, state: Mapping[str, Any], before: str) -> dic
             return {}
         if other:
             found[leaf] = given.shape
-    return found if len(widths) <= 1 else {}
+    fits = len(widths) <= 1 and not any(width % rows_of_head(module) for width in widths)
+    return found if fits else {}
 
 
 def _holds_parameters(module: nn.Module) -> bool:

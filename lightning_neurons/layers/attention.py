@@ -136,7 +136,12 @@ def _packed(dense: Tensor, like: Tensor) -> Tensor:
 def heads_of(module: nn.MultiheadAttention) -> int | None:
     """Return how many heads an attention has left, by the size of its weight; heads keep their sizes."""
     weight = module._parameters.get("in_proj_weight")
-    return None if weight is None else weight.shape[0] // (3 * module.head_dim)
+    return None if weight is None else weight.shape[0] // rows_of_head(module)
+
+
+def rows_of_head(module: nn.Module) -> int:
+    """Return how many rows of its packed projection go with one head of an attention; 1 for other modules."""
+    return 3 * module.head_dim if isinstance(module, nn.MultiheadAttention) else 1
 
 
 def why_inseparable(module: nn.Module) -> str | None:

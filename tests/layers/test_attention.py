@@ -222,6 +222,8 @@ def test_copies_files_and_checkpoints_keep_the_heads():
     others.append(torch.export.export(net, (x,)).module())
     for other in others:
         torch.testing.assert_close(other(x), net(x), rtol=1e-10, atol=1e-12)
+    strange = {name: tensor[:-3] if "in_proj" in name else tensor for name, tensor in whole.state_dict().items()}
+    assert [name for name in conform(loaded, strange) if "layers.1.self_attn.in_proj" in name] == [], "no whole head"
     conform(loaded, whole.state_dict())
     loaded.load_state_dict(whole.state_dict())
     assert (type(loaded.layers[0].self_attn), loaded.layers[0].self_attn.num_heads) == (nn.MultiheadAttention, 4)

@@ -19,6 +19,7 @@ from lightning_neurons.layers.width_handlers import handler_of
 from lightning_neurons.pruning.structure.preflight import Preflight
 from lightning_neurons.pruning.surgery.surgery import cuts_of
 
+_OF_KNOWN_TYPES = ("torch.nn.", "lightning_neurons.")
 FORWARDS = 64
 """The most sets that are tried for one group."""
 
@@ -279,7 +280,7 @@ def _owner(part: Part) -> str:
 def _free_numbers(module: nn.Module) -> Iterator[tuple[str, int | None, int]]:
     """Yield numbers of a module of at least 2, but for those that its record says, and those of torch's own layers."""
     handler = handler_of(module)
-    if handler is not None and handler.sizes and type(module).__module__.startswith("torch.nn."):
+    if handler is not None and handler.sizes and type(module).__module__.startswith(_OF_KNOWN_TYPES):
         return  # the others are no widths, but sizes of windows
     for name, place, value in numbers_of(module):
         if value > 1 and (handler is None or name not in handler.sizes):
