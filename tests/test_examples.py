@@ -15,6 +15,7 @@ SAYS = {
     "own_criterion": "fires_in",
     "agreement_of_criteria": "second_order_ggn",
     "prune_and_finetune": "recovered",
+    "prune_a_transformer": "heads and hidden units",
     "look_inside": "3 above the data's 99th percentile",
     "class_subnetwork": "MACs 128,640 -> ",
     "rank_critical_neurons": "critical neurons: change of the loss",

@@ -26,6 +26,7 @@ class Block(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.heads = HEADS
         self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
         self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
         self.fc1, self.fc2 = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
@@ -33,9 +34,9 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(batch, position, width)`` to the same."""
         batch, length, _ = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(batch, length, 3, HEADS, WIDTH // HEADS).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(self.norm1(x)).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.proj(mixed.transpose(1, 2).reshape(batch, length, WIDTH))
+        x = x + self.proj(mixed.transpose(1, 2).reshape(batch, length, -1))
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
 
 

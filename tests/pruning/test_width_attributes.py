@@ -5,6 +5,8 @@ import cProfile
 import io
 import json
 import pickle
+import sys
+import types
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -392,6 +394,31 @@ def test_a_folder_of_several_files_without_the_second_names_of_tied_tensors_is_l
     (tmp_path / "empty").mkdir()
     with pytest.raises(ArgumentError, match=r"path=.*empty.*a folder with one of model.safetensors, pytorch_model.bin"):
         load_pruned(Tied, tmp_path / "empty")
+
+
+class Renamed(Tied):
+    def save_pretrained(self, folder: Any) -> None:
+        state = {name: tensor for name, tensor in self.state_dict().items() if name != "head.weight"}
+        save_file(written_names(self, state), folder / "model.safetensors")
+
+
+def written_names(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+    return {name.replace("inner", "mlp.first").replace("back", "mlp.second"): t for name, t in state.items()}
+
+
+def test_names_that_a_library_writes_instead_of_the_models_own_are_found(tmp_path, monkeypatch):
+    library = types.ModuleType("transformers.core_model_loading")
+    library.revert_weight_conversion = written_names
+    monkeypatch.setitem(sys.modules, "transformers", types.ModuleType("transformers"))
+    monkeypatch.setitem(sys.modules, library.__name__, library)
+    net, x = seeded(Renamed), torch.arange(6).view(2, 3)
+    prune(net, x, {"inner": [2, 5]})
+    net.save_pretrained(tmp_path)
+    loaded = load_pruned(Renamed, tmp_path).eval()
+    assert torch.equal(loaded(x), net(x))
+    library.revert_weight_conversion = None  # of another version
+    with pytest.raises(PruningError, match=r"another architecture than Renamed: Missing key\(s\): back.bias"):
+        load_pruned(Renamed, tmp_path)
 
 
 class Followed(nn.Module):

@@ -13,7 +13,13 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_neurons.callbacks.pruning.weight_files import NOT_OF_THE_FILE, first_line, read_weights, with_tied
+from lightning_neurons.callbacks.pruning.weight_files import (
+    NOT_OF_THE_FILE,
+    first_line,
+    read_weights,
+    with_own_names,
+    with_tied,
+)
 from lightning_neurons.dependency.conform import conform, conforming, narrowed, widened
 from lightning_neurons.dependency.sizes import exchange_sizes
 from lightning_neurons.errors import ArgumentError, PruningError
@@ -169,7 +175,7 @@ def load_pruned(model: Any, path: str | Path, *, example_inputs: Any = None, **k
         state = content["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise ArgumentError.of("path", str(path), f"a file with the state dict of a {what}")
-    state = with_tied(made, state)
+    state = with_tied(made, with_own_names(made, state))
     with _of_a_cut(made, state, example_inputs):
         wrong = _differences(made, state)
         if wrong:

@@ -85,3 +85,22 @@ def with_tied(model: nn.Module, state: Mapping[str, Any]) -> Mapping[str, Any]:
     whole = OrderedDict({**state, **more})
     whole._metadata = getattr(state, "_metadata", None)  # type: ignore[attr-defined]
     return whole
+
+
+def with_own_names(model: nn.Module, state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a state dict under the names of the model's tensors, where ``save_pretrained`` has written others.
+
+    Hugging Face's models may write the names of their first version. Which they write is found by renaming numbers
+    in place of tensors.
+    """
+    names = list(model.state_dict())
+    if not hasattr(model, "save_pretrained") or not set(names) - set(state):
+        return state
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+
+        written = revert_weight_conversion(model, {name: torch.tensor(i) for i, name in enumerate(names)})
+        own = {other: names[int(number)] for other, number in written.items()}
+    except Exception:  # noqa: BLE001 (another version, or tensors are converted as well: names are left as they are)
+        return state
+    return {own.get(name, name): tensor for name, tensor in state.items()}
