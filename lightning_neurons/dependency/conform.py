@@ -144,8 +144,8 @@ def _new_shapes(module: nn.Module, state: Mapping[str, Any], before: str) -> dic
 
 def _holds_parameters(module: nn.Module) -> bool:
     """Return whether a module has parameters that are no layer's weights, such as a learned position."""
-    bare = isinstance(module, nn.ParameterList | nn.ParameterDict) or not type(module).__module__.startswith("torch.")
-    return bare and bool(module._parameters)
+    known = isinstance(module, nn.ParameterList | nn.ParameterDict | nn.MultiheadAttention)
+    return (known or not type(module).__module__.startswith("torch.")) and bool(module._parameters)
 
 
 def set_data(store: Any, leaf: str, new: Tensor) -> None:

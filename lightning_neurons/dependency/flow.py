@@ -25,6 +25,7 @@ from lightning_neurons.dependency.layout import (
     shape_of,
 )
 from lightning_neurons.dependency.places import Places, aligned, combined, compressed, varying
+from lightning_neurons.layers.attention import has_weights_apart
 from lightning_neurons.layers.width_handlers import axis_of, blocks_of_neurons, passes
 
 Source = tuple[Any, int]
@@ -43,12 +44,14 @@ class Call:
         inputs: Where its inputs come from.
         outputs: Where its results are.
         side_by_side: Whether its results are parts of its neurons, one after the other; else each has all of them.
+        bias: A parameter with an entry for each value of all results, one after the other.
     """
 
     module: nn.Module
     inputs: tuple[Source, ...]
     outputs: tuple[Source, ...]
     side_by_side: bool = False
+    bias: Tensor | None = None
 
 
 @dataclass
@@ -122,6 +125,9 @@ class Flow:
             axis = _axis_in(module, shape)
             if numbers is None or (varying(numbers) and axis not in varying(numbers)):
                 continue  # a module treats all places on other axes alike
+            if has_weights_apart(module):
+                self._lose(numbers, "nn.MultiheadAttention reads them by weights of several widths (kdim, vdim)")
+                continue
             width = [1] * len(shape)
             width[axis] = shape[axis]
             own = self.places.at((module, "out" if within else "in"), shape[axis])
@@ -136,6 +142,9 @@ class Flow:
             spread = [1] * len(shape)
             spread[axis] = shape[axis]
             self._numbers[source] = own[torch.arange(shape[axis]) % len(own)].view(spread)
+        if call.bias is not None:
+            entries = self.places.at((call.bias, "out"), sum(sizes)).view(len(sizes), -1)
+            self.places.join(entries, self.places.ports[module, "out"])
         self._join_blocks(call.module)
 
     def _join_blocks(self, module: nn.Module) -> None:

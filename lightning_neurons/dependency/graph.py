@@ -17,7 +17,7 @@ from torch_pruning.ops import DummyPruner
 
 from lightning_neurons.dependency.flow import Call
 from lightning_neurons.isolation.tensors import in_transform, tensors_in
-from lightning_neurons.layers.attention import PrunedMultiheadAttention
+from lightning_neurons.layers.attention import PrunedMultiheadAttention, has_weights_apart
 from lightning_neurons.layers.width_handlers import axis_of, handler_of, passes, width
 
 
@@ -190,7 +190,9 @@ def _projected(graph: Any, module: PrunedMultiheadAttention, *read: Tensor) -> t
     results: tuple[Tensor, ...] = _Together.apply(*made)  # type: ignore[no-untyped-call]
     outputs = tuple(map(_edge, results))
     inputs = tuple(dict.fromkeys(map(_edge, filter(_differs, read))))
-    graph.calls[outputs[0][0]] = Call(module, inputs, outputs, side_by_side=True)
+    apart = has_weights_apart(module)
+    bias = module.in_proj_bias if apart else None
+    graph.calls[outputs[0][0]] = Call(module, inputs, outputs, side_by_side=not apart, bias=bias)
     return results
 
 
@@ -198,7 +200,7 @@ def _name_projections(graph: Any) -> None:
     """Make the nodes of projections known by their attention, as those of other modules are."""
     for node in [*graph.module2node.values()]:
         call = graph.calls.get(node.grad_fn)
-        if call is not None and call.side_by_side:
+        if call is not None and isinstance(call.module, PrunedMultiheadAttention):
             graph.module2node.pop(node.module, None)
             node.module = call.module
             graph.module2node.setdefault(call.module, node)

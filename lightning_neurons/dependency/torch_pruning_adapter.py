@@ -77,6 +77,7 @@ def _read(model: nn.Module, graph: Any) -> Coupling:
     seen = {name: module for name, module in layers.items() if module in nodes}
     held = {parameter: axis for parameter, axis in graph.unwrapped_parameters if parameter in paths}
     tables: dict[Tensor, nn.Module] = {m.weight: m for m in model.modules() if isinstance(m, nn.Embedding)}
+    held |= {call.bias: 0 for call in graph.calls.values() if call.bias is not None}
     held |= {weight: axes(module, "makes").get("weight", 1) for weight, module in tables.items()}
     flow = Flow(graph.calls, held, tables)
     flow.walk(graph.ends)

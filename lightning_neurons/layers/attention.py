@@ -10,6 +10,7 @@ import torch.nn.functional as F  # noqa: N812 (the name that the field uses)
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+WEIGHTS_APART = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 _UNMASKED = "a mask of booleans or floating-point numbers"
 
 
@@ -78,11 +79,13 @@ class PrunedMultiheadAttention(nn.MultiheadAttention):
             Each of them, with one head after the other on the last axis.
         """
         weight, bias = self.in_proj_weight, self.in_proj_bias
-        if query is key and key is value:
+        if query is key and key is value and weight is not None:
             q, k, v = F.linear(query, weight, bias).chunk(3, -1)
         else:
+            apart = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
             biases = (None, None, None) if bias is None else bias.chunk(3)
-            operands = zip((query, key, value), weight.chunk(3), biases, strict=True)
+            weights = apart if weight is None else weight.chunk(3)
+            operands = zip((query, key, value), weights, biases, strict=True)
             q, k, v = (F.linear(x, rows, some) for x, rows, some in operands)
         return q, k, v
 
@@ -135,13 +138,21 @@ def _packed(dense: Tensor, like: Tensor) -> Tensor:
 
 def heads_of(module: nn.MultiheadAttention) -> int | None:
     """Return how many heads an attention has left, by the size of its weight; heads keep their sizes."""
-    weight = module._parameters.get("in_proj_weight")
+    weight = module._parameters.get("q_proj_weight" if has_weights_apart(module) else "in_proj_weight")
     return None if weight is None else weight.shape[0] // rows_of_head(module)
 
 
+def has_weights_apart(module: object) -> bool:
+    """Return True for an attention with a weight each for queries, keys and values, as with ``kdim`` or ``vdim``."""
+    return isinstance(module, nn.MultiheadAttention) and module._parameters.get("q_proj_weight") is not None
+
+
 def rows_of_head(module: nn.Module) -> int:
-    """Return how many rows of its packed projection go with one head of an attention; 1 for other modules."""
-    return 3 * module.head_dim if isinstance(module, nn.MultiheadAttention) else 1
+    """Return how many rows of its weights go with one head of an attention; 1 for other modules."""
+    if not isinstance(module, nn.MultiheadAttention):
+        return 1
+    size: int = module.head_dim
+    return size if has_weights_apart(module) else 3 * size
 
 
 def why_inseparable(module: nn.Module) -> str | None:
@@ -152,10 +163,11 @@ def why_inseparable(module: nn.Module) -> str | None:
     if type(module) not in (nn.MultiheadAttention, PrunedMultiheadAttention) or "forward" in vars(module):
         return f"{kind} may have another forward than nn.MultiheadAttention, so its heads cannot be told apart"
     own = module._parameters
-    if own.get("q_proj_weight") is not None:
-        return f"{kind} reads keys or values of another width (kdim, vdim), so its projections are no single tensor"
-    if own.get("in_proj_weight") is None or (getattr(module, "in_proj_bias", None) is not own.get("in_proj_bias")):
-        return f"{kind} computes its in_proj_weight or in_proj_bias from other tensors"
+    weights = WEIGHTS_APART if has_weights_apart(module) else ("in_proj_weight",)
+    if any(own.get(name) is None for name in weights) or (
+        getattr(module, "in_proj_bias", None) is not own.get("in_proj_bias")
+    ):
+        return f"{kind} computes its projections from other tensors"
     if own.get("bias_k") is not None or own.get("bias_v") is not None:
         return f"{kind} adds a key and a value of its own to each head (add_bias_kv)"
     if getattr(module, "add_zero_attn", False):
@@ -210,12 +222,14 @@ def silent_rows(module: nn.Module, rows: Sequence[int]) -> Iterator[None]:
 
     Args:
         module: The attention; its own parameters are only read.
-        rows: Rows of its packed projection of queries, keys and values.
+        rows: Rows of its projection of queries, keys and values, packed or of each.
     """
     own, undo = module._parameters, []
-    for name in ("in_proj_weight", "in_proj_bias"):
+    for name in ("in_proj_weight", *WEIGHTS_APART, "in_proj_bias"):
         if (whole := own.get(name)) is not None:
             index = torch.tensor(list(rows), device=whole.device)
+            if name == "in_proj_bias" and has_weights_apart(module):
+                index = torch.cat([index + part * len(whole) // 3 for part in range(3)])
             undo.append(partial(own.__setitem__, name, whole))
             own[name] = nn.Parameter(whole.detach().index_fill(0, index, 0), whole.requires_grad)
     try:

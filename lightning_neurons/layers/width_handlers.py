@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 
-from lightning_neurons.layers.attention import heads_of, why_inseparable
+from lightning_neurons.layers.attention import WEIGHTS_APART, has_weights_apart, heads_of, why_inseparable
 from lightning_neurons.layers.recognition import own_axes, recognized
 
 Role = Literal["makes", "passes", "reads", "holds"]
@@ -181,6 +181,18 @@ _ONE_GROUP_NORM = WidthHandler(
 _SLOPES = WidthHandler(makes={"weight": 0}, sizes={"num_parameters": "passes"}, axis=_channels, role="passes")
 _ONE_SLOPE = WidthHandler(role="passes")
 
+_ATTENTION = WidthHandler(
+    makes={"in_proj_weight": 0, "in_proj_bias": 0},
+    reads={"in_proj_weight": 1},
+    sizes={"num_heads": heads_of, "embed_dim": "reads", "kdim": "reads", "vdim": "reads"},
+    axis=_features,
+    fixed=why_inseparable,
+)
+# The rows of its bias are those of three tensors, so it is followed by itself.
+_ATTENTION_APART = WidthHandler(
+    makes=dict.fromkeys(WEIGHTS_APART, 0), sizes={"num_heads": heads_of}, axis=_features, fixed=why_inseparable
+)
+
 HANDLERS: dict[type[nn.Module], WidthHandler] = {
     _ConvNd: _CONVOLUTION,
     _ConvTransposeNd: _TRANSPOSED,
@@ -215,13 +227,7 @@ HANDLERS: dict[type[nn.Module], WidthHandler] = {
     ),
     nn.GroupNorm: _GROUP_NORM,
     nn.PReLU: _SLOPES,
-    nn.MultiheadAttention: WidthHandler(
-        makes={"in_proj_weight": 0, "in_proj_bias": 0},
-        reads={"in_proj_weight": 1},
-        sizes={"num_heads": heads_of, "embed_dim": "reads", "kdim": "reads", "vdim": "reads"},
-        axis=_features,
-        fixed=why_inseparable,
-    ),
+    nn.MultiheadAttention: _ATTENTION,
     nn.RNNBase: _RECURRENT,
     nn.RNNCellBase: _RECURRENT,
 }
@@ -271,6 +277,8 @@ def _of_type(module: object) -> WidthHandler | None:
         return _GROUPED if found is _CONVOLUTION else _GROUPED_TRANSPOSED
     if found is _GROUP_NORM and getattr(module, "num_groups", 0) == 1:
         return _ONE_GROUP_NORM
+    if found is _ATTENTION and has_weights_apart(module):
+        return _ATTENTION_APART
     if found is _SLOPES and getattr(module, "num_parameters", 1) == 1:  # one slope for all neurons
         return _ONE_SLOPE
     return found

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import re
 import warnings
 from itertools import product
 from typing import Any
@@ -54,20 +55,24 @@ def without(whole: nn.MultiheadAttention, heads: list[int]) -> nn.MultiheadAtten
     small = copy.deepcopy(whole)
     stays = [head for head in range(whole.num_heads) if head not in heads]
     rows, columns = rows_of(stays), rows_of(stays)[: len(stays) * SIZE]
-    small.in_proj_weight = nn.Parameter(whole.in_proj_weight[rows].detach())
+    for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_weight"):
+        if (weight := getattr(whole, name)) is not None:
+            setattr(small, name, nn.Parameter(weight[rows if name == "in_proj_weight" else columns].detach()))
     small.in_proj_bias = None if whole.in_proj_bias is None else nn.Parameter(whole.in_proj_bias[rows].detach())
     small.out_proj.weight = nn.Parameter(whole.out_proj.weight[:, columns].detach())
     small.num_heads, small.__class__ = len(stays), PrunedMultiheadAttention
     return small
 
 
-def inputs(form: dict[str, bool]) -> tuple[Tensor, Tensor, Tensor]:
-    def some(steps: int) -> Tensor:
-        x = torch.randn(BATCH, steps, WIDTH).double()
+def inputs(form: dict[str, bool], whole: nn.MultiheadAttention) -> tuple[Tensor, Tensor, Tensor]:
+    def some(steps: int, width: int = WIDTH) -> Tensor:
+        x = torch.randn(BATCH, steps, width).double()
         return x[0] if not form["batched"] else x if form["batch_first"] else x.transpose(0, 1)
 
     query = some(STEPS)
-    return (query, some(STEPS + 1), some(STEPS + 1)) if form["crossed"] else (query, query, query)
+    if not form["crossed"]:
+        return query, query, query
+    return query, some(STEPS + 1, whole.kdim), some(STEPS + 1, whole.vdim)
 
 
 def masks(told: dict[str, Any], form: dict[str, bool], heads: int) -> dict[str, Any]:
@@ -96,8 +101,9 @@ def masks(told: dict[str, Any], form: dict[str, bool], heads: int) -> dict[str, 
 
 @for_each("form, told", list(product(FORMS, MASKS)))
 def test_results_are_those_of_torch_and_without_heads_those_with_their_columns_at_zero(form, told):
-    whole = attention(batch_first=form["batch_first"], bias=form["bias"])
-    given, separate = inputs(form), copy.deepcopy(whole)
+    apart = form["crossed"] and form["batch_first"] == form["batched"]
+    whole = attention(batch_first=form["batch_first"], bias=form["bias"], kdim=7 if apart else None)
+    given, separate = inputs(form, whole), copy.deepcopy(whole)
     separate_heads(separate)
     assert type(separate) is PrunedMultiheadAttention
     small = without(whole, [0])
@@ -158,7 +164,21 @@ class Translator(nn.Module):
         return self.head(self.decoder(x, self.encoder(x), tgt_mask=mask, tgt_is_causal=True))
 
 
+class Captions(nn.Module):
+    """Tokens that attend to a memory of another width."""
+
+    def __init__(self, bias: bool = True) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 4, bias=bias, kdim=9, vdim=7, batch_first=True)
+        self.keys, self.values, self.head = nn.Linear(16, 9), nn.Linear(16, 7), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.attention(x, self.keys(x), self.values(x))[0])
+
+
 NETS = {
+    "memory": Captions,
+    "memory without bias": lambda: Captions(bias=False),
     "encoder": lambda: encoder(batch_first=True),
     "steps first": lambda: encoder(norm_first=True, activation="gelu"),
     "without bias": lambda: encoder(batch_first=True, bias=False),
@@ -174,7 +194,10 @@ def test_heads_are_units_and_a_cut_leaves_the_net_without_them(name):
     structure = discover(net, Example(x))
     assert [structure.offered[path].size for path in paths] == [4] * len(paths)
     assert all(type(net.get_submodule(path)) is nn.MultiheadAttention for path in paths)
-    rows = rows_of([1], 16)
+    if name.startswith("memory"):
+        assert re.search(r"reads them by weights of several widths", structure.refused["keys"])
+    made = discover(net, Example(x)).widths
+    rows = [i for i in rows_of([1], 16) if i < made[paths[0]]]  # 16 where queries, keys and values have a weight each
     report = prune(net, x, dict.fromkeys(paths, rows[:1]), compensation="none")
     assert report.plan.neurons == {path: tuple(rows) for path in paths}
     for path in paths:
@@ -187,7 +210,8 @@ def test_heads_are_units_and_a_cut_leaves_the_net_without_them(name):
     assert list(net.state_dict()) == keys
     again = discover(net, Example(x))
     assert (again.costs.parameters(), again.costs.macs()) == (report.cost.parameters_after, report.cost.macs_after)
-    prune(net, x, {path: rows_of([0, 2], 12) for path in paths}, compensation="none")  # one is left
+    rest = [i for i in rows_of([0, 2], 12) if i < again.widths[paths[0]]]
+    prune(net, x, dict.fromkeys(paths, rest), compensation="none")  # one is left
     net.train()(x).sum().backward()
     assert all(p.grad is not None and p.grad.shape == p.shape for p in net.parameters())
 
@@ -207,10 +231,11 @@ def test_an_encoder_that_packs_padded_sequences_gives_what_the_whole_one_gives()
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
 
 
-def test_copies_files_and_checkpoints_keep_the_heads():
-    net, x = seeded(encoder, batch_first=True, double=True).eval(), torch.randn(BATCH, STEPS, 16).double()
+@for_each("name, path", [("encoder", "layers.0.self_attn"), ("memory", "attention")])
+def test_copies_files_and_checkpoints_keep_the_heads(name, path):
+    net, x = seeded(NETS[name], double=True).eval(), torch.randn(BATCH, STEPS, 16).double()
     whole = copy.deepcopy(net)
-    prune(net, x, {"layers.0.self_attn": rows_of([1], 16)}, compensation="none")
+    prune(net, x, {path: [5]}, compensation="none")
     net.eval()
     file = io.BytesIO()
     torch.save(net, file)
@@ -222,24 +247,26 @@ def test_copies_files_and_checkpoints_keep_the_heads():
     others.append(torch.export.export(net, (x,)).module())
     for other in others:
         torch.testing.assert_close(other(x), net(x), rtol=1e-10, atol=1e-12)
-    strange = {name: tensor[:-3] if "in_proj" in name else tensor for name, tensor in whole.state_dict().items()}
-    assert [name for name in conform(loaded, strange) if "layers.1.self_attn.in_proj" in name] == [], "no whole head"
+    strange = {name: tensor[:-3] if "proj_" in name else tensor for name, tensor in whole.state_dict().items()}
+    assert [name for name in conform(copy.deepcopy(whole), strange) if "proj_" in name] == [], "no whole head"
     conform(loaded, whole.state_dict())
     loaded.load_state_dict(whole.state_dict())
-    assert (type(loaded.layers[0].self_attn), loaded.layers[0].self_attn.num_heads) == (nn.MultiheadAttention, 4)
+    assert (type(loaded.get_submodule(path)), loaded.get_submodule(path).num_heads) == (nn.MultiheadAttention, 4)
     torch.testing.assert_close(loaded(x), whole(x), rtol=1e-10, atol=1e-12)
 
 
-def test_a_context_separates_heads_and_rows_of_zeros_silence_them():
-    whole, x = attention(batch_first=True), torch.randn(BATCH, STEPS, WIDTH).double()
+@for_each("kdim", [None, 7])
+def test_a_context_separates_heads_and_rows_of_zeros_silence_them(kdim):
+    whole, x = attention(batch_first=True, kdim=kdim), torch.randn(BATCH, STEPS, WIDTH).double()
+    keys, rows = x[..., :kdim], rows_of([2])[: SIZE if kdim else None]
     seen: list[Tensor] = []
     whole.out_proj.register_forward_hook(lambda module, args, out: seen.append(args[0]))
     with separated_heads(whole):
-        whole(x, x, x)
+        whole(x, keys, x)
     assert len(seen) == 1
     assert type(whole) is nn.MultiheadAttention
     kept = dict(whole.named_parameters())
-    with silent_rows(whole, rows_of([2])):
-        got = whole(x, x, x)[0]
+    with silent_rows(whole, rows):
+        got = whole(x, keys, x)[0]
     assert all(whole.get_parameter(name) is parameter for name, parameter in kept.items())
-    torch.testing.assert_close(got, without(whole, [2])(x, x, x)[0], rtol=0, atol=1e-12)
+    torch.testing.assert_close(got, without(whole, [2])(x, keys, x)[0], rtol=0, atol=1e-12)

@@ -65,9 +65,8 @@ def masked(module: nn.Module, name: str) -> nn.Module:
 FIXED = {
     "keys of its own": (lambda: nn.MultiheadAttention(4, 2, add_bias_kv=True), "adds a key and a value of its own"),
     "keys of zeros": (lambda: nn.MultiheadAttention(4, 2, add_zero_attn=True), "adds a key and a value of zeros"),
-    "keys of another width": (lambda: nn.MultiheadAttention(4, 2, kdim=3), "reads keys or values of another width"),
     "attention of another type": (lambda: type("Own", (nn.MultiheadAttention,), {})(4, 2), "may have another forward"),
-    "masked projection": (lambda: masked(nn.MultiheadAttention(4, 2), "in_proj_weight"), "computes its in_proj_weight"),
+    "masked projection": (lambda: masked(nn.MultiheadAttention(4, 2), "in_proj_weight"), "computes its projections"),
     "recurrent": (lambda: nn.GRU(3, 4), "GRU stacks its gates"),
     "cell": (lambda: nn.LSTMCell(3, 4), "LSTMCell stacks its gates"),
     "parametrized": (lambda: parametrizations.weight_norm(nn.Linear(3, 4)), "parametrized.*remove_parametrizations"),

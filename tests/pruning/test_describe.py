@@ -232,3 +232,26 @@ def test_the_names_in_a_compiled_net_are_its_own(ran_before):
     assert list(document["groups"]) == ["0.conv1", "0.conv2", "0.fc1", "0.fc2", "0.fc3"]
     assert prune(net, X, {"0.conv2": [1]}).widths["0.conv2"] == 4
     assert net(X).shape == (2, 4)
+
+
+@for_each("kdim, neurons, weights", [(None, 24, 3 * 8 * 8), (5, 8, 8 * (8 + 5 + 8))])
+def test_an_attention_of_torch_is_listed_with_the_rows_and_costs_of_its_projections(kdim, neurons, weights):
+    class Attending(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention, self.head = nn.MultiheadAttention(8, 2, kdim=kdim, batch_first=True), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.attention(x, x[..., :kdim], x)[0])
+
+    found = describe_structure(seeded(Attending), torch.randn(2, 6, 8))
+    entry = found["blocks"]["attention"]["layers"]["attention"]
+    assert (entry["neurons"], entry["parameters"], entry["macs"]) == (neurons, weights + 24, 6 * weights)
+    assert found["groups"]["attention"] | {"attributes": []} == {
+        "neurons": 2,
+        "layers": ["attention"],
+        "readers": ["attention.out_proj"],
+        "renormalized": [],
+        "attributes": [],
+        "why_not": None,
+    }

@@ -3,13 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from lightning_neurons.criteria import CRITERIA
 from lightning_neurons.criteria.contract import Criterion, LayerTraits, Summary
 from lightning_neurons.criteria.ranking import normalize
 from lightning_neurons.dependency.groups import Group
-from lightning_neurons.layers.attention import has_separable_heads
+from lightning_neurons.layers.attention import WEIGHTS_APART, has_separable_heads, has_weights_apart
 from lightning_neurons.layers.layer import modules_by_name
 from lightning_neurons.pruning.budget import PruningBudget
 from lightning_neurons.pruning.selection.group_scores import GroupScores, group_scores
@@ -66,9 +67,10 @@ def _rows(name: str, module: nn.Module, criterion: Criterion) -> Tensor | None:
         module: The same.
         criterion: Of the weights alone.
     """
-    incoming = module.get_parameter("in_proj_weight").detach()
+    apart = has_weights_apart(module)
+    weights = [module.get_parameter(n).detach() for n in (WEIGHTS_APART if apart else ("in_proj_weight",))]
     columns = module.get_parameter("out_proj.weight").detach().T  # what a head makes, all of its rows stand for
-    traits = LayerTraits(name, incoming=incoming, outgoing=columns.repeat(3, 1))
+    traits = LayerTraits(name, incoming=torch.cat(weights, 1), outgoing=columns.repeat(1 if apart else 3, 1))
     if criterion.refuse(traits) is not None:
         return None
     return criterion.judge(Summary(traits, {}))

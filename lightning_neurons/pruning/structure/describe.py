@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from lightning_neurons.dependency.sizes import key_of
+from lightning_neurons.layers.attention import WEIGHTS_APART, has_weights_apart
 from lightning_neurons.layers.layer import modules_by_name, public_name
 from lightning_neurons.layers.width_handlers import is_depthwise, weight_name
 from lightning_neurons.pruning.structure.example import Example
@@ -87,7 +88,8 @@ def _blocks(model: nn.Module, structure: Structure) -> dict[str, Any]:
     sources: dict[str, dict[str, None]] = {}
     names = {id(parameter): public_name(name) for name, parameter in model.named_parameters()}  # the first of several
     for layer, block in structure.blocks.items():
-        weight = weight_name(modules[layer])
+        weights = WEIGHTS_APART if has_weights_apart(modules[layer]) else (weight_name(modules[layer]),)
+        own = [names.get(id(modules[layer]._parameters.get(weight)), f"{layer}.{weight}") for weight in weights]
         has_layers = isinstance(modules[layer], nn.MultiheadAttention)  # its output projection is one by itself
         reads = structure.coupling.reads.get(layer, ())
         entry = found.setdefault(block, {"parents": [], "layers": {}})
@@ -99,7 +101,7 @@ def _blocks(model: nn.Module, structure: Structure) -> dict[str, Any]:
             "group": group_of.get(layer),
             "reads": list(reads),
             "parameters": sum(p.numel() for p in modules[layer].parameters(recurse=not has_layers)),
-            "macs": structure.costs.macs_of(names.get(id(modules[layer]._parameters.get(weight)), f"{layer}.{weight}")),
+            "macs": sum(map(structure.costs.macs_of, own)),
         }
     for block, entry in found.items():
         entry["parents"] = _nearest(block, sources)
