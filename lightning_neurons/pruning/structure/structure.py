@@ -217,6 +217,8 @@ def _try_groups(
         fixed = {root for root, group in left.items() if group is not untouched[root]}
         # An attribute may be right for some choices only, as where one of two parts must not be the larger one.
         units = {root: some_units(group, seed) for root, group in left.items() if seed < 2 or root in fixed}
+        if not units:
+            break
         with preflight.on_one_sample() if seed > 1 else nullcontext():
             able, reasons = tried(preflight, [groups[root] for root in units], units, widths, fixed)
         groups |= able
