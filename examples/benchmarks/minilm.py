@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, AutoTokenizer
 
 from lightning_neurons import prune
@@ -56,42 +57,40 @@ def compare(model: nn.Module, test: dict[str, Tensor], dense: Tensor) -> str:
 
 
 def cut_by_torch_pruning(model: Any, example: dict[str, Tensor], macs: float) -> float:
-    """Cut by the L2 norm of groups, with the numbers of heads given by hand; return the share of MACs that stays."""
+    """Cut by the L2 norm of groups, with the heads and what stays whole given by hand; return the share that stays."""
     import torch_pruning
 
-    with torch.no_grad():
-        output = model(**example)
     attentions = [module for module in model.modules() if hasattr(module, "num_attention_heads")]
-    heads = {layer: m.num_attention_heads for m in attentions for layer in (m.query, m.key, m.value)}
     layers = model.bert.encoder.layer
-    streams = [model.bert.embeddings, *(m for x in layers for m in (x.attention.output.dense, x.output.dense))]
-    whole, _ = torch_pruning.utils.count_ops_and_params(model, example)
+    whole = [
+        model.bert.embeddings,
+        *(m for layer in layers for m in (layer.attention.output.dense, layer.output.dense)),
+    ]
+    before = macs_of(model, example)
     pruner = torch_pruning.pruner.BasePruner(
         model,
         example,
         importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
-        global_pruning=False,
-        iterative_steps=100,
-        pruning_ratio=1.0,
-        max_pruning_ratio=0.95,
-        num_heads=heads,
+        pruning_ratio=1 - macs,
+        head_pruning_ratio=1 - macs,
+        num_heads={layer: m.num_attention_heads for m in attentions for layer in (m.query, m.key, m.value)},
         prune_num_heads=True,
         prune_head_dims=False,
-        head_pruning_ratio=1.0,
         ignored_layers=streams,
         output_transform=lambda out: out.sum(),
     )
-    assert output.ndim == 2, "embeddings of lines"
-    now = whole
-    while now > macs * whole:
-        pruner.step()
-        for module in attentions:
-            module.num_attention_heads = pruner.num_heads[module.query]
-            module.all_head_size = module.query.out_features
-        before, (now, _) = now, torch_pruning.utils.count_ops_and_params(model, example)
-        if now == before and pruner.current_step >= pruner.iterative_steps:
-            break
-    return float(now / whole)
+    pruner.step()
+    for module in attentions:
+        module.num_attention_heads = pruner.num_heads[module.query]
+        module.all_head_size = module.query.out_features
+    return macs_of(model, example) / before
+
+
+def macs_of(model: nn.Module, example: dict[str, Tensor]) -> float:
+    """MACs of all matrix products of a forward."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(**example)
+    return counter.get_total_flops() / 2
 
 
 def main() -> None:
