@@ -62,10 +62,8 @@ def cut_by_torch_pruning(model: Any, example: dict[str, Tensor], macs: float) ->
 
     attentions = [module for module in model.modules() if hasattr(module, "num_attention_heads")]
     layers = model.bert.encoder.layer
-    whole = [
-        model.bert.embeddings,
-        *(m for layer in layers for m in (layer.attention.output.dense, layer.output.dense)),
-    ]
+    streams = [model.bert.embeddings, *(layer.output.dense for layer in layers)]
+    streams += [layer.attention.output.dense for layer in layers]
     before = macs_of(model, example)
     pruner = torch_pruning.pruner.BasePruner(
         model,

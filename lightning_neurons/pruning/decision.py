@@ -55,12 +55,13 @@ def gather(
         Constants for a lossless cut, moments for the criterion ``"reconstruction"``, else nothing.
     """
     with separated_heads(model):
-        return _gathered(model, budget, calibration, list(wiring.calls), lossless=lossless)
+        return _gathered(model, budget, calibration, wiring, lossless=lossless)
 
 
 def _gathered(
-    model: nn.Module, budget: PruningBudget, calibration: Calibration, readers: Sequence[str], *, lossless: bool
+    model: nn.Module, budget: PruningBudget, calibration: Calibration, wiring: Wiring, *, lossless: bool
 ) -> Evidence:
+    readers = list(wiring.calls)
     if lossless:
         first: dict[str, Tensor] = {}
         for batch in calibration.batches[:1]:
@@ -69,7 +70,7 @@ def _gathered(
                 first = first_read(model, readers, lambda module: calibration.run(module, batch))  # noqa: B023
         return Evidence(constants=constants(model, readers, calibration.agree(first), calibration))
     if budget.by_reconstruction:
-        return Evidence(moments=second_moments(model, readers, calibration))
+        return Evidence(moments=second_moments(model, [*readers, *wiring.behind], calibration))
     return Evidence()
 
 

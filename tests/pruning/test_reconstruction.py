@@ -171,6 +171,30 @@ def test_a_target_divides_by_the_share_that_goes_with_a_neuron():
             torch.testing.assert_close(scores[root].value * price, plain[root].value, rtol=1e-9, atol=1e-15)
 
 
+class PostNorm(nn.Module):
+    """A block whose sum with its input is normalised, as in the first transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner, self.outer = nn.Linear(12, 6), nn.Linear(6, 8), nn.Linear(8, 6)
+        self.norm, self.last = nn.LayerNorm(6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        x = self.first(x.flatten(1)[:, :12])
+        return self.last(3 * self.norm(x + 0.01 * self.outer(torch.relu(self.inner(x)))))
+
+
+def test_errors_in_a_stream_are_weighed_by_what_is_read_behind_its_norm():
+    model = seeded(PostNorm)
+    _, scores, moments = looked_at(model, budget_of(amount=0.5))
+    s, weight = moments["outer"].covariance_xx, model.outer.weight.detach().double()
+    s = s + 1e-3 * s.diagonal().mean() * torch.eye(8)
+    errors = weight.square().sum(0) / torch.linalg.inv(s).diagonal()
+    behind = float(moments["last"].covariance_xx.trace())
+    assert float(scores["inner"].value.min()) == pytest.approx(float(errors.min()) / behind, rel=1e-6)
+    assert float((weight @ s @ weight.T).trace()) < 0.5 * behind, "its own variance would be another measure"
+
+
 @for_each("layer, pair", [("fc1", (2, 5)), ("conv1", (0, 4)), ("conv2", (1, 3))])
 def test_a_double_goes_first_and_is_not_missed(layer, pair):
     model, batches = net(), [pictures(200)]

@@ -31,11 +31,13 @@ class Wiring:
         calls: All downstream layers in the order in which they run, with the number of their calls.
         norm_behind: By layer, the norm layer that alone reads it.
         standardised: Layers that standardise their weights, in which they are not linear.
+        behind: Other linear layers, which read downstream layers through what cannot be cut, such as a layer norm.
     """
 
     calls: Mapping[str, int]
     norm_behind: Mapping[str, str]
     standardised: Collection[str] = ()
+    behind: Collection[str] = ()
 
 
 def consumers_of(

@@ -132,7 +132,8 @@ class Structure:
         reading = [part.path for group in self.groups.values() for part in group.parts if part.role == "reads"]
         consumers = [path for path in dict.fromkeys(reading) if is_linear(modules[path])]
         calls = calls_of(self.preflight.twin, consumers, self.preflight.example.run)
-        return Wiring(calls, dict(self.coupling.norm_behind), frozenset(self.preflight.norms.readers))
+        behind = [path for path in self.coupling.reads if path not in calls and is_linear(modules[path])]
+        return Wiring(calls, dict(self.coupling.norm_behind), frozenset(self.preflight.norms.readers), behind)
 
     @cached_property
     def _owners(self) -> dict[tuple[str, int], tuple[str, int]]:
