@@ -27,6 +27,7 @@ from tests.test_house import TREES
 
 PARTS = {
     "_sizes_after_cuts",
+    "_reverse",
     "_batch_",
     "_epoch_end",
     "_err",

@@ -13,6 +13,7 @@ from lightning_neurons.dependency.sizes import all_sizes, put_sizes, refit, size
 from lightning_neurons.errors import ArgumentError
 from lightning_neurons.layers.attention import rows_of_head
 from lightning_neurons.layers.prunable import check_prunable
+from lightning_neurons.layers.recurrent import has_hidden_units, hidden_places
 from lightning_neurons.layers.width_handlers import axes, passes, why_fixed
 
 
@@ -132,14 +133,27 @@ def _new_shapes(module: nn.Module, state: Mapping[str, Any], before: str) -> dic
         if leaf in makes:
             widths.add(given.shape[makes[leaf]])
         free = {axis % tensor.ndim for axis in (makes.get(leaf), reads.get(leaf)) if axis is not None}
+        free = set(range(tensor.ndim)) if has_hidden_units(module) else free
         free = free or (set(range(tensor.ndim)) if _holds_parameters(module) else set())
         other = {axis for axis, (a, b) in enumerate(zip(tensor.shape, given.shape, strict=True)) if a != b}
         if not other <= free or not all(given.shape[axis] for axis in other):  # of nothing, something stays
             return {}
         if other:
             found[leaf] = given.shape
+    if has_hidden_units(module) and not _fit_together(module, found):
+        return {}
     fits = len(widths) <= 1 and not any(width % rows_of_head(module) for width in widths)
     return found if fits else {}
+
+
+def _fit_together(module: nn.RNNBase, shapes: Mapping[str, torch.Size]) -> bool:
+    """Return whether all parameters of a recurrent layer would be those of one number of hidden units."""
+    before = {name: shapes.get(name, tensor.shape) for name, tensor in module.named_parameters()}
+    hidden = before["weight_hh_l0"][1]
+    rows = {name: len(places[0]) for name, axis, places in hidden_places(module, [[0]]) if axis == 0}
+    return all(before[name][0] == count * hidden for name, count in rows.items()) and all(
+        size[1] == hidden for name, size in before.items() if name.startswith("weight_hh")
+    )
 
 
 def _holds_parameters(module: nn.Module) -> bool:

@@ -26,7 +26,7 @@ from lightning_neurons.dependency.layout import (
 )
 from lightning_neurons.dependency.places import Places, aligned, combined, compressed, varying
 from lightning_neurons.layers.attention import has_weights_apart
-from lightning_neurons.layers.width_handlers import axis_of, blocks_of_neurons, passes
+from lightning_neurons.layers.width_handlers import axis_of, blocks_of_neurons, handler_of, passes
 
 Source = tuple[Any, int]
 """A node of autograd's graph, and the number of its result."""
@@ -149,6 +149,9 @@ class Flow:
 
     def _join_blocks(self, module: nn.Module) -> None:
         """Join what a module normalises together, or computes of one another in groups."""
+        handler, made = handler_of(module), self.places.ports.get((module, "out"))
+        if handler is not None and handler.directions is not None and made is not None:
+            self.places.collapse(made.view(handler.directions(module), -1), 0)
         blocks = blocks_of_neurons(module)
         sides = [self.places.ports[module, side] for side in ("in", "out") if (module, side) in self.places.ports]
         if blocks is None or any(len(side) % blocks for side in sides):

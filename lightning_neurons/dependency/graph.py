@@ -18,6 +18,7 @@ from torch_pruning.ops import DummyPruner
 from lightning_neurons.dependency.flow import Call
 from lightning_neurons.isolation.tensors import in_transform, tensors_in
 from lightning_neurons.layers.attention import PrunedMultiheadAttention, has_weights_apart
+from lightning_neurons.layers.recurrent import has_hidden_units
 from lightning_neurons.layers.width_handlers import axis_of, handler_of, passes, width
 
 
@@ -46,8 +47,9 @@ class _Passing(_Registered):
 
 
 def register(graph: Any) -> None:
-    """Add the registered types of a model to its graph."""
-    for kind, module in {type(module): module for module in graph.model.modules() if _is_registered(module)}.items():
+    """Add the registered types of a model to its graph, and recurrent layers, of which it knows one type."""
+    added = [module for module in graph.model.modules() if _is_registered(module) or has_hidden_units(module)]
+    for kind, module in {type(module): module for module in added}.items():
         graph.register_customized_layer(kind, _Passing() if passes(module) else _Registered())
 
 

@@ -5,7 +5,7 @@ it puts a model into evaluation mode, loses frozen layers, leaves hooks behind a
 of a forward alive. So it only ever gets a copy, and is dropped after use. ``flow.py`` follows the neurons.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from lightning_neurons.errors import PruningError
 from lightning_neurons.isolation.isolation import differentiable
 from lightning_neurons.layers.layer import makers, modules_by_name, public_name
 from lightning_neurons.layers.recognition import centres
+from lightning_neurons.layers.recurrent import has_hidden_units, hidden_places, width_made
 from lightning_neurons.layers.width_handlers import (
     Role,
     axes,
@@ -159,15 +160,18 @@ class _Units:
                     taken[port] = [[] for _ in units]
                 taken[port][number].append(index)
         return tuple(
-            Part(
-                self._paths[thing],
-                _role(thing, makes=side == "out"),
-                tuple(map(tuple, taken[thing, side])),
-                self._axes.get(thing),
-            )
+            part
             for thing, side in self._ports
             if (thing, side) in taken
+            for part in self._parts_at(thing, side == "out", tuple(map(tuple, taken[thing, side])))
         )
+
+    def _parts_at(self, thing: Any, makes: bool, indices: tuple[tuple[int, ...], ...]) -> Iterator[Part]:
+        path = self._paths[thing]
+        yield Part(path, _role(thing, makes), indices, self._axes.get(thing))
+        if makes and has_hidden_units(thing):  # each lies at several places of its parameters
+            for leaf, axis, places in hidden_places(thing, indices):
+                yield Part(f"{path}.{leaf}" if path else leaf, "holds", places, axis)
 
 
 def _norm_behind(node: Any) -> nn.Module | None:
@@ -260,6 +264,8 @@ def _is_used(module: nn.Module, graph: Any) -> bool:
 def _width(module: nn.Module, graph: Any) -> int | None:
     if isinstance(module, nn.MultiheadAttention):
         return width(module, "makes")
+    if has_hidden_units(module):
+        return width_made(module)
     found: int | None = graph.get_pruner_of_module(module).get_out_channels(module)
     return found
 

@@ -10,6 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_neurons.errors import ArgumentError, UnknownNameError
 from lightning_neurons.layers.attention import has_separable_heads
+from lightning_neurons.layers.recurrent import has_hidden_units, width_made
 from lightning_neurons.layers.registry import BOUNDS, LAYER_FAMILIES, RECTIFIERS, LinkKind, family_of
 from lightning_neurons.layers.width_handlers import width
 
@@ -151,8 +152,9 @@ def widths_of(model: nn.Module) -> dict[str, int]:
 def makers(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules whose neurons can be removed by name, by path, in the order of the model.
 
-    These are its layers, and attentions of torch with separable heads: what these make are the rows of their packed
-    projections of queries, keys and values, which are no module. Nothing is measured there.
+    These are its layers; attentions of torch with separable heads: what these make are the rows of their packed
+    projections of queries, keys and values, which are no module; and recurrent layers, which make hidden units in each
+    direction. Nothing is measured at the last two.
 
     Example:
         >>> list(makers(nn.Sequential(nn.Linear(4, 4), nn.MultiheadAttention(4, 2))))
@@ -163,7 +165,7 @@ def makers(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in modules_by_name(model).items()
-        if name in layers or (has_separable_heads(module) and not name.startswith(inside))
+        if name in layers or ((has_separable_heads(module) or has_hidden_units(module)) and not name.startswith(inside))
     }
 
 
@@ -175,7 +177,11 @@ def widths_made(model: nn.Module) -> dict[str, int]:
         {'0': 4, '1': 12, '1.out_proj': 4}
     """
     layers = widths_of(model)
-    return {name: layers[name] if name in layers else width(m, "makes") or 0 for name, m in makers(model).items()}
+    return {name: layers[name] if name in layers else _unmeasured_width(m) for name, m in makers(model).items()}
+
+
+def _unmeasured_width(module: nn.Module) -> int:
+    return width_made(module) if has_hidden_units(module) else width(module, "makes") or 0
 
 
 def candidates(model: nn.Module, patterns: Sequence[Pattern] | None = None) -> dict[str, nn.Module]:

@@ -16,6 +16,8 @@ from torch.nn.utils import parametrize
 
 from lightning_neurons.layers.attention import WEIGHTS_APART, has_weights_apart, heads_of, why_inseparable
 from lightning_neurons.layers.recognition import own_axes, recognized
+from lightning_neurons.layers.recurrent import directions
+from lightning_neurons.layers.recurrent import why_inseparable as why_inseparable_units
 
 Role = Literal["makes", "passes", "reads", "holds"]
 """What a module does with a neuron: it makes it, hands it on one by one (a norm layer, a depthwise convolution), reads
@@ -24,13 +26,8 @@ it, or is itself a parameter that holds one entry for it."""
 Size = Literal["makes", "passes", "reads"] | Callable[[Any], object]
 """What an attribute says: how many neurons a module makes, hands on or reads, or what a function finds in it."""
 
-_MASKED = (
-    "weight_orig",
-    "bias_orig",
-    "weight_g",
-    "weight_v",
-    "weight_bar",
-)  # of torch.nn.utils.prune, weight_norm, spectral_norm
+# Of torch.nn.utils.prune, weight_norm and spectral_norm.
+_MASKED = ("weight_orig", "bias_orig", "weight_g", "weight_v", "weight_bar")
 
 
 def _nothing(module: Any) -> None:
@@ -52,6 +49,8 @@ class WidthHandler:
         over_all: Whether it normalises over all neurons together.
         blocks: Finds how many blocks of neurons can only be removed whole, such as the groups of a grouped convolution
             or norm; None if neurons are single.
+        directions: Finds how many times each neuron is among what it makes, such as once for each direction of a
+            recurrent layer; None if once.
         registered: Whether it is the record of a type that the package does not know by itself.
         fixed: Says why the width of a module cannot be changed, or None.
     """
@@ -65,6 +64,7 @@ class WidthHandler:
     unfolds: bool = False
     over_all: bool = False
     blocks: Callable[[Any], int] | None = None
+    directions: Callable[[Any], int] | None = None
     registered: bool = False
     fixed: Callable[[Any], str | None] = _nothing
 
@@ -167,7 +167,14 @@ _LINEAR = WidthHandler(
     axis=_features,
     linear=True,
 )
-_RECURRENT = WidthHandler(axis=_features, fixed=_always("stacks its gates in one tensor"))
+_RECURRENT = WidthHandler(
+    reads={"weight_ih_l0": 1, "weight_ih_l0_reverse": 1},
+    sizes={"input_size": "reads", "hidden_size": lambda module: module.weight_hh_l0.shape[1]},
+    axis=_features,
+    fixed=why_inseparable_units,
+    directions=directions,
+)
+_RECURRENT_CELL = WidthHandler(axis=_features, fixed=_always("stacks its gates in one tensor"))
 _GROUP_NORM = WidthHandler(
     makes=_FIRST,
     sizes={"num_channels": "passes", "num_groups": _groups_normalized},
@@ -229,7 +236,7 @@ HANDLERS: dict[type[nn.Module], WidthHandler] = {
     nn.PReLU: _SLOPES,
     nn.MultiheadAttention: _ATTENTION,
     nn.RNNBase: _RECURRENT,
-    nn.RNNCellBase: _RECURRENT,
+    nn.RNNCellBase: _RECURRENT_CELL,
 }
 """The record of each type; subclasses have that of their nearest base."""
 

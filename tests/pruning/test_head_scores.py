@@ -62,7 +62,8 @@ def test_scores_are_mean_norms_of_rows(criterion):
     structure, budget = discover(net, Example(x)), PruningBudget(criterion, amount=0.3)
     scores, notes = head_scores(structure.offered, net, budget, {})
     torch.testing.assert_close(scores["attention"].value, torch.tensor(by_hand(net, criterion)).double())
-    told = (f"heads are ranked by the L2 norm of their weights, as {criterion} is not measured in attention",)
+    ranked = "heads and hidden units are ranked by the L2 norm of their weights"
+    told = (f"{ranked}, as {criterion} is not measured in attention",)
     assert notes == (told if criterion in ("fisher", "rms") else ())
 
 
