@@ -89,10 +89,6 @@ def _before_taps(module: Any) -> int:
     return -1 - len(module.kernel_size)  # there may be no batch
 
 
-def _groups(module: Any) -> int:
-    return int(module.groups)
-
-
 def _groups_made(module: Any) -> int:
     """Return how many groups a convolution has left, by the size of its weight; groups keep their sizes."""
     return int(module.weight.shape[0] // (module.out_channels // module.groups))
@@ -132,7 +128,7 @@ _GROUPED = WidthHandler(
         "groups": _groups_made,
     },
     axis=_before_taps,
-    blocks=_groups,
+    blocks=lambda module: module.groups,
 )
 _DEPTHWISE = WidthHandler(
     makes=_FIRST,
@@ -158,7 +154,7 @@ _GROUPED_TRANSPOSED = WidthHandler(
         "groups": _groups_read,
     },
     axis=_before_taps,
-    blocks=_groups,
+    blocks=lambda module: module.groups,
 )
 _LINEAR = WidthHandler(
     makes=_FIRST,
