@@ -9,6 +9,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from lightning_neurons import find_neurons, measure
+from lightning_neurons.criteria.deadness import SILENT
 from lightning_neurons.layers.layer import candidates
 from lightning_neurons.measurement.passes import Passes
 from tests.conftest import REAL_DATA
@@ -166,7 +167,7 @@ def test_in_resnet20_exactly_the_rectified_neurons_that_never_fire_are_dead():
         assert scores.sum().item() == pytest.approx(1, abs=1e-5)
 
 
-THRESHOLD, TOLERANCE = 0.01, 1e-3
+THRESHOLD, TOLERANCE = SILENT, 1e-3
 
 
 def truth(net: nn.Module, blocks: tuple[str, ...], batches: list[Tensor]) -> dict[str, dict[str, Tensor]]:

@@ -18,7 +18,6 @@ from torch_pruning.ops import DummyPruner
 from lightning_neurons.dependency.flow import Call
 from lightning_neurons.isolation.tensors import in_transform, tensors_in
 from lightning_neurons.layers.attention import PrunedMultiheadAttention, has_weights_apart
-from lightning_neurons.layers.recurrent import has_hidden_units
 from lightning_neurons.layers.width_handlers import axis_of, handler_of, passes, width
 
 
@@ -47,8 +46,13 @@ class _Passing(_Registered):
 
 
 def register(graph: Any) -> None:
-    """Add the registered types of a model to its graph, and recurrent layers, of which it knows one type."""
-    added = [module for module in graph.model.modules() if _is_registered(module) or has_hidden_units(module)]
+    """Add the types of a model that have a record, and that its graph does not know."""
+    unknown = torch_pruning.ops.OPTYPE.ELEMENTWISE
+    added = [
+        module
+        for module in graph.model.modules()
+        if _is_registered(module) or (axis_of(module) is not None and torch_pruning.ops.module2type(module) == unknown)
+    ]
     for kind, module in {type(module): module for module in added}.items():
         graph.register_customized_layer(kind, _Passing() if passes(module) else _Registered())
 

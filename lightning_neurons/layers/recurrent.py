@@ -19,10 +19,10 @@ def has_hidden_units(module: object) -> TypeGuard[nn.RNNBase]:
         >>> has_hidden_units(nn.GRU(3, 4)), has_hidden_units(nn.LSTM(3, 4, proj_size=2))
         (True, False)
     """
-    return isinstance(module, nn.RNNBase) and why_inseparable(module) is None
+    return isinstance(module, nn.RNNBase) and why_units_inseparable(module) is None
 
 
-def why_inseparable(module: nn.RNNBase) -> str | None:
+def why_units_inseparable(module: nn.RNNBase) -> str | None:
     """Return the reason why single hidden units cannot be removed, or None if they can."""
     if module.proj_size:
         return f"{type(module).__name__} projects its hidden units (proj_size)"

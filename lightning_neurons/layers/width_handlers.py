@@ -16,8 +16,7 @@ from torch.nn.utils import parametrize
 
 from lightning_neurons.layers.attention import WEIGHTS_APART, has_weights_apart, heads_of, why_inseparable
 from lightning_neurons.layers.recognition import own_axes, recognized
-from lightning_neurons.layers.recurrent import directions
-from lightning_neurons.layers.recurrent import why_inseparable as why_inseparable_units
+from lightning_neurons.layers.recurrent import directions, why_units_inseparable
 
 Role = Literal["makes", "passes", "reads", "holds"]
 """What a module does with a neuron: it makes it, hands it on one by one (a norm layer, a depthwise convolution), reads
@@ -167,7 +166,7 @@ _RECURRENT = WidthHandler(
     reads={"weight_ih_l0": 1, "weight_ih_l0_reverse": 1},
     sizes={"input_size": "reads", "hidden_size": lambda module: module.weight_hh_l0.shape[1]},
     axis=_features,
-    fixed=why_inseparable_units,
+    fixed=why_units_inseparable,
     directions=directions,
 )
 _RECURRENT_CELL = WidthHandler(axis=_features, fixed=_always("stacks its gates in one tensor"))

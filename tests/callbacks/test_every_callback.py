@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lightning_neurons import Distillation, Guard, NeuronPruningCallback, callbacks
 from lightning_neurons.callbacks.pruning.part import Part
 from lightning_neurons.callbacks.trainer.namespaces import EitherCallback
+from lightning_neurons.report.logging.tags import TAGS
 from tests.callbacks.modules import MemoryLogger, Net, Noisy, Plain, WithMetrics, fit, loader
 from tests.callbacks.pruned import assert_equal, weights
 from tests.callbacks.test_invisible import bits, state_of
@@ -37,7 +38,8 @@ FORMER_NAMES = {
     "ActivationMaximizationCallback": "found", "NeuronAblationCallback": "ablation", "SaliencyCallback": "found",
 }  # fmt: skip
 """Where the result of a callback has been before it was at ``report``."""
-OWN = ("neurons", "ablation", "classes", "pruning", "saliency", "maximization", "cards", "figures")
+OWN = tuple({tag.name.partition("/")[0] for tag in TAGS})
+"""The groups of the series that callbacks write."""
 
 every_callback = pytest.mark.parametrize("name", CALLBACKS)
 

@@ -21,11 +21,11 @@ GRADIENTS = [name for name, c in CRITERIA.items() if c.needs - {"activation"}]
 
 
 def traits(neurons: int = 2, name: str = LAYER, rectified: bool = True) -> LayerTraits:
-    """A layer that no criterion refuses."""
-    return LayerTraits(
-        name, rectified=rectified, bounds=BOUNDS, incoming=torch.randn(neurons, 5), outgoing=torch.randn(neurons, 4),
-        norm_scale=torch.randn(neurons),
-    )  # fmt: skip
+    """A layer that no criterion refuses, with the same weights in each call."""
+    generator = torch.Generator().manual_seed(neurons)
+    incoming, outgoing = (torch.randn(neurons, n, generator=generator) for n in (5, 4))
+    scale = torch.randn(neurons, generator=generator)
+    return LayerTraits(name, rectified=rectified, bounds=BOUNDS, incoming=incoming, outgoing=outgoing, norm_scale=scale)
 
 
 def named(criteria: Iterable[str | Criterion]) -> list[Criterion]:

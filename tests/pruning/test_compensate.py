@@ -1,12 +1,19 @@
 """A compensation is a value in a table, and taken by its name."""
 
+from typing import get_args
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lightning_neurons import ArgumentError, prune
-from lightning_neurons.pruning.compensation.compensate import COMPENSATIONS, Compensation, compensation_named
+from lightning_neurons.pruning.compensation.compensate import (
+    COMPENSATIONS,
+    Compensation,
+    CompensationName,
+    compensation_named,
+)
 from lightning_neurons.pruning.compensation.weight_shifts import Repair
 
 
@@ -33,6 +40,10 @@ def test_each_has_its_name_and_says_whether_it_needs_data():
     assert {name: one.needs_data for name, one in COMPENSATIONS.items() if one.name == name} == {
         "least_squares": True, "patch_least_squares": True, "mean": True, "none": False
     }  # fmt: skip
+
+
+def test_the_type_of_names_has_all_of_them():
+    assert get_args(CompensationName) == tuple(COMPENSATIONS)
 
 
 def test_a_name_that_is_none_gets_the_nearest():

@@ -17,13 +17,14 @@ from dataclasses import replace
 from enum import Enum
 from typing import Any, final
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_neurons.callbacks.pruning import suitability
 from lightning_neurons.callbacks.pruning.moments import batches_trained
 from lightning_neurons.callbacks.pruning.part import Fit, Part
-from lightning_neurons.callbacks.trainer.namespaces import Trainer
+from lightning_neurons.callbacks.trainer.namespaces import LightningModule, Trainer
 from lightning_neurons.errors import ArgumentError
+from lightning_neurons.layers.layer import widths_made
 from lightning_neurons.pruning.rounds import Rounds
 from lightning_neurons.pruning.surgery.surgery import Operation
 from lightning_neurons.results.typed import typed
@@ -177,15 +178,32 @@ def begin(fit: Fit, progress: Progress) -> None:
     """
     is_resumed, is_known = progress.stage is Stage.RESTORED, progress.is_of(fit.pl_module)
     progress.begin(fit.pl_module)
-    is_fresh = suitability.is_fresh(fit.who, fit.pl_module, fit.rounds)
-    if is_fresh or not is_known:
-        if is_fresh:
+    fresh = is_fresh(fit.who, fit.pl_module, fit.rounds)
+    if fresh or not is_known:
+        if fresh:
             fit.rounds.become(Rounds())
         fit.rounds.pending, fit.rounds.votes, fit.rounds.undone = None, [], []
         for part in fit.parts:
             part.forget()
     for part in fit.parts:
         part.on_fit_start(fit, is_resumed=is_resumed)
+
+
+def is_fresh(who: str, pl_module: LightningModule, rounds: Rounds) -> bool:
+    """Return True if the module has its original widths again, so that its rounds no longer hold.
+
+    Raises:
+        MisconfigurationException: If the rounds are those of another model.
+    """
+    found = widths_made(pl_module)
+    if rounds.dense is None or found == rounds.widths():
+        return False
+    if found != dict(rounds.dense.widths):
+        raise MisconfigurationException(
+            f"{who} has pruned another model: it expects layers of {rounds.widths()}, and {type(pl_module).__name__} "
+            f"has {found}. Use a new callback."
+        )
+    return True
 
 
 # -- 5. Training starts

@@ -8,9 +8,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_neurons.callbacks.trainer.checks import lightning_errors, sharding_of, why_no_validation
 from lightning_neurons.callbacks.trainer.namespaces import LightningModule, Trainer, callbacks_of, is_fast_dev_run
 from lightning_neurons.errors import UnknownNameError
-from lightning_neurons.layers.layer import makers, widths_made
+from lightning_neurons.layers.layer import makers
 from lightning_neurons.pruning.budget import PruningBudget
-from lightning_neurons.pruning.rounds import Rounds
 from lightning_neurons.pruning.surgery.optimizers import why_not, with_held
 
 
@@ -111,23 +110,6 @@ def refuse_optimizers(who: str, trainer: Trainer) -> None:
         why = why_not(optimizer)
         if why is not None:
             raise MisconfigurationException(f"{who} cannot cut the state of {type(optimizer).__name__}: use {why}")
-
-
-def is_fresh(who: str, pl_module: LightningModule, rounds: Rounds) -> bool:
-    """Return True if the module has its original widths again, so that its rounds no longer hold.
-
-    Raises:
-        MisconfigurationException: If the rounds are those of another model.
-    """
-    found = widths_made(pl_module)
-    if rounds.dense is None or found == rounds.widths():
-        return False
-    if found != dict(rounds.dense.widths):
-        raise MisconfigurationException(
-            f"{who} has pruned another model: it expects layers of {rounds.widths()}, and {type(pl_module).__name__} "
-            f"has {found}. Use a new callback."
-        )
-    return True
 
 
 def warn_of_stale_checkpoints(warn: Callable[[str], None], trainer: Trainer) -> None:
