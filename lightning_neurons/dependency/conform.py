@@ -14,7 +14,7 @@ from lightning_neurons.errors import ArgumentError
 from lightning_neurons.layers.attention import rows_of_head
 from lightning_neurons.layers.prunable import check_prunable
 from lightning_neurons.layers.recurrent import has_hidden_units, hidden_places
-from lightning_neurons.layers.width_handlers import axes, passes, why_fixed
+from lightning_neurons.layers.width_handlers import axes, blocks_of_neurons, passes, why_fixed, width
 
 
 def conform(model: nn.Module, state: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -142,7 +142,10 @@ def _new_shapes(module: nn.Module, state: Mapping[str, Any], before: str) -> dic
             found[leaf] = given.shape
     if has_hidden_units(module) and not _fit_together(module, found):
         return {}
-    fits = len(widths) <= 1 and not any(width % rows_of_head(module) for width in widths)
+    whole = rows_of_head(module)
+    if (blocks := blocks_of_neurons(module)) is not None:
+        whole = (width(module, "makes") or blocks) // blocks
+    fits = len(widths) <= 1 and not any(size % whole for size in widths)
     return found if fits else {}
 
 

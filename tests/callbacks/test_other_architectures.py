@@ -52,7 +52,7 @@ REFUSED = {
     "more channels for each filter": lambda state: {"deep.weight": torch.zeros(6, 2, 3, 3)},
     "no channel for a filter": lambda state: {"deep.weight": torch.zeros(6, 0, 3, 3)},
     "nothing is left": lambda state: {"wide.weight": torch.zeros(6, 0, 1, 1)},
-    "other groups": lambda state: {"groups.weight": torch.zeros(4, 3, 3, 3), "groups.bias": torch.zeros(4)},
+    "other groups": lambda state: {"groups.weight": torch.zeros(5, 3, 3, 3), "groups.bias": torch.zeros(5)},
     "other kernels": narrower("conv.weight", 2),
     "it contradicts itself": narrower("conv.bias", 0),
     "sparse": lambda state: {"head.weight": state["head.weight"].to_sparse()},

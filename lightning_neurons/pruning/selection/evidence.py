@@ -121,14 +121,15 @@ def _watch(model: nn.Module, watching: Mapping[str, Callable[[Tensor], Any]], ca
 
 
 def _hooks(model: nn.Module, watching: Mapping[str, Callable[[Tensor], Any]]) -> list[Any]:
+    # After the module has run: what it cannot read is its own error.
     def hook(see: Callable[[Tensor], Any]) -> Callable[..., None]:
-        def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
             see(channels(module, batched(module, args, kwargs)))
 
         return look
 
     modules = modules_by_name(model)
-    return [modules[p].register_forward_pre_hook(hook(see), with_kwargs=True) for p, see in watching.items()]
+    return [modules[p].register_forward_hook(hook(see), with_kwargs=True) for p, see in watching.items()]
 
 
 def _width(module: nn.Module) -> int:
