@@ -13,10 +13,13 @@ _DROPOUTS = {
     for name in ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout")
     for end in ("", "_")
 } | {"feature_alpha_dropout", "feature_alpha_dropout_"}
+_RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
 _DRAWS = {
     "rand", "randn", "rand_like", "randn_like", "normal", "normal_", "uniform_", "bernoulli", "bernoulli_",
     "exponential_", "log_normal_", "cauchy_", "geometric_", "randint", "randint_like", "randperm", "multinomial",
 }  # fmt: skip
+
+_DROPOUT_OF_ATTENTION = 4  # place of ``dropout_p``, behind queries, keys, values and a mask
 
 
 class SameDraws(TorchFunctionMode):
@@ -46,7 +49,7 @@ class SameDraws(TorchFunctionMode):
         if name in _DROPOUTS:
             return args[0] if args else kwargs["input"]
         if name not in _DRAWS:
-            return func(*args, **kwargs)
+            return func(*_without_dropout(name, args), **_without_dropout_named(name, kwargs))
         number = len(self.shapes)
         _seed(number)
         drawn: Tensor = func(*args, **kwargs)
@@ -56,6 +59,19 @@ class SameDraws(TorchFunctionMode):
             with torch.no_grad():
                 drawn.copy_(_narrow(func, args, kwargs, drawn, by_entry=self.alike[number]))
         return drawn
+
+
+def _without_dropout(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the arguments of a function that drops out values inside, where it is told to drop none."""
+    if name == "scaled_dot_product_attention" and len(args) > _DROPOUT_OF_ATTENTION:
+        return (*args[:_DROPOUT_OF_ATTENTION], 0.0, *args[_DROPOUT_OF_ATTENTION + 1 :])
+    return tuple(0.0 if isinstance(arg, float) else arg for arg in args) if name in _RECURRENT else args
+
+
+def _without_dropout_named(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    if name == "scaled_dot_product_attention" and "dropout_p" in kwargs:
+        return kwargs | {"dropout_p": 0.0}
+    return kwargs | {"training": False} if name == "multi_head_attention_forward" else kwargs
 
 
 def _place(name: str, args: tuple[Any, ...]) -> list[str]:

@@ -24,7 +24,7 @@ class Encoder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        layer = nn.TransformerEncoderLayer(12, 3, 16, dropout=0.0, batch_first=True)
+        layer = nn.TransformerEncoderLayer(12, 3, 16, dropout=0.1, batch_first=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # an odd number of heads keeps it off its fast path
             self.encoder = nn.TransformerEncoder(layer, 2)
@@ -64,7 +64,7 @@ def test_heads_are_cut_in_a_fit_and_loaded_again(criterion, tmp_path):
     states = state_by_name(module, trainer.optimizers[0])
     parameters = dict(module.named_parameters())
     assert {n for n, s in states.items() if s.ndim and s.shape != parameters[n.rpartition(".")[0]].shape} == set()
-    notes = [note for note in callback.rounds.plan.notes if "heads are ranked" in note]
+    notes = [note for note in callback.rounds.plan.notes if "units are ranked" in note]
     assert len(notes) == (criterion == "fisher")
     trainer.save_checkpoint(tmp_path / "pruned.ckpt")
     loaded = load_pruned(Tokens, tmp_path / "pruned.ckpt")
