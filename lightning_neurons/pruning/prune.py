@@ -177,9 +177,14 @@ def _run(model: nn.Module, batch: Any) -> Any:
 
 
 def _refuse_unmet(budget: PruningBudget, candidates: Sequence[Cut]) -> None:
-    """Refuse a target that is not reached even without all neurons that may be removed."""
-    notes = candidates[0].plan.notes
+    """Refuse a target that is not reached even without all neurons that may be removed, or as none passed its trial."""
+    notes, (name, value) = candidates[0].plan.notes, budget.rule
     unmet = [note for note in notes if "not reached" in note and budget.amount is None]
+    if not unmet and not any(candidates[0].plan.neurons.values()):
+        unmet = [f"{name}={value:g} is not reached: nothing can be removed"] * (
+            name in ("target_macs", "target_params")
+        )
+        unmet = [] if any("met already" in note for note in notes) else unmet
     if unmet:
         raise PruningError("; ".join([*unmet, *(note for note in notes if note not in unmet)]))
 

@@ -264,3 +264,40 @@ def test_places_on_disjoint_axes_are_lost_and_others_are_joined():
     assert torch.equal(result, single)
     assert [(numbers.tolist(), reason) for numbers, reason in places.lost] == [([8, 9, 10, 11], "on another axis")]
     assert places.components()[:8].tolist() == [0, 1, 0, 0, 0, 1, 1, 1]
+
+
+class Scaled(nn.Module):
+    """An attribute that is a width, and by whose square root scores are divided."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dim, self.q, self.k, self.v, self.proj = 12, *(nn.Linear(12, 12) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (f(x).view(*x.shape[:2], -1, HEAD).transpose(1, 2) for f in (self.q, self.k, self.v))
+        y = ((q @ k.mT) / self.dim**0.5).softmax(-1) @ v
+        return self.proj(y.transpose(1, 2).reshape(*x.shape[:2], self.dim))
+
+
+@for_each("value", [0.0, 1.0])
+def test_a_wrong_cut_is_refused_on_an_example_whose_positions_are_all_alike(value):
+    net, x = seeded(Scaled, double=True), torch.full(TOKENS, value).double()
+    before = copy.deepcopy(net)
+    with pytest.raises(PruningError, match="q cannot be cut"):
+        prune(net, x, {"q": [0]})
+    assert same(net, before, torch.randn(TOKENS).double())
+
+
+def test_codes_that_are_all_alike_are_varied_where_the_model_takes_others():
+    class Coded(nn.Module):
+        def __init__(self, codes: int) -> None:
+            super().__init__()
+            self.embed, self.inner = nn.Embedding(codes, 12), Scaled()
+
+        def forward(self, codes: Tensor) -> Tensor:
+            return self.inner(self.embed(codes))
+
+    codes = torch.zeros(2, 5, dtype=torch.long)
+    with pytest.raises(PruningError, match=r"inner\.q cannot be cut"):
+        prune(seeded(Coded, 7, double=True), codes, {"inner.q": [0]})
+    prune(seeded(Coded, 1, double=True), codes, {"inner.q": [0]})  # with one code, all positions are alike at all times

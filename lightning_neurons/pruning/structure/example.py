@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_neurons.data.batches import map_tensors
+from lightning_neurons.data.batches import map_tensors, tensors_of
 from lightning_neurons.errors import PruningError, in_short
 from lightning_neurons.hooks.find_neurons import call
 from lightning_neurons.isolation.copying import copy_of, what_fails
@@ -60,6 +60,45 @@ class Example:
     def to(self, dtype: torch.dtype) -> "Example":
         """Return the example in another precision."""
         return replace(self, inputs=map_tensors(self.inputs, lambda t: in_precision(t, dtype)))
+
+
+def varied(example: Example) -> list[Example]:
+    """Return examples that tell more than one whose values are all the same, the best first.
+
+    On a batch of zeros all positions are alike, so that a wrong cut may go unnoticed: what an attention weighs does not
+    matter then. Numbers become random ones around their value, codes those up to their own.
+
+    Args:
+        example: The user's example; not every model takes other inputs.
+
+    Returns:
+        Examples of the same form; ``example`` itself is the last.
+    """
+
+    def with_numbers(tensor: Tensor) -> Tensor:
+        if not _is_constant(tensor) or not (tensor.is_floating_point() or tensor.is_complex()):
+            return tensor
+        generator = torch.Generator().manual_seed(0)
+        return tensor + torch.randn(tensor.shape, generator=generator).to(tensor)
+
+    def with_codes(tensor: Tensor) -> Tensor:
+        tensor = with_numbers(tensor)
+        # Ones may be a mask; and on a GPU a code that does not exist could not be recovered from.
+        if not _is_constant(tensor) or tensor.dtype not in (torch.int64, torch.int32) or tensor.device.type != "cpu":
+            return tensor
+        code = int(tensor.flatten()[0])
+        return (
+            tensor if code in (-1, 1) else (torch.arange(tensor.numel()) % max(code + 1, 2)).view_as(tensor).to(tensor)
+        )
+
+    whole = [map_tensors(example.inputs, change) for change in (with_codes, with_numbers)]
+    if not any(_is_constant(tensor) for tensor in tensors_of(example.inputs)):
+        return [example]
+    return [*(replace(example, inputs=inputs) for inputs in whole), example]
+
+
+def _is_constant(tensor: Tensor) -> bool:
+    return tensor.ndim > 1 and tensor.numel() > 1 and bool((tensor == tensor.flatten()[0]).all())
 
 
 def in_precision(tensor: Tensor, dtype: torch.dtype) -> Tensor:

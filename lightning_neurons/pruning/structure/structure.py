@@ -20,7 +20,7 @@ from lightning_neurons.layers.width_handlers import axes, handler_of, is_linear,
 from lightning_neurons.pruning.compensation.synchronized_forwards import calls_of
 from lightning_neurons.pruning.compensation.weight_shifts import Wiring
 from lightning_neurons.pruning.structure.costs import Costs, Counter, Effects, effects, removed_by, routed
-from lightning_neurons.pruning.structure.example import Example, scramble, twin_of
+from lightning_neurons.pruning.structure.example import Example, scramble, twin_of, varied
 from lightning_neurons.pruning.structure.norm_streams import Norms, NormStreams, follow_through
 from lightning_neurons.pruning.structure.preflight import Preflight, silenced
 from lightning_neurons.pruning.structure.width_attributes import tried
@@ -228,12 +228,14 @@ def _try_groups(
 
 
 def _preflight(twin: nn.Module, example: Example, ends: list[str], norms: Norms) -> Preflight:
-    scrambled = twin_of(twin)
-    scramble(scrambled)
-    try:
-        return Preflight(scrambled, example, ends, norms)
-    except PruningError:  # not every model is finite with random weights
-        return Preflight(twin_of(twin), example, ends, norms)
+    for telling in varied(example):
+        scrambled = twin_of(twin)
+        scramble(scrambled)
+        try:
+            return Preflight(scrambled, telling, ends, norms)
+        except (PruningError, IndexError):  # not every model is finite with random weights, or takes other inputs
+            continue
+    return Preflight(twin_of(twin), example, ends, norms)
 
 
 def some_units(group: Group, seed: int) -> list[int]:
