@@ -89,7 +89,8 @@ def narrowed(model: nn.Module, state: Mapping[str, Any], role: Literal["makes", 
     """
     found: dict[str, None] = {}
     for name, module, leaf, shape in _misfits(model, state, ""):
-        axis = None if passes(module) else axes(module, role).get(leaf)
+        made = {"weight_hh_l0": 1} if role == "makes" and has_hidden_units(module) else axes(module, role)
+        axis = None if passes(module) else made.get(leaf)
         if axis is not None and shape[axis] < getattr(module, leaf).shape[axis]:
             found[name.rpartition(".")[0] or type(module).__name__] = None
     return list(found)

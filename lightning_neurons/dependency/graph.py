@@ -164,7 +164,7 @@ def build(model: nn.Module, run: Callable[[nn.Module], Any], outputs: Callable[[
 
     with plain(model), _noted(graph), _Uses(model, graph.used):
         graph.module2node = graph._trace(model, (), lambda copy, _: run(copy), output_transform=read)
-    _name_projections(graph)
+    _name_nodes(graph)
     return graph
 
 
@@ -202,11 +202,13 @@ def _projected(graph: Any, module: PrunedMultiheadAttention, *read: Tensor) -> t
     return results
 
 
-def _name_projections(graph: Any) -> None:
-    """Make the nodes of projections known by their attention, as those of other modules are."""
+def _name_nodes(graph: Any) -> None:
+    """Make nodes known by their module: projections of attention, and last states where nothing else is used."""
     for node in [*graph.module2node.values()]:
         call = graph.calls.get(node.grad_fn)
-        if call is not None and isinstance(call.module, PrunedMultiheadAttention):
+        if call is None:
+            continue
+        if isinstance(call.module, PrunedMultiheadAttention) or call.module not in graph.module2node:
             graph.module2node.pop(node.module, None)
             node.module = call.module
             graph.module2node.setdefault(call.module, node)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from lightning_neurons import PruningError, conform, prune
+from lightning_neurons import PruningError, conform, load_pruned, prune
 from lightning_neurons.layers.recurrent import incoming_weights
 from tests.models import seeded
 from tests.tables import for_each
@@ -80,6 +80,30 @@ def test_a_budget_cuts_what_they_read_as_well_as_their_units(name):
     assert net.rnn.input_size == net.pre.out_features < 5
     assert report.plan.cost.macs_after <= 0.5 * report.plan.cost.macs
     assert net(x).isfinite().all()
+
+
+@for_each("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_units_go_where_only_the_last_states_are_read(kind):
+    class Last(Sequences):
+        def forward(self, codes: Tensor) -> Tensor:
+            states = self.rnn(F.relu(self.pre(self.embed(codes))))[1]
+            states = states[0] if isinstance(states, tuple) else states
+            return self.head(F.relu(self.last(states[-1])))
+
+    net, x = seeded(Last, kind, double=True).eval(), codes()
+    right = silenced(net)
+    prune(net, x, {"rnn": GONE}, compensation="none")
+    assert torch.allclose(net(x), right(x), rtol=1e-10, atol=1e-12)
+    assert net.last.in_features == HIDDEN - 3
+
+
+def test_loading_a_narrower_layer_says_nothing(tmp_path, recwarn):
+    net, x = seeded(Sequences, nn.LSTM, 1, True).eval(), codes()
+    prune(net, x, {"rnn": GONE, "pre": [1]}, compensation="none")
+    torch.save(net.state_dict(), tmp_path / "net.pt")
+    loaded = load_pruned(lambda: Sequences(nn.LSTM, 1, True), tmp_path / "net.pt").eval()
+    assert torch.equal(loaded(x), net(x))
+    assert [str(w.message) for w in recwarn] == []
 
 
 def test_units_are_judged_by_the_rows_of_all_their_gates():
