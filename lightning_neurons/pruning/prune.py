@@ -180,11 +180,9 @@ def _refuse_unmet(budget: PruningBudget, candidates: Sequence[Cut]) -> None:
     """Refuse a target that is not reached even without all neurons that may be removed, or as none passed its trial."""
     notes, (name, value) = candidates[0].plan.notes, budget.rule
     unmet = [note for note in notes if "not reached" in note and budget.amount is None]
-    if not unmet and not any(candidates[0].plan.neurons.values()):
-        unmet = [f"{name}={value:g} is not reached: nothing can be removed"] * (
-            name in ("target_macs", "target_params")
-        )
-        unmet = [] if any("met already" in note for note in notes) else unmet
+    is_whole = not any(candidates[0].plan.neurons.values()) and not any("met already" in note for note in notes)
+    if not unmet and is_whole and name in ("target_macs", "target_params"):
+        unmet = [f"{name}={value:g} is not reached: nothing can be removed"]
     if unmet:
         raise PruningError("; ".join([*unmet, *(note for note in notes if note not in unmet)]))
 

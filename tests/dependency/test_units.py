@@ -301,3 +301,25 @@ def test_codes_that_are_all_alike_are_varied_where_the_model_takes_others():
     with pytest.raises(PruningError, match=r"inner\.q cannot be cut"):
         prune(seeded(Coded, 7, double=True), codes, {"inner.q": [0]})
     prune(seeded(Coded, 1, double=True), codes, {"inner.q": [0]})  # with one code, all positions are alike at all times
+
+
+class Averaged(Separate):
+    """Heads share the mean of their weights, so neurons of v can only go by as many as there are heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.v, self.proj = nn.Linear(12, 18), nn.Linear(18, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = self.heads(self.q(x)), self.heads(self.k(x))
+        v = self.v(x).view(*x.shape[:2], 3, self.v.out_features // 3).transpose(1, 2)
+        y = (q @ k.mT).softmax(-1).mean(1, keepdim=True) @ v
+        return self.proj(y.transpose(1, 2).reshape(*x.shape[:2], -1))
+
+
+def test_a_target_of_which_every_plan_fails_its_trial_is_an_error():
+    net, x = seeded(Net, Averaged, double=True), torch.randn(TOKENS).double()
+    before = copy.deepcopy(net)
+    with pytest.raises(PruningError, match=r"^target_macs=0.9 is not reached: nothing can be removed; .*v is not cut"):
+        prune(net, x, {"criterion": "weight_l2", "target_macs": 0.9}, compensation="none")
+    assert same(net, before, x)
